@@ -1,0 +1,59 @@
+"""LoRA+: low-rank adapters whose two factors learn at the right speeds (arXiv 2402.12354)."""
+
+from typing import TYPE_CHECKING, Any
+
+from loraplus.errors import (
+    DivergedError,
+    InputError,
+    InvalidRateError,
+    LoraPlusError,
+    NoLoraFactorsError,
+    NoTrainableParametersError,
+    RateMismatchError,
+    ResumeMismatchError,
+    TrainerSetupError,
+    UnknownAdapterParameterError,
+)
+from loraplus.groups import RateTable, explain, param_groups, verify
+from loraplus.optimizer import create_loraplus_optimizer, create_optimizer
+from loraplus.rates import Rates
+from loraplus.roles import Role, register_layout
+
+if TYPE_CHECKING:
+    from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments, attach
+
+__all__ = [
+    "DivergedError",
+    "InputError",
+    "InvalidRateError",
+    "LoraPlusError",
+    "LoraPlusTrainer",
+    "LoraPlusTrainingArguments",
+    "NoLoraFactorsError",
+    "NoTrainableParametersError",
+    "RateMismatchError",
+    "RateTable",
+    "Rates",
+    "ResumeMismatchError",
+    "Role",
+    "TrainerSetupError",
+    "UnknownAdapterParameterError",
+    "attach",
+    "create_loraplus_optimizer",
+    "create_optimizer",
+    "explain",
+    "param_groups",
+    "register_layout",
+    "verify",
+]
+
+# Names that need transformers are imported when first used: the core imports torch only.
+_FROM_TRANSFORMERS = {"LoraPlusTrainer", "LoraPlusTrainingArguments", "attach"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_TRANSFORMERS:
+        from loraplus.integrations import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module 'loraplus' has no attribute {name!r}")

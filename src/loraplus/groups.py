@@ -1,0 +1,270 @@
+"""Parameter groups with LoRA+ rates, and the proof of which parameter got which.
+
+`param_groups` gives named, never empty groups to any torch optimizer; `explain` reads any optimizer back; `verify`
+raises if a parameter has another rate than the one asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraplus.errors import InvalidRateError, RateMismatchError
+from loraplus.rates import DEFAULT_LR_RATIO, Rates
+from loraplus.roles import Role, TrainableParameter, trainable_parameters
+
+_RELATIVE_TOLERANCE = 1e-6
+_NAMED_IN_MESSAGE = 5
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    lr_ratio: float = DEFAULT_LR_RATIO,
+    weight_decay: float | None = None,
+    *,
+    lr_embedding: float | None = None,
+    lr_head: float | None = None,
+    lr_magnitude: float | None = None,
+    lr_overrides: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Splits the trainable parameters into named groups with LoRA+ rates.
+
+    η_A = lr, η_B = lr_ratio·lr, everything else lr.
+
+    Args:
+        model: a model with LoRA factors, wrapped or not.
+        lr: η_A.
+        lr_ratio: λ = η_B / η_A; 1 is plain LoRA.
+        weight_decay: decay of every parameter but biases and norms, as transformers' Trainer places it. None leaves
+            the optimizer's own default, which torch applies to every parameter.
+        lr_embedding: rate of embedding factors and rows. Default: lr.
+        lr_head: rate of `modules_to_save`. Default: lr.
+        lr_magnitude: rate of DoRA's magnitudes. Default: lr.
+        lr_overrides: {regular expression: factor} on parameter names.
+
+    Returns:
+        Groups `{"params", "lr", "name"[, "weight_decay"]}`; none is empty, every parameter is in exactly one.
+
+    Raises:
+        InvalidRateError: a rate that cannot be used, or a pattern that matches nothing.
+        NoTrainableParametersError, NoLoraFactorsError, UnknownAdapterParameterError: see `trainable_parameters`.
+
+    Example:
+        >>> import loraplus, torch
+        >>> class Adapter(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(8, 2, bias=False)})
+        ...         self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(2, 8, bias=False)})
+        >>> groups = loraplus.param_groups(Adapter(), lr=1e-3, lr_ratio=16)
+        >>> [(group["name"], group["lr"]) for group in groups]
+        [('lora_A', 0.001), ('lora_B', 0.016)]
+
+    Source: Hayou, Ghosh, Yu, arXiv 2402.12354, section 4.
+    """
+    rates = Rates(lr, lr_ratio, lr_embedding, lr_head, lr_magnitude, lr_overrides or {})
+    return groups_for(trainable_parameters(model), rates, weight_decay)
+
+
+def groups_for(parameters: list[TrainableParameter], rates: Rates, weight_decay: float | None) -> list[dict[str, Any]]:
+    """`param_groups` for parameters already listed and rates already checked."""
+    if weight_decay is not None and not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise InvalidRateError(f"weight_decay must be a finite number ≥ 0, got {weight_decay!r}")
+    rates.check_overrides(entry.name for entry in parameters)
+    groups: dict[str, dict[str, Any]] = {}
+    for entry in parameters:
+        factor = rates.factor(entry.name)
+        name = entry.role.value
+        if factor != 1:
+            name += f"_x{factor:g}"
+        if weight_decay is not None and not entry.decays:
+            name += "_no_decay"
+        if name not in groups:
+            groups[name] = {"params": [], "lr": rates.of(entry.role, entry.name), "name": name}
+            if weight_decay is not None:
+                groups[name]["weight_decay"] = weight_decay if entry.decays else 0.0
+        groups[name]["params"].append(entry.parameter)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class ParameterRate:
+    """What an optimizer does with one parameter; lr is None if the optimizer does not hold it."""
+
+    name: str
+    role: str
+    group: str
+    lr: float | None
+    base_lr: float | None
+    weight_decay: float | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class RateTable:
+    """The rates that an optimizer gives to every trainable parameter; prints as a table of its groups."""
+
+    entries: tuple[ParameterRate, ...]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """One row per group, role and rate: name, role, lr, base_lr, weight_decay, tensors, parameters."""
+        rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for entry in self.entries:
+            key = (entry.group, entry.role, entry.lr, entry.weight_decay)
+            row = rows.setdefault(
+                key,
+                {"name": entry.group, "role": entry.role, "lr": entry.lr, "base_lr": entry.base_lr,
+                 "weight_decay": entry.weight_decay, "tensors": 0, "parameters": 0},
+            )  # fmt: skip
+            row["tensors"] += 1
+            row["parameters"] += entry.parameters
+        return list(rows.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"groups": [...], "parameters": {name: {role, group, lr, base_lr, weight_decay, parameters}}}."""
+        parameters = {}
+        for entry in self.entries:
+            fields = asdict(entry)
+            parameters[fields.pop("name")] = fields
+        return {"groups": self.groups(), "parameters": parameters}
+
+    def __str__(self) -> str:
+        header = ("group", "role", "lr", "weight decay", "tensors", "parameters")
+        rows = [
+            (row["name"], row["role"], _number(row["lr"]), _number(row["weight_decay"]), f"{row['tensors']:,}",
+             f"{row['parameters']:,}")
+            for row in self.groups()
+        ]  # fmt: skip
+        widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+        lines = []
+        for line in [header, tuple("-" * width for width in widths), *rows]:
+            left = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
+            right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
+            lines.append("  ".join(left + right))
+        return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, torch.Tensor):  # capturable and compiled optimizers hold rates in tensors
+        return float(value.item())
+    return None if value is None else float(value)
+
+
+def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
+    """Reads back which role, rate and weight decay every trainable parameter has in any optimizer.
+
+    Args:
+        model: the model, wrapped or not.
+        optimizer: any torch optimizer, whoever built it.
+
+    Returns:
+        A `RateTable`: `print` it, or take `.to_dict()`. `lr` is the rate of this moment, `base_lr` the one a
+        scheduler multiplies. A trainable parameter that the optimizer does not hold is shown as "(not optimized)".
+
+    Raises:
+        NoTrainableParametersError, NoLoraFactorsError, UnknownAdapterParameterError: see `trainable_parameters`.
+
+    Example:
+        >>> print(loraplus.explain(model, optimizer))  # doctest: +SKIP
+    """
+    group_of = {
+        id(parameter): (index, group)
+        for index, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
+    entries = []
+    for entry in trainable_parameters(model):
+        index, group = group_of.get(id(entry.parameter), (None, {}))
+        lr = _as_float(group.get("lr"))
+        entries.append(
+            ParameterRate(
+                name=entry.name,
+                role=entry.role.value,
+                group="(not optimized)" if index is None else str(group.get("name", f"group {index}")),
+                lr=lr,
+                base_lr=_as_float(group.get("initial_lr")) if "initial_lr" in group else lr,
+                weight_decay=_as_float(group.get("weight_decay")),
+                parameters=entry.parameter.numel(),
+            )
+        )
+    return RateTable(tuple(entries))
+
+
+def verify(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_ratio: float,
+    *,
+    lr: float | None = None,
+    lr_embedding: float | None = None,
+    lr_head: float | None = None,
+    lr_magnitude: float | None = None,
+    lr_overrides: Mapping[str, float] | None = None,
+) -> RateTable:
+    """Checks that the optimizer gives every trainable parameter the LoRA+ rate asked for.
+
+    Both the present rates and the base rates that a scheduler multiplies are checked, so it can be called at any time:
+    after wrapping, in warm-up (where every rate may be 0), or after resuming.
+
+    Args:
+        model: the model, wrapped or not.
+        optimizer: the optimizer in use, wrapped or not.
+        lr_ratio: λ that the run should have.
+        lr: base η_A that the run should have. None takes it from the optimizer, so that only the relations are checked.
+        lr_embedding, lr_head, lr_magnitude, lr_overrides: as in `param_groups`.
+
+    Returns:
+        The table of `explain`, as the proof.
+
+    Raises:
+        RateMismatchError: names the parameters that have another rate, or none.
+
+    Example:
+        >>> loraplus.verify(model, optimizer, lr_ratio=16.0)  # doctest: +SKIP
+    """
+    table = explain(model, optimizer)
+    overrides = lr_overrides or {}
+    base = lr if lr is not None else _base_rate(table, Rates(1.0, lr_ratio, lr_overrides=overrides))
+    rates = Rates(base, lr_ratio, lr_embedding, lr_head, lr_magnitude, overrides)
+
+    wrong = []
+    scale = None  # what the schedule has multiplied all rates by, read off the first parameter
+    for entry, source in zip(table.entries, trainable_parameters(model), strict=True):
+        expected = rates.of(source.role, entry.name)
+        if entry.lr is None or entry.base_lr is None:
+            wrong.append(f"{entry.name} is in no group of the optimizer")
+            continue
+        if not math.isclose(entry.base_lr, expected, rel_tol=_RELATIVE_TOLERANCE):
+            wrong.append(f"{entry.name} ({entry.role}) has {entry.base_lr:.6g}, expected {expected:.6g}")
+            continue
+        scale = entry.lr / entry.base_lr if scale is None else scale
+        if not math.isclose(entry.lr, expected * scale, rel_tol=_RELATIVE_TOLERANCE):
+            wrong.append(f"{entry.name} ({entry.role}) is at {entry.lr:.6g}, expected {expected * scale:.6g}")
+    if wrong:
+        more = f"; and {len(wrong) - _NAMED_IN_MESSAGE} more" if len(wrong) > _NAMED_IN_MESSAGE else ""
+        raise RateMismatchError(
+            f"{len(wrong)} of {len(table.entries)} parameters do not have the rate of lr_ratio = {lr_ratio:g}: "
+            + "; ".join(wrong[:_NAMED_IN_MESSAGE])
+            + more
+        )
+    return table
+
+
+def _base_rate(table: RateTable, unit: Rates) -> float:
+    """η_A as the optimizer has it: the base rate of the first factor, over what `unit` (lr = 1) gives that factor."""
+
+    for role in (Role.A, Role.B, Role.EMBEDDING_A, Role.EMBEDDING_B):
+        for entry in table.entries:
+            if entry.role == role and entry.base_lr:
+                return entry.base_lr / unit.of(role, entry.name)
+    raise RateMismatchError("no LoRA factor has a positive rate in this optimizer")

@@ -1,0 +1,1 @@
+"""LoRA+ in the training stacks people use: one file a stack."""

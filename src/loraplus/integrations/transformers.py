@@ -1,0 +1,285 @@
+"""LoRA+ in transformers' Trainer and in every subclass of it.
+
+`LoraPlusMixin` overrides what a trainer does with its optimizer: it builds the groups, logs every group's rate by
+name, and records the rates in each checkpoint. `LoraPlusTrainer` mixes it into Trainer; `attach` mixes it into the
+class of a trainer that exists already, so both are one implementation.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from loraplus.errors import ResumeMismatchError, TrainerSetupError
+from loraplus.groups import groups_for
+from loraplus.rates import DEFAULT_LR_RATIO, Rates
+from loraplus.roles import trainable_parameters
+
+RATES_FILE = "loraplus.json"
+_FORMAT_VERSION = 1
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+@dataclass(frozen=True)
+class RateSettings:
+    """What the user asked for; lr is the trainer's own `learning_rate` unless given, and is read when needed."""
+
+    lr_ratio: float = DEFAULT_LR_RATIO
+    lr: float | None = None
+    lr_embedding: float | None = None
+    lr_head: float | None = None
+    lr_magnitude: float | None = None
+    lr_overrides: dict[str, float] = field(default_factory=dict)
+
+
+class LoraPlusMixin:
+    """Gives any Trainer class LoRA+ parameter groups, their logs, and a guard on resuming."""
+
+    loraplus_settings: RateSettings
+    _group_rates: Mapping[str, float] = MappingProxyType({})
+
+    # What the Trainer that this is mixed into provides.
+    args: Any
+    model: Any
+    optimizer: Any
+    optimizer_cls_and_kwargs: Any
+
+    @property
+    def loraplus_rates(self) -> Rates:
+        """The rates of this run, from the settings and the trainer's `learning_rate`."""
+        values = asdict(self.loraplus_settings)
+        if values["lr"] is None:
+            values["lr"] = self.args.learning_rate
+        return Rates(**values)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Builds the optimizer that the training arguments name, with LoRA+ groups."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_cls, kwargs = self.optimizer_cls_and_kwargs or Trainer.get_optimizer_cls_and_kwargs(
+                self.args, model
+            )
+            own_grouping = {"params", "model", "optimizer_dict"} & set(kwargs)
+            if own_grouping or not (
+                isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)
+            ):
+                raise TrainerSetupError(
+                    f"optim = {getattr(self.args.optim, 'value', self.args.optim)} groups the parameters itself, so "
+                    "LoRA+ cannot give A and B their own rates; choose one that takes parameter groups, such as "
+                    "adamw_torch"
+                )
+            kwargs = dict(kwargs)
+            kwargs.pop("lr", None)
+            weight_decay = kwargs.pop("weight_decay", self.args.weight_decay)
+            rates = self.loraplus_rates
+            groups = groups_for(trainable_parameters(model), rates, weight_decay)
+            self.optimizer = optimizer_cls(groups, lr=rates.lr, **kwargs)
+        return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        # Trainer reads its rate before the scheduler moves on and logs it later; the groups are read at that moment.
+        if self.optimizer is not None:
+            self._group_rates = {
+                group["name"]: group["lr"].item() if isinstance(group["lr"], torch.Tensor) else group["lr"]
+                for group in self.optimizer.param_groups
+            }
+        return super()._get_learning_rate()  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds `lr/<group>` for every group wherever the trainer logs its learning rate."""
+        if "learning_rate" in logs:
+            logs |= {f"lr/{name}": lr for name, lr in self._group_rates.items()}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Refuses to resume from a checkpoint trained at other rates, then trains."""
+        if resume_from_checkpoint:
+            folder = resume_from_checkpoint
+            if folder is True:
+                folder = get_last_checkpoint(self.args.output_dir)
+            if folder is not None and Path(folder).is_dir():
+                check_resume(Path(folder), self.loraplus_rates)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Saves the model, and beside it the rates and the role of every trained parameter."""
+        super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
+        if self.args.should_save:
+            write_rates(Path(output_dir or self.args.output_dir), self.loraplus_rates, self.model)
+
+
+def write_rates(folder: Path, rates: Rates, model: torch.nn.Module) -> None:
+    """Writes loraplus.json: the rates, and {parameter: role}."""
+    content = {
+        "format_version": _FORMAT_VERSION,
+        **asdict(rates),
+        "roles": {entry.name: entry.role.value for entry in trainable_parameters(model)},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / (RATES_FILE + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / RATES_FILE)
+
+
+def check_resume(checkpoint: Path, rates: Rates) -> None:
+    """Refuses a checkpoint whose optimizer was not made with these rates.
+
+    The optimizer and scheduler states hold the old rates, so torch would go on with them in silence.
+
+    Args:
+        checkpoint: a folder that a Trainer wrote.
+        rates: what this run asks for.
+
+    Raises:
+        ResumeMismatchError: another ratio or another rate of a role, or a checkpoint without LoRA+.
+    """
+    instead = (
+        "or start a new run from its weights: load them with "
+        f"PeftModel.from_pretrained(model, {str(checkpoint)!r}, is_trainable=True) and train without "
+        "resume_from_checkpoint"
+    )
+    try:
+        saved = json.loads((checkpoint / RATES_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResumeMismatchError(
+            f"{checkpoint} has no {RATES_FILE}: it was not trained with LoRA+, and its optimizer has other groups; "
+            f"resume it with the trainer that wrote it, {instead}"
+        ) from None
+    asked = asdict(rates)
+    for name, value in asked.items():
+        if name == "lr" or saved.get(name) == value:
+            continue
+        raise ResumeMismatchError(
+            f"{checkpoint} was trained with {name} = {saved.get(name)}, this run asks for {value}; resume with "
+            f"{name} = {saved.get(name)}, {instead}"
+        )
+    if saved.get("lr") != asked["lr"]:
+        warnings.warn(
+            f"{checkpoint} was trained with lr = {saved.get('lr')}; its schedule goes on and lr = {asked['lr']} is "
+            "not used",
+            stacklevel=3,
+        )
+
+
+@dataclass
+class LoraPlusTrainingArguments(TrainingArguments):
+    """TrainingArguments with the rates of LoRA+; `learning_rate` is η_A.
+
+    Args:
+        loraplus_lr_ratio: λ = η_B / η_A.
+        loraplus_lr_embedding: rate of embedding factors and rows. Default: learning_rate.
+        loraplus_lr_head: rate of `modules_to_save`. Default: learning_rate.
+        loraplus_lr_magnitude: rate of DoRA's magnitudes. Default: learning_rate.
+        loraplus_lr_overrides: {regular expression: factor}, as a dict or JSON text.
+    """
+
+    loraplus_lr_ratio: float = field(default=DEFAULT_LR_RATIO, metadata={"help": "λ = η_B / η_A; 1 is plain LoRA."})
+    loraplus_lr_embedding: float | None = field(default=None, metadata={"help": "Rate of embedding factors and rows."})
+    loraplus_lr_head: float | None = field(default=None, metadata={"help": "Rate of modules_to_save."})
+    loraplus_lr_magnitude: float | None = field(default=None, metadata={"help": "Rate of DoRA's magnitudes."})
+    loraplus_lr_overrides: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "{regular expression: factor} on parameter names, as JSON."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.loraplus_lr_overrides, str):
+            try:
+                self.loraplus_lr_overrides = json.loads(self.loraplus_lr_overrides)
+            except json.JSONDecodeError as error:
+                raise TrainerSetupError(f"loraplus_lr_overrides is not JSON: {error}") from None
+
+    def loraplus_settings(self) -> RateSettings:
+        """The rate settings as `attach` takes them."""
+        overrides = self.loraplus_lr_overrides
+        return RateSettings(
+            lr_ratio=self.loraplus_lr_ratio,
+            lr_embedding=self.loraplus_lr_embedding,
+            lr_head=self.loraplus_lr_head,
+            lr_magnitude=self.loraplus_lr_magnitude,
+            lr_overrides=overrides if isinstance(overrides, dict) else {},
+        )
+
+
+class LoraPlusTrainer(LoraPlusMixin, Trainer):  # type: ignore[misc]
+    """transformers' Trainer with LoRA+; takes `LoraPlusTrainingArguments`.
+
+    Example:
+        >>> args = LoraPlusTrainingArguments("out", learning_rate=2e-4, loraplus_lr_ratio=16)  # doctest: +SKIP
+        >>> LoraPlusTrainer(model=peft_model, args=args, train_dataset=data).train()  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Any = None, args: TrainingArguments | None = None, **kwargs: Any) -> None:
+        args = LoraPlusTrainingArguments() if args is None else args
+        if not isinstance(args, LoraPlusTrainingArguments):
+            raise TrainerSetupError(
+                f"LoraPlusTrainer takes LoraPlusTrainingArguments, got {type(args).__name__}; with other arguments "
+                "use loraplus.attach(trainer, lr_ratio=...)"
+            )
+        super().__init__(model=model, args=args, **kwargs)
+        _set_up(self, args.loraplus_settings())
+
+
+def attach(
+    trainer: AnyTrainer,
+    lr_ratio: float = DEFAULT_LR_RATIO,
+    *,
+    lr: float | None = None,
+    lr_embedding: float | None = None,
+    lr_head: float | None = None,
+    lr_magnitude: float | None = None,
+    lr_overrides: dict[str, float] | None = None,
+) -> AnyTrainer:
+    """Gives a trainer LoRA+ before `.train()`; works for Trainer and every subclass, TRL's included.
+
+    Args:
+        trainer: a `transformers.Trainer` or subclass whose optimizer is not built yet.
+        lr_ratio: λ = η_B / η_A.
+        lr: η_A. Default: the trainer's `args.learning_rate`.
+        lr_embedding, lr_head, lr_magnitude, lr_overrides: as in `loraplus.param_groups`.
+
+    Returns:
+        The same trainer.
+
+    Raises:
+        TrainerSetupError: not a Trainer, or its optimizer exists already.
+        InvalidRateError, NoLoraFactorsError, …: as `loraplus.param_groups`, here rather than in `.train()`.
+
+    Example:
+        >>> trainer = loraplus.attach(SFTTrainer(...), lr_ratio=16.0)  # doctest: +SKIP
+    """
+    if not isinstance(trainer, Trainer):
+        raise TrainerSetupError(f"attach takes a transformers Trainer, got {type(trainer).__name__}")
+    settings = RateSettings(lr_ratio, lr, lr_embedding, lr_head, lr_magnitude, lr_overrides or {})
+    if trainer.optimizer is None and not isinstance(trainer, LoraPlusMixin):
+        trainer.__class__ = _with_mixin(type(trainer))
+    _set_up(trainer, settings)
+    return trainer
+
+
+@functools.cache
+def _with_mixin(trainer_class: type[Trainer]) -> type[Trainer]:
+    return type(trainer_class.__name__, (LoraPlusMixin, trainer_class), {"__module__": trainer_class.__module__})
+
+
+def _set_up(trainer: Any, settings: RateSettings) -> None:
+    if trainer.optimizer is not None:
+        raise TrainerSetupError(
+            f"{type(trainer).__name__} has an optimizer already, so its rates are fixed; leave out `optimizers=` and "
+            "set LoRA+ up before .train()"
+        )
+    trainer.loraplus_settings = settings
+    rates = trainer.loraplus_rates
+    if trainer.model is not None and trainer.model_init is None:
+        groups_for(trainable_parameters(trainer.model), rates, None)  # every error that the model causes, early

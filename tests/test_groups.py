@@ -1,0 +1,210 @@
+"""param_groups, create_optimizer, explain and verify: who gets which rate, and the proof."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_bert
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer as peft_optimizer
+
+import loraplus
+from loraplus.roles import trainable_parameters
+
+
+def adapted(**options):
+    torch.manual_seed(0)
+    config = {"r": 4, "target_modules": ["query", "value"], "modules_to_save": ["classifier"], **options}
+    return get_peft_model(tiny_bert(), LoraConfig(**config))
+
+
+def rates_by_role(model, optimizer):
+    return {entry.role: entry.lr for entry in loraplus.explain(model, optimizer).entries}
+
+
+def test_the_core_imports_torch_only():
+    code = (
+        "import sys, loraplus; loraplus.param_groups, loraplus.verify, loraplus.create_optimizer; "
+        "print([m for m in ('transformers', 'peft', 'numpy.typing', 'accelerate', 'optuna', 'scipy', 'rich', 'typer') "
+        "if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_groups_are_named_never_empty_and_hold_every_parameter_once():
+    model = adapted(use_dora=True, bias="all")
+    groups = loraplus.param_groups(model, lr=1e-3, lr_ratio=16.0, weight_decay=0.1)
+    names = [group["name"] for group in groups]
+    assert len(set(names)) == len(names) and all(group["params"] for group in groups)
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_plain_lora_gives_exactly_two_groups():
+    model = adapted(modules_to_save=None)
+    groups = loraplus.param_groups(model, lr=1e-3, lr_ratio=16.0, weight_decay=0.1)
+    assert [(group["name"], group["lr"]) for group in groups] == [("lora_A", 1e-3), ("lora_B", 16e-3)]
+
+
+def test_only_b_gets_bs_rate():
+    model = adapted(use_dora=True, bias="all", target_modules=["query", "word_embeddings"])
+    optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=10.0)
+    rates = rates_by_role(model, optimizer)
+    assert rates.pop("lora_B") == pytest.approx(1e-2)
+    assert set(rates.values()) == {1e-3}
+    assert set(rates) == {"lora_A", "lora_embedding_A", "lora_embedding_B", "magnitude", "head", "norm_bias"}
+
+
+def test_every_role_can_have_a_rate_of_its_own():
+    model = adapted(use_dora=True, target_modules=["query", "word_embeddings"])
+    own = {"lr_embedding": 2e-4, "lr_head": 3e-4, "lr_magnitude": 4e-4}
+    optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=10.0, **own)
+    assert rates_by_role(model, optimizer) == {
+        "lora_A": 1e-3, "lora_B": 1e-2, "lora_embedding_A": 2e-4, "lora_embedding_B": 2e-4, "head": 3e-4,
+        "magnitude": 4e-4,
+    }  # fmt: skip
+    loraplus.verify(model, optimizer, lr_ratio=10.0, **own)
+    with pytest.raises(loraplus.RateMismatchError, match="classifier"):
+        loraplus.verify(model, optimizer, lr_ratio=10.0, **{**own, "lr_head": 1e-3})
+
+
+def test_overrides_multiply_the_rates_of_matching_names():
+    model = adapted()
+    overrides = {r"layer\.0\.": 0.5, r"value": 0.1}
+    groups = loraplus.param_groups(model, 1e-3, 16.0, lr_overrides=overrides)
+    by_name = {group["name"]: group["lr"] for group in groups}
+    assert by_name["lora_B_x0.05"] == pytest.approx(16e-3 * 0.05)
+    assert by_name["lora_A"] == 1e-3
+    optimizer = torch.optim.SGD(groups)
+    loraplus.verify(model, optimizer, lr_ratio=16.0, lr_overrides=overrides)
+    with pytest.raises(loraplus.InvalidRateError, match="matches no trainable parameter"):
+        loraplus.param_groups(model, 1e-3, lr_overrides={"nowhere": 2.0})
+
+
+def test_weight_decay_goes_where_trainer_puts_it(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = adapted(bias="all", use_dora=True, modules_to_save=["classifier", "LayerNorm"])
+    args = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.1, use_cpu=True, report_to=[])
+    decays = set(Trainer(model=model, args=args).get_decay_parameter_names(model))
+    for name, entry in zip(
+        (n for n, p in model.named_parameters() if p.requires_grad), trainable_parameters(model), strict=True
+    ):
+        assert entry.decays == (name in decays), name
+    groups = loraplus.param_groups(model, 1e-3, weight_decay=0.1)
+    assert all(group["weight_decay"] == (0.0 if group["name"].endswith("_no_decay") else 0.1) for group in groups)
+
+
+@pytest.mark.parametrize("optimizer_cls", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.NAdam])
+def test_ratio_one_with_the_defaults_is_the_plain_optimizer_bit_for_bit(optimizer_cls):
+    model = adapted(target_modules=["query", "word_embeddings"], bias="all")
+    twin = copy.deepcopy(model)
+    plain = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ours = loraplus.create_optimizer(twin, optimizer_cls, lr=1e-2, lr_ratio=1.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        ids = torch.randint(0, 64, (4, 8), generator=generator)
+        for net, optimizer in ((model, plain), (twin, ours)):
+            optimizer.zero_grad()
+            net(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+            optimizer.step()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "fast", None])
+@pytest.mark.parametrize("argument", ["lr", "lr_ratio"])
+def test_a_rate_that_cannot_be_used_is_refused_by_name(argument, value):
+    with pytest.raises(loraplus.InvalidRateError, match=argument):
+        loraplus.param_groups(adapted(), **{"lr": 1e-3, "lr_ratio": 2.0, argument: value})
+
+
+def test_a_ratio_below_one_warns():
+    with pytest.warns(UserWarning, match="below 1"):
+        loraplus.param_groups(adapted(), lr=1e-3, lr_ratio=0.5)
+
+
+def test_explain_reads_any_optimizer_back_and_prints_a_table():
+    model = adapted()
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_A" in n], lr=1e-4, weight_decay=0.2)
+    table = loraplus.explain(model, optimizer)
+    data = json.loads(json.dumps(table.to_dict()))
+    a = [row for name, row in data["parameters"].items() if "lora_A" in name]
+    assert all(row["lr"] == 1e-4 and row["weight_decay"] == 0.2 for row in a)
+    assert {row["lr"] for name, row in data["parameters"].items() if "lora_B" in name} == {None}
+    assert "lora_A" in str(table) and "(not optimized)" in str(table) and "0.0001" in str(table)
+    assert sum(row["parameters"] for row in data["groups"]) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+
+
+def test_verify_names_what_was_tampered_with():
+    model = adapted()
+    optimizer = loraplus.create_optimizer(model, lr=1e-3, lr_ratio=16.0)
+    loraplus.verify(model, optimizer, lr_ratio=16.0, lr=1e-3)
+    with pytest.raises(loraplus.RateMismatchError, match="lora_B"):
+        loraplus.verify(model, optimizer, lr_ratio=8.0)
+    with pytest.raises(loraplus.RateMismatchError, match="expected 0.002"):
+        loraplus.verify(model, optimizer, lr_ratio=16.0, lr=2e-3)
+    optimizer.param_groups[1]["lr"] *= 1.01
+    with pytest.raises(loraplus.RateMismatchError, match="lora_B.default.weight"):
+        loraplus.verify(model, optimizer, lr_ratio=16.0)
+
+
+def test_verify_notices_a_parameter_that_is_not_optimized():
+    model = adapted()
+    optimizer = loraplus.create_optimizer(model, lr=1e-3, lr_ratio=16.0)
+    left_out = optimizer.param_groups[0]["params"].pop()
+    name = next(n for n, p in model.named_parameters() if p is left_out)
+    with pytest.raises(loraplus.RateMismatchError, match=f"{name} is in no group"):
+        loraplus.verify(model, optimizer, lr_ratio=16.0)
+
+
+def test_verify_holds_in_warm_up_and_through_a_schedule_and_sees_through_it():
+    model = adapted()
+    optimizer = loraplus.create_optimizer(model, lr=1e-3, lr_ratio=16.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    for _ in range(5):
+        loraplus.verify(model, optimizer, lr_ratio=16.0, lr=1e-3)
+        optimizer.step()
+        scheduler.step()
+    optimizer.param_groups[0]["lr"] *= 2
+    with pytest.raises(loraplus.RateMismatchError, match="is at"):
+        loraplus.verify(model, optimizer, lr_ratio=16.0)
+
+
+def test_verify_refuses_pefts_optimizer_where_it_is_wrong():
+    model = adapted(use_dora=True)
+    theirs = peft_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    with pytest.raises(loraplus.RateMismatchError, match="magnitude"):
+        loraplus.verify(model, theirs, lr_ratio=16.0)
+
+
+def test_pefts_signature_works_and_honours_weight_decay():
+    model = adapted()
+    optimizer = loraplus.create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, betas=(0.9, 0.99), weight_decay=0.3
+    )
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.3, 0.0}
+    assert optimizer.defaults["betas"] == (0.9, 0.99)
+    default = loraplus.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    assert {g["weight_decay"] for g in default.param_groups} == {0.0}
+    with pytest.raises(loraplus.InvalidRateError, match="contradict"):
+        loraplus.create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=2.0, weight_decay=0.1, loraplus_weight_decay=0.2
+        )
+
+
+@settings(max_examples=25, deadline=None)
+@given(lr=st.floats(1e-7, 1.0), ratio=st.floats(1.0, 1e4), decay=st.one_of(st.none(), st.floats(0, 1)))
+def test_any_usable_rates_survive_verify(lr, ratio, decay):
+    model = adapted(bias="lora_only")
+    optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=lr, lr_ratio=ratio, weight_decay=decay)
+    loraplus.verify(model, optimizer, lr_ratio=ratio, lr=lr)

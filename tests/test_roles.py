@@ -1,0 +1,165 @@
+"""Every PEFT layout that one LoraConfig can produce, by role and by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_bert
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from loraplus import NoLoraFactorsError, NoTrainableParametersError, Role, UnknownAdapterParameterError, register_layout
+from loraplus.roles import clean_name, trainable_parameters, unregister_layout
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0, pad_token_id=0
+        )
+    )
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2, self.c3 = nn.Conv1d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv3d(3, 4, 3)
+        self.attention = nn.MultiheadAttention(8, 2)
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for entry in trainable_parameters(model):
+        found[entry.role.value] = found.get(entry.role.value, 0) + 1
+    return found
+
+
+CASES = {
+    "linear": (tiny_bert, {"target_modules": ["query", "value"]}, {"lora_A": 4, "lora_B": 4}),
+    "Conv1D of GPT-2": (tiny_gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}, {"lora_A": 2, "lora_B": 2}),
+    "convolutions and attention": (
+        Convolutions, {"target_modules": ["c1", "c2", "c3", "attention"]}, {"lora_A": 5, "lora_B": 5},
+    ),
+    "embedding": (
+        tiny_bert, {"target_modules": ["word_embeddings", "query"]},
+        {"lora_embedding_A": 1, "lora_embedding_B": 1, "lora_A": 2, "lora_B": 2},
+    ),
+    "DoRA": (tiny_bert, {"target_modules": ["query"], "use_dora": True}, {"lora_A": 2, "lora_B": 2, "magnitude": 2}),
+    "DoRA on an embedding": (
+        tiny_bert, {"target_modules": ["word_embeddings"], "use_dora": True},
+        {"lora_embedding_A": 1, "lora_embedding_B": 1, "magnitude": 1},
+    ),
+    "rsLoRA": (tiny_bert, {"target_modules": ["query"], "use_rslora": True}, {"lora_A": 2, "lora_B": 2}),
+    "modules_to_save": (
+        tiny_bert, {"target_modules": ["query"], "modules_to_save": ["classifier"]}, {"lora_A": 2, "lora_B": 2, "head": 2},
+    ),
+    "an embedding in modules_to_save": (
+        tiny_gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["wpe"]}, {"lora_A": 2, "lora_B": 2, "embedding": 1},
+    ),
+    "bias of all": (
+        tiny_bert, {"target_modules": ["query"], "bias": "all"}, {"lora_A": 2, "lora_B": 2, "norm_bias": 19},
+    ),
+    "bias of adapted layers": (
+        tiny_bert, {"target_modules": ["query"], "bias": "lora_only"}, {"lora_A": 2, "lora_B": 2, "norm_bias": 2},
+    ),
+    "bias of B": (
+        tiny_bert, {"target_modules": ["query"], "lora_bias": True}, {"lora_A": 2, "lora_B": 2, "norm_bias": 2},
+    ),
+    "trainable tokens": (
+        tiny_gpt2, {"target_modules": ["c_attn"], "trainable_token_indices": [1, 2]},
+        {"lora_A": 2, "lora_B": 2, "embedding": 1},
+    ),
+    "tied embedding and head, both adapted": (
+        tiny_gpt2, {"target_modules": ["wte", "lm_head"]},
+        {"lora_embedding_A": 1, "lora_embedding_B": 1, "lora_A": 1, "lora_B": 1},
+    ),
+    "tied embedding and head, both saved": (
+        tiny_gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["wte", "lm_head"], "ensure_weight_tying": True},
+        {"lora_A": 2, "lora_B": 2, "embedding": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_peft_layout_gets_its_roles(case):
+    base, options, expected = CASES[case]
+    model = get_peft_model(base(), LoraConfig(r=2, **options))
+    assert counts(model) == expected
+    for entry in trainable_parameters(model):
+        if entry.role in (Role.A, Role.EMBEDDING_A):
+            assert ".lora_A." in entry.name or ".lora_embedding_A." in entry.name
+
+
+def test_a_linear_b_is_the_factor_that_is_zero_at_start():
+    model = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules=["query", "dense"]))
+    for entry in trainable_parameters(model):
+        assert (entry.parameter.abs().max() == 0) == (entry.role is Role.B)
+
+
+def test_a_frozen_adapter_is_left_out_and_an_adapters_name_does_not_matter():
+    model = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules=["query"]), adapter_name="lora_A")
+    model.add_adapter("lora_B", LoraConfig(r=2, target_modules=["query"]))
+    model.set_adapter("lora_B")
+    entries = trainable_parameters(model)
+    assert counts(model) == {"lora_A": 2, "lora_B": 2}
+    assert all(".lora_B." in entry.name[-20:] for entry in entries)
+
+
+def test_a_base_module_called_like_a_factor_does_not_confuse():
+    base = nn.ModuleDict({"lora_B": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lora_B.0"]))
+    assert counts(model) == {"lora_A": 1, "lora_B": 1}
+
+
+def test_compiled_and_wrapped_models_keep_their_roles():
+    model = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules=["query"]))
+    compiled = torch.compile(model)
+    assert [e.name for e in trainable_parameters(compiled)] == [e.name for e in trainable_parameters(model)]
+    assert counts(nn.DataParallel(model)) == counts(model)
+
+
+@given(st.lists(st.sampled_from(["module", "_orig_mod", "_fsdp_wrapped_module"]), max_size=4))
+def test_wrapper_prefixes_vanish_from_names(prefixes):
+    assert clean_name(".".join([*prefixes, "layer", "lora_A", "default", "weight"])) == "layer.lora_A.default.weight"
+
+
+def test_no_trainable_parameter_is_an_error_that_says_so():
+    model = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules=["query"]))
+    model.requires_grad_(False)
+    with pytest.raises(NoTrainableParametersError, match="no trainable parameter"):
+        trainable_parameters(model)
+
+
+@pytest.mark.parametrize(
+    "model", [tiny_bert, lambda: get_peft_model(tiny_bert(), IA3Config(target_modules=["query"], feedforward_modules=[]))]
+)
+def test_a_model_without_lora_factors_is_an_error_that_says_so(model):
+    with pytest.raises(NoLoraFactorsError, match="no LoRA factor"):
+        trainable_parameters(model())
+
+
+def test_an_unknown_adapter_factor_is_named_not_guessed():
+    model = get_peft_model(tiny_bert(), AdaLoraConfig(target_modules=["query"], total_step=10))
+    with pytest.raises(UnknownAdapterParameterError, match="lora_E"):
+        trainable_parameters(model)
+
+
+def test_a_registered_layout_is_recognised():
+    class DownUp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+
+    roles = {"down.weight": Role.A, "up.weight": Role.B}
+    with pytest.raises(NoLoraFactorsError):
+        trainable_parameters(DownUp())
+    register_layout("down-up", lambda name, owner: roles.get(name))
+    try:
+        assert counts(DownUp()) == {"lora_A": 1, "lora_B": 1}
+    finally:
+        unregister_layout("down-up")
