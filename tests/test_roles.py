@@ -19,7 +19,14 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0, pad_token_id=0
+            vocab_size=48,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=16,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
         )
     )
 
@@ -55,10 +62,12 @@ CASES = {
     ),
     "rsLoRA": (tiny_bert, {"target_modules": ["query"], "use_rslora": True}, {"lora_A": 2, "lora_B": 2}),
     "modules_to_save": (
-        tiny_bert, {"target_modules": ["query"], "modules_to_save": ["classifier"]}, {"lora_A": 2, "lora_B": 2, "head": 2},
+        tiny_bert, {"target_modules": ["query"], "modules_to_save": ["classifier"]},
+        {"lora_A": 2, "lora_B": 2, "head": 2},
     ),
     "an embedding in modules_to_save": (
-        tiny_gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["wpe"]}, {"lora_A": 2, "lora_B": 2, "embedding": 1},
+        tiny_gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["wpe"]},
+        {"lora_A": 2, "lora_B": 2, "embedding": 1},
     ),
     "bias of all": (
         tiny_bert, {"target_modules": ["query"], "bias": "all"}, {"lora_A": 2, "lora_B": 2, "norm_bias": 19},
@@ -136,7 +145,8 @@ def test_no_trainable_parameter_is_an_error_that_says_so():
 
 
 @pytest.mark.parametrize(
-    "model", [tiny_bert, lambda: get_peft_model(tiny_bert(), IA3Config(target_modules=["query"], feedforward_modules=[]))]
+    "model",
+    [tiny_bert, lambda: get_peft_model(tiny_bert(), IA3Config(target_modules=["query"], feedforward_modules=[]))],
 )
 def test_a_model_without_lora_factors_is_an_error_that_says_so(model):
     with pytest.raises(NoLoraFactorsError, match="no LoRA factor"):

@@ -63,7 +63,7 @@ class LoraPlusMixin:
             values["lr"] = self.args.learning_rate
         return Rates(**values)
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Builds the optimizer that the training arguments name, with LoRA+ groups."""
         if self.optimizer is None:
             model = self.model if model is None else model
@@ -84,7 +84,7 @@ class LoraPlusMixin:
             weight_decay = kwargs.pop("weight_decay", self.args.weight_decay)
             rates = self.loraplus_rates
             groups = groups_for(trainable_parameters(model), rates, weight_decay)
-            self.optimizer = optimizer_cls(groups, lr=rates.lr, **kwargs)
+            self.optimizer = optimizer_cls(groups, lr=rates.lr, **kwargs)  # type: ignore[call-arg]
         return self.optimizer
 
     def _get_learning_rate(self) -> float:

@@ -1,0 +1,5 @@
+"""The `loraplus` command."""
+
+from loraplus.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,87 @@
+"""`loraplus compare`: LoRA against LoRA+ on the user's task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from loraplus.cli.app import app
+from loraplus.cli.options import config_command
+from loraplus.study.records import ARM_TITLES, ARMS
+from loraplus.tasks.config import CompareConfig
+
+WIDTH_OF_FILES = 120
+
+
+@config_command(app, "compare", CompareConfig)
+def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
+    """Compare LoRA with LoRA+ on your task: both tuned with the same budget, tested on several fresh seeds."""
+    from loraplus.cli.console import quiet_libraries
+    from loraplus.cli.progress import study_progress
+
+    quiet_libraries()
+    from loraplus.study.compare import REPORT_FILE, compare
+    from loraplus.tasks.output import json_text
+
+    console = Console(stderr=json, no_color=plain or None)
+    with study_progress(console, plain=plain) as progress:
+        summary = compare(config, overwrite=overwrite, resume=resume, progress=progress)
+    if json:
+        print(json_text(summary))
+    if not console.is_terminal:
+        console.width = WIDTH_OF_FILES
+    console.print(results_table(summary))
+    console.print(Text(str(summary["verdict"])))
+    console.print(Text(f"report: {Path(config.output) / REPORT_FILE}"), soft_wrap=True)
+
+
+def results_table(summary: dict[str, Any]) -> Table:
+    """One row for each arm, tuned and untuned.
+
+    Args:
+        summary: As written to summary.json.
+    """
+    from loraplus.cli.progress import rate
+
+    table = Table(box=None, pad_edge=False, collapse_padding=True)  # fits 80 columns
+    table.add_column("arm", no_wrap=True)
+    for title in ("η_A", "η_B", "λ", "test accuracy", "test loss", "s/step"):
+        table.add_column(title, justify="right")
+    for group, suffix in (("arms", ""), ("untuned", " untuned")):
+        for arm in ARMS:
+            row = summary.get(group, {}).get(arm)
+            if not row:
+                continue
+            rates = row.get("best", row)
+            lr, lr_ratio = rates["lr"], rates["lr_ratio"]
+            test = row.get("test") or {}
+            table.add_row(
+                ARM_TITLES[arm] + suffix,
+                rate(lr),
+                rate(lr * lr_ratio),
+                f"{lr_ratio:g}",
+                _interval(test.get("accuracy"), percent=True),
+                _interval(test.get("loss")),
+                _number(row.get("seconds_per_step"), "{:.3g}"),
+            )
+    return table
+
+
+def _interval(value: dict[str, float | None] | None, percent: bool = False) -> str:
+    value, scale = value or {}, 100 if percent else 1
+    pattern, unit = ("{:.1f}", "%") if percent else ("{:.3f}", "")
+    mean, low, high = (value.get(key) for key in ("mean", "low", "high"))
+    if mean is None:
+        return "–"
+    shown = pattern.format(mean * scale) + unit
+    if low is None or high is None:
+        return shown
+    return f"{shown} [{pattern.format(low * scale)}, {pattern.format(high * scale)}]"
+
+
+def _number(value: float | None, pattern: str) -> str:
+    return "–" if value is None or value != value else pattern.format(value)

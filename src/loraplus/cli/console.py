@@ -1,0 +1,102 @@
+"""What a user sees while one run goes on: a bar with the losses, or plain lines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' notices (fresh heads, download bars, deprecations) out of the command's own output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def is_moving(console: Console, plain: bool) -> bool:
+    """Whether bars that redraw themselves make sense here."""
+    return console.is_terminal and not plain
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), console=console, transient=True,
+    )  # fmt: skip
+
+
+@contextmanager
+def counting_bar(console: Console, title: str, total: int, *, plain: bool) -> Iterator[Callable[[int], None] | None]:
+    """Yields a function that moves a bar by so many, or None where no bar is shown."""
+    if not is_moving(console, plain):
+        yield None
+        return
+    with _bar(console) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+class TrainingProgress(TrainerCallback):
+    """A line for every evaluation, under it a bar with the time left (or, on a plain terminal, the lines alone)."""
+
+    def __init__(self, console: Console, *, plain: bool) -> None:
+        self._console = console
+        self._progress = _bar(console) if is_moving(console, plain) else None
+        self._task: Any = None
+        self._train_loss: float | None = None
+        self._started = self._first_step = 0.0
+
+    def __enter__(self) -> TrainingProgress:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started, self._first_step = time.monotonic(), state.global_step
+        if self._progress:
+            self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        elif state.global_step:
+            self._console.print(f"going on at step {state.global_step} of {state.max_steps}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._progress:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self._train_loss = logs["loss"]
+        if "eval_loss" not in logs or (state.global_step >= state.max_steps and self._train_loss is None):
+            return
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        if self._train_loss is not None:
+            parts.append(f"loss {self._train_loss:.4f}")
+        parts += [f"eval_loss {logs['eval_loss']:.4f}", f"eval_accuracy {logs['eval_accuracy']:.4f}"]
+        done = state.global_step - self._first_step
+        if not self._progress and done > 0 and state.global_step < state.max_steps:
+            left = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
+            parts.append(f"about {max(1, round(left / 60))} min left" if left > 60 else f"about {left:.0f} s left")
+        self._console.print(" · ".join(parts), soft_wrap=True)
+        self._train_loss = None

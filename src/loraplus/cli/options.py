@@ -1,0 +1,109 @@
+"""Turns a configuration dataclass into a command: every field a flag, the same names as YAML keys.
+
+`--config file.yaml` fills click's default map, so a value from the file goes through the same conversion and the
+same error messages as a flag, and a flag on the command line wins over the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+import yaml
+
+from loraplus.errors import InputError
+
+# Options of the command itself, not of the run: never part of the configuration.
+COMMAND_ONLY = {"config", "overwrite", "resume", "json", "plain", "help"}
+
+
+def load_yaml(path: str, known: set[str]) -> dict[str, Any]:
+    """Reads a configuration file; keys may be spelled with - or _.
+
+    Raises:
+        InputError: the file cannot be read, is not a mapping, or holds a key that does not exist.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"the configuration {path} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected `key: value` lines, found {type(data).__name__}")
+    resolved = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise InputError(f"{path}: there is no configuration key {key!r}; the nearest is {near[0]!r}")
+        resolved[name] = value
+    return resolved
+
+
+def _fill_default_map(context: typer.Context, path: str | None) -> str | None:
+    if path:
+        known = {p.name for p in context.command.params if p.name} - COMMAND_ONLY
+        context.default_map = load_yaml(path, known)
+    return path
+
+
+def _parameter(spec: Field[Any], annotation: Any) -> inspect.Parameter:
+    flags = spec.metadata.get("flags") or ("--" + spec.name.replace("_", "-"),)
+    option = typer.Option(*flags, help=spec.metadata["help"], show_default=spec.default not in ("", None))
+    default = inspect.Parameter.empty if spec.default is MISSING else spec.default
+    return inspect.Parameter(
+        spec.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+    )
+
+
+def _command_option(name: str, annotation: Any, default: Any, help: str, **kwargs: Any) -> inspect.Parameter:
+    option = typer.Option("--" + name.replace("_", "-"), help=help, **kwargs)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+    )
+
+
+def config_command(app: typer.Typer, name: str, config_class: type) -> Callable[[Callable[..., None]], Any]:
+    """Registers `run(config, overwrite, resume, json, plain)` as a command with one flag a field of the class."""
+
+    def register(run: Callable[..., None]) -> Any:
+        hints = get_type_hints(config_class)
+        specs = fields(config_class)
+
+        def command(**values: Any) -> None:
+            values.pop("config")
+            extra = {key: values.pop(key) for key in ("overwrite", "resume", "json", "plain")}
+            for required in ("model", "data", "output"):
+                if not values[required]:
+                    raise InputError(f"--{required} is needed (a flag, or a key of the --config file)")
+            run(config_class(**values), **extra)
+
+        parameters = [_parameter(spec, hints[spec.name]) for spec in specs]
+        parameters += [
+            _command_option(
+                "config", str | None, None, "YAML file with any of these flags as keys.",
+                is_eager=True, callback=_fill_default_map,
+            ),
+            _command_option("overwrite", bool, False, "Replace what an earlier run left in --output."),
+            _command_option("resume", bool, False, "Go on where an interrupted run in --output stopped."),
+            _command_option("json", bool, False, "Print the result as JSON on standard output."),
+            _command_option("plain", bool, False, "No colours, no moving progress bars."),
+        ]  # fmt: skip
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        command.__doc__ = run.__doc__
+        return app.command(name)(command)
+
+    return register

@@ -1,0 +1,74 @@
+"""`loraplus predict`"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json as json_format
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from loraplus.cli.app import app
+from loraplus.errors import InputError
+
+_FORMATS = (".csv", ".tsv", ".jsonl")
+
+
+@app.command("predict")
+def run(
+    adapter: Annotated[str, typer.Option(help="Folder that `loraplus train` wrote.")],
+    data: Annotated[str, typer.Option(help="CSV, TSV, JSON Lines or Parquet file, or `datasets` folder.")],
+    output: Annotated[str, typer.Option(help="File to write: .csv, .tsv or .jsonl.")],
+    model: Annotated[str | None, typer.Option(help="Base model, if it is no longer where it was.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text; guessed if not given.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON on standard output.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")] = False,
+) -> None:
+    """Label the texts of a file with a trained adapter."""
+    from loraplus.cli.console import counting_bar, quiet_libraries
+
+    quiet_libraries()
+    from loraplus.tasks.output import write_atomically
+    from loraplus.tasks.predict import load_adapter, predict
+    from loraplus.tasks.table import choose_text_column, read_table
+
+    target = Path(output)
+    if target.suffix not in _FORMATS:
+        raise InputError(f"--output {output} must end in one of {', '.join(_FORMATS)}")
+    if target.exists() and not overwrite:
+        raise InputError(f"{output} exists; name another file or pass --overwrite")
+    if not target.parent.is_dir():
+        raise InputError(f"there is no folder {target.parent} to write {target.name} to")
+    table = read_table(data)
+    column = choose_text_column(table, text_column)
+    texts = ["" if text is None else str(text) for text in table.columns[column]]
+    classifier, tokenizer = load_adapter(adapter, model)
+    console = Console(stderr=json, no_color=plain, highlight=False)
+    with counting_bar(console, "labelling", len(texts), plain=plain) as advance:
+        rows = predict(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)
+    names = [*table.columns, *(name for name in ("prediction", "probability") if name not in table.columns)]
+    full = [{**{name: values[i] for name, values in table.columns.items()}, **row} for i, row in enumerate(rows)]
+    write_atomically(target, _render(full, names, target.suffix))
+    counts = {label: sum(row["prediction"] == label for row in rows) for label in classifier.config.id2label.values()}
+    if json:
+        json_format.dump({"output": output, "examples": len(rows), "predictions": counts}, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        shares = " · ".join(f"{label} {count}" for label, count in counts.items())
+        console.print(f"{len(rows)} texts labelled: {shares}\nwritten to {output}", soft_wrap=True)
+
+
+def _render(rows: list[dict[str, Any]], names: list[str], suffix: str) -> str:
+    if suffix == ".jsonl":
+        return "".join(json_format.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()

@@ -1,0 +1,187 @@
+"""Shows a study while it runs: moving bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from loraplus.study.records import ARM_TITLES, Record, Trial
+from loraplus.study.runner import Event
+
+MINIMAL_SECONDS_FOR_ESTIMATE = 2.0
+
+
+class StudyProgress(Protocol):
+    """A context manager that is called with every event of a study."""
+
+    def __enter__(self) -> StudyProgress: ...
+    def __exit__(self, *exception: object) -> None: ...
+    def __call__(self, event: Event) -> None: ...
+
+
+def study_progress(console: Console, *, plain: bool) -> StudyProgress:
+    """The display that suits the console: bars on a terminal, lines otherwise or if `plain`."""
+    return PlainProgress(console) if plain or not console.is_terminal else BarProgress(console)
+
+
+def describe(trial: Trial) -> str:
+    """One trial in words: `tuning LoRA+ η_A 2.5e-4 λ 16 seed 0`."""
+    return f"{trial.phase} {ARM_TITLES[trial.arm]} η_A {rate(trial.lr)} λ {trial.lr_ratio:g} seed {trial.seed}"
+
+
+def rate(value: float) -> str:
+    """A learning rate in the shortest scientific form: 2.5e-4."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    digits = mantissa.rstrip("0").rstrip(".")
+    return f"{digits}e{int(exponent)}"
+
+
+def outcome(event: Event, record: Record) -> str:
+    """What a finished run came to, in one line."""
+    if record.status == "diverged":
+        result = f"diverged at step {record.steps}"
+    else:
+        result = f"eval loss {record.eval_loss:.4f}, accuracy {record.eval_accuracy:.2%}"
+    same = " (same run as before)" if event.reused else ""
+    return f"{describe(record.trial)}: {result}{same}"
+
+
+def time_left(seconds: float) -> str:
+    """A remaining time as one would say it: `about 5 min left`."""
+    if seconds < 60:
+        return "less than 1 min left"
+    return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
+
+
+class Pace:
+    """How many optimizer steps of all runs are done, and how long the rest will take."""
+
+    def __init__(self) -> None:
+        self.steps_per_run = 0
+        self.planned = 0
+        self.done = 0
+        self._under_way: dict[str, int] = {}
+        self._done_at_start = 0
+        self._started = time.monotonic()
+
+    def take(self, event: Event) -> None:
+        self.planned, self.done = event.planned, event.done
+        if event.kind == "planned":
+            self._done_at_start, self._started = event.done, time.monotonic()
+        elif event.trial is not None and event.kind == "step":
+            self.steps_per_run = event.total_steps
+            self._under_way[event.trial.key] = event.step
+        elif event.trial is not None and event.kind == "finished":
+            self._under_way.pop(event.trial.key, None)
+            if event.reused:
+                self._done_at_start += 1  # cost no time, so it says nothing about the pace
+
+    @property
+    def steps(self) -> int:
+        return self.done * self.steps_per_run + sum(self._under_way.values())
+
+    @property
+    def total_steps(self) -> int:
+        return self.planned * self.steps_per_run
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None until there is something to judge by."""
+        passed = time.monotonic() - self._started
+        steps = self.steps - self._done_at_start * self.steps_per_run
+        if steps <= 0 or passed < MINIMAL_SECONDS_FOR_ESTIMATE:
+            return None
+        return passed / steps * (self.total_steps - self.steps)
+
+
+class PlainProgress:
+    """One line for each finished run."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._pace = Pace()
+
+    def __enter__(self) -> PlainProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    def __call__(self, event: Event) -> None:
+        self._pace.take(event)
+        if event.kind == "planned":
+            stored = f", {event.done} of them already done" if event.done else ""
+            self._print(f"{event.planned} runs planned{stored}")
+        elif event.kind == "finished" and event.record is not None:
+            left = self._pace.seconds_left
+            about = f", {time_left(left)}" if left and event.done < event.planned else ""
+            self._print(f"{event.done}/{event.planned} runs{about} · {outcome(event, event.record)}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left, on the line of the whole study only."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:
+        left = self._pace.seconds_left if task.fields.get("overall") else None
+        return Text(time_left(left) if left else "", style="cyan")
+
+
+class BarProgress:
+    """A bar over all optimizer steps of the study, and one line for each run under way."""
+
+    def __init__(self, console: Console) -> None:
+        self._pace = Pace()
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            _TimeLeft(self._pace),
+            console=console,
+            transient=True,
+        )
+        self._overall = self._bars.add_task("all runs", total=None, count="", overall=True)
+        self._runs: dict[str, TaskID] = {}
+
+    def __enter__(self) -> BarProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        self._pace.take(event)
+        if event.trial is not None:
+            self._show_run(event, event.trial)
+        self._bars.update(
+            self._overall,
+            total=self._pace.total_steps or None,
+            completed=self._pace.steps,
+            count=f"{event.done}/{event.planned} runs",
+        )
+
+    def _show_run(self, event: Event, trial: Trial) -> None:
+        if event.kind == "started":
+            self._runs[trial.key] = self._bars.add_task(describe(trial), total=None, count="loading", overall=False)
+        elif event.kind == "step" and trial.key in self._runs:
+            self._bars.update(
+                self._runs[trial.key],
+                total=event.total_steps,
+                completed=event.step,
+                count=f"step {event.step}/{event.total_steps}",
+            )
+        elif event.kind == "finished" and event.record is not None:
+            if trial.key in self._runs:
+                self._bars.remove_task(self._runs.pop(trial.key))
+            self._bars.console.print(Text(outcome(event, event.record)))

@@ -1,0 +1,48 @@
+"""`loraplus train`"""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from loraplus.cli.app import app
+from loraplus.cli.options import config_command
+from loraplus.tasks.config import TrainConfig
+
+
+@config_command(app, "train", TrainConfig)
+def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
+    """Train a text classifier with LoRA+ and write a PEFT-format adapter."""
+    from loraplus.cli.console import TrainingProgress, quiet_libraries
+
+    quiet_libraries()
+    from loraplus.tasks.train import train
+
+    console = Console(stderr=json, no_color=plain, highlight=False)
+    with TrainingProgress(console, plain=plain) as progress:
+        metrics = train(config, overwrite=overwrite, resume=resume, callbacks=[progress])
+    if json:
+        json_format.dump(metrics, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        _print_result(console, config.output, metrics)
+
+
+def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> None:
+    data = metrics["data"]
+    console.print(
+        f"eval_loss {metrics['eval_loss']:.4f} · eval_accuracy {metrics['eval_accuracy']:.4f} after "
+        f"{metrics['steps']} steps (best at {metrics['best_step']}), {metrics['seconds_per_step']:.3g} s a step"
+    )
+    b = metrics["lr"] * metrics["lr_ratio"]
+    console.print(f"rates: η_A {metrics['lr']:g} · η_B {b:g} (λ = {metrics['lr_ratio']:g})")
+    console.print(
+        f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, "
+        f"{len(data['labels'])} classes, {data['duplicates_removed']} duplicates removed, "
+        f"max length {data['max_length']} ({data['truncated_train_examples']} texts cut)"
+    )
+    console.print(f"adapter: {Path(output)}", soft_wrap=True)

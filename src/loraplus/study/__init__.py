@@ -1,0 +1,1 @@
+"""Plans of runs, their records, and what the records say."""

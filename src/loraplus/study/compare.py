@@ -1,0 +1,121 @@
+"""LoRA against LoRA+ on one task: checks, runs, statistics, and the files that hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraplus.errors import InputError
+from loraplus.report import render
+from loraplus.study.plan import Plan
+from loraplus.study.runner import Event, available_cores, run_all
+from loraplus.study.store import StudyStore
+from loraplus.study.summary import runs_csv_rows, summarise
+from loraplus.study.trial import data_facts, run_trial
+from loraplus.tasks.config import CompareConfig
+from loraplus.tasks.output import (
+    NOT_COMPARED,
+    check_output,
+    hold_output,
+    prepare_output,
+    write_atomically,
+    write_csv,
+    write_json,
+)
+
+JOURNAL_FILE = "study.journal"
+SUMMARY_FILE = "summary.json"
+RUNS_FILE = "runs.csv"
+REPORT_FILE = "report.html"
+LOG_FILE = "workers.log"
+MOST_WORKERS_ON_CPU = 2
+
+
+def compare(
+    config: CompareConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Callable[[Event], None] | None = None,
+) -> dict[str, Any]:
+    """Tunes both arms with the same number of runs, tests the winners on fresh seeds, and writes the report.
+
+    Runs train in processes of their own, so a script that calls this needs `if __name__ == "__main__":`.
+
+    Args:
+        config: The task, the budget and the output folder.
+        overwrite: Replace an earlier run's output.
+        resume: Go on with an earlier run of the same configuration; finished runs are not done again.
+        progress: Called with every `Event` of the study.
+
+    Returns:
+        The summary, as in summary.json. The folder also holds config.yaml, runs.csv, report.html and study.journal.
+
+    Raises:
+        InputError: a setting, the data or the output folder cannot be used; nothing has been written then.
+        InterruptedRun: SIGINT or SIGTERM came; `resume=True` goes on.
+        DivergedError: all tuning runs of an arm diverged.
+
+    Example:
+        >>> config = CompareConfig(model="bert-base-uncased", data="reviews.csv", output="runs/reviews")
+        >>> compare(config)["verdict"]  # doctest: +SKIP
+    """
+    _check(config)
+    settings = asdict(config)
+    check_output(config.output, settings, overwrite=overwrite, resume=resume)
+    facts = data_facts(config)
+    with hold_output(config.output):
+        folder = prepare_output(config.output, settings, overwrite=overwrite, resume=resume)
+        store = StudyStore.open(folder / JOURNAL_FILE, f"loraplus-compare-{fingerprint(settings)}")
+        store.check_data(facts)
+        workers = config.workers or default_workers()
+        records = run_all(
+            Plan.from_config(config),
+            store,
+            partial(run_trial, config),
+            workers=workers,
+            on_event=progress,
+            log=folder / LOG_FILE,
+        )
+        in_order = list(records.values())
+        summary = summarise(in_order, config=settings, data_facts=facts)
+        _write(folder, summary, in_order)
+    return summary
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Short hash of all settings that change what is computed."""
+    compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def default_workers() -> int:
+    """One run at a time on a GPU, one a core up to two on a CPU."""
+    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return 1 if on_gpu else min(MOST_WORKERS_ON_CPU, available_cores())
+
+
+def _check(config: CompareConfig) -> None:
+    for name in ("tuning_runs", "seeds", "workers"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not (math.isfinite(config.lr_ratio) and config.lr_ratio > 1):
+        raise InputError(f"--lr-ratio must be above 1, got {config.lr_ratio:g}: a ratio of 1 is the LoRA arm")
+    if not (math.isfinite(config.untuned_lr) and config.untuned_lr > 0):
+        raise InputError(f"--untuned-lr must be a positive number, got {config.untuned_lr:g}")
+
+
+def _write(folder: Path, summary: dict[str, Any], records: list[Any]) -> None:
+    page = render(summary, records)
+    write_csv(folder / RUNS_FILE, runs_csv_rows(records))
+    write_atomically(folder / REPORT_FILE, page)
+    write_json(folder / SUMMARY_FILE, summary)  # last: who sees it knows that the rest is there

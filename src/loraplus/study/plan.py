@@ -1,0 +1,107 @@
+"""Which runs a comparison consists of, and which of them can start now.
+
+    tuning    `tuning_runs` runs of each arm, one after the other (each choice rests on the results so far), seed `seed`
+    final     each arm's winner on the seeds `seed` + 1 … `seed` + `seeds`, the same in both arms
+    untuned   both arms at one given η_A, on the same fresh seeds
+
+The plan holds no state: everything follows from the records so far, so an interrupted study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from loraplus.errors import DivergedError
+from loraplus.study.records import ARM_TITLES, ARMS, Arm, Record, Trial
+from loraplus.study.search import Point, best_point, next_point, start_point
+from loraplus.tasks.config import CompareConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Budget and starting points of a comparison; the arms differ in nothing but λ."""
+
+    tuning_runs: int
+    seeds: int
+    seed: int
+    lr_ratio: float
+    untuned_lr: float
+
+    @classmethod
+    def from_config(cls, config: CompareConfig) -> Plan:
+        """The plan that a configuration asks for."""
+        return cls(config.tuning_runs, config.seeds, config.seed, config.lr_ratio, config.untuned_lr)
+
+    @property
+    def total(self) -> int:
+        """Number of runs: tuning, final and untuned, of both arms."""
+        return len(ARMS) * (self.tuning_runs + 2 * self.seeds)
+
+    @property
+    def fresh_seeds(self) -> range:
+        """Seeds of the final and untuned runs; tuning has seen none of them."""
+        return range(self.seed + 1, self.seed + self.seeds + 1)
+
+    def next(self, records: Mapping[str, Record], running: Iterable[Trial]) -> Trial | None:
+        """The run to start next, or None if nothing can start before a running one has finished.
+
+        Args:
+            records: Finished runs by key.
+            running: Runs that are under way.
+
+        Raises:
+            DivergedError: all tuning runs of an arm diverged, so it has no winner.
+        """
+        running = list(running)
+        busy = {trial.key for trial in running}
+        twins = {same_training(trial) for trial in running}
+        for trial in self._startable(records, running):
+            if trial.key not in records and trial.key not in busy and same_training(trial) not in twins:
+                return trial
+        return None
+
+    def _startable(self, records: Mapping[str, Record], running: list[Trial]) -> Iterator[Trial]:
+        tuning = {arm: tuning_losses(records, arm) for arm in ARMS}
+        for arm in ARMS:
+            under_way = any(trial.phase == "tuning" and trial.arm == arm for trial in running)
+            if len(tuning[arm]) < self.tuning_runs and not under_way:
+                point = next_point(tuning[arm], self._start(arm), tune_ratio=arm == "loraplus")
+                yield Trial("tuning", arm, point.lr, point.lr_ratio, self.seed)
+        winners: dict[Arm, Point | None] = {arm: self._winner(arm, tuning[arm]) for arm in ARMS}
+        for seed in self.fresh_seeds:
+            for arm, point in winners.items():
+                if point:
+                    yield Trial("final", arm, point.lr, point.lr_ratio, seed)
+        for seed in self.fresh_seeds:
+            for arm in ARMS:
+                yield Trial("untuned", arm, self.untuned_lr, self.lr_ratio if arm == "loraplus" else 1.0, seed)
+
+    def _start(self, arm: Arm) -> Point:
+        return start_point(self.lr_ratio if arm == "loraplus" else 1.0)
+
+    def _winner(self, arm: Arm, losses: Mapping[Point, float]) -> Point | None:
+        if len(losses) < self.tuning_runs:
+            return None
+        winner = best_point(losses)
+        if not math.isfinite(losses[winner]):
+            raise DivergedError(
+                f"all {len(losses)} tuning runs of {ARM_TITLES[arm]} diverged, down to η_A = {winner.lr:g}; check the "
+                "data and the model, or start again with more --tuning-runs (each tries a lower rate)"
+            )
+        return winner
+
+
+def tuning_losses(records: Mapping[str, Record], arm: Arm) -> dict[Point, float]:
+    """Validation loss of every point that an arm's tuning has tried."""
+    return {
+        Point(record.trial.lr, record.trial.lr_ratio): record.eval_loss
+        for record in records.values()
+        if record.trial.phase == "tuning" and record.trial.arm == arm
+    }
+
+
+def same_training(trial: Trial) -> tuple[object, ...]:
+    """Equal for two trials that would do the same training and the same evaluation under different names."""
+    return trial.phase == "tuning", f"{trial.lr:.6g}", f"{trial.lr_ratio:.6g}", trial.seed

@@ -1,0 +1,83 @@
+"""What to run (`Trial`) and what came back (`Record`): the two shapes that every part of a study shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Arm = Literal["lora", "loraplus"]
+Phase = Literal["tuning", "final", "untuned"]
+ARMS: tuple[Arm, ...] = ("lora", "loraplus")
+ARM_TITLES: dict[str, str] = {"lora": "LoRA", "loraplus": "LoRA+"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a study: the rates, the seed, and why it is run."""
+
+    phase: Phase
+    arm: Arm
+    lr: float
+    lr_ratio: float
+    seed: int
+
+    @property
+    def geometric_mean_lr(self) -> float:
+        """√(η_A·η_B), the one number that λ = 1 and λ > 1 runs can be compared by."""
+        return self.lr * math.sqrt(self.lr_ratio)
+
+    @property
+    def key(self) -> str:
+        """Identity of the run within a study; two trials of one key are the same run."""
+        return f"{self.phase}/{self.arm}/{self.lr:.6g}/{self.lr_ratio:.6g}/{self.seed}"
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One evaluation on the validation split during training."""
+
+    step: int
+    eval_loss: float
+    eval_accuracy: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """The outcome of one trial. A diverged run has eval_loss = inf and no test results.
+
+    `test_losses` and `test_correct` hold one entry per test example, in the order of the test split;
+    they are filled for the phases final and untuned only: tuning never sees the test split.
+    """
+
+    trial: Trial
+    status: Literal["done", "diverged"]
+    steps: int
+    eval_loss: float
+    eval_accuracy: float
+    seconds_per_step: float
+    curve: tuple[CurvePoint, ...] = ()
+    test_losses: tuple[float, ...] = field(default=(), repr=False)
+    test_correct: tuple[bool, ...] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; a non-finite loss becomes null."""
+        data = asdict(self)
+        if not math.isfinite(self.eval_loss):
+            data["eval_loss"] = None
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Record:
+        """Inverse of `to_dict`."""
+        return cls(
+            trial=Trial(**data["trial"]),
+            status=data["status"],
+            steps=data["steps"],
+            eval_loss=math.inf if data["eval_loss"] is None else data["eval_loss"],
+            eval_accuracy=data["eval_accuracy"],
+            seconds_per_step=data["seconds_per_step"],
+            curve=tuple(CurvePoint(**point) for point in data["curve"]),
+            test_losses=tuple(data["test_losses"]),
+            test_correct=tuple(data["test_correct"]),
+        )

@@ -1,0 +1,240 @@
+"""Does the runs of a plan in parallel processes; what is finished is stored at once, what is stored is not done again.
+
+The parent process decides, stores and reports; the workers train. Each worker is a fresh process (spawn: safe with
+threads and with CUDA) that lives as long as the study, so models, tokenizers and data are loaded once per worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from loraplus.errors import InterruptedRun, LoraPlusError
+from loraplus.study.plan import Plan, same_training
+from loraplus.study.records import Record, Trial
+from loraplus.study.store import StudyStore
+from loraplus.study.worker import RunTrial, perform, set_up
+
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_TERMINATE = 3.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a progress display may want to show.
+
+    `planned` comes first, without a trial; then `started`, any number of `step`, and `finished` for every run. A run
+    whose training another run had already done is finished with `reused` set, without having been started.
+    """
+
+    kind: Literal["planned", "started", "step", "finished"]
+    done: int
+    planned: int
+    trial: Trial | None = None
+    step: int = 0
+    total_steps: int = 0
+    eval_loss: float | None = None
+    record: Record | None = None
+    reused: bool = False
+
+
+OnEvent = Callable[[Event], None]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_all(
+    plan: Plan,
+    store: StudyStore,
+    run: RunTrial,
+    *,
+    workers: int = 1,
+    on_event: OnEvent | None = None,
+    log: str | os.PathLike[str] | None = None,
+) -> dict[str, Record]:
+    """Does every run of the plan that the store does not hold yet.
+
+    Args:
+        plan: What to run.
+        store: Where finished runs are kept.
+        run: Does one trial; a function (or `functools.partial`) that a new process can import.
+        workers: Runs side by side. The cores are divided among them.
+        on_event: Called in this process with every `Event`.
+        log: File that takes what the workers print.
+
+    Returns:
+        All records of the study by key.
+
+    Raises:
+        InterruptedRun: SIGINT or SIGTERM came; finished runs are stored.
+        DivergedError: all tuning runs of an arm diverged.
+        LoraPlusError: a worker was killed, or a run met with a mistake of the user's.
+    """
+    return _Coordinator(plan, store, run, workers, on_event or (lambda event: None), log).work()
+
+
+class _Coordinator:
+    def __init__(
+        self,
+        plan: Plan,
+        store: StudyStore,
+        run: RunTrial,
+        workers: int,
+        on_event: OnEvent,
+        log: str | os.PathLike[str] | None,
+    ) -> None:
+        self.plan, self.store, self.workers, self.on_event = plan, store, workers, on_event
+        self.records = store.records()
+        self.running: dict[Future[Record], Trial] = {}
+        self.stop = threading.Event()
+        self.siblings = {process.pid for process in multiprocessing.active_children()}
+        context = multiprocessing.get_context("spawn")
+        self.messages: Any = context.Queue()
+        threads = max(1, available_cores() // workers)
+        self.scratch = tempfile.TemporaryDirectory(prefix="loraplus-study-", ignore_cleanup_errors=True)
+        for_workers = (run, self.messages, threads, None if log is None else os.fspath(log), self.scratch.name)
+        self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=set_up, initargs=for_workers)
+
+    def work(self) -> dict[str, Record]:
+        with self.scratch, _signals_set(self.stop):
+            try:
+                self.emit("planned")
+                while True:
+                    self.check_stop()
+                    self.start_runs()
+                    if not self.running:
+                        break
+                    finished, _ = wait(self.running, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+                    self.read_messages()
+                    for future in finished:
+                        self.take(future)
+            except (KeyboardInterrupt, InterruptedRun):
+                self.end_workers()
+                raise InterruptedRun(
+                    f"interrupted after {len(self.records)} of {self.plan.total} runs; "
+                    "go on with the same command and --resume"
+                ) from None
+            except BaseException:
+                self.end_workers()
+                raise
+            self.pool.shutdown()
+        return self.records
+
+    def check_stop(self) -> None:
+        if self.stop.is_set():
+            raise InterruptedRun
+
+    def emit(self, kind: Literal["planned", "started", "step", "finished"], **details: Any) -> None:
+        self.on_event(Event(kind, done=len(self.records), planned=self.plan.total, **details))
+
+    def start_runs(self) -> None:
+        while (trial := self.plan.next(self.records, self.running.values())) is not None:
+            twin = next((r for r in self.records.values() if same_training(r.trial) == same_training(trial)), None)
+            if twin is not None:
+                self.keep(replace(twin, trial=trial), reused=True)
+            elif len(self.running) < self.workers:
+                self.store.start(trial)
+                self.emit("started", trial=trial)
+                with _signals_blocked():
+                    self.running[self.submit(trial)] = trial
+            else:
+                return
+
+    def submit(self, trial: Trial) -> Future[Record]:
+        try:
+            return self.pool.submit(perform, trial)
+        except BrokenProcessPool:
+            raise self.killed([trial]) from None
+
+    def take(self, future: Future[Record]) -> None:
+        try:
+            record = future.result()
+        except BrokenProcessPool:
+            raise self.killed(list(self.running.values())) from None
+        self.keep(record)
+        del self.running[future]
+
+    def keep(self, record: Record, reused: bool = False) -> None:
+        self.store.finish(record)
+        self.records[record.trial.key] = record
+        self.emit("finished", trial=record.trial, record=record, reused=reused)
+
+    def killed(self, trials: list[Trial]) -> LoraPlusError:
+        names = ", ".join(trial.key for trial in trials)
+        return LoraPlusError(
+            f"a training process was killed (out of memory?) after {len(self.records)} of {self.plan.total} runs, "
+            f"during {names}; finished runs are stored: go on with the same command and --resume, "
+            "with --workers 1 if memory ran out"
+        )
+
+    def read_messages(self) -> None:
+        trials = {trial.key: trial for trial in self.running.values()}
+        with contextlib.suppress(queue.Empty):
+            while True:
+                message = self.messages.get_nowait()
+                trial = trials.get(message.key)
+                if trial is None:
+                    continue
+                if message.eval_loss is not None:
+                    self.store.progress(trial, message.step, message.eval_loss)
+                self.emit(
+                    "step", trial=trial, step=message.step, total_steps=message.total_steps, eval_loss=message.eval_loss
+                )
+
+    def end_workers(self) -> None:
+        """Stops the workers at once and leaves no run marked as under way."""
+        processes = [p for p in multiprocessing.active_children() if p.pid not in self.siblings]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(SECONDS_TO_TERMINATE)
+            if process.is_alive():
+                process.kill()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for trial in self.running.values():
+            if trial.key not in self.records:
+                self.store.abandon(trial)
+
+
+@contextlib.contextmanager
+def _signals_set(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set `stop` rather than interrupt, so that they cannot hit the middle of a write."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in earlier:
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A process started in here inherits a blocked SIGINT: Ctrl-C cannot hit it before `set_up` has run."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)

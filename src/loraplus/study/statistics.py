@@ -1,0 +1,176 @@
+"""Means, intervals and tests over seeds × test examples.
+
+Both arms are trained on the same seeds and tested on the same examples, so everything compared is paired. A result
+varies for two reasons, the seed and the choice of test examples; intervals resample both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from loraplus.errors import InputError
+
+Scores = NDArray[np.float64]
+"""Shape (seeds, test examples)."""
+
+_RESAMPLES = 9_999
+_CHUNK = 500
+_CONFIDENCE = 0.95
+_EXACT_UP_TO = 12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        """{"mean", "low", "high"}"""
+        return asdict(self)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of 0."""
+        return self.low > 0 or self.high < 0
+
+
+def _checked(scores: Sequence[Sequence[float]] | Scores) -> Scores:
+    lengths = {len(row) for row in scores}
+    if len(lengths) != 1 or 0 in lengths:
+        raise InputError(f"scores must be one row a seed, of equal and positive length; got lengths {sorted(lengths)}")
+    return np.asarray(scores, dtype=np.float64)
+
+
+def bootstrap_mean(scores: Sequence[Sequence[float]] | Scores, seed: int = 0) -> Estimate:
+    """Mean of (seeds × examples) scores with a two-way bootstrap interval.
+
+    Examples are drawn with replacement, and so are the seeds, but only S − 1 of them, which makes the variance over
+    seeds unbiased even for S = 2 (with S draws it would be half of what it is). One seed alone: examples only.
+
+    Args:
+        scores: shape (seeds, test examples).
+        seed: of the resampling.
+
+    Returns:
+        The mean and its 95% percentile interval.
+
+    Raises:
+        InputError: rows of unequal length, or none.
+
+    Example:
+        >>> bootstrap_mean([[1.0, 1.0], [1.0, 1.0]])
+        Estimate(mean=1.0, low=1.0, high=1.0)
+
+    Source: Rao and Wu, JASA 83 (1988), for the m = n − 1 draws; Owen, Ann. Appl. Stat. 1 (2007), for both ways.
+    """
+    scores = _checked(scores)
+    seeds, examples = scores.shape
+    generator = np.random.default_rng(seed)
+    means = np.empty(_RESAMPLES)
+    for start in range(0, _RESAMPLES, _CHUNK):
+        count = min(_CHUNK, _RESAMPLES - start)
+        example_weights = generator.multinomial(examples, np.full(examples, 1 / examples), size=count) / examples
+        per_seed = example_weights @ scores.T
+        if seeds > 1:
+            seed_weights = generator.multinomial(seeds - 1, np.full(seeds, 1 / seeds), size=count) / (seeds - 1)
+            means[start : start + count] = (per_seed * seed_weights).sum(axis=1)
+        else:
+            means[start : start + count] = per_seed[:, 0]
+    tail = (1 - _CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(float(scores.mean()), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """b − a over the same seeds and examples."""
+
+    difference: Estimate
+    p_value: float
+    p_value_over_seeds: float
+
+    @property
+    def found(self) -> bool:
+        """A difference counts as found only if the interval excludes 0 and the permutation test agrees."""
+        return self.difference.excludes_zero and self.p_value < 1 - _CONFIDENCE
+
+
+def paired_difference(
+    a: Sequence[Sequence[float]] | Scores, b: Sequence[Sequence[float]] | Scores, seed: int = 0
+) -> PairedDifference:
+    """Mean of b − a, its interval, and two permutation tests.
+
+    p_value swaps the arms within each test example (scores averaged over seeds): do *these* models differ on new
+    examples? p_value_over_seeds swaps them within each seed, exactly up to 12 seeds: do the *methods* differ on new
+    seeds? With S seeds it cannot fall below 2/2^S.
+
+    Args:
+        a, b: shape (seeds, test examples), paired in both.
+        seed: of the resampling.
+
+    Returns:
+        The difference and its p-values.
+
+    Raises:
+        InputError: the shapes differ.
+    """
+    a, b = _checked(a), _checked(b)
+    if a.shape != b.shape:
+        raise InputError(f"paired scores must have one shape, got {a.shape} and {b.shape}")
+    difference = b - a
+    return PairedDifference(
+        bootstrap_mean(difference, seed),
+        _sign_flip_p(difference.mean(axis=0), seed),
+        _sign_flip_p(difference.mean(axis=1), seed),
+    )
+
+
+def _sign_flip_p(differences: Scores, seed: int) -> float:
+    """Two-sided p of a mean of paired differences; exact where all sign patterns can be tried."""
+    observed = abs(differences.mean())
+    count = len(differences)
+    if count <= _EXACT_UP_TO:
+        signs = np.array(list(product((-1.0, 1.0), repeat=count)))
+        means = np.abs(signs @ differences) / count
+        return float((means >= observed - 1e-12).mean())
+    changed = differences[differences != 0]  # a zero difference has no sign to flip
+    if not len(changed):
+        return 1.0
+    result = stats.permutation_test(
+        (changed,), lambda sample, axis: sample.mean(axis=axis), permutation_type="samples", vectorized=True,
+        n_resamples=_RESAMPLES, batch=_CHUNK, rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(result.pvalue)
+
+
+def steps_to_target(steps: Sequence[int], losses: Sequence[float], target: float) -> float | None:
+    """First step, between evaluations by a straight line, at which a loss curve is down to `target`.
+
+    Args:
+        steps: of the evaluations, rising.
+        losses: one an evaluation.
+        target: loss to reach.
+
+    Returns:
+        The step; None if the curve never gets there.
+
+    Example:
+        >>> steps_to_target([10, 20], [1.0, 0.5], 0.75)
+        15.0
+    """
+    for i, (step, loss) in enumerate(zip(steps, losses, strict=True)):
+        if loss <= target:
+            if i == 0 or losses[i - 1] == loss:
+                return float(step)
+            before = losses[i - 1]
+            return float(steps[i - 1] + (step - steps[i - 1]) * (before - target) / (before - loss))
+    return None

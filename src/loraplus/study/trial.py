@@ -1,0 +1,108 @@
+"""Runs one trial of a comparison: rates and seed in, record out."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from loraplus.errors import DivergedError
+from loraplus.study.records import CurvePoint, Record, Trial
+from loraplus.tasks.classification import ClassificationData, load_classification
+from loraplus.tasks.config import CompareConfig
+from loraplus.tasks.model import load_classifier, load_tokenizer
+from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, rates_of, total_steps
+
+
+@functools.lru_cache(maxsize=1)
+def _load(config_json: str) -> tuple[PreTrainedTokenizerBase, ClassificationData]:
+    config = CompareConfig(**json.loads(config_json))
+    tokenizer = load_tokenizer(config)
+    return tokenizer, load_classification(config, tokenizer)
+
+
+def _load_once(config: CompareConfig) -> tuple[PreTrainedTokenizerBase, ClassificationData]:
+    """The tokenised data, kept for the later trials of this process."""
+    return _load(json.dumps(asdict(config)))
+
+
+def data_facts(config: CompareConfig) -> dict[str, Any]:
+    """Sizes, columns, labels and what was removed, plus the steps of a run.
+
+    Every bad input shows here, before an output folder is touched: rates, data, model and target modules.
+    """
+    rates_of(config, config.untuned_lr, config.lr_ratio)
+    tokenizer, data = _load_once(config)
+    load_classifier(config, data.label_names, tokenizer, config.seed)
+    return {**data.facts, "steps": total_steps(config, len(data.train))}
+
+
+def run_trial(config: CompareConfig, trial: Trial, on_step: Callable[[int, int], None]) -> Record:
+    """Trains once and evaluates; final and untuned trials are also tested, after their last step.
+
+    The weights are those of the last step in every trial of both arms: no selection of checkpoints adds to the
+    tuning budget.
+
+    Args:
+        config: of the comparison.
+        trial: rates, seed and phase.
+        on_step: told (step, total steps) after every step.
+
+    Returns:
+        The record; status "diverged" if the loss became NaN or infinite.
+    """
+    tokenizer, data = _load_once(config)
+    rates = rates_of(config, trial.lr, trial.lr_ratio)
+    model = load_classifier(config, data.label_names, tokenizer, trial.seed)
+    clock = StepClock(on_step)
+    with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
+        trainer = build_trainer(
+            config, rates, data, model, tokenizer,
+            seed=trial.seed, output=scratch, checkpoints=False, callbacks=[clock, DivergenceGuard(rates)],
+        )  # fmt: skip
+        try:
+            trainer.train()
+            curve = _curve(trainer.state.log_history)
+            if not curve or curve[-1].step != trainer.state.global_step:
+                trainer.evaluate()
+                curve = _curve(trainer.state.log_history)
+        except DivergedError:
+            return Record(trial, "diverged", clock.steps, float("inf"), 0.0, clock.seconds_per_step,
+                          _curve(trainer.state.log_history))  # fmt: skip
+        losses, correct = ((), ()) if trial.phase == "tuning" else _test(trainer, data)
+    return Record(
+        trial=trial,
+        status="done",
+        steps=trainer.state.global_step,
+        eval_loss=curve[-1].eval_loss,
+        eval_accuracy=curve[-1].eval_accuracy,
+        seconds_per_step=clock.seconds_per_step,
+        curve=curve,
+        test_losses=losses,
+        test_correct=correct,
+    )
+
+
+def _curve(log_history: list[dict[str, Any]]) -> tuple[CurvePoint, ...]:
+    return tuple(
+        CurvePoint(row["step"], row["eval_loss"], row["eval_accuracy"])
+        for row in log_history
+        if np.isfinite(row.get("eval_loss", np.nan))
+    )
+
+
+def _test(trainer: Any, data: ClassificationData) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+    """Cross-entropy and correctness of every test example."""
+    output = trainer.predict(data.test)
+    logits = np.asarray(output.predictions, dtype=np.float64)
+    labels = np.asarray(output.label_ids)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(labels)), labels]
+    correct = logits.argmax(axis=-1) == labels
+    return tuple(round(float(loss), 6) for loss in losses), tuple(bool(value) for value in correct)

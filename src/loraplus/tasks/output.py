@@ -1,0 +1,261 @@
+"""The folder that a command writes to: what may be replaced, what must match on resuming, and whole files only."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loraplus.errors import InputError
+
+CONFIG_FILE = "config.yaml"
+# Where to write and how many processes to use do not change what is computed.
+NOT_COMPARED = ("workers", "output")
+# All that `--overwrite` may delete; anything else in the folder is the user's.
+WRITTEN = (
+    # every command
+    CONFIG_FILE,
+    # train
+    "metrics.json", "curves.csv", "report.html", "labels.json", "trainer_state.json", "training_args.bin",
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md", "loraplus.json", "logs",
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+    "chat_template.jinja", "adapter", "predictions.csv",
+    # compare
+    "study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv",
+)  # fmt: skip
+WRITTEN_PATTERNS = ("checkpoint-*",)
+
+
+def check_output(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    resume: bool,
+    ignore: Sequence[str] = NOT_COMPARED,
+) -> None:
+    """Says whether a run may write to a folder, and touches nothing.
+
+    Args:
+        path: The folder.
+        config: Configuration of the run, as it will be saved.
+        overwrite: Earlier output may be replaced.
+        resume: Go on with earlier output; its configuration must be the same.
+        ignore: Keys that may differ on resuming.
+
+    Raises:
+        InputError: the folder holds something and neither flag is given, belongs to another configuration or to
+            somebody else, or cannot be written.
+    """
+    folder = Path(path)
+    if overwrite and resume:
+        raise InputError("--overwrite and --resume exclude each other: start again, or go on")
+    _check_writable(folder)
+    if _is_empty(folder):
+        return
+    saved = _saved_config(folder)
+    if resume:
+        if saved is None:
+            raise InputError(f"--resume: {folder} holds no {CONFIG_FILE} of a loraplus run to go on with")
+        _check_same(folder, saved, config, ignore)
+    elif overwrite:
+        if saved is None:
+            raise InputError(
+                f"--overwrite: {folder} holds files but no {CONFIG_FILE} of a loraplus run, so it is not replaced; "
+                "choose another --output"
+            )
+    else:
+        raise InputError(
+            f"{folder} is not empty: --resume goes on with the run in it, --overwrite replaces it, "
+            "or choose another --output"
+        )
+
+
+def prepare_output(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    resume: bool,
+    ignore: Sequence[str] = NOT_COMPARED,
+) -> Path:
+    """Checks as `check_output` does, then creates or clears the folder and saves the configuration in it.
+
+    Call it once all other input has been found good: until then earlier output stays as it is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: see `check_output`.
+    """
+    check_output(path, config, overwrite=overwrite, resume=resume, ignore=ignore)
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            _remove_written(folder)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+    if not (resume and (folder / CONFIG_FILE).exists()):
+        write_yaml(folder / CONFIG_FILE, config)
+    return folder
+
+
+@contextlib.contextmanager
+def hold_output(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps other loraplus commands out of a folder, creating it if need be; ends with the process at the latest.
+
+    Raises:
+        InputError: another process holds it, or the folder cannot be created.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another loraplus command is writing to {folder}; wait for it to end") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes a file so that readers see the old content or the new, never a part.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"cannot write {target}: {error.strerror}") from None
+    return target
+
+
+def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> Path:
+    """Writes a mapping as YAML, keys in their order."""
+    return write_atomically(path, yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True))
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> Path:
+    """Writes JSON that any parser reads: NaN and infinity become null."""
+    return write_atomically(path, json_text(data) + "\n")
+
+
+def json_text(data: Any) -> str:
+    """JSON text of `data`; NaN and infinity become null."""
+    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        InputError: the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path} is not valid JSON") from None
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes rows as CSV; the columns are the keys in the order in which they first appear."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_atomically(path, text.getvalue())
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        nearest = folder
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise InputError(f"cannot write to {folder}: {nearest} is not a folder")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise InputError(f"cannot write to {folder}: permission denied in {nearest}")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def _is_empty(folder: Path) -> bool:
+    return not folder.exists() or not any(folder.iterdir())
+
+
+def _saved_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the loraplus run in a folder, or None if there was no such run."""
+    try:
+        data = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    is_ours = isinstance(data, dict) and {"model", "data", "output", "lr_ratio"} <= set(data)
+    return data if is_ours else None
+
+
+def _check_same(folder: Path, saved: Mapping[str, Any], config: Mapping[str, Any], ignore: Sequence[str]) -> None:
+    now = yaml.safe_load(yaml.safe_dump(dict(config), sort_keys=False))
+    keys = [key for key in dict.fromkeys([*now, *saved]) if key not in ignore]
+    differing = [key for key in keys if saved.get(key) != now.get(key) or (key in saved) != (key in now)]
+    if differing:
+        changes = "; ".join(
+            f"{key} was {saved.get(key, 'not a setting')!s}, now {now.get(key, 'not a setting')!s}" for key in differing
+        )
+        raise InputError(f"--resume: {folder} was started with another configuration: {changes}")
+
+
+def _remove_written(folder: Path) -> None:
+    entries = [folder / name for name in WRITTEN]
+    entries += [entry for pattern in WRITTEN_PATTERNS for entry in folder.glob(pattern)]
+    # The configuration goes last: while it is there, an interrupted clearing can be repeated.
+    for entry in sorted(entries, key=lambda entry: entry.name == CONFIG_FILE):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return data

@@ -1,0 +1,94 @@
+"""Splits that keep the proportions of the classes, are fixed by a seed, and share no text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loraplus.errors import InputError
+
+
+def _shuffled_classes(labels: Sequence[str], seed: int) -> list[np.ndarray]:
+    """The indices of every class, each in an order fixed by the seed."""
+    generator = np.random.default_rng(seed)
+    array = np.asarray(labels)
+    return [generator.permutation(np.flatnonzero(array == name)) for name in sorted(set(labels))]
+
+
+def _quotas(sizes: Sequence[int], total: int, least: Sequence[int], most: Sequence[int]) -> list[int]:
+    """Whole shares of `total` in proportion to `sizes`, within bounds, by largest remainder."""
+    exact = [total * size / sum(sizes) for size in sizes]
+    quotas = [min(max(int(share), low), high) for share, low, high in zip(exact, least, most, strict=True)]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: int(exact[i]) - exact[i])
+    for i in by_remainder:
+        if sum(quotas) < total and quotas[i] < most[i]:
+            quotas[i] += 1
+    return quotas
+
+
+def stratified_split(labels: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Keeps a part of every class aside.
+
+    Args:
+        labels: one a row.
+        fraction: part to hold out, between 0 and 1.
+        seed: the same seed gives the same split.
+
+    Returns:
+        (indices kept, indices held out), each in the order of the rows. A class with two or more rows stands on both
+        sides, one with a single row is kept.
+
+    Raises:
+        InputError: the fraction is not between 0 and 1, or the data is too small to hold anything out.
+
+    Example:
+        >>> stratified_split(["a", "a", "b", "b"], 0.5, seed=0)[1].__len__()
+        2
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"the part of the data to hold out must lie between 0 and 1, got {fraction}")
+    classes = _shuffled_classes(labels, seed)
+    sizes = [len(indices) for indices in classes]
+    quotas = _quotas(
+        sizes,
+        round(len(labels) * fraction),
+        [1 if size > 1 else 0 for size in sizes],
+        [size - 1 if size > 1 else 0 for size in sizes],
+    )
+    held_out = sorted(int(i) for indices, quota in zip(classes, quotas, strict=True) for i in indices[:quota])
+    if not held_out:
+        raise InputError(f"{len(labels)} rows are too few to hold any out: every class has a single row")
+    aside = set(held_out)
+    return [i for i in range(len(labels)) if i not in aside], held_out
+
+
+def stratified_sample(labels: Sequence[str], count: int, seed: int) -> list[int]:
+    """Indices of `count` rows in the proportions of the classes, fixed by the seed."""
+    if count >= len(labels):
+        return list(range(len(labels)))
+    if count < 1:
+        raise InputError(f"a sample needs at least one row, got {count}")
+    classes = _shuffled_classes(labels, seed)
+    sizes = [len(indices) for indices in classes]
+    quotas = _quotas(sizes, count, [0] * len(sizes), sizes)
+    return sorted(int(i) for indices, quota in zip(classes, quotas, strict=True) for i in indices[:quota])
+
+
+def _canonical(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def without_duplicates(texts: Sequence[str], held_out_texts: Sequence[str]) -> tuple[list[int], int]:
+    """Leaves out texts that also stand in the held-out data, whatever their case and spacing.
+
+    Returns:
+        (indices kept, number removed).
+
+    Example:
+        >>> without_duplicates(["A  film", "another"], ["a film"])
+        ([1], 1)
+    """
+    aside = {_canonical(text) for text in held_out_texts}
+    kept = [i for i, text in enumerate(texts) if _canonical(text) not in aside]
+    return kept, len(texts) - len(kept)

@@ -1,0 +1,154 @@
+"""`loraplus train`: data and a model in, a PEFT-format adapter with its metrics and curves out."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from loraplus.errors import InterruptedRun
+from loraplus.groups import explain
+from loraplus.integrations.transformers import LoraPlusTrainer, write_rates
+from loraplus.tasks.classification import load_classification
+from loraplus.tasks.config import TrainConfig
+from loraplus.tasks.model import load_classifier, load_tokenizer
+from loraplus.tasks.output import check_output, prepare_output, read_json, write_csv, write_json
+from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, rates_of, total_steps
+
+METRICS_FILE = "metrics.json"
+CURVES_FILE = "curves.csv"
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends the run after the step in progress and has it saved, once a signal came."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self.stopped.is_set() and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles SIGINT and SIGTERM while the run lasts; a second one ends the process at once."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        earlier = {number: signal.getsignal(number) for number in signals}
+
+        def handle(number: int, _: Any) -> None:
+            self.stopped.set()
+            signal.signal(number, earlier[signal.Signals(number)])
+
+        for number in signals:
+            signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number in signals:
+                signal.signal(number, earlier[number])
+
+
+def train(
+    config: TrainConfig, *, overwrite: bool = False, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Any]:
+    """Trains a classifier's adapter and writes it with its metrics, curves and configuration.
+
+    Everything that can be wrong with the input is found before the output folder is touched.
+
+    Args:
+        config: data, model, rates, length.
+        overwrite: replace what an earlier run left in the output folder.
+        resume: go on from the last checkpoint in the output folder, if there is one.
+        callbacks: watch the run.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        InputError, InvalidRateError, …: bad input; nothing was written.
+        DivergedError: the loss became NaN; the last good checkpoint is kept.
+        InterruptedRun: a signal came; a checkpoint is saved.
+    """
+    wanted = asdict(config)
+    check_output(config.output, wanted, overwrite=overwrite, resume=resume)
+    finished = Path(config.output) / METRICS_FILE
+    if resume and finished.is_file():
+        return read_json(finished)
+    rates = rates_of(config, config.lr, config.lr_ratio)
+    tokenizer = load_tokenizer(config)
+    data = load_classification(config, tokenizer)
+    total_steps(config, len(data.train))
+    model = load_classifier(config, data.label_names, tokenizer, config.seed)
+
+    clock, stop = StepClock(), StopOnSignal()
+    trainer = build_trainer(
+        config, rates, data, model, tokenizer, seed=config.seed, output=config.output, checkpoints=True,
+        callbacks=[clock, DivergenceGuard(rates), stop, *callbacks],
+    )  # fmt: skip
+    output = prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
+    checkpoint = get_last_checkpoint(str(output)) if resume else None
+    with stop.listening():
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    step = trainer.state.global_step
+    write_csv(output / CURVES_FILE, _curves(trainer.state.log_history))
+    if stop.stopped.is_set() and step < trainer.state.max_steps:
+        raise InterruptedRun(
+            f"interrupted after step {step} of {trainer.state.max_steps}; saved to {output}/checkpoint-{step}; "
+            "go on with the same command and --resume"
+        )
+
+    evaluation = trainer.evaluate()
+    _save_adapter(trainer, tokenizer, data.max_length, output)
+    best = trainer.state.best_global_step
+    metrics = {
+        "eval_loss": evaluation["eval_loss"],
+        "eval_accuracy": evaluation["eval_accuracy"],
+        "eval_macro_f1": evaluation["eval_macro_f1"],
+        "steps": step,
+        "best_step": best if best is not None else step,
+        "lr": rates.lr,
+        "lr_ratio": rates.lr_ratio,
+        "train_loss": result.metrics["train_loss"],
+        "train_seconds": result.metrics["train_runtime"],
+        "seconds_per_step": clock.seconds_per_step,
+        "groups": explain(trainer.model, trainer.optimizer).groups(),
+        "data": data.facts,
+    }
+    write_json(output / METRICS_FILE, metrics)
+    return metrics
+
+
+def _save_adapter(trainer: LoraPlusTrainer, tokenizer: Any, max_length: int, output: Path) -> None:
+    """Adapter in PEFT's format; beside it the label names (config.json), the tokenizer with its length, the rates."""
+    trainer.model.save_pretrained(str(output), safe_serialization=True)
+    trainer.model.config.save_pretrained(str(output))
+    tokenizer.model_max_length = max_length
+    tokenizer.save_pretrained(str(output))
+    write_rates(output, trainer.loraplus_rates, trainer.model)
+
+
+def _curves(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a logged step: training loss and rates, and the evaluation where there was one."""
+    rows: dict[int, dict[str, Any]] = {}
+    for entry in log_history:
+        if "loss" not in entry and "eval_loss" not in entry:
+            continue
+        row = rows.setdefault(entry["step"], {"step": entry["step"], "epoch": entry.get("epoch")})
+        for name in ("loss", "eval_loss", "eval_accuracy", "eval_macro_f1", "grad_norm"):
+            if name in entry:
+                row["train_loss" if name == "loss" else name] = entry[name]
+        row |= {name: value for name, value in entry.items() if name.startswith("lr/")}
+    columns = dict.fromkeys(name for row in rows.values() for name in row)
+    return [{name: row.get(name) for name in columns} for _, row in sorted(rows.items())]

@@ -1,0 +1,180 @@
+"""One training run on transformers' Trainer: arguments, the callbacks that watch it, and what it measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from loraplus.errors import DivergedError, InputError
+from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
+from loraplus.rates import Rates
+from loraplus.tasks.classification import ClassificationData, classification_metrics
+from loraplus.tasks.config import TaskConfig
+
+_EVALUATIONS_PER_RUN = 10
+_LOGS_PER_EVALUATION = 2
+
+
+def rates_of(config: TaskConfig, lr: float, lr_ratio: float) -> Rates:
+    """The rates of a run. Raises InvalidRateError for NaN or non-positive ones."""
+    return Rates(lr, lr_ratio, lr_embedding=config.lr_embedding, lr_head=config.lr_head)
+
+
+def total_steps(config: TaskConfig, train_examples: int) -> int:
+    """Optimizer steps of a run.
+
+    Raises:
+        InputError: a number of steps, epochs or examples a step that is not positive.
+    """
+    for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "rank", "alpha", "epochs"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}")
+    for name in ("max_steps", "eval_steps", "max_eval_samples"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+    if config.batch_size % config.gradient_accumulation_steps:
+        raise InputError(
+            f"--batch-size {config.batch_size} cannot be cut into --gradient-accumulation-steps "
+            f"{config.gradient_accumulation_steps} equal parts"
+        )
+    if not 0 <= config.lora_dropout < 1:
+        raise InputError(f"--lora-dropout must be at least 0 and below 1, got {config.lora_dropout}")
+    if not 0 <= config.warmup_ratio < 1:
+        raise InputError(f"--warmup-ratio must be at least 0 and below 1, got {config.warmup_ratio}")
+    if config.max_steps is not None:
+        return config.max_steps
+    micro_batches = math.ceil(train_examples / (config.batch_size // config.gradient_accumulation_steps))
+    return max(1, math.ceil(math.ceil(micro_batches / config.gradient_accumulation_steps) * config.epochs))
+
+
+class DivergenceGuard(TrainerCallback):
+    """Stops a run whose loss is no longer a number, before the broken weights are saved."""
+
+    def __init__(self, rates: Rates) -> None:
+        self.rates = rates
+
+    def _check(self, value: float | None, what: str, step: int) -> None:
+        if value is not None and not math.isfinite(value):
+            b = self.rates.lr * self.rates.lr_ratio
+            raise DivergedError(
+                f"the {what} became {value} at step {step} with η_A = {self.rates.lr:g}, η_B = {b:g}; "
+                "take a smaller --lr or --lr-ratio"
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        self._check((logs or {}).get("loss"), "training loss", state.global_step)
+        self._check((logs or {}).get("eval_loss"), "validation loss", state.global_step)
+
+
+class StepClock(TrainerCallback):
+    """Adds up the time inside optimizer steps, without evaluation, and tells a listener of every step."""
+
+    def __init__(self, on_step: Callable[[int, int], None] | None = None) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+        self._started: float | None = None
+        self._on_step = on_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+            self.steps += 1
+        if self._on_step:
+            self._on_step(state.global_step, state.max_steps)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean time of a step; 0 if none ran."""
+        return self.seconds / self.steps if self.steps else 0.0
+
+
+def build_trainer(
+    config: TaskConfig,
+    rates: Rates,
+    data: ClassificationData,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    output: str,
+    checkpoints: bool,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> LoraPlusTrainer:
+    """A LoraPlusTrainer with the library's own levers on: length-grouped batches and fused AdamW.
+
+    Args:
+        config: training length, batch, schedule.
+        rates: of A, B, head and embeddings.
+        data: tokenised splits.
+        model: the adapted model.
+        tokenizer: pads the batches.
+        seed: of data order and dropout.
+        output: folder of the checkpoints.
+        checkpoints: keep the best and the last checkpoint and load the best at the end.
+        callbacks: watch the run.
+
+    Returns:
+        A trainer, ready for `.train()`.
+
+    Raises:
+        InputError: a training setting that cannot be used.
+    """
+    steps = total_steps(config, len(data.train))
+    eval_steps = min(steps, config.eval_steps or max(1, steps // _EVALUATIONS_PER_RUN))
+    try:
+        args = LoraPlusTrainingArguments(
+            output_dir=output,
+            learning_rate=rates.lr,
+            loraplus_lr_ratio=rates.lr_ratio,
+            loraplus_lr_embedding=rates.lr_embedding,
+            loraplus_lr_head=rates.lr_head,
+            weight_decay=config.weight_decay,
+            warmup_steps=math.ceil(steps * config.warmup_ratio),
+            lr_scheduler_type=config.lr_scheduler_type,
+            max_steps=steps,
+            per_device_train_batch_size=config.batch_size // config.gradient_accumulation_steps,
+            per_device_eval_batch_size=config.eval_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            train_sampling_strategy="group_by_length",
+            optim="adamw_torch_fused",
+            eval_strategy="steps",
+            eval_steps=eval_steps,
+            save_strategy="steps" if checkpoints else "no",
+            save_steps=eval_steps,
+            save_total_limit=2,
+            load_best_model_at_end=checkpoints,
+            metric_for_best_model="eval_loss",
+            logging_steps=max(1, eval_steps // _LOGS_PER_EVALUATION),
+            logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
+            seed=seed,
+            bf16=config.bf16,
+            use_cpu=not torch.accelerator.is_available(),  # Trainer refuses bf16 on a CPU unless told so
+            disable_tqdm=True,
+            report_to=[],
+            label_names=["labels"],
+        )
+    except ValueError as error:
+        raise InputError(str(error).strip().splitlines()[0]) from None
+    trainer = LoraPlusTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        processing_class=tokenizer,
+        compute_metrics=classification_metrics,
+        callbacks=list(callbacks),
+    )
+    for shown in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shown)
+    return trainer

@@ -1,0 +1,45 @@
+"""Runs the command line in this process and gives back what a user would see."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+
+from loraplus.cli import main
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        return self.err.strip().splitlines()[-1] if self.err.strip() else ""
+
+
+@pytest.fixture
+def loraplus_command(capsys):
+    def call(*arguments: object) -> Outcome:
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def refused(loraplus_command):
+    """Asserts exit code 2 and exactly one line of error, and returns that line."""
+
+    def call(*arguments: object) -> str:
+        outcome = loraplus_command(*arguments)
+        assert outcome.code == 2, outcome
+        assert "Traceback" not in outcome.err + outcome.out
+        assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+        assert outcome.err.startswith("loraplus: ")
+        return outcome.err
+
+    return call
