@@ -194,8 +194,8 @@ def _verdict(
             sentences.append(f"{at}, no difference found: {_points(untuned[0])}.")
     if seeds < _FEW_SEEDS:
         sentences.append(
-            f"This rests on {seeds} seed{'s' if seeds > 1 else ''} an arm, which says little about how results vary from "
-            "seed to seed; more --seeds give a firmer answer."
+            f"This rests on {seeds} seed{'s' if seeds > 1 else ''} an arm, which says little about how results "
+            "vary from seed to seed; more --seeds give a firmer answer."
         )
     return " ".join(sentences)
 

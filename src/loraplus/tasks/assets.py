@@ -125,7 +125,18 @@ ASSETS = {
 def _download(requirement: str, folder: Path) -> Path:
     # An sdist is wanted where the wheel lacks the data; pip builds its metadata, which needs nothing but setuptools.
     options = ["--no-binary", ":all:"] if requirement.startswith("vaderSentiment") else []
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "-d", str(folder), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        *options,
+        "-d",
+        str(folder),
+        requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     archives = sorted(folder.iterdir())
     if done.returncode or not archives:

@@ -8,6 +8,9 @@ from typing import Any
 # PEFT's examples train classifiers with 3e-4 or so; LoRA+ keeps that rate for A and gives B 16 times it.
 DEFAULT_LR = 3e-4
 DEFAULT_LR_RATIO = 16.0
+# A new head starts from nothing and learns at its own pace, the same whatever the adapter's rates are: otherwise a
+# search over η_A and λ would be a search over the head's rate, too.
+DEFAULT_LR_HEAD = 2e-3
 
 
 def _option(default: Any, help: str, *flags: str) -> Any:
@@ -33,7 +36,7 @@ class TaskConfig:
     use_rslora: bool = _option(False, "Scale by α / √r (rsLoRA).")
     use_dora: bool = _option(False, "Learn magnitudes apart (DoRA).")
     lr_embedding: float | None = _option(None, "Rate of embedding factors. Default: lr.")
-    lr_head: float | None = _option(None, "Rate of the classification head. Default: lr.")
+    lr_head: float = _option(DEFAULT_LR_HEAD, "Rate of the new classification head.")
     weight_decay: float = _option(0.0, "Decoupled weight decay, not on biases and norms.")
     warmup_ratio: float = _option(0.06, "Part of the steps over which the rate rises linearly.")
     lr_scheduler_type: str = _option("linear", "Schedule after warm-up, any of transformers' names.")

@@ -1,0 +1,5 @@
+"""One offline page that shows what a comparison found."""
+
+from loraplus.report.page import render
+
+__all__ = ["render"]

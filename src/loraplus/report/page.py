@@ -1,0 +1,70 @@
+"""Fills the page: numbers as text, pictures as plotly figures, everything in one file that needs no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from loraplus.report import plots
+from loraplus.study.records import ARM_TITLES, ARMS, Record
+
+_TEMPLATE = "compare.html.jinja"
+
+
+def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
+    """The report of a comparison as one HTML page.
+
+    Args:
+        summary: content of summary.json.
+        records: of all runs.
+
+    Returns:
+        HTML; text that came from data is escaped, and nothing is loaded from elsewhere.
+    """
+    environment = Environment(
+        loader=PackageLoader("loraplus.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"rate": rate, "percent": percent, "number": number, "points": points}
+    best = {arm: summary["arms"][arm]["best"] for arm in ARMS}
+    return environment.get_template(_TEMPLATE).render(
+        summary=summary,
+        records=records,
+        arms=ARMS,
+        titles=ARM_TITLES,
+        plotly_js=Markup(get_plotlyjs()),
+        curves=Markup(plots.as_json(plots.curves(records))),
+        rates=Markup(plots.as_json(plots.rates(records, best))),
+    )
+
+
+def rate(value: float | None) -> str:
+    """A learning rate with at most three digits, such as 3.16e-3."""
+    if value is None:
+        return "–"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with fixed digits, a dash where there is none."""
+    return f"{value:.{digits}f}" if value is not None and _finite(value) else "–"
+
+
+def percent(value: float | None) -> str:
+    """A part as a percentage."""
+    return f"{100 * value:.1f}%" if value is not None and _finite(value) else "–"
+
+
+def points(value: float | None) -> str:
+    """A difference of parts in points, with its sign."""
+    return f"{100 * value:+.1f}" if value is not None and _finite(value) else "–"

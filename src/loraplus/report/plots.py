@@ -1,0 +1,122 @@
+"""The two pictures of a comparison: validation loss over steps, and the tried rates in the (η_A, η_B) plane."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import plotly.graph_objects as go
+
+from loraplus.study.records import ARM_TITLES, ARMS, Record
+
+# Okabe and Ito's palette: told apart with any colour vision, and readable on white and on near black.
+COLOURS = {"lora": "#D55E00", "loraplus": "#0072B2"}
+SYMBOLS = {"lora": "circle", "loraplus": "diamond"}
+_NEUTRAL = "#7f8790"
+_GRID = "rgba(127,135,144,0.22)"
+
+
+def _layout(figure: go.Figure, x: str, y: str, height: int) -> go.Figure:
+    axis = {"gridcolor": _GRID, "linecolor": _NEUTRAL, "zeroline": False, "ticks": "outside", "tickcolor": _NEUTRAL}
+    figure.update_layout(
+        height=height,
+        margin={"l": 64, "r": 16, "t": 12, "b": 52},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={
+            "family": "system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif",
+            "size": 13,
+            "color": _NEUTRAL,
+        },
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        hoverlabel={"font": {"size": 12}},
+    )
+    figure.update_xaxes(title=x, **axis)
+    figure.update_yaxes(title=y, **axis)
+    return figure
+
+
+def curves(records: Sequence[Record]) -> go.Figure:
+    """Mean validation loss of each arm over the steps, its seeds thin behind it; untuned runs dashed."""
+    figure = go.Figure()
+    for phase, dash, suffix in (("final", "solid", ""), ("untuned", "dash", ", untuned")):
+        for arm in ARMS:
+            runs = [
+                r for r in records if r.trial.phase == phase and r.trial.arm == arm and r.status == "done" and r.curve
+            ]
+            if not runs:
+                continue
+            colour, name = COLOURS[arm], ARM_TITLES[arm] + suffix
+            for run in runs if len(runs) > 1 else ():
+                figure.add_scatter(
+                    x=[point.step for point in run.curve], y=[point.eval_loss for point in run.curve], mode="lines",
+                    line={"color": colour, "width": 1, "dash": dash}, opacity=0.35, showlegend=False, hoverinfo="skip",
+                )  # fmt: skip
+            steps = sorted(set.intersection(*({point.step for point in run.curve} for run in runs)))
+            at = [{point.step: point.eval_loss for point in run.curve} for run in runs]
+            figure.add_scatter(
+                x=steps, y=[fmean(curve[step] for curve in at) for step in steps], mode="lines+markers", name=name,
+                line={"color": colour, "width": 2.5, "dash": dash}, marker={"symbol": SYMBOLS[arm], "size": 7},
+                hovertemplate=f"{name}<br>step %{{x}}<br>validation loss %{{y:.4f}}<extra></extra>",
+            )  # fmt: skip
+    return _layout(figure, "step", "validation loss", 400)
+
+
+def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Figure:
+    """Every tuning run at its (η_A, η_B), coloured by validation loss; the diagonal is λ = 1.
+
+    Args:
+        records: of all phases.
+        best: {arm: {"lr", "lr_ratio"}}, ringed.
+    """
+    tuning = [record for record in records if record.trial.phase == "tuning"]
+    finite = [record.eval_loss for record in tuning if math.isfinite(record.eval_loss)]
+    figure = go.Figure()
+    if tuning:
+        low = min(r.trial.lr for r in tuning) / 3
+        high = max(r.trial.lr * r.trial.lr_ratio for r in tuning) * 3
+        figure.add_scatter(
+            x=[low, high], y=[low, high], mode="lines", line={"color": _NEUTRAL, "dash": "dot", "width": 1.2},
+            name="λ = 1", hoverinfo="skip",
+        )  # fmt: skip
+    for arm in ARMS:
+        runs = [r for r in tuning if r.trial.arm == arm and math.isfinite(r.eval_loss)]
+        figure.add_scatter(
+            x=[r.trial.lr for r in runs], y=[r.trial.lr * r.trial.lr_ratio for r in runs], mode="markers+text",
+            name=ARM_TITLES[arm], text=[f"{r.eval_loss:.3f}" for r in runs], textposition="middle right",
+            textfont={"size": 11, "color": _NEUTRAL}, cliponaxis=False,
+            marker={"symbol": SYMBOLS[arm], "size": 15, "color": [r.eval_loss for r in runs], "coloraxis": "coloraxis",
+                    "line": {"width": 1, "color": COLOURS[arm]}},
+            customdata=[[r.trial.lr_ratio, r.eval_loss] for r in runs],
+            hovertemplate=f"{ARM_TITLES[arm]}<br>η_A %{{x:.3g}} · η_B %{{y:.3g}} · λ %{{customdata[0]:.3g}}"
+                          "<br>validation loss %{customdata[1]:.4f}<extra></extra>",
+        )  # fmt: skip
+        if arm in best:
+            lr, ratio = best[arm]["lr"], best[arm]["lr_ratio"]
+            figure.add_scatter(
+                x=[lr], y=[lr * ratio], mode="markers", name=f"best {ARM_TITLES[arm]}", hoverinfo="skip",
+                marker={"symbol": SYMBOLS[arm] + "-open", "size": 25, "color": COLOURS[arm], "line": {"width": 2.5}},
+            )  # fmt: skip
+    diverged = [r for r in tuning if not math.isfinite(r.eval_loss)]
+    if diverged:
+        figure.add_scatter(
+            x=[r.trial.lr for r in diverged], y=[r.trial.lr * r.trial.lr_ratio for r in diverged], mode="markers",
+            name="diverged", marker={"symbol": "x", "size": 11, "color": _NEUTRAL},
+        )  # fmt: skip
+    figure.update_layout(
+        coloraxis={"colorscale": "Viridis", "reversescale": True, "cmin": min(finite, default=0),
+                   "cmax": max(finite, default=1),
+                   "colorbar": {"title": {"text": "loss"}, "thickness": 12, "outlinewidth": 0}},
+    )  # fmt: skip
+    _layout(figure, "η_A", "η_B", 460)
+    figure.update_xaxes(type="log", exponentformat="power", dtick=1)
+    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    return figure
+
+
+def as_json(figure: go.Figure) -> str:
+    """A figure's JSON that can stand inside a script element whatever text it holds."""
+    text: Any = figure.to_json()
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

