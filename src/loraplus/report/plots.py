@@ -84,8 +84,8 @@ def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Fi
     for arm in ARMS:
         runs = [r for r in tuning if r.trial.arm == arm and math.isfinite(r.eval_loss)]
         figure.add_scatter(
-            x=[r.trial.lr for r in runs], y=[r.trial.lr * r.trial.lr_ratio for r in runs], mode="markers+text",
-            name=ARM_TITLES[arm], text=[f"{r.eval_loss:.3f}" for r in runs], textposition="middle right",
+            x=[r.trial.lr for r in runs], y=[r.trial.lr * r.trial.lr_ratio for r in runs], mode="markers+text", showlegend=False,
+            name=ARM_TITLES[arm], text=[f"\u2003{r.eval_loss:.3f}" for r in runs], textposition="middle right",
             textfont={"size": 11, "color": _NEUTRAL}, cliponaxis=False,
             marker={"symbol": SYMBOLS[arm], "size": 15, "color": [r.eval_loss for r in runs], "coloraxis": "coloraxis",
                     "line": {"width": 1, "color": COLOURS[arm]}},
@@ -110,7 +110,7 @@ def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Fi
                    "cmax": max(finite, default=1),
                    "colorbar": {"title": {"text": "loss"}, "thickness": 12, "outlinewidth": 0}},
     )  # fmt: skip
-    _layout(figure, "η_A", "η_B", 460)
+    _layout(figure, "η<sub>A</sub>", "η<sub>B</sub>", 460)
     figure.update_xaxes(type="log", exponentformat="power", dtick=1)
     figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     return figure
