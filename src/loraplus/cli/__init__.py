@@ -1,5 +1,5 @@
 """The `loraplus` command."""
 
-from loraplus.cli.app import main
+from loraplus.cli.main import main
 
 __all__ = ["main"]

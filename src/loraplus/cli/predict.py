@@ -34,9 +34,10 @@ def run(
     from loraplus.cli.console import counting_bar, quiet_libraries
 
     quiet_libraries()
+    from loraplus.tasks.columns import choose_text_column
     from loraplus.tasks.output import write_atomically
     from loraplus.tasks.predict import load_adapter, predict
-    from loraplus.tasks.table import choose_text_column, read_table
+    from loraplus.tasks.table import read_table
 
     target = Path(output)
     if target.suffix not in _FORMATS:

@@ -84,7 +84,8 @@ def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Fi
     for arm in ARMS:
         runs = [r for r in tuning if r.trial.arm == arm and math.isfinite(r.eval_loss)]
         figure.add_scatter(
-            x=[r.trial.lr for r in runs], y=[r.trial.lr * r.trial.lr_ratio for r in runs], mode="markers+text", showlegend=False,
+            x=[r.trial.lr for r in runs], y=[r.trial.lr * r.trial.lr_ratio for r in runs], mode="markers+text",
+            showlegend=False,
             name=ARM_TITLES[arm], text=[f"\u2003{r.eval_loss:.3f}" for r in runs], textposition="middle right",
             textfont={"size": 11, "color": _NEUTRAL}, cliponaxis=False,
             marker={"symbol": SYMBOLS[arm], "size": 15, "color": [r.eval_loss for r in runs], "coloraxis": "coloraxis",

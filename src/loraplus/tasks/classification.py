@@ -11,9 +11,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from loraplus.errors import InputError
+from loraplus.tasks.columns import Examples, choose_columns, examples, label_names
 from loraplus.tasks.config import CompareConfig, TaskConfig
 from loraplus.tasks.splits import stratified_sample, stratified_split, without_duplicates
-from loraplus.tasks.table import Examples, choose_columns, examples, label_names, read_table
+from loraplus.tasks.table import read_table
 
 _LENGTH_QUANTILE = 0.99
 _LENGTH_CAP = 512

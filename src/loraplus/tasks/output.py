@@ -24,14 +24,13 @@ NOT_COMPARED = ("workers", "output")
 WRITTEN = (
     # every command
     CONFIG_FILE,
-    # train
-    "metrics.json", "curves.csv", "report.html", "labels.json", "trainer_state.json", "training_args.bin",
-    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md", "loraplus.json", "logs",
+    # train; which tokenizer files there are depends on the model
+    "metrics.json", "curves.csv", "adapter_config.json", "adapter_model.safetensors", "README.md", "loraplus.json",
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
-    "chat_template.jinja", "adapter", "predictions.csv",
+    "chat_template.jinja",
     # compare
-    "study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv",
+    "study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv", "report.html",
 )  # fmt: skip
 WRITTEN_PATTERNS = ("checkpoint-*",)
 

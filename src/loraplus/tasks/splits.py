@@ -43,8 +43,9 @@ def stratified_split(labels: Sequence[str], fraction: float, seed: int) -> tuple
         InputError: the fraction is not between 0 and 1, or the data is too small to hold anything out.
 
     Example:
-        >>> stratified_split(["a", "a", "b", "b"], 0.5, seed=0)[1].__len__()
-        2
+        >>> kept, held_out = stratified_split(["a", "a", "b", "b"], 0.5, seed=0)
+        >>> len(kept), len(held_out)
+        (2, 2)
     """
     if not 0 < fraction < 1:
         raise InputError(f"the part of the data to hold out must lie between 0 and 1, got {fraction}")
@@ -64,11 +65,27 @@ def stratified_split(labels: Sequence[str], fraction: float, seed: int) -> tuple
 
 
 def stratified_sample(labels: Sequence[str], count: int, seed: int) -> list[int]:
-    """Indices of `count` rows in the proportions of the classes, fixed by the seed."""
-    if count >= len(labels):
-        return list(range(len(labels)))
+    """Indices of `count` rows in the proportions of the classes.
+
+    Args:
+        labels: one a row.
+        count: rows wanted; all of them if there are no more than that.
+        seed: the same seed gives the same sample.
+
+    Returns:
+        Indices in the order of the rows. A class too rare for a whole row may be absent.
+
+    Raises:
+        InputError: less than one row is asked for.
+
+    Example:
+        >>> len(stratified_sample(["a"] * 6 + ["b"] * 3, 3, seed=0))
+        3
+    """
     if count < 1:
         raise InputError(f"a sample needs at least one row, got {count}")
+    if count >= len(labels):
+        return list(range(len(labels)))
     classes = _shuffled_classes(labels, seed)
     sizes = [len(indices) for indices in classes]
     quotas = _quotas(sizes, count, [0] * len(sizes), sizes)
@@ -81,6 +98,10 @@ def _canonical(text: str) -> str:
 
 def without_duplicates(texts: Sequence[str], held_out_texts: Sequence[str]) -> tuple[list[int], int]:
     """Leaves out texts that also stand in the held-out data, whatever their case and spacing.
+
+    Args:
+        texts: to leave some out of.
+        held_out_texts: that none of them may repeat.
 
     Returns:
         (indices kept, number removed).

@@ -19,7 +19,7 @@ from loraplus.integrations.transformers import LoraPlusTrainer, write_rates
 from loraplus.tasks.classification import load_classification
 from loraplus.tasks.config import TrainConfig
 from loraplus.tasks.model import load_classifier, load_tokenizer
-from loraplus.tasks.output import check_output, prepare_output, read_json, write_csv, write_json
+from loraplus.tasks.output import check_output, hold_output, prepare_output, read_json, write_csv, write_json
 from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, rates_of, total_steps
 
 METRICS_FILE = "metrics.json"
@@ -97,37 +97,38 @@ def train(
         config, rates, data, model, tokenizer, seed=config.seed, output=config.output, checkpoints=True,
         callbacks=[clock, DivergenceGuard(rates), stop, *callbacks],
     )  # fmt: skip
-    output = prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
-    checkpoint = get_last_checkpoint(str(output)) if resume else None
-    with stop.listening():
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    step = trainer.state.global_step
-    write_csv(output / CURVES_FILE, _curves(trainer.state.log_history))
-    if stop.stopped.is_set() and step < trainer.state.max_steps:
-        raise InterruptedRun(
-            f"interrupted after step {step} of {trainer.state.max_steps}; saved to {output}/checkpoint-{step}; "
-            "go on with the same command and --resume"
-        )
+    with hold_output(config.output):
+        output = prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
+        checkpoint = get_last_checkpoint(str(output)) if resume else None
+        with stop.listening():
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        step = trainer.state.global_step
+        write_csv(output / CURVES_FILE, _curves(trainer.state.log_history))
+        if stop.stopped.is_set() and step < trainer.state.max_steps:
+            raise InterruptedRun(
+                f"interrupted after step {step} of {trainer.state.max_steps}; saved to {output}/checkpoint-{step}; "
+                "go on with the same command and --resume"
+            )
 
-    evaluation = trainer.evaluate()
-    _save_adapter(trainer, tokenizer, data.max_length, output)
-    best = trainer.state.best_global_step
-    metrics = {
-        "eval_loss": evaluation["eval_loss"],
-        "eval_accuracy": evaluation["eval_accuracy"],
-        "eval_macro_f1": evaluation["eval_macro_f1"],
-        "steps": step,
-        "best_step": best if best is not None else step,
-        "lr": rates.lr,
-        "lr_ratio": rates.lr_ratio,
-        "train_loss": result.metrics["train_loss"],
-        "train_seconds": result.metrics["train_runtime"],
-        "seconds_per_step": clock.seconds_per_step,
-        "groups": explain(trainer.model, trainer.optimizer).groups(),
-        "data": data.facts,
-    }
-    write_json(output / METRICS_FILE, metrics)
-    return metrics
+        evaluation = trainer.evaluate()
+        _save_adapter(trainer, tokenizer, data.max_length, output)
+        best = trainer.state.best_global_step
+        metrics = {
+            "eval_loss": evaluation["eval_loss"],
+            "eval_accuracy": evaluation["eval_accuracy"],
+            "eval_macro_f1": evaluation["eval_macro_f1"],
+            "steps": step,
+            "best_step": best if best is not None else step,
+            "lr": rates.lr,
+            "lr_ratio": rates.lr_ratio,
+            "train_loss": result.metrics["train_loss"],
+            "train_seconds": result.metrics["train_runtime"],
+            "seconds_per_step": clock.seconds_per_step,
+            "groups": explain(trainer.model, trainer.optimizer).groups(),
+            "data": data.facts,
+        }
+        write_json(output / METRICS_FILE, metrics)
+        return metrics
 
 
 def _save_adapter(trainer: LoraPlusTrainer, tokenizer: Any, max_length: int, output: Path) -> None:

@@ -1,0 +1,163 @@
+"""From a table to texts and labels: which column is which, and whether every row has both."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from loraplus.errors import InputError
+from loraplus.tasks.table import Table
+
+TEXT_NAMES = ("text", "sentence", "review", "content", "document", "comment", "tweet", "body", "message", "snippet")
+LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "y")
+_MOST_CLASSES_GUESSED = 100
+_INTEGER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts and their labels as strings."""
+
+    texts: list[str]
+    labels: list[str]
+    text_column: str
+    label_column: str
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "no columns"
+
+
+def _named(table: Table, column: str | None, kind: str, usual: tuple[str, ...], taken: str | None) -> str | None:
+    """The column asked for, else one with a usual name that is not `taken` by the other part."""
+    if column is not None:
+        if column not in table.columns:
+            raise InputError(
+                f"{table.source} has no column {column!r} (--{kind}-column); it has {_listed(table.columns)}"
+            )
+        return column
+    by_lower = {name.lower(): name for name in reversed(table.columns) if name != taken}
+    return next((by_lower[name] for name in usual if name in by_lower), None)
+
+
+def choose_text_column(table: Table, text_column: str | None = None, label_column: str | None = None) -> str:
+    """The column with the text: the one named, else a usual name, else the longest strings.
+
+    Raises:
+        InputError: the named column is missing, or none holds text.
+    """
+    found = _named(table, text_column, "text", TEXT_NAMES, label_column)
+    if found is not None:
+        return found
+    present = {name: [v for v in values if v is not None] for name, values in table.columns.items()}
+    lengths = {
+        name: sum(map(len, values)) / len(values)
+        for name, values in present.items()
+        if name != label_column and values and all(isinstance(value, str) for value in values)
+    }
+    if not lengths:
+        raise InputError(f"{table.source}: no column holds text; name it with --text-column ({_listed(table.columns)})")
+    return max(lengths, key=lambda name: lengths[name])
+
+
+def choose_columns(table: Table, text_column: str | None = None, label_column: str | None = None) -> tuple[str, str]:
+    """(text column, label column), guessed where not named.
+
+    Raises:
+        InputError: a named column is missing, or the guess would be ambiguous.
+    """
+    label = _named(table, label_column, "label", LABEL_NAMES, text_column)
+    text = choose_text_column(table, text_column, label)
+    if label is None:
+        few = [
+            name
+            for name, values in table.columns.items()
+            if name != text
+            and 2 <= len({str(v) for v in values}) <= min(_MOST_CLASSES_GUESSED, max(2, len(values) // 2))
+        ]
+        if len(few) != 1:
+            raise InputError(
+                f"{table.source}: cannot tell which column is the label; name it with --label-column "
+                f"(columns: {_listed(table.columns)})"
+            )
+        label = few[0]
+    if text == label:
+        raise InputError(f"{table.source}: text and label are both column {text!r}; name them apart")
+    return text, label
+
+
+def _strings(table: Table, kind: str, column: str) -> list[str]:
+    """A column as strings; refuses lists and objects, and cells that are missing or blank."""
+    strings = []
+    for index, value in enumerate(table.columns[column]):
+        if isinstance(value, (list, dict, bytes)):
+            raise InputError(
+                f"{table.source}, {table.row_name(index)}: the {kind} (column {column!r}) is a "
+                f"{type(value).__name__}, expected a string"
+            )
+        missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+        strings.append("" if missing else str(value))
+    count = strings.count("")
+    if count:
+        raise InputError(
+            f"{table.source}: the {kind} (column {column!r}) is missing in {count} of {len(strings)} rows, "
+            f"first in {table.row_name(strings.index(''))}; fill or remove them"
+        )
+    return strings
+
+
+def _labels(table: Table, column: str) -> list[str]:
+    labels = [label.strip() for label in _strings(table, "label", column)]
+    all_numbers = all(map(_NUMBER.fullmatch, labels))
+    for index, value in enumerate(table.columns[column]):
+        if isinstance(value, float) or (all_numbers and not _INTEGER.fullmatch(labels[index])):
+            number = float(value)
+            if not number.is_integer():
+                raise InputError(
+                    f"{table.source}, {table.row_name(index)}: label {labels[index]} in column {column!r} looks like "
+                    "a regression target; classification needs classes, so give each a name"
+                )
+            labels[index] = str(int(number))
+    return labels
+
+
+def examples(table: Table, text_column: str | None = None, label_column: str | None = None) -> Examples:
+    """Texts and labels of a table, checked.
+
+    Args:
+        table: from `read_table`.
+        text_column: guessed if None.
+        label_column: guessed if None.
+
+    Returns:
+        One text and one label a row; labels as strings ("1" for 1 and 1.0).
+
+    Raises:
+        InputError: a column is missing, texts or labels are missing in some rows or of another kind, labels are
+            fractions, or there is one class only.
+    """
+    text_column, label_column = choose_columns(table, text_column, label_column)
+    labels = _labels(table, label_column)
+    texts = _strings(table, "text", text_column)
+    if len(set(labels)) < 2:
+        raise InputError(
+            f"{table.source}: column {label_column!r} has one class only ({labels[0]!r}); classification needs two"
+        )
+    return Examples(texts, labels, text_column, label_column)
+
+
+def label_names(labels: Iterable[str]) -> list[str]:
+    """The distinct labels: by number if all are whole numbers, else by alphabet.
+
+    Example:
+        >>> label_names(["10", "9", "10"])
+        ['9', '10']
+    """
+    distinct = set(labels)
+    try:
+        return sorted(distinct, key=int)
+    except ValueError:
+        return sorted(distinct)
