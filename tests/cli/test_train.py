@@ -203,6 +203,11 @@ def test_unknown_target_modules_lists_those_that_exist(refused, tmp_path, model_
     assert "'q_proj'" in line and "query" in line and "dense" in line
 
 
+@pytest.mark.parametrize("length", [-1, 0, 1, 1000])
+def test_a_length_that_the_model_does_not_take(refused, tmp_path, model_folder, reviews_csv, length):
+    assert "32 tokens" in refused(*flags(model_folder, reviews_csv, tmp_path / "out", "--max-length", length))
+
+
 def test_unknown_config_key_names_the_nearest(refused, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("lr_ration: 16\n")

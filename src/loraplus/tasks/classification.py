@@ -69,9 +69,14 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
         raise InputError(f"{config.data}: nothing is left to train on after texts of the held-out data were removed")
 
     token_ids = tokenizer(train.texts, truncation=False, verbose=False)["input_ids"]
-    max_length = config.max_length or _max_length([len(ids) for ids in token_ids], tokenizer)
-    if max_length < 2:
-        raise InputError(f"--max-length must be at least 2, got {max_length}")
+    max_length = (
+        config.max_length if config.max_length is not None else _max_length([len(ids) for ids in token_ids], tokenizer)
+    )
+    if not 2 <= max_length <= tokenizer.model_max_length:
+        raise InputError(
+            f"--max-length must lie between 2 and the {tokenizer.model_max_length} tokens that {config.model} takes, "
+            f"got {max_length}"
+        )
     facts = {
         "source": config.data,
         "text_column": text_column,

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.pytorch_utils import Conv1D
 
 from loraplus.errors import InputError
@@ -51,10 +57,16 @@ def _from_pretrained(loader: Any, model: str, **options: Any) -> Any:
 
 
 def load_tokenizer(config: TaskConfig) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer; a model without a padding token pads with its end of text."""
-    tokenizer = _from_pretrained(AutoTokenizer, resolve_model(config.model), trust_remote_code=config.trust_remote_code)
+    """Loads the tokenizer, with a padding token and with the length that the model takes."""
+    model = resolve_model(config.model)
+    tokenizer = _from_pretrained(AutoTokenizer, model, trust_remote_code=config.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    positions = getattr(
+        _from_pretrained(AutoConfig, model, trust_remote_code=config.trust_remote_code), "max_position_embeddings", None
+    )
+    if positions:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
 
 
