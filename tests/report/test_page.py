@@ -9,6 +9,7 @@ import pytest
 from study.test_summary import record, study
 
 from loraplus.report import render
+from loraplus.report.page import p_value
 from loraplus.study.summary import summarise
 
 EVIL = '</script><script>alert(1)</script><img src="x" onerror="alert(2)">'
@@ -86,3 +87,34 @@ def test_a_page_whose_untuned_runs_diverged_is_whole():
 def test_the_page_tells_how_many_seeds_there_were(seeds):
     _, html = page(study(0.8, seeds=seeds))
     assert f"with {seeds} seeds it cannot fall below" in html
+
+
+@pytest.mark.parametrize("untuned", [None, {}, {"lora": None, "loraplus": None}])
+def test_a_summary_may_lack_what_is_optional(untuned):
+    summary, _ = page()
+    paired = {k: v for k, v in summary["paired"].items() if not k.startswith("loss_p") and k != "diverged_seeds"}
+    html = render({**summary, "untuned": untuned, "paired": paired, "config": {}}, study(0.8))
+    assert "<h2>Untuned, at a usual rate" not in html
+    bare = {k: v for k, v in summary.items() if k not in ("untuned", "config", "cost")}
+    assert render(bare, study(0.8)).rstrip().endswith("</html>")
+
+
+def test_the_page_forbids_itself_to_load_anything():
+    _, html = page()
+    assert """content="default-src 'none'; script-src 'unsafe-inline';""" in html
+
+
+def test_class_counts_stand_beside_their_labels_escaped():
+    _, html = page(labels=[EVIL, "good"], train_class_counts={EVIL: 7, "good": 3})
+    text = without_library(html)
+    assert "good (3)" in text
+    assert "(7)" in text
+    assert "<img" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(0.0, "p < 0.001"), (0.0314, "p = 0.031"), (1.0, "p = 1.000"), (None, "p unknown"), (float("nan"), "p unknown")],
+)
+def test_a_p_value_is_never_told_as_zero(value, words):
+    assert p_value(value) == words

@@ -13,7 +13,6 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import fake_runs
 import pytest
 
 from loraplus.errors import DivergedError, InputError, InterruptedRun, LoraPlusError
@@ -22,9 +21,10 @@ from loraplus.study.records import Record, Trial
 from loraplus.study.runner import Event, run_all
 from loraplus.study.store import StudyStore
 from loraplus.tasks.config import CompareConfig
+from study import fake_runs
 
 PLAN = Plan(tuning_runs=3, seeds=2, seed=5, lr_ratio=16.0, untuned_lr=3e-4)
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 
 
 def open_store(folder: Path) -> StudyStore:
@@ -175,8 +175,8 @@ def test_an_arm_that_only_diverges_is_an_error():
 SCRIPT = """
     import sys
     from pathlib import Path
-    sys.path.insert(0, {here!r})
-    import fake_runs, test_runner
+    sys.path.insert(0, {tests!r})
+    from study import fake_runs, test_runner
     from loraplus.errors import InterruptedRun
 
     if __name__ == "__main__":
@@ -191,7 +191,7 @@ SCRIPT = """
 def started_script(folder: Path, workers: int) -> subprocess.Popen[str]:
     """A study in a process group of its own, at the point where its final runs hang."""
     script = folder / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(here=str(HERE), folder=str(folder), workers=workers)))
+    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(TESTS), folder=str(folder), workers=workers)))
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while len(fake_runs.noted(folder, "hangs")) < workers:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from loraplus.errors import DivergedError
+from loraplus.study import statistics
 from loraplus.study.records import ARMS, CurvePoint, Record, Trial
-from loraplus.study.summary import runs_csv_rows, summarise
+from loraplus.study.summary import _signed, runs_csv_rows, summarise
+
+
+@pytest.fixture(autouse=True)
+def fewer_resamples(monkeypatch):
+    """The words and fields do not hang on the last digit of an interval."""
+    monkeypatch.setattr(statistics, "_RESAMPLES", 999)
 
 
 def record(phase, arm, lr, ratio, seed, eval_loss, accuracy=0.8, examples=400, status="done"):
@@ -92,7 +100,8 @@ def test_a_best_point_at_the_edge_of_what_was_tried_is_flagged():
 def test_steps_to_target_go_both_ways():
     steps = summary_of(study(0.8, plus_loss=0.40))["steps_to_target"]
     assert steps["lora_to_reach_loraplus"] is None
-    assert steps["loraplus_to_reach_lora"] == pytest.approx(95.0)
+    assert steps["loraplus_to_reach_lora"] == 95
+    assert isinstance(steps["loraplus_to_reach_lora"], int)
     assert steps["target_loss"] == {"lora": pytest.approx(0.42), "loraplus": pytest.approx(0.40)}
 
 
@@ -104,6 +113,71 @@ def test_a_seed_that_diverged_in_one_arm_is_left_out_of_both_and_counted():
     summary = summary_of(study(0.8, extra=extra))
     assert summary["arms"]["lora"]["seeds"] == summary["arms"]["loraplus"]["seeds"] == [1, 2]
     assert summary["paired"]["diverged_seeds"] == 1
+    assert "LoRA+ diverged on 1 of 3 seeds; seeds that an arm diverged on are left out of both" in summary["verdict"]
+
+
+def test_a_seed_that_both_arms_diverged_on_counts_once():
+    extra = [record("final", arm, 1e-3, 1, 9, math.inf, status="diverged") for arm in ARMS]
+    assert summary_of(study(0.8, extra=extra))["paired"]["diverged_seeds"] == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_final_run_with_a_test_loss_that_is_not_finite_counts_as_diverged(bad):
+    records = study(0.8)
+    at = next(i for i, r in enumerate(records) if r.trial.phase == "final" and r.trial.arm == "loraplus")
+    records[at] = replace(records[at], test_losses=(bad, *records[at].test_losses[1:]))
+    summary = summary_of(records)
+    assert summary["paired"]["diverged_seeds"] == 1
+    assert summary["arms"]["lora"]["seeds"] == [2]
+    assert runs_csv_rows(records)[at]["test_loss"] is None
+
+
+@pytest.mark.parametrize("diverged", [1, 2])
+def test_the_verdict_tells_that_an_untuned_arm_diverged(diverged):
+    records = [
+        replace(r, status="diverged", eval_loss=math.inf, curve=(), test_losses=(), test_correct=())
+        if (r.trial.phase, r.trial.arm) == ("untuned", "loraplus") and r.trial.seed <= diverged
+        else r
+        for r in study(0.8)
+    ]
+    verdict = summary_of(records)["verdict"]
+    assert f"LoRA+ diverged on {diverged} of 2 seeds" in verdict
+    assert ("no seed is left to compare" in verdict) == (diverged == 2)
+
+
+def test_arms_that_disagree_on_one_example_only_are_told_apart_by_nothing():
+    records = study(0.8)
+    for i, r in enumerate(records):
+        if r.trial.phase == "final" and r.trial.arm == "loraplus":
+            records[i] = replace(r, test_correct=(not r.test_correct[0], *r.test_correct[1:]))
+    records = [r for r in records if r.trial.phase != "final" or r.trial.seed == 1]
+    summary = summary_of(records)
+    assert summary["paired"]["p_value"] == 1
+    assert "no difference found" in summary["verdict"]
+
+
+@pytest.mark.parametrize("curve", [(), (CurvePoint(50, math.inf, 0.5), CurvePoint(100, 0.4, 0.8))])
+def test_a_curve_with_gaps_leaves_a_valid_summary(curve):
+    records = [replace(r, curve=curve) if r.trial.phase == "final" else r for r in study(0.8)]
+    summary_of(records)
+
+
+def test_a_final_phase_that_no_seed_survived_is_an_error_that_counts_the_losses():
+    records = [r for r in study(0.8) if r.trial.phase != "final" or r.trial.arm == "lora"]
+    records += [record("final", "loraplus", 1e-3, 16, seed, math.inf, status="diverged") for seed in (1, 2)]
+    with pytest.raises(DivergedError, match=r"LoRA\+ diverged on 2 of 2 seeds"):
+        summary_of(records)
+
+
+def test_rates_that_are_equal_up_to_rounding_make_no_edge():
+    records = [r for r in study(0.8) if r.trial.phase != "tuning" or r.trial.arm != "lora"]
+    records += [record("tuning", "lora", lr, 1, 0, 0.4) for lr in (1e-3, 1e-3 * (1 + 1e-12))]
+    assert not summary_of(records)["arms"]["lora"]["best_at_edge"]
+
+
+def test_a_difference_that_rounds_to_zero_has_no_minus_sign():
+    assert _signed(-0.0001, 3) == "+0.000"
+    assert _signed(-0.001, 3) == "-0.001"
 
 
 def test_an_arm_without_any_finished_tuning_run_is_an_error():

@@ -30,17 +30,27 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
         loader=PackageLoader("loraplus.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"rate": rate, "percent": percent, "number": number, "points": points}
+    environment.filters |= {
+        "rate": rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
+    }  # fmt: skip
+    summary = {"untuned": None, "config": {}, "cost": {"seconds_per_step_ratio": None}, **summary}
     best = {arm: summary["arms"][arm]["best"] for arm in ARMS}
     return environment.get_template(_TEMPLATE).render(
         summary=summary,
         records=records,
         arms=ARMS,
         titles=ARM_TITLES,
+        classes=_classes(summary["data"]),
         plotly_js=Markup(get_plotlyjs()),
         curves=Markup(plots.as_json(plots.curves(records))),
         rates=Markup(plots.as_json(plots.rates(records, best))),
     )
+
+
+def _classes(data: dict[str, Any]) -> list[str]:
+    """The labels, each with the number of its training examples where that is known."""
+    counts = {str(label): count for label, count in (data.get("train_class_counts") or {}).items()}
+    return [f"{label} ({counts[str(label)]})" if str(label) in counts else str(label) for label in data["labels"]]
 
 
 def rate(value: float | None) -> str:
@@ -68,3 +78,15 @@ def percent(value: float | None) -> str:
 def points(value: float | None) -> str:
     """A difference of parts in points, with its sign."""
     return f"{100 * value:+.1f}" if value is not None and _finite(value) else "–"
+
+
+def signed(value: float | None) -> str:
+    """A difference with three digits and its sign."""
+    return f"{value:+.3f}" if value is not None and _finite(value) else "–"
+
+
+def p_value(value: float | None) -> str:
+    """p = 0.031; a permutation test is never evidence for p = 0."""
+    if value is None or not _finite(value):
+        return "p unknown"
+    return f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"

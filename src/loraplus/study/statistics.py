@@ -6,6 +6,7 @@ varies for two reasons, the seed and the choice of test examples; intervals resa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -20,7 +21,7 @@ Scores = NDArray[np.float64]
 """Shape (seeds, test examples)."""
 
 _RESAMPLES = 9_999
-_CHUNK = 500
+_CELLS = 1_000_000  # resamples × examples held at a time
 _CONFIDENCE = 0.95
 _EXACT_UP_TO = 12
 
@@ -44,10 +45,22 @@ class Estimate:
 
 
 def _checked(scores: Sequence[Sequence[float]] | Scores) -> Scores:
-    lengths = {len(row) for row in scores}
-    if len(lengths) != 1 or 0 in lengths:
-        raise InputError(f"scores must be one row a seed, of equal and positive length; got lengths {sorted(lengths)}")
-    return np.asarray(scores, dtype=np.float64)
+    try:
+        array = np.asarray(scores, dtype=np.float64)
+    except ValueError as error:
+        raise InputError("scores must be one row a seed, all of one length") from error
+    if array.ndim != 2 or 0 in array.shape:
+        raise InputError(f"scores must be one row a seed, with at least one example each; got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise InputError("scores must be finite; a run with NaN or infinite scores counts as diverged")
+    return array
+
+
+def _counts(generator: np.random.Generator, draws: int, kinds: int, size: int) -> NDArray[np.int64]:
+    """How often each of `kinds` things came in `draws` draws with replacement, `size` times: multinomial, but fast."""
+    drawn = generator.integers(kinds, size=(size, draws), dtype=np.int64 if size * kinds >= 2**31 else np.int32)
+    drawn += (np.arange(size, dtype=drawn.dtype) * kinds)[:, None]  # a range of numbers for each resample
+    return np.bincount(drawn.ravel(), minlength=size * kinds).reshape(size, kinds)
 
 
 def bootstrap_mean(scores: Sequence[Sequence[float]] | Scores, seed: int = 0) -> Estimate:
@@ -64,7 +77,7 @@ def bootstrap_mean(scores: Sequence[Sequence[float]] | Scores, seed: int = 0) ->
         The mean and its 95% percentile interval.
 
     Raises:
-        InputError: rows of unequal length, or none.
+        InputError: rows of unequal length, none, or with NaN or infinite scores.
 
     Example:
         >>> bootstrap_mean([[1.0, 1.0], [1.0, 1.0]])
@@ -76,12 +89,12 @@ def bootstrap_mean(scores: Sequence[Sequence[float]] | Scores, seed: int = 0) ->
     seeds, examples = scores.shape
     generator = np.random.default_rng(seed)
     means = np.empty(_RESAMPLES)
-    for start in range(0, _RESAMPLES, _CHUNK):
-        count = min(_CHUNK, _RESAMPLES - start)
-        example_weights = generator.multinomial(examples, np.full(examples, 1 / examples), size=count) / examples
-        per_seed = example_weights @ scores.T
+    chunk = max(1, _CELLS // examples)
+    for start in range(0, _RESAMPLES, chunk):
+        count = min(chunk, _RESAMPLES - start)
+        per_seed = (_counts(generator, examples, examples, count) / examples) @ scores.T
         if seeds > 1:
-            seed_weights = generator.multinomial(seeds - 1, np.full(seeds, 1 / seeds), size=count) / (seeds - 1)
+            seed_weights = _counts(generator, seeds - 1, seeds, count) / (seeds - 1)
             means[start : start + count] = (per_seed * seed_weights).sum(axis=1)
         else:
             means[start : start + count] = per_seed[:, 0]
@@ -121,7 +134,13 @@ def paired_difference(
         The difference and its p-values.
 
     Raises:
-        InputError: the shapes differ.
+        InputError: the shapes differ, or as in `bootstrap_mean`.
+
+    Example:
+        >>> paired_difference([[0.0] * 8], [[1.0] * 8]).p_value  # 2 of the 2^8 sign patterns
+        0.0078125
+
+    Source: Good, Permutation, Parametric and Bootstrap Tests of Hypotheses (2005), section 3.7, for paired samples.
     """
     a, b = _checked(a), _checked(b)
     if a.shape != b.shape:
@@ -136,18 +155,15 @@ def paired_difference(
 
 def _sign_flip_p(differences: Scores, seed: int) -> float:
     """Two-sided p of a mean of paired differences; exact where all sign patterns can be tried."""
-    observed = abs(differences.mean())
-    count = len(differences)
-    if count <= _EXACT_UP_TO:
-        signs = np.array(list(product((-1.0, 1.0), repeat=count)))
-        means = np.abs(signs @ differences) / count
-        return float((means >= observed - 1e-12).mean())
     changed = differences[differences != 0]  # a zero difference has no sign to flip
     if not len(changed):
         return 1.0
+    if len(changed) <= _EXACT_UP_TO:  # scipy's test needs two observations or more
+        sums = np.abs(np.array(list(product((-1.0, 1.0), repeat=len(changed)))) @ changed)
+        return float((sums >= abs(changed.sum()) - 1e-12 * np.abs(changed).sum()).mean())
     result = stats.permutation_test(
         (changed,), lambda sample, axis: sample.mean(axis=axis), permutation_type="samples", vectorized=True,
-        n_resamples=_RESAMPLES, batch=_CHUNK, rng=np.random.default_rng(seed),
+        n_resamples=_RESAMPLES, batch=max(1, _CELLS // len(changed)), rng=np.random.default_rng(seed),
     )  # fmt: skip
     return float(result.pvalue)
 
@@ -157,20 +173,25 @@ def steps_to_target(steps: Sequence[int], losses: Sequence[float], target: float
 
     Args:
         steps: of the evaluations, rising.
-        losses: one an evaluation.
+        losses: one an evaluation; NaN and infinity have not reached anything.
         target: loss to reach.
 
     Returns:
         The step; None if the curve never gets there.
 
+    Raises:
+        InputError: not as many losses as steps.
+
     Example:
         >>> steps_to_target([10, 20], [1.0, 0.5], 0.75)
         15.0
     """
+    if len(steps) != len(losses):
+        raise InputError(f"a curve needs one loss a step, got {len(steps)} steps and {len(losses)} losses")
     for i, (step, loss) in enumerate(zip(steps, losses, strict=True)):
         if loss <= target:
-            if i == 0 or losses[i - 1] == loss:
+            before = losses[i - 1] if i else math.nan
+            if not math.isfinite(before):  # no point to draw a line from
                 return float(step)
-            before = losses[i - 1]
             return float(steps[i - 1] + (step - steps[i - 1]) * (before - target) / (before - loss))
     return None

@@ -6,12 +6,12 @@ The schema is described in docs/summary-schema.md; `SCHEMA_VERSION` rises when a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
 from loraplus.errors import DivergedError
-from loraplus.study.records import ARM_TITLES, ARMS, Arm, Phase, Record
+from loraplus.study.records import ARM_TITLES, ARMS, Arm, Phase, Record, Trial
 from loraplus.study.statistics import PairedDifference, bootstrap_mean, paired_difference, steps_to_target
 
 SCHEMA_VERSION = 1
@@ -34,12 +34,16 @@ def summarise(records: Sequence[Record], *, config: dict[str, Any], data_facts: 
     """
     final = _paired_records(records, "final")
     untuned = _paired_records(records, "untuned")
+    best = {arm: _best(arm, records) for arm in ARMS}
     accuracy, loss = _differences(final)
     if accuracy is None or loss is None:
-        raise DivergedError("no final run finished in both arms, so there is nothing to compare; lower --untuned-lr")
+        raise DivergedError(
+            f"no seed's final run finished in both arms ({_divergence(records, 'final') or 'none diverged'}), so there "
+            "is nothing to compare; start again with more --tuning-runs or more --seeds"
+        )
     summary = {
         "schema_version": SCHEMA_VERSION,
-        "arms": {arm: _arm(arm, records, final) for arm in ARMS},
+        "arms": {arm: _arm(arm, best[arm], records, final) for arm in ARMS},
         "untuned": _untuned(untuned, records),
         "paired": {
             "accuracy_difference": accuracy.difference.to_dict(),
@@ -48,7 +52,7 @@ def summarise(records: Sequence[Record], *, config: dict[str, Any], data_facts: 
             "p_value_over_seeds": accuracy.p_value_over_seeds,
             "loss_p_value": loss.p_value,
             "loss_p_value_over_seeds": loss.p_value_over_seeds,
-            "diverged_seeds": sum(r.trial.phase == "final" and r.status == "diverged" for r in records),
+            "diverged_seeds": len(set().union(*(_diverged(records, "final", arm) for arm in ARMS))),
         },
         "steps_to_target": _steps_to_target(final),
         "data": data_facts,
@@ -56,7 +60,7 @@ def summarise(records: Sequence[Record], *, config: dict[str, Any], data_facts: 
     }
     seconds = [summary["arms"][arm]["seconds_per_step"] for arm in ARMS]
     summary["cost"] = {"seconds_per_step_ratio": seconds[1] / seconds[0] if all(seconds) else None}
-    summary["verdict"] = _verdict(accuracy, loss, _differences(untuned), untuned, len(final["lora"]))
+    summary["verdict"] = _verdict(accuracy, loss, _differences(untuned), records, len(final["lora"]))
     return summary
 
 
@@ -65,9 +69,34 @@ def _of(records: Sequence[Record], phase: Phase, arm: Arm) -> list[Record]:
     return sorted(found, key=lambda record: record.trial.seed)
 
 
+def _finished(record: Record) -> bool:
+    """Whether a run ended well: a loss can become NaN at the last evaluation, too late to stop the run."""
+    losses = (record.eval_loss, *record.test_losses)
+    return record.status == "done" and all(math.isfinite(loss) for loss in losses)
+
+
+def _diverged(records: Sequence[Record], phase: Phase, arm: Arm) -> set[int]:
+    """Seeds that an arm diverged on."""
+    return {record.trial.seed for record in _of(records, phase, arm) if not _finished(record)}
+
+
+def _divergence(records: Sequence[Record], phase: Phase) -> str:
+    """The words "LoRA+ diverged on 1 of 3 seeds" for the arms that did; else nothing."""
+    parts = []
+    for arm in ARMS:
+        seeds, diverged = {r.trial.seed for r in _of(records, phase, arm)}, _diverged(records, phase, arm)
+        if diverged:
+            parts.append(f"{ARM_TITLES[arm]} diverged on {len(diverged)} of {_seeds(len(seeds))}")
+    return " and ".join(parts)
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'' if count == 1 else 's'}"
+
+
 def _paired_records(records: Sequence[Record], phase: Phase) -> dict[Arm, list[Record]]:
     """The runs of a phase on the seeds that both arms finished."""
-    done = {arm: [r for r in _of(records, phase, arm) if r.status == "done"] for arm in ARMS}
+    done = {arm: [r for r in _of(records, phase, arm) if _finished(r)] for arm in ARMS}
     common = set.intersection(*({r.trial.seed for r in done[arm]} for arm in ARMS))
     return {arm: [r for r in done[arm] if r.trial.seed in common] for arm in ARMS}
 
@@ -91,19 +120,28 @@ def _test(runs: Sequence[Record]) -> dict[str, Any]:
     return {kind: bootstrap_mean(_scores(runs, kind)).to_dict() for kind in ("loss", "accuracy")}
 
 
-def _arm(arm: Arm, records: Sequence[Record], final: dict[Arm, list[Record]]) -> dict[str, Any]:
-    tuning = _of(records, "tuning", arm)
-    finished = [record for record in tuning if math.isfinite(record.eval_loss)]
+def _best(arm: Arm, records: Sequence[Record]) -> Record:
+    """The tuning run with the lowest validation loss."""
+    finished = [record for record in _of(records, "tuning", arm) if _finished(record)]
     if not finished:
         raise DivergedError(f"every tuning run of {ARM_TITLES[arm]} diverged")
-    best = min(finished, key=lambda record: record.eval_loss)
-    tried = {record.trial.geometric_mean_lr for record in tuning}
+    return min(finished, key=lambda record: record.eval_loss)
+
+
+def _at_edge(best: float, tried: Sequence[float]) -> bool:
+    """Whether the best rate is the lowest or highest of several; equal up to rounding is the same rate."""
+    low, high = (math.isclose(best, edge, rel_tol=1e-6) for edge in (min(tried), max(tried)))
+    return low != high
+
+
+def _arm(arm: Arm, best: Record, records: Sequence[Record], final: dict[Arm, list[Record]]) -> dict[str, Any]:
+    tuning = _of(records, "tuning", arm)
     runs = final[arm]
     return {
         "best": {"lr": best.trial.lr, "lr_ratio": best.trial.lr_ratio},
         "tuning_runs": len(tuning),
-        "diverged_runs": len(tuning) - len(finished),
-        "best_at_edge": len(tried) > 1 and best.trial.geometric_mean_lr in (min(tried), max(tried)),
+        "diverged_runs": sum(not _finished(record) for record in tuning),
+        "best_at_edge": _at_edge(best.trial.geometric_mean_lr, [record.trial.geometric_mean_lr for record in tuning]),
         "seeds": [record.trial.seed for record in runs],
         "test": _test(runs),
         "eval": {"loss": fmean(r.eval_loss for r in runs), "accuracy": fmean(r.eval_accuracy for r in runs)},
@@ -133,16 +171,17 @@ def _untuned(untuned: dict[Arm, list[Record]], records: Sequence[Record]) -> dic
 
 def _mean_curve(runs: Sequence[Record]) -> tuple[list[int], list[float]]:
     """Validation loss averaged over the seeds, at the steps that every run was evaluated at."""
-    losses = [{point.step: point.eval_loss for point in record.curve} for record in runs]
+    losses = [{p.step: p.eval_loss for p in record.curve if math.isfinite(p.eval_loss)} for record in runs]
     steps = sorted(set.intersection(*(set(curve) for curve in losses)))
     return steps, [fmean(curve[step] for curve in losses) for step in steps]
 
 
 def _steps_to_target(final: dict[Arm, list[Record]]) -> dict[str, Any]:
     curves = {arm: _mean_curve(final[arm]) for arm in ARMS}
-    targets = {arm: losses[-1] for arm, (_, losses) in curves.items()}
+    targets = {arm: losses[-1] if losses else None for arm, (_, losses) in curves.items()}
     needed = {
-        arm: steps_to_target(*curves[arm], targets[other]) for arm, other in zip(ARMS, reversed(ARMS), strict=True)
+        arm: _whole(steps_to_target(*curves[arm], target)) if (target := targets[other]) is not None else None
+        for arm, other in zip(ARMS, reversed(ARMS), strict=True)
     }
     return {
         "lora_to_reach_loraplus": needed["lora"],
@@ -152,22 +191,33 @@ def _steps_to_target(final: dict[Arm, list[Record]]) -> dict[str, Any]:
     }
 
 
+def _whole(step: float | None) -> int | None:
+    """The first whole step that is not before `step`; rounded first, so that 95.00000000000001 is 95."""
+    return None if step is None else math.ceil(round(step, 6))
+
+
+def _signed(value: float, digits: int) -> str:
+    """With its sign, and no -0.0."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
 def _points(difference: PairedDifference) -> str:
     d = difference.difference
-    return f"{100 * d.mean:+.1f} points (95% interval {100 * d.low:+.1f} to {100 * d.high:+.1f})"
+    mean, low, high = (_signed(100 * value, 1) for value in (d.mean, d.low, d.high))
+    return f"{mean} points (95% interval {low} to {high})"
 
 
 def _verdict(
     accuracy: PairedDifference,
     loss: PairedDifference,
     untuned: tuple[PairedDifference | None, PairedDifference | None],
-    untuned_runs: dict[Arm, list[Record]],
+    records: Sequence[Record],
     seeds: int,
 ) -> str:
     """The conclusion in words; "no difference found" where none was."""
     sentences = []
     d = loss.difference
-    loss_words = f"test loss {d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
+    loss_words = f"test loss {_signed(d.mean, 3)} ({_signed(d.low, 3)} to {_signed(d.high, 3)})"
     if accuracy.found:
         word = "better" if accuracy.difference.mean > 0 else "worse"
         sentences.append(
@@ -183,21 +233,30 @@ def _verdict(
         sentences.append(
             f"Tuned with equal budgets, no difference found between LoRA+ and LoRA: {_points(accuracy)}, {loss_words}."
         )
-    if untuned[0] is not None:
-        rate = untuned_runs["lora"][0].trial.lr
-        ratio = untuned_runs["loraplus"][0].trial.lr_ratio
-        at = f"Untuned, at a usual rate of {rate:g} (λ = {ratio:g})"
-        if untuned[0].found:
-            ahead = "ahead of" if untuned[0].difference.mean > 0 else "behind"
-            sentences.append(f"{at}, LoRA+ is {ahead} LoRA: {_points(untuned[0])}.")
-        else:
-            sentences.append(f"{at}, no difference found: {_points(untuned[0])}.")
+    if diverged := _divergence(records, "final"):
+        sentences.append(f"In these runs {diverged}; seeds that an arm diverged on are left out of both.")
+    if trials := {arm: runs[0].trial for arm in ARMS if (runs := _of(records, "untuned", arm))}:
+        sentences.append(_untuned_sentence(untuned[0], trials, _divergence(records, "untuned")))
     if seeds < _FEW_SEEDS:
         sentences.append(
-            f"This rests on {seeds} seed{'s' if seeds > 1 else ''} an arm, which says little about how results "
+            f"This rests on {_seeds(seeds)} an arm, which says little about how results "
             "vary from seed to seed; more --seeds give a firmer answer."
         )
     return " ".join(sentences)
+
+
+def _untuned_sentence(accuracy: PairedDifference | None, trials: Mapping[str, Trial], diverged: str) -> str:
+    """How the arms stand without a search; an arm that diverged there is part of that picture."""
+    rate = next(iter(trials.values())).lr
+    ratio = f" (λ = {trials['loraplus'].lr_ratio:g})" if "loraplus" in trials else ""
+    at = f"Untuned, at a usual rate of {rate:g}{ratio}"
+    if accuracy is None:
+        return f"{at}, {diverged or 'one arm was not run'}: no seed is left to compare."
+    left = f" on the seeds that are left, since {diverged}" if diverged else ""
+    if not accuracy.found:
+        return f"{at}, no difference found{left}: {_points(accuracy)}."
+    ahead = "ahead of" if accuracy.difference.mean > 0 else "behind"
+    return f"{at}, LoRA+ is {ahead} LoRA{left}: {_points(accuracy)}."
 
 
 def runs_csv_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -214,8 +273,8 @@ def runs_csv_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             "steps": record.steps,
             "eval_loss": record.eval_loss if math.isfinite(record.eval_loss) else None,
             "eval_accuracy": record.eval_accuracy if record.status == "done" else None,
-            "test_loss": fmean(record.test_losses) if record.test_losses else None,
-            "test_accuracy": fmean(record.test_correct) if record.test_correct else None,
+            "test_loss": fmean(record.test_losses) if record.test_losses and _finished(record) else None,
+            "test_accuracy": fmean(record.test_correct) if record.test_correct and _finished(record) else None,
             "seconds_per_step": record.seconds_per_step,
         }
         for record in records
