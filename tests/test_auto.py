@@ -1,0 +1,224 @@
+"""AutoRates: the rule, its bookkeeping, and the optimizers and groups that it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_feature_updates import adapted, batch
+
+import loraplus
+from loraplus.auto import AutoRates, Rule
+from loraplus.errors import NoLoraFactorsError, TrainerSetupError
+from loraplus.movement import Recorder, adapted_layers, factors, movement, rms
+
+
+def linear(optimizer, steps):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+
+
+def build(optimizer_cls=torch.optim.AdamW, lr=1.0, rule=None, seed=0, **options):
+    model = adapted(seed)
+    optimizer = loraplus.create_optimizer(model, optimizer_cls, lr=lr, lr_ratio=1, lr_head=1e-3, **options)
+    scheduler = linear(optimizer, 60)
+    return model, optimizer, scheduler, AutoRates(model, optimizer, rule=rule)
+
+
+def train(model, optimizer, scheduler, steps, first=0):
+    losses = []
+    for step in range(first, first + steps):
+        loss = model(**batch(seed=step % 5)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_it_trains_whatever_rate_the_optimizer_was_built_with():
+    ends = []
+    for lr in (1.0, 1e-6):
+        model, optimizer, scheduler, rates = build(lr=lr)
+        losses = train(model, optimizer, scheduler, 60)
+        assert losses[-1] < 0.7 * losses[0]
+        assert rates.lr_a > 0 and rates.lr_b > 0 and rates.steps == 60
+        ends.append(losses[-1])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3)
+
+
+def test_the_rates_are_those_of_the_rule():
+    model, optimizer, scheduler, rates = build(rule=Rule(output_part=0.2, inner_part=0.05, measured_at_first=30))
+    train(model, optimizer, scheduler, 7)
+    layers = adapted_layers(model)
+    recorder = Recorder(model, layers)
+    recorder.on = True
+    before = [w.detach().clone() for w in factors(layers)]
+    part = 1 - 7 / 60
+    train(model, optimizer, scheduler, 1, first=7)
+    moved = [(w.detach() - b) / part for w, b in zip(factors(layers), before, strict=True)]
+    with torch.no_grad():
+        for w, b in zip(factors(layers), before, strict=True):
+            w.copy_(b)
+    logs_a, logs_b = [], []
+    for i, entry in enumerate(layers):
+        u_a, u_b = -moved[2 * i] / rates.lr_a, -moved[2 * i + 1] / rates.lr_b
+        m = movement(entry, recorder.samples[entry.name], u_a / rms(u_a), u_b / rms(u_b))
+        logs_b.append(math.log(0.2 / len(layers) * m.output / m.delta2))
+        logs_a.append(math.log(min(0.2 / len(layers) * m.output / m.delta1, 0.05 * m.inner / m.inner_change)))
+    assert rates.lr_a == pytest.approx(math.exp(sum(logs_a) / len(layers)), rel=1e-3)
+    assert rates.lr_b == pytest.approx(math.exp(sum(logs_b) / len(layers)), rel=1e-3)
+
+
+def test_a_step_between_measurements_has_the_last_rates_times_the_schedule():
+    model, optimizer, scheduler, rates = build(rule=Rule(measured_at_first=3, measured_every=1000))
+    train(model, optimizer, scheduler, 3)
+    lr_a, lr_b = rates.lr_a, rates.lr_b
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(rates.lr(optimizer.param_groups[0])))
+    twin = torch.optim.AdamW(
+        [
+            {"params": [p.detach().clone().requires_grad_() for p in g["params"]], "lr": 0.0}
+            for g in optimizer.param_groups
+        ]
+    )
+    scheduler.step()
+    factor = optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["initial_lr"]
+    model(**batch()).loss.backward()
+    for ours, theirs, lr in zip(optimizer.param_groups, twin.param_groups, (lr_a, lr_b), strict=False):
+        theirs["lr"] = lr * factor
+        for p, q in zip(ours["params"], theirs["params"], strict=True):
+            q.grad = p.grad.clone()
+            twin.state[q] = {key: value.clone() for key, value in optimizer.state[p].items()}
+    optimizer.step()
+    twin.step()
+    assert [g["name"] for g in optimizer.param_groups[:2]] == ["lora_A", "lora_B"]
+    for ours, theirs in zip(optimizer.param_groups[:2], twin.param_groups[:2], strict=True):
+        for p, q in zip(ours["params"], theirs["params"], strict=True):
+            assert torch.equal(p, q)
+    assert (rates.lr_a, rates.lr_b) == (lr_a, lr_b) and seen == [pytest.approx(lr_a * factor)]
+
+
+def test_other_groups_keep_their_rate():
+    model, optimizer, scheduler, rates = build()
+    head = next(group for group in optimizer.param_groups if group["name"] == "head")
+    before = [p.detach().clone() for p in head["params"]]
+    train(model, optimizer, scheduler, 1)
+    moved = max(float((p.detach() - b).abs().max()) for p, b in zip(head["params"], before, strict=True))
+    assert moved == pytest.approx(1e-3, rel=0.05)  # AdamW's first step
+    assert rates.lr(head) == head["lr"]
+
+
+def test_a_checkpoint_goes_on_to_the_same_weights():
+    whole = build()
+    train(*whole[:3], 30)
+    model, optimizer, scheduler, rates = build()
+    train(model, optimizer, scheduler, 15)
+    again_model, again_optimizer, again_scheduler, again_rates = build(seed=0)
+    again_model.load_state_dict(model.state_dict())
+    again_optimizer.load_state_dict(optimizer.state_dict())
+    again_scheduler.load_state_dict(scheduler.state_dict())
+    again_rates.load_state_dict(rates.state_dict())
+    train(again_model, again_optimizer, again_scheduler, 15, first=15)
+    for p, q in zip(whole[0].parameters(), again_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_gradient_accumulation_measures_on_the_step_not_on_the_parts():
+    model, optimizer, scheduler, rates = build()
+    for step in range(4):
+        for part in range(3):
+            (model(**batch(seed=3 * step + part)).loss / 3).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    assert rates.steps == 4 and rates.lr_b > 0
+
+
+def test_it_draws_no_random_number():
+    model, optimizer, scheduler, _ = build()
+    torch.manual_seed(5)
+    expected = torch.get_rng_state()
+    model.eval()  # no dropout in this model, and none is drawn
+    train(model, optimizer, scheduler, 3)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_cls", "options"),
+    [
+        (torch.optim.AdamW, {}), (torch.optim.AdamW, {"fused": True}), (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.AdamW, {"weight_decay": 0.1}), (torch.optim.Adam, {}), (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.RMSprop, {}), (torch.optim.NAdam, {}), (torch.optim.Adamax, {}),
+    ],
+)  # fmt: skip
+def test_optimizers_whose_step_scales_with_the_rate_are_taken(optimizer_cls, options):
+    model, optimizer, scheduler, rates = build(optimizer_cls, **options)
+    losses = train(model, optimizer, scheduler, 20)
+    assert all(map(math.isfinite, losses)) and sum(losses[-5:]) < sum(losses[:5])
+    assert rates.updates is not None and all(layer.delta2 < 0.3 for layer in rates.updates.layers)
+
+
+class StepsOfTheirOwn(torch.optim.Optimizer):
+    """Counts how far it has come in rates, as schedule-free optimizers do."""
+
+    def __init__(self, params, lr=1e-3, **_):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+        self.sum = 0.0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    total = self.state[p].get("sum", 0.0) + group["lr"] ** 2
+                    self.state[p]["sum"] = total
+                    p.sub_(p.grad * group["lr"] ** 3 / total)
+
+
+@pytest.mark.parametrize(
+    "optimizer_cls", [torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Rprop, StepsOfTheirOwn]
+)
+def test_optimizers_whose_step_does_not_scale_are_refused_by_name(optimizer_cls):
+    model = adapted()
+    groups = loraplus.param_groups(model, lr=1e-3)
+    if optimizer_cls is torch.optim.LBFGS:
+        optimizer = optimizer_cls([p for group in groups for p in group["params"]])
+        optimizer.param_groups = [{**optimizer.param_groups[0], **group} for group in groups]
+    else:
+        optimizer = optimizer_cls(groups)
+    with pytest.raises(TrainerSetupError, match=f"{optimizer_cls.__name__}.*scale"):
+        AutoRates(model, optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_groups_that_mix_a_and_b_are_refused():
+    model = adapted()
+    with pytest.raises(TrainerSetupError, match="create_optimizer"):
+        AutoRates(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    with pytest.raises(TrainerSetupError, match="does not hold"):
+        AutoRates(adapted(), loraplus.create_optimizer(adapted(), torch.optim.AdamW, lr=1e-3))
+
+
+def test_a_model_without_adapter_is_refused():
+    with pytest.raises(NoLoraFactorsError):
+        AutoRates(torch.nn.Linear(2, 2), torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
+
+
+def test_a_step_without_a_forward_pass_is_an_error_that_says_so():
+    model, optimizer, _, _ = build()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    with pytest.raises(TrainerSetupError, match="no forward pass"):
+        optimizer.step()
+
+
+def test_removed_hooks_leave_an_ordinary_optimizer():
+    model, optimizer, scheduler, rates = build()
+    rates.remove()
+    train(model, optimizer, scheduler, 1)
+    assert rates.steps == 0 and not optimizer._optimizer_step_pre_hooks
