@@ -16,7 +16,8 @@ from loraplus.errors import DivergedError
 from loraplus.study.records import CurvePoint, Record, Trial
 from loraplus.tasks.classification import ClassificationData, load_classification
 from loraplus.tasks.config import CompareConfig
-from loraplus.tasks.model import load_classifier, load_tokenizer
+from loraplus.tasks.model import load_classifier
+from loraplus.tasks.pretrained import load_tokenizer
 from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, rates_of, total_steps
 
 

@@ -18,8 +18,9 @@ from loraplus.groups import explain
 from loraplus.integrations.transformers import LoraPlusTrainer, write_rates
 from loraplus.tasks.classification import load_classification
 from loraplus.tasks.config import TrainConfig
-from loraplus.tasks.model import load_classifier, load_tokenizer
+from loraplus.tasks.model import load_classifier
 from loraplus.tasks.output import check_output, hold_output, prepare_output, read_json, write_csv, write_json
+from loraplus.tasks.pretrained import load_tokenizer
 from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, rates_of, total_steps
 
 METRICS_FILE = "metrics.json"
