@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_config
+from transformers import BertModel
 
 from loraplus.errors import DivergedError, InputError
 from loraplus.rates import Rates
@@ -57,6 +59,17 @@ def test_parts_of_a_batch_add_up_to_the_batch(config):
         rows.append([(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row])
     assert len(rows[0]) == 6
     torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor(rows[1]), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("positions", [29, 32])
+def test_padding_stays_within_the_positions(config, folder_of, tmp_path, positions):
+    model = folder_of(BertModel(tiny_config(max_position_embeddings=positions)))
+    data = tmp_path / "long.csv"
+    words = ("good", "bad")
+    data.write_text("text,label\n" + "".join(f"{words[i % 2]} {i} {'film ' * 60},{i % 2}\n" for i in range(40)))
+    trainer = trainer_of(dataclasses.replace(config, model=str(model), data=str(data), max_steps=1))
+    assert max(len(row["input_ids"]) for row in trainer.train_dataset) == positions
+    trainer.train()
 
 
 def control(**flags):

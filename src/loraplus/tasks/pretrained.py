@@ -128,7 +128,9 @@ def load_base(model: str, **options: Any) -> tuple[Any, list[str]]:
     unset = set(info["missing_keys"]) | other_size
     foreign = sorted(key for key in unset if head_of(loaded, key) is None)
     if foreign:
-        what = "has weights of another size than its config.json says" if foreign[0] in other_size else "lacks weights"
+        what = (
+            "has weights of another size than the configuration says" if foreign[0] in other_size else "lacks weights"
+        )
         more = f" and {len(foreign) - _NAMED_IN_MESSAGE} more" if len(foreign) > _NAMED_IN_MESSAGE else ""
         raise InputError(
             f"{model} {what}: {', '.join(foreign[:_NAMED_IN_MESSAGE])}{more}; these are not the weights of a "

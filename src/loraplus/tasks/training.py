@@ -20,6 +20,7 @@ from loraplus.tasks.config import TaskConfig
 
 _EVALUATIONS_PER_RUN = 10
 _LOGS_PER_EVALUATION = 2
+_FAST_MULTIPLE = 8
 
 
 def rates_of(config: TaskConfig, lr: float, lr_ratio: float) -> Rates:
@@ -178,12 +179,14 @@ def build_trainer(
     except ValueError as error:
         raise InputError(str(error).strip().splitlines()[0]) from None
     _check_schedule(args, steps)
+    # A longest text is not padded beyond the positions that the model has.
+    fits = math.ceil(data.max_length / _FAST_MULTIPLE) * _FAST_MULTIPLE <= tokenizer.model_max_length
     trainer = LoraPlusTrainer(
         model=model,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.validation,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=_FAST_MULTIPLE if fits else None),
         processing_class=tokenizer,
         compute_metrics=classification_metrics,
         callbacks=list(callbacks),
