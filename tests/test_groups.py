@@ -137,7 +137,7 @@ def test_a_decay_or_override_that_cannot_be_used_is_refused_by_name(argument, va
 
 
 def test_a_ratio_below_one_warns():
-    with pytest.warns(UserWarning, match="below 1"):
+    with pytest.warns(loraplus.LoraPlusWarning, match="below 1"):
         loraplus.param_groups(adapted(), lr=1e-3, lr_ratio=0.5)
 
 

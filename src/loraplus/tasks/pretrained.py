@@ -7,7 +7,6 @@ with the adapter. Anywhere else it means that the weights are not those of this 
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -149,7 +148,7 @@ def head_of(model: Any, key: str) -> str | None:
     outside = not key.startswith(prefix) if prefix else path[:1] in (["classifier"], ["score"])
     if outside:
         return path[0] if path else None
-    pooler = next((index for index, part in enumerate(path) if re.search("pool", part)), None)
+    pooler = next((index for index, part in enumerate(path) if "pool" in part), None)
     return None if pooler is None else prefix + ".".join(path[: pooler + 1])
 
 
