@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, PreTrainedModel
 
 torch.set_num_threads(1)
 
@@ -20,14 +23,18 @@ NEGATIVE = "bad awful dull sad poor cold weak boring".split()
 NEUTRAL = "the a film plot actor scene music story was is very quite".split()
 
 
+def tiny_config(**options: Any) -> BertConfig:
+    return BertConfig(**{
+        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+        "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,  # frozen random features that a small adapter can learn from
+        **options,
+    })  # fmt: skip
+
+
 def tiny_bert(num_labels: int = 2, seed: int = 0) -> BertForSequenceClassification:
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, num_labels=num_labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        initializer_range=0.2,  # frozen random features that a small adapter can learn from
-    )  # fmt: skip
-    return BertForSequenceClassification(config)
+    return BertForSequenceClassification(tiny_config(num_labels=num_labels))
 
 
 def review(rng: random.Random, label: str) -> str:
@@ -47,6 +54,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     tiny_bert().base_model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder_of(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTrainedModel], Path]:
+    """Saves any model as a folder, with the tokenizer of `model_folder`."""
+
+    def save(model: PreTrainedModel) -> Path:
+        folder = tmp_path_factory.mktemp(type(model).__name__)
+        model.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+            shutil.copy(model_folder / name, folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture(scope="session")

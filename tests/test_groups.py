@@ -119,15 +119,25 @@ def test_ratio_one_with_the_defaults_is_the_plain_optimizer_bit_for_bit(optimize
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "fast", None])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "fast", None, True])
 @pytest.mark.parametrize("argument", ["lr", "lr_ratio"])
 def test_a_rate_that_cannot_be_used_is_refused_by_name(argument, value):
     with pytest.raises(loraplus.InvalidRateError, match=argument):
         loraplus.param_groups(adapted(), **{"lr": 1e-3, "lr_ratio": 2.0, argument: value})
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("weight_decay", value) for value in ("x", True, -1, float("nan"))]
+    + [("lr_overrides", value) for value in ([1], 2)],
+)
+def test_a_decay_or_override_that_cannot_be_used_is_refused_by_name(argument, value):
+    with pytest.raises(loraplus.InvalidRateError, match=argument):
+        loraplus.param_groups(adapted(), lr=1e-3, **{argument: value})
+
+
 def test_a_ratio_below_one_warns():
-    with pytest.warns(UserWarning, match="below 1"):
+    with pytest.warns(loraplus.LoraPlusWarning, match="below 1"):
         loraplus.param_groups(adapted(), lr=1e-3, lr_ratio=0.5)
 
 

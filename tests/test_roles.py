@@ -8,6 +8,7 @@ from conftest import tiny_bert
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -89,6 +90,13 @@ CASES = {
     "tied embedding and head, both saved": (
         tiny_gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["wte", "lm_head"], "ensure_weight_tying": True},
         {"lora_A": 2, "lora_B": 2, "embedding": 1},
+    ),
+    "KaSA": (
+        tiny_bert, {"target_modules": ["query"], "kasa_config": KasaConfig()}, {"lora_A": 2, "lora_B": 2, "other": 2},
+    ),
+    "MonteCLoRA": (
+        tiny_bert, {"target_modules": ["query"], "monteclora_config": MontecloraConfig()},
+        {"lora_A": 2, "lora_B": 2, "other": 4},
     ),
 }  # fmt: skip
 

@@ -7,6 +7,10 @@ class LoraPlusError(Exception):
     """Base of all errors that loraplus raises on purpose."""
 
 
+class LoraPlusWarning(UserWarning):
+    """Something that works and is probably not what was meant."""
+
+
 class InvalidRateError(LoraPlusError, ValueError):
     """A learning rate, ratio or factor that no training run can use."""
 

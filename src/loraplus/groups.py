@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loraplus.errors import InvalidRateError, RateMismatchError
-from loraplus.rates import DEFAULT_LR_RATIO, Rates
+from loraplus.rates import DEFAULT_LR_RATIO, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, trainable_parameters
 
 _RELATIVE_TOLERANCE = 1e-6
@@ -74,8 +74,10 @@ def param_groups(
 
 def groups_for(parameters: list[TrainableParameter], rates: Rates, weight_decay: float | None) -> list[dict[str, Any]]:
     """`param_groups` for parameters already listed and rates already checked."""
-    if weight_decay is not None and not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise InvalidRateError(f"weight_decay must be a finite number ≥ 0, got {weight_decay!r}")
+    if weight_decay is not None:
+        weight_decay = as_number("weight_decay", weight_decay)
+        if not (math.isfinite(weight_decay) and weight_decay >= 0):
+            raise InvalidRateError(f"weight_decay must be a finite number ≥ 0, got {weight_decay!r}")
     rates.check_overrides(entry.name for entry in parameters)
     groups: dict[str, dict[str, Any]] = {}
     for entry in parameters:

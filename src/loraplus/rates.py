@@ -12,18 +12,25 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from loraplus.errors import InvalidRateError
+from loraplus.errors import InvalidRateError, LoraPlusWarning
 from loraplus.roles import Role
 
 DEFAULT_LR_RATIO = 16.0
 """The paper's rule of thumb, λ = 2⁴."""
 
 
-def _check_positive(name: str, value: float) -> float:
+def as_number(name: str, value: float) -> float:
+    """`value` as a float. Raises InvalidRateError if it is no number; True and False are none."""
     try:
-        number = float(value)
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value)
     except (TypeError, ValueError):
         raise InvalidRateError(f"{name} must be a number, got {value!r}") from None
+
+
+def _check_positive(name: str, value: float) -> float:
+    number = as_number(name, value)
     if not math.isfinite(number) or number <= 0:
         raise InvalidRateError(f"{name} must be a positive, finite number, got {value!r}")
     return number
@@ -63,6 +70,10 @@ class Rates:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _check_positive(name, getattr(self, name)))
         overrides = {}
+        if not isinstance(self.lr_overrides or {}, Mapping):
+            raise InvalidRateError(
+                f"lr_overrides must map regular expressions to factors, got {type(self.lr_overrides).__name__}"
+            )
         for pattern, factor in (self.lr_overrides or {}).items():
             try:
                 re.compile(pattern)
@@ -73,6 +84,7 @@ class Rates:
         if self.lr_ratio < 1:
             warnings.warn(
                 f"lr_ratio = {self.lr_ratio:g} is below 1: B learns more slowly than A, the opposite of LoRA+",
+                LoraPlusWarning,
                 stacklevel=3,
             )
 

@@ -5,6 +5,10 @@ its output** (Hayou et al., arXiv 2402.12354, section 1); the factor that is zer
 The role follows from the place of the parameter in its adapter layer, never from its number of dimensions, so
 sharding, flattening and 1-D parameters cannot move a parameter to another rate.
 
+What stands between the factors is neither: KaSA's `lora_diag`, the r singular values in y = W x + s·B diag(d) A x, and
+the priors of MonteCLoRA's sampler read no layer's input and write no layer's output, so the argument about the width
+does not reach them, and they keep lr (`Role.OTHER`).
+
 Each adapter layout is one recogniser; `register_layout` adds another.
 """
 
@@ -75,6 +79,8 @@ _PEFT_PATTERNS: tuple[tuple[re.Pattern[str], Role], ...] = tuple(
         (r"lora_embedding_B\.[^.]+", Role.EMBEDDING_B),
         (r"lora_magnitude_vector\.[^.]+(?:\.weight)?", Role.MAGNITUDE),
         (r"lora_[AB]\.[^.]+\.bias", Role.NORM_BIAS),  # LoraConfig(lora_bias=True): an offset, not a factor
+        (r"lora_diag\.[^.]+", Role.OTHER),  # KaSA
+        (r"lora_monteclora_sampler\.[^.]+\.(?:std_prior|expert_weights_prior)", Role.OTHER),
         (r"trainable_tokens_delta\.[^.]+", Role.EMBEDDING),
     )
 )

@@ -112,6 +112,9 @@ def test_it_is_refused_before_anything_is_touched(compared, refused, tmp_path, m
         (["--seeds", "0"], "seeds"),
         (["--test-fraction", "2"], "between 0 and 1"),
         (["--max-steps", "0"], "max-steps"),
+        (["--weight-decay", "nan"], "weight-decay"),
+        (["--lr-scheduler-type", "cosine_with_min_lr"], "lr-scheduler-type"),
+        (["--seed", str(2**32 - 2)], "--seed must lie between 0 and 4294967293"),
     ]
     for more, expected in bad:
         assert expected in refused(*flags(model_folder, reviews_csv, output, *more, "--overwrite"))

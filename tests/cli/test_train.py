@@ -243,6 +243,52 @@ def test_overwriting_with_bad_data_leaves_the_earlier_run(refused, trained, tmp_
     assert snapshot(output) == before
 
 
+UNUSABLE = [
+    (["--weight-decay", "-1"], "--weight-decay"),
+    (["--weight-decay", "nan"], "--weight-decay"),
+    (["--alpha", "inf"], "--alpha"),
+    (["--lr-scheduler-type", "cosine_with_min_lr"], "--lr-scheduler-type cosine_with_min_lr"),
+    (["--lr-scheduler-type", "warmup_stable_decay"], "--lr-scheduler-type warmup_stable_decay"),
+    (["--lr-scheduler-type", "nope"], "nope"),
+    (["--seed", 2**32], "--seed"),
+]
+
+
+@pytest.mark.parametrize(("more", "expected"), UNUSABLE)
+def test_overwriting_with_unusable_settings_keeps_what_is_there(
+    refused, trained, tmp_path, model_folder, reviews_csv, more, expected
+):
+    output, _ = trained
+    before = snapshot(output)
+    assert expected in refused(*flags(model_folder, reviews_csv, output, "--overwrite", *more))
+    assert snapshot(output) == before
+    refused(*flags(model_folder, reviews_csv, tmp_path / "new", *more))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("edit", ["a row less", "another word"])
+def test_resuming_on_other_data_is_refused(refused, trained, tmp_path, model_folder, reviews_csv, edit):
+    whole, _ = trained
+    output, data = tmp_path / "resumed", tmp_path / "reviews.csv"
+    shutil.copytree(whole, output)
+    (output / "metrics.json").unlink()
+    for name in ("config.yaml", "data_facts.json"):
+        (output / name).write_text((output / name).read_text().replace(str(reviews_csv), str(data)))
+    text = reviews_csv.read_text()
+    data.write_text(text[: text.rindex("\n", 0, -1) + 1] if edit == "a row less" else text.replace("film", "plot", 1))
+    line = refused(*flags(model_folder, data, output, "--resume"))
+    assert "the data has changed since this run was started" in line and "sha256 was" in line
+
+
+def test_resuming_from_a_damaged_checkpoint_is_refused(refused, trained, tmp_path, model_folder, reviews_csv):
+    output = tmp_path / "resumed"
+    shutil.copytree(trained[0], output)
+    (output / "metrics.json").unlink()
+    for path in output.glob("checkpoint-*/loraplus.json"):
+        path.write_text("{")
+    assert "loraplus.json cannot be read" in refused(*flags(model_folder, reviews_csv, output, "--resume"))
+
+
 def test_resuming_with_other_settings_is_refused(refused, trained, model_folder, reviews_csv):
     output, _ = trained
     line = refused(*flags(model_folder, reviews_csv, output, "--resume", "--lr-ratio", 2))

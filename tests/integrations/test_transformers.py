@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
 from conftest import tiny_bert
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import DefaultDataCollator, Trainer, TrainingArguments
 
 import loraplus
 from loraplus import LoraPlusTrainer, LoraPlusTrainingArguments
+from loraplus.integrations.transformers import check_resume
 
 
 class Tokens(Dataset):
@@ -143,6 +145,40 @@ def test_a_checkpoint_of_plain_lora_is_refused(tmp_path):
     )
     with pytest.raises(loraplus.ResumeMismatchError, match="not trained with LoRA"):
         trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_a_checkpoint_whose_rates_cannot_be_read_is_refused(tmp_path, content):
+    (tmp_path / "loraplus.json").write_text(content, encoding="latin-1")
+    with pytest.raises(loraplus.ResumeMismatchError, match=r"loraplus.json cannot be read.*PeftModel.from_pretrained"):
+        check_resume(tmp_path, loraplus.Rates(1e-3))
+
+
+def test_the_trainer_class_takes_trainers_arguments_in_their_order(tmp_path):
+    collator, data = DefaultDataCollator(), Tokens()
+    trainer = LoraPlusTrainer(adapted(), LoraPlusTrainingArguments(**common(tmp_path)), collator, data)
+    assert trainer.data_collator is collator and trainer.train_dataset is data
+
+
+def test_a_ratio_below_one_warns_once_a_run(tmp_path):
+    args = common(tmp_path, max_steps=2, loraplus_lr_ratio=0.5, save_strategy="steps", save_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LoraPlusTrainer(model=adapted(), args=LoraPlusTrainingArguments(**args), train_dataset=Tokens()).train()
+    assert sum("below 1" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_learning_rate_changed_after_attaching_is_used(tmp_path):
+    trainer = Trainer(model=adapted(), args=TrainingArguments(**common(tmp_path)), train_dataset=Tokens())
+    loraplus.attach(trainer, lr_ratio=4.0)
+    trainer.args.learning_rate = 1e-4
+    loraplus.verify(trainer.model, trainer.create_optimizer(), lr_ratio=4.0, lr=1e-4)
+
+
+@pytest.mark.parametrize("overrides", ["[1]", "1", "{"])
+def test_overrides_that_are_no_mapping_are_refused(tmp_path, overrides):
+    with pytest.raises(loraplus.TrainerSetupError, match="loraplus_lr_overrides"):
+        LoraPlusTrainingArguments(**common(tmp_path, loraplus_lr_overrides=overrides))
 
 
 def test_a_trainer_that_has_an_optimizer_already_is_refused(tmp_path):

@@ -94,6 +94,12 @@ def test_a_new_download_leaves_other_files_of_the_folder(tmp_path, asset):
     assert sorted(p.name for p in (tmp_path / "small").iterdir()) == ["config.json", "mine", "weights"]
 
 
+def test_what_was_laid_out_wrong_is_not_called_right(tmp_path, asset, monkeypatch):
+    monkeypatch.setitem(assets.ASSETS, "small", dataclasses.replace(assets.ASSETS["small"], is_there=lambda _: False))
+    with pytest.raises(InputError, match=r"small is not what package==1 should give"):
+        obtain("small", tmp_path, download=lambda _, folder: wheel(folder, asset), say=lambda _: None)
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, asset):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*file"):

@@ -223,6 +223,8 @@ def test_whole_numbers_are_one_label_however_they_are_written():
 
 def test_labels_are_ordered_by_number_where_all_are_numbers():
     assert label_names(["10", "9", "10"]) == ["9", "10"]
+    padded = ["0" * zeros + "1" for zeros in range(8, -1, -1)]  # one number: no order of a set may show
+    assert label_names([*padded, "2"]) == [*padded, "2"]
     assert label_names(["b", "10", "a"]) == ["10", "a", "b"]
 
 

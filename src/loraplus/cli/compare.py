@@ -24,7 +24,7 @@ def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, pla
     from loraplus.cli.progress import study_progress
 
     quiet_libraries()
-    from loraplus.study.compare import REPORT_FILE, compare
+    from loraplus.compare import REPORT_FILE, compare
     from loraplus.tasks.output import json_text
 
     console = Console(stderr=json, no_color=plain or None)

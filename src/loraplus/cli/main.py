@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import typer
 
 from loraplus.cli import compare, predict, train  # noqa: F401  (each registers its command on `app`)
 from loraplus.cli.app import app
-from loraplus.errors import InterruptedRun, LoraPlusError
+from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Exit codes: 0 done, 2 the user's mistake, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal or pipe that is not UTF-8 has no η, λ or ·
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        code = app(args=arguments, standalone_mode=False)
+        with _plain_warnings():
+            code = app(args=arguments, standalone_mode=False)
     except InterruptedRun as stop:
         print(stop, file=sys.stderr)
         sys.exit(130)
@@ -29,3 +37,22 @@ def main(arguments: list[str] | None = None) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Shows each of our own warnings once, as one line without a source position; those of libraries as ever."""
+    shown: set[str] = set()
+    with warnings.catch_warnings():
+        as_ever = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, LoraPlusWarning):
+                as_ever(message, category, *where, **more)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                print(f"loraplus: warning: {message}", file=sys.stderr)
+
+        warnings.simplefilter("always", LoraPlusWarning)
+        warnings.showwarning = show
+        yield

@@ -23,10 +23,10 @@ COMMAND_ONLY = {"config", "overwrite", "resume", "json", "plain", "help"}
 
 
 def load_yaml(path: str, known: set[str]) -> dict[str, Any]:
-    """Reads a configuration file; keys may be spelled with - or _.
+    """Reads a configuration file; keys may be spelled with - or _, and a list stands for its items joined by commas.
 
     Raises:
-        InputError: the file cannot be read, is not a mapping, or holds a key that does not exist.
+        InputError: the file cannot be read, is not a mapping, or holds a key that does not exist or is a flag only.
     """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -45,10 +45,13 @@ def load_yaml(path: str, known: set[str]) -> dict[str, Any]:
     resolved = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")
+        if name in COMMAND_ONLY:
+            raise InputError(f"{path}: {name} is a flag only, no configuration key; say --{name} on the command line")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise InputError(f"{path}: there is no configuration key {key!r}; the nearest is {near[0]!r}")
-        resolved[name] = value
+        is_list = isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value)
+        resolved[name] = ",".join(map(str, value)) if is_list else value
     return resolved
 
 
@@ -60,7 +63,9 @@ def _fill_default_map(context: typer.Context, path: str | None) -> str | None:
 
 
 def _parameter(spec: Field[Any], annotation: Any) -> inspect.Parameter:
-    flags = spec.metadata.get("flags") or ("--" + spec.name.replace("_", "-"),)
+    name = spec.name.replace("_", "-")
+    # The negative form lets a flag win over `true` in the file.
+    flags = spec.metadata.get("flags") or (f"--{name}/--no-{name}" if annotation is bool else f"--{name}",)
     option = typer.Option(*flags, help=spec.metadata["help"], show_default=spec.default not in ("", None))
     default = inspect.Parameter.empty if spec.default is MISSING else spec.default
     return inspect.Parameter(

@@ -20,7 +20,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from loraplus.errors import ResumeMismatchError, TrainerSetupError
+from loraplus.errors import LoraPlusWarning, ResumeMismatchError, TrainerSetupError
 from loraplus.groups import groups_for
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.roles import trainable_parameters
@@ -47,6 +47,7 @@ class LoraPlusMixin:
     """Gives any Trainer class LoRA+ parameter groups, their logs, and a guard on resuming."""
 
     loraplus_settings: RateSettings
+    _rates: Rates | None = None
     _group_rates: Mapping[str, float] = MappingProxyType({})
 
     # What the Trainer that this is mixed into provides.
@@ -58,10 +59,10 @@ class LoraPlusMixin:
     @property
     def loraplus_rates(self) -> Rates:
         """The rates of this run, from the settings and the trainer's `learning_rate`."""
-        values = asdict(self.loraplus_settings)
-        if values["lr"] is None:
-            values["lr"] = self.args.learning_rate
-        return Rates(**values)
+        lr = self.args.learning_rate if self.loraplus_settings.lr is None else self.loraplus_settings.lr
+        if self._rates is None or self._rates.lr != lr:  # a search over learning_rate changes it between runs
+            self._rates = Rates(**{**asdict(self.loraplus_settings), "lr": lr})
+        return self._rates
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Builds the optimizer that the training arguments name, with LoRA+ groups."""
@@ -142,7 +143,7 @@ def check_resume(checkpoint: Path, rates: Rates) -> None:
         rates: what this run asks for.
 
     Raises:
-        ResumeMismatchError: another ratio or another rate of a role, or a checkpoint without LoRA+.
+        ResumeMismatchError: another ratio or another rate of a role, a checkpoint without LoRA+, or a damaged one.
     """
     instead = (
         "or start a new run from its weights: load them with "
@@ -156,6 +157,13 @@ def check_resume(checkpoint: Path, rates: Rates) -> None:
             f"{checkpoint} has no {RATES_FILE}: it was not trained with LoRA+, and its optimizer has other groups; "
             f"resume it with the trainer that wrote it, {instead}"
         ) from None
+    except (OSError, ValueError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise ResumeMismatchError(
+            f"{checkpoint / RATES_FILE} cannot be read, so the rates of the checkpoint are not known; resume from an "
+            f"earlier checkpoint, {instead}"
+        )
     asked = asdict(rates)
     for name, value in asked.items():
         if name == "lr" or saved.get(name) == value:
@@ -168,6 +176,7 @@ def check_resume(checkpoint: Path, rates: Rates) -> None:
         warnings.warn(
             f"{checkpoint} was trained with lr = {saved.get('lr')}; its schedule goes on and lr = {asked['lr']} is "
             "not used",
+            LoraPlusWarning,
             stacklevel=3,
         )
 
@@ -199,6 +208,11 @@ class LoraPlusTrainingArguments(TrainingArguments):
                 self.loraplus_lr_overrides = json.loads(self.loraplus_lr_overrides)
             except json.JSONDecodeError as error:
                 raise TrainerSetupError(f"loraplus_lr_overrides is not JSON: {error}") from None
+        if self.loraplus_lr_overrides is not None and not isinstance(self.loraplus_lr_overrides, dict):
+            raise TrainerSetupError(
+                "loraplus_lr_overrides must map regular expressions to factors, as in "
+                f'{{"value": 0.5}}; got {self.loraplus_lr_overrides!r}'
+            )
 
     def loraplus_settings(self) -> RateSettings:
         """The rate settings as `attach` takes them."""
@@ -213,21 +227,23 @@ class LoraPlusTrainingArguments(TrainingArguments):
 
 
 class LoraPlusTrainer(LoraPlusMixin, Trainer):  # type: ignore[misc]
-    """transformers' Trainer with LoRA+; takes `LoraPlusTrainingArguments`.
+    """transformers' Trainer with LoRA+; takes `LoraPlusTrainingArguments` and what else Trainer takes, in its order.
 
     Example:
         >>> args = LoraPlusTrainingArguments("out", learning_rate=2e-4, loraplus_lr_ratio=16)  # doctest: +SKIP
         >>> LoraPlusTrainer(model=peft_model, args=args, train_dataset=data).train()  # doctest: +SKIP
     """
 
-    def __init__(self, model: Any = None, args: TrainingArguments | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any = None, args: TrainingArguments | None = None, *positional: Any, **kwargs: Any
+    ) -> None:
         args = LoraPlusTrainingArguments() if args is None else args
         if not isinstance(args, LoraPlusTrainingArguments):
             raise TrainerSetupError(
                 f"LoraPlusTrainer takes LoraPlusTrainingArguments, got {type(args).__name__}; with other arguments "
                 "use loraplus.attach(trainer, lr_ratio=...)"
             )
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, *positional, **kwargs)
         _set_up(self, args.loraplus_settings())
 
 
@@ -279,7 +295,7 @@ def _set_up(trainer: Any, settings: RateSettings) -> None:
             f"{type(trainer).__name__} has an optimizer already, so its rates are fixed; leave out `optimizers=` and "
             "set LoRA+ up before .train()"
         )
-    trainer.loraplus_settings = settings
+    trainer.loraplus_settings, trainer._rates = settings, None
     rates = trainer.loraplus_rates
     if trainer.model is not None and trainer.model_init is None:
         groups_for(trainable_parameters(trainer.model), rates, None)  # every error that the model causes, early

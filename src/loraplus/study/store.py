@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from loraplus.errors import InputError
 from loraplus.study.records import Record, Trial
+from loraplus.tasks.output import data_changes
 
 RECORD = "record"
 DATA = "data"
@@ -76,16 +77,10 @@ class StudyStore:
         Raises:
             InputError: the data is not what the finished runs were trained on.
         """
-        now = json.loads(json.dumps(dict(facts)))
         before = self._study.user_attrs.get(DATA)
         if before is None:
-            self._study.set_user_attr(DATA, now)
-        elif before != now:
-            changes = "; ".join(
-                f"{key} was {before.get(key)}, now {now.get(key)}"
-                for key in dict.fromkeys([*before, *now])
-                if before.get(key) != now.get(key)
-            )
+            self._study.set_user_attr(DATA, json.loads(json.dumps(dict(facts))))
+        elif changes := data_changes(before, facts):
             raise InputError(f"--resume: the data has changed since this study was started: {changes}")
 
     def start(self, trial: Trial) -> None:

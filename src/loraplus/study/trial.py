@@ -16,7 +16,8 @@ from loraplus.errors import DivergedError
 from loraplus.study.records import CurvePoint, Record, Trial
 from loraplus.tasks.classification import ClassificationData, load_classification
 from loraplus.tasks.config import CompareConfig
-from loraplus.tasks.model import load_classifier, load_tokenizer
+from loraplus.tasks.model import load_classifier
+from loraplus.tasks.pretrained import load_tokenizer
 from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, rates_of, total_steps
 
 
@@ -35,12 +36,15 @@ def _load_once(config: CompareConfig) -> tuple[PreTrainedTokenizerBase, Classifi
 def data_facts(config: CompareConfig) -> dict[str, Any]:
     """Sizes, columns, labels and what was removed, plus the steps of a run.
 
-    Every bad input shows here, before an output folder is touched: rates, data, model and target modules.
+    Every bad input shows here, before an output folder is touched: rates, data, model, target modules and schedule.
     """
-    rates_of(config, config.untuned_lr, config.lr_ratio)
+    rates = rates_of(config, config.untuned_lr, config.lr_ratio)
     tokenizer, data = _load_once(config)
-    load_classifier(config, data.label_names, tokenizer, config.seed)
-    return {**data.facts, "steps": total_steps(config, len(data.train))}
+    steps = total_steps(config, len(data.train))
+    model = load_classifier(config, data.label_names, tokenizer, config.seed)
+    with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
+        build_trainer(config, rates, data, model, tokenizer, seed=config.seed, output=scratch, checkpoints=False)
+    return {**data.facts, "steps": steps}
 
 
 def run_trial(config: CompareConfig, trial: Trial, on_step: Callable[[int, int], None]) -> Record:

@@ -278,6 +278,10 @@ def obtain(
                         "the download is damaged or not what it says, nothing was written"
                     )
             asset.lay_out(files, target)
+            if not asset.is_there(target):
+                raise InputError(
+                    f"{target} is not what {asset.requirement} should give once laid out; delete it, try again"
+                )
     except OSError as error:
         raise InputError(f"cannot write {error.filename or target}: {error.strerror}") from None
     say(f"{target}: done, hashes right")

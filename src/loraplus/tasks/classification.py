@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from loraplus.tasks.table import read_table
 
 _LENGTH_QUANTILE = 0.99
 _LENGTH_CAP = 512
+_LARGEST_SEED = 2**32 - 1  # numpy's
+_NO_LIMIT = 10**9  # a tokenizer without a length says 10³⁰
 
 Encoded = list[dict[str, Any]]
 
@@ -50,8 +54,10 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         InputError: data that cannot be used; the message names the file, column or row.
     """
-    if config.seed < 0:
-        raise InputError(f"--seed must be 0 or more, got {config.seed}")
+    last_seed = config.seed + (config.seeds if isinstance(config, CompareConfig) else 0)
+    if config.seed < 0 or last_seed > _LARGEST_SEED:
+        most = _LARGEST_SEED - (last_seed - config.seed)
+        raise InputError(f"--seed must lie between 0 and {most}, got {config.seed}")
     table = read_table(config.data)
     text_column, label_column = choose_columns(table, config.text_column, config.label_column)
     train = examples(table, text_column, label_column)
@@ -73,10 +79,9 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
         config.max_length if config.max_length is not None else _max_length([len(ids) for ids in token_ids], tokenizer)
     )
     if not 2 <= max_length <= tokenizer.model_max_length:
-        raise InputError(
-            f"--max-length must lie between 2 and the {tokenizer.model_max_length} tokens that {config.model} takes, "
-            f"got {max_length}"
-        )
+        limited = tokenizer.model_max_length < _NO_LIMIT
+        span = f"lie between 2 and the {tokenizer.model_max_length} tokens that {config.model} takes"
+        raise InputError(f"--max-length must {span if limited else 'be at least 2'}, got {max_length}")
     facts = {
         "source": config.data,
         "text_column": text_column,
@@ -90,6 +95,7 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
         "max_length": max_length,
         "truncated_train_examples": sum(len(ids) > max_length for ids in token_ids),
         "split_seed": config.seed,
+        "sha256": _fingerprint(train, validation, test),
     }
     return ClassificationData(
         label_names=names,
@@ -123,6 +129,12 @@ def _take(data: Examples, indices: Sequence[int]) -> Examples:
     return Examples(
         [data.texts[i] for i in indices], [data.labels[i] for i in indices], data.text_column, data.label_column
     )
+
+
+def _fingerprint(*splits: Examples) -> str:
+    """Hash of all texts and labels, so that a run is not resumed on data that has been edited."""
+    content = [[split.texts, split.labels] for split in splits]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _max_length(lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:

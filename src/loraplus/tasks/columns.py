@@ -158,6 +158,6 @@ def label_names(labels: Iterable[str]) -> list[str]:
     """
     distinct = set(labels)
     try:
-        return sorted(distinct, key=int)
+        return sorted(distinct, key=lambda label: (int(label), label))  # "01" and "1" are two labels of one number
     except ValueError:
         return sorted(distinct)

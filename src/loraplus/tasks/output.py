@@ -25,10 +25,10 @@ WRITTEN = (
     # every command
     CONFIG_FILE,
     # train; which tokenizer files there are depends on the model
-    "metrics.json", "curves.csv", "adapter_config.json", "adapter_model.safetensors", "README.md", "loraplus.json",
-    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
-    "chat_template.jinja",
+    "data_facts.json", "metrics.json", "curves.csv", "adapter_config.json", "adapter_model.safetensors", "README.md",
+    "loraplus.json", "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.model", "chat_template.jinja",
     # compare
     "study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv", "report.html",
 )  # fmt: skip
@@ -199,6 +199,27 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -
     writer.writeheader()
     writer.writerows(rows)
     return write_atomically(path, text.getvalue())
+
+
+def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between the facts of two loads of the data, in words; empty if nothing does.
+
+    Facts that an earlier version did not note are not compared.
+    """
+    now = json.loads(json.dumps(dict(now)))
+    return "; ".join(f"{key} was {before[key]}, now {now.get(key)}" for key in before if before[key] != now.get(key))
+
+
+def note_data(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
+    """Writes the facts of the data a run is started on; on resuming, makes sure that they are the same.
+
+    Raises:
+        InputError: the data is not what the run was started on.
+    """
+    if not Path(path).exists():
+        write_json(path, facts)
+    elif changes := data_changes(read_json(path), facts):
+        raise InputError(f"--resume: the data has changed since this run was started: {changes}")
 
 
 def _check_writable(folder: Path) -> None:

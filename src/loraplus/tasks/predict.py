@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from loraplus.errors import InputError
-from loraplus.tasks.model import resolve_model
+from loraplus.tasks.output import read_json
+from loraplus.tasks.pretrained import LOADING_ERRORS, first_line, from_pretrained, load_base
+
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 def load_adapter(adapter: str, base_model: str | None = None) -> tuple[Any, Any]:
@@ -26,23 +28,33 @@ def load_adapter(adapter: str, base_model: str | None = None) -> tuple[Any, Any]
         (model in evaluation mode, tokenizer).
 
     Raises:
-        InputError: no adapter there, or the base model cannot be found.
+        InputError: no adapter there, a damaged one, or a base model that cannot be found or is another.
     """
     folder = Path(adapter)
-    for name in ("adapter_config.json", "config.json"):
+    for name in (ADAPTER_CONFIG_FILE, "config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{adapter} is not an adapter that `loraplus train` wrote: it has no {name}")
+    settings = read_json(folder / ADAPTER_CONFIG_FILE)
+    if not isinstance(settings, dict) or not isinstance(settings.get("base_model_name_or_path"), str):
+        raise InputError(f"{folder / ADAPTER_CONFIG_FILE} does not name a base model; the adapter is damaged")
     if base_model is None:
-        base_model = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    config = AutoConfig.from_pretrained(adapter)
+        base_model = str(settings["base_model_name_or_path"])
+    config = from_pretrained(AutoConfig, adapter)
     try:
-        base = AutoModelForSequenceClassification.from_pretrained(resolve_model(str(base_model)), config=config)
-        model = PeftModel.from_pretrained(base, adapter)
-    except (OSError, ValueError) as error:
+        base, fresh = load_base(base_model, config=config)
+    except InputError as error:
+        raise InputError(f"{adapter}: {error}; name the base model that it was trained on with --model") from None
+    unsaved = [name for name in fresh if not name.endswith(tuple(settings.get("modules_to_save") or ()))]
+    if unsaved:
         raise InputError(
-            f"cannot load the base model {base_model} of {adapter} ({str(error).splitlines()[0]}); name it with --model"
-        ) from None
-    return model.eval(), AutoTokenizer.from_pretrained(adapter)
+            f"{base_model} lacks weights of {', '.join(unsaved)}, which {adapter} does not bring; name the base model "
+            "that it was trained on with --model"
+        )
+    try:
+        model = PeftModel.from_pretrained(base, adapter)
+    except LOADING_ERRORS as error:
+        raise InputError(f"cannot put {adapter} on {base_model}: {first_line(error)}") from None
+    return model.eval(), from_pretrained(AutoTokenizer, adapter)
 
 
 @torch.inference_mode()

@@ -18,10 +18,12 @@ from loraplus.groups import explain
 from loraplus.integrations.transformers import LoraPlusTrainer, write_rates
 from loraplus.tasks.classification import load_classification
 from loraplus.tasks.config import TrainConfig
-from loraplus.tasks.model import load_classifier, load_tokenizer
-from loraplus.tasks.output import check_output, hold_output, prepare_output, read_json, write_csv, write_json
+from loraplus.tasks.model import load_classifier
+from loraplus.tasks.output import check_output, hold_output, note_data, prepare_output, read_json, write_csv, write_json
+from loraplus.tasks.pretrained import load_tokenizer
 from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, rates_of, total_steps
 
+DATA_FILE = "data_facts.json"
 METRICS_FILE = "metrics.json"
 CURVES_FILE = "curves.csv"
 
@@ -34,6 +36,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if self.stopped.is_set() and state.global_step < state.max_steps:
+            control.should_log = True  # before it saves, so that a loss that is NaN is seen
             control.should_save = True
             control.should_training_stop = True
         return control
@@ -78,6 +81,7 @@ def train(
 
     Raises:
         InputError, InvalidRateError, …: bad input; nothing was written.
+        ResumeMismatchError: the last checkpoint was trained at other rates, or cannot be read.
         DivergedError: the loss became NaN; the last good checkpoint is kept.
         InterruptedRun: a signal came; a checkpoint is saved.
     """
@@ -95,10 +99,11 @@ def train(
     clock, stop = StepClock(), StopOnSignal()
     trainer = build_trainer(
         config, rates, data, model, tokenizer, seed=config.seed, output=config.output, checkpoints=True,
-        callbacks=[clock, DivergenceGuard(rates), stop, *callbacks],
+        callbacks=[clock, stop, DivergenceGuard(rates), *callbacks],
     )  # fmt: skip
     with hold_output(config.output):
         output = prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
+        note_data(output / DATA_FILE, data.facts)
         checkpoint = get_last_checkpoint(str(output)) if resume else None
         with stop.listening():
             result = trainer.train(resume_from_checkpoint=checkpoint)

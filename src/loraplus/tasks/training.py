@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainerCallback
+from transformers.optimization import get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from loraplus.errors import DivergedError, InputError
@@ -19,6 +20,7 @@ from loraplus.tasks.config import TaskConfig
 
 _EVALUATIONS_PER_RUN = 10
 _LOGS_PER_EVALUATION = 2
+_FAST_MULTIPLE = 8
 
 
 def rates_of(config: TaskConfig, lr: float, lr_ratio: float) -> Rates:
@@ -30,11 +32,13 @@ def total_steps(config: TaskConfig, train_examples: int) -> int:
     """Optimizer steps of a run.
 
     Raises:
-        InputError: a number of steps, epochs or examples a step that is not positive.
+        InputError: a setting that no run can have, such as a number of steps or epochs that is not positive.
     """
     for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "rank", "alpha", "epochs"):
-        if not getattr(config, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}")
+        if not (math.isfinite(getattr(config, name)) and getattr(config, name) > 0):
+            raise InputError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(config, name)}")
+    if not (math.isfinite(config.weight_decay) and config.weight_decay >= 0):
+        raise InputError(f"--weight-decay must be 0 or more and finite, got {config.weight_decay}")
     for name in ("max_steps", "eval_steps", "max_eval_samples"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -55,10 +59,19 @@ def total_steps(config: TaskConfig, train_examples: int) -> int:
 
 
 class DivergenceGuard(TrainerCallback):
-    """Stops a run whose loss is no longer a number, before the broken weights are saved."""
+    """Stops a run whose loss or weights are no longer numbers, before the broken weights are saved.
+
+    Stand it behind every callback that asks for a checkpoint.
+    """
 
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if control.should_save:
+            for parameter in model.parameters():
+                if parameter.requires_grad and not parameter.isfinite().all():
+                    self._check(math.nan, "weights", state.global_step)
 
     def _check(self, value: float | None, what: str, step: int) -> None:
         if value is not None and not math.isfinite(value):
@@ -165,16 +178,39 @@ def build_trainer(
         )
     except ValueError as error:
         raise InputError(str(error).strip().splitlines()[0]) from None
+    _check_schedule(args, steps)
+    # A longest text is not padded beyond the positions that the model has.
+    fits = math.ceil(data.max_length / _FAST_MULTIPLE) * _FAST_MULTIPLE <= tokenizer.model_max_length
     trainer = LoraPlusTrainer(
         model=model,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.validation,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=_FAST_MULTIPLE if fits else None),
         processing_class=tokenizer,
         compute_metrics=classification_metrics,
         callbacks=list(callbacks),
     )
+    # transformers takes PEFT's **kwargs for a model that divides its loss by num_items_in_batch, and leaves out its own
+    # division by the number of parts; no classifier does the former.
+    trainer.model_accepts_loss_kwargs = False
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
     return trainer
+
+
+def _check_schedule(args: LoraPlusTrainingArguments, steps: int) -> None:
+    """Builds the schedule once for nothing: some need settings of their own, and in `.train()` that is found too late.
+
+    Raises:
+        InputError: names the schedule.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
+    except (ValueError, TypeError, KeyError) as error:
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise InputError(
+            f"--lr-scheduler-type {name} cannot be used here, it needs settings of its own "
+            f"({str(error).strip().splitlines()[0]}); take linear, cosine or constant_with_warmup, say"
+        ) from None

@@ -1,0 +1,26 @@
+"""What docs/architecture.md promises about imports."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import loraplus
+
+# Left to right, as in the picture.
+ORDER = "errors roles rates groups optimizer integrations tasks study report compare cli".split()
+
+
+def test_no_module_imports_one_to_its_right():
+    root = Path(loraplus.__file__).parent
+    wrong = []
+    for path in root.rglob("*.py"):
+        part = path.relative_to(root).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            for name in names:
+                imported = (name or "").removeprefix("loraplus.").split(".")[0]
+                known = {part, imported} <= set(ORDER) and (name or "").startswith("loraplus.")
+                if known and ORDER.index(imported) > ORDER.index(part):
+                    wrong.append(f"{path.relative_to(root)} imports {name}")
+    assert not wrong
