@@ -8,7 +8,9 @@ from pathlib import Path
 import loraplus
 
 # Left to right, as in the picture.
-ORDER = "errors roles rates groups optimizer integrations tasks study report compare cli".split()
+ORDER = (
+    "errors roles rates groups optimizer movement feature_updates auto integrations tasks study report compare cli"
+).split()
 
 
 def test_no_module_imports_one_to_its_right():

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from loraplus.auto import AutoRates
 from loraplus.errors import (
     DivergedError,
     InputError,
@@ -15,6 +16,7 @@ from loraplus.errors import (
     TrainerSetupError,
     UnknownAdapterParameterError,
 )
+from loraplus.feature_updates import FeatureUpdates, UpdateMonitor, feature_updates
 from loraplus.groups import RateTable, explain, param_groups, verify
 from loraplus.optimizer import create_loraplus_optimizer, create_optimizer
 from loraplus.rates import Rates
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments, attach
 
 __all__ = [
+    "AutoRates",
     "DivergedError",
+    "FeatureUpdates",
     "InputError",
     "InvalidRateError",
     "LoraPlusError",
@@ -40,10 +44,12 @@ __all__ = [
     "Role",
     "TrainerSetupError",
     "UnknownAdapterParameterError",
+    "UpdateMonitor",
     "attach",
     "create_loraplus_optimizer",
     "create_optimizer",
     "explain",
+    "feature_updates",
     "param_groups",
     "register_layout",
     "verify",

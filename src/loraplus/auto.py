@@ -89,6 +89,7 @@ class AutoRates:
         self._recorder.on = self._is_due()
         self._scheduled: list[Any] = []
         self._before: list[torch.Tensor] = []
+        optimizer.loraplus_auto = self  # type: ignore[attr-defined]  # where `explain` finds the rates in use
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -99,26 +100,27 @@ class AutoRates:
         for hook in self._hooks:
             hook.remove()
         self._recorder.remove()
+        del self._optimizer.loraplus_auto  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, float | int]:
         """What a checkpoint has to hold: the rates without the schedule, and the number of steps."""
         return {"lr_a": self.lr_a, "lr_b": self.lr_b, "steps": self.steps}
+
+    def layers_dict(self) -> dict[str, dict[str, float | None]]:
+        """{layer: {"lora_A": rate, "lora_B": rate}}: what each layer asked for when last measured, without schedule."""
+        return {name: {"lora_A": rates.lr_a, "lora_B": rates.lr_b} for name, rates in self.layer_rates.items()}
 
     def load_state_dict(self, state: Mapping[str, float | int]) -> None:
         """Goes on from a checkpoint."""
         self.lr_a, self.lr_b, self.steps = float(state["lr_a"]), float(state["lr_b"]), int(state["steps"])
         self._recorder.on = self._is_due()
 
-    def lr(self, group: Mapping[str, Any]) -> float:
-        """The rate that a group has at this moment of the schedule.
-
-        Args:
-            group: of the optimizer.
-        """
+    def rates_of(self, group: Mapping[str, Any]) -> tuple[float, float] | None:
+        """(rate at this moment of the schedule, rate without schedule) of a group of A or B; None for any other."""
         for role, ours in self._groups():
             if ours is group:
-                return self._rate(role) * _schedule_factor(group)
-        return float(group["lr"])
+                return self._rate(role) * _schedule_factor(group), self._rate(role)
+        return None
 
     def _groups(self) -> list[tuple[Role, dict[str, Any]]]:
         """The groups of A and of B; looked up each time, since loading a checkpoint replaces them."""
@@ -144,9 +146,9 @@ class AutoRates:
         if self._recorder.on:
             now = factors(self._layers)
             proposed = [before - weight.detach() for before, weight in zip(self._before, now, strict=True)]
-            with held(self._layers, self._before):
-                self._measure(proposed)
             part = _schedule_factor(self._groups()[0][1])
+            with held(self._layers, self._before):
+                self._measure(proposed, part)
             with torch.no_grad():
                 for i, (weight, before) in enumerate(zip(now, self._before, strict=True)):
                     weight.copy_(before - part * self._rate(Role.B if i % 2 else Role.A) * proposed[i])
@@ -155,7 +157,7 @@ class AutoRates:
         self.steps += 1
         self._recorder.on = self._is_due()
 
-    def _measure(self, proposed: list[torch.Tensor]) -> None:
+    def _measure(self, proposed: list[torch.Tensor], part: float) -> None:
         moved: dict[str, Movement] = {}
         for i, entry in enumerate(self._layers):
             if entry.name in self._recorder.samples:
@@ -170,8 +172,9 @@ class AutoRates:
         device = proposed[0].device
         self.lr_a = _geometric_mean([rates.lr_a for rates in found], self.lr_a, device)
         self.lr_b = _geometric_mean([rates.lr_b for rates in found], self.lr_b, device)
+        a, b = self.lr_a * part, self.lr_b * part
         self.updates = FeatureUpdates(
-            tuple(LayerUpdate.from_movement(name, m.scaled(self.lr_a, self.lr_b)) for name, m in moved.items())
+            tuple(LayerUpdate.from_movement(name, m.scaled(a, b)) for name, m in moved.items())
         )
 
     def _asked_for(self, moved: Movement, rms_a: float, rms_b: float) -> LayerRates:

@@ -169,6 +169,54 @@ def feature_updates(
     return FeatureUpdates(tuple(LayerUpdate.from_movement(name, moved) for name, moved in found.items()))
 
 
+class UpdateMonitor:
+    """Measures δ1, δ2 and δ3 of the steps that training takes, every so many; the rates are left alone.
+
+    Args:
+        model: a PEFT model.
+        optimizer: the one that trains it.
+        every: steps from one measurement to the next.
+
+    Raises:
+        NoLoraFactorsError: no layer to measure.
+        InputError: `every` is below 1.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, every: int = 50) -> None:
+        if every < 1:
+            raise InputError(f"a measurement every {every} steps cannot be made; give 1 or more")
+        self.updates: FeatureUpdates | None = None
+        self._layers = adapted_layers(model)
+        self._recorder = Recorder(model, self._layers)
+        self._recorder.on = True
+        self._every, self._steps = every, 0
+        self._before: list[torch.Tensor] = []
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def remove(self) -> None:
+        """Takes all hooks off the model and the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._recorder.remove()
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._recorder.on:
+            self._before = [weight.detach().clone() for weight in factors(self._layers)]
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._recorder.on:
+            found = movements(self._layers, self._recorder.samples, self._before)
+            self.updates = FeatureUpdates(tuple(LayerUpdate.from_movement(*item) for item in found.items()))
+            self._before = []
+            self._recorder.samples.clear()
+        self._steps += 1
+        self._recorder.on = self._steps % self._every == 0
+
+
 def twin_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """A copy with a state of its own and without hooks, over the same parameters."""
     twin = copy.copy(optimizer)

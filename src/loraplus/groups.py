@@ -162,6 +162,16 @@ def _as_float(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
+def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *, base: bool = False) -> float | None:
+    """The rate of a group at this moment; with `base`, the one that a scheduler multiplies. Reads `AutoRates`' too."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+    auto = getattr(optimizer, "loraplus_auto", None)
+    found = auto.rates_of(group) if auto is not None else None
+    if found is not None:
+        return found[1] if base else found[0]
+    return _as_float(group.get("initial_lr", group.get("lr")) if base else group.get("lr"))
+
+
 def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
     """Reads back which role, rate and weight decay every trainable parameter has in any optimizer.
 
@@ -187,14 +197,13 @@ def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
     entries = []
     for entry in trainable_parameters(model):
         index, group = group_of.get(id(entry.parameter), (None, {}))
-        lr = _as_float(group.get("lr"))
         entries.append(
             ParameterRate(
                 name=entry.name,
                 role=entry.role.value,
                 group="(not optimized)" if index is None else str(group.get("name", f"group {index}")),
-                lr=lr,
-                base_lr=_as_float(group.get("initial_lr")) if "initial_lr" in group else lr,
+                lr=rate_of_group(optimizer, group),
+                base_lr=rate_of_group(optimizer, group, base=True),
                 weight_decay=_as_float(group.get("weight_decay")),
                 parameters=entry.parameter.numel(),
             )

@@ -318,3 +318,39 @@ def test_a_diverging_run_stops_keeps_the_last_good_checkpoint_and_says_at_which_
 def test_predict_refuses_what_is_no_adapter(refused, tmp_path, reviews_csv):
     line = refused("predict", "--adapter", tmp_path, "--data", reviews_csv, "--output", tmp_path / "p.csv")
     assert "adapter_config.json" in line
+
+
+def test_automatic_rates_train_and_are_written_down(tmp_path, model_folder, reviews_csv, loraplus_command):
+    output = tmp_path / "out"
+    arguments = flags(
+        model_folder, reviews_csv, output, "--lr", "auto", "--max-steps", 100, "--eval-steps", 25, "--json"
+    )
+    outcome = loraplus_command(*arguments)
+    assert outcome.code == 0, outcome.err
+    metrics = json.loads(outcome.out)
+    assert metrics["auto"] and metrics["lr"] > 0 and metrics["lr_ratio"] > 0 and metrics["eval_accuracy"] > 0.8
+    rows = list(csv.DictReader((output / "curves.csv").open()))
+    logged = [row for row in rows if row["lr/lora_B"]]
+    assert all(float(row["lr/lora_B"]) > 0 and float(row["updates/delta2"]) > 0 for row in logged[1:])
+    assert sum(name.startswith("lr/base") and name.endswith(".lora_A") for name in rows[0]) == 4  # every layer's own
+    saved = json.loads((output / "loraplus.json").read_text())["auto"]
+    assert saved["steps"] == 100 and len(saved["layers"]) == 4
+    groups = {group["name"]: group for group in metrics["groups"]}
+    assert groups["lora_A"]["base_lr"] == metrics["lr"]
+
+
+def test_automatic_rates_resume_to_the_same_adapter(tmp_path, model_folder, reviews_csv, loraplus_command):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    arguments = ["--lr", "auto", "--json"]
+    assert loraplus_command(*flags(model_folder, reviews_csv, whole, *arguments)).code == 0
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoint-20")
+    (part / "metrics.json").unlink()
+    outcome = loraplus_command(*flags(model_folder, reviews_csv, part, *arguments, "--resume"))
+    assert outcome.code == 0, outcome.err
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (whole, part))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_rate_that_is_no_number_and_not_auto_is_refused(refused, tmp_path, model_folder, reviews_csv):
+    assert 'a number or "auto"' in refused(*flags(model_folder, reviews_csv, tmp_path / "out", "--lr", "fast"))

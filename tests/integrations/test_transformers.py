@@ -15,7 +15,7 @@ from transformers import DefaultDataCollator, Trainer, TrainingArguments
 
 import loraplus
 from loraplus import LoraPlusTrainer, LoraPlusTrainingArguments
-from loraplus.integrations.transformers import check_resume
+from loraplus.integrations.checkpoints import check_resume
 
 
 class Tokens(Dataset):

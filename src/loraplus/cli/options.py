@@ -66,10 +66,17 @@ def _parameter(spec: Field[Any], annotation: Any) -> inspect.Parameter:
     name = spec.name.replace("_", "-")
     # The negative form lets a flag win over `true` in the file.
     flags = spec.metadata.get("flags") or (f"--{name}/--no-{name}" if annotation is bool else f"--{name}",)
-    option = typer.Option(*flags, help=spec.metadata["help"], show_default=spec.default not in ("", None))
+    parser = spec.metadata.get("parser")
+    option = typer.Option(
+        *flags, help=spec.metadata["help"], show_default=spec.default not in ("", None), parser=parser,
+        metavar="NUMBER|auto" if parser else None,
+    )  # fmt: skip
     default = inspect.Parameter.empty if spec.default is MISSING else spec.default
     return inspect.Parameter(
-        spec.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+        spec.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[str if parser else annotation, option],
     )
 
 

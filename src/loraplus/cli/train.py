@@ -38,8 +38,9 @@ def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> Non
         f"eval_loss {metrics['eval_loss']:.4f} · eval_accuracy {metrics['eval_accuracy']:.4f} after "
         f"{metrics['steps']} steps (best at {metrics['best_step']}), {metrics['seconds_per_step']:.3g} s a step"
     )
-    b = metrics["lr"] * metrics["lr_ratio"]
-    console.print(f"rates: η_A {metrics['lr']:g} · η_B {b:g} (λ = {metrics['lr_ratio']:g})")
+    ratio = metrics["lr_ratio"] or 0.0
+    how = "; automatic, as last measured" if metrics["auto"] else ""
+    console.print(f"rates: η_A {metrics['lr']:.3g} · η_B {metrics['lr'] * ratio:.3g} (λ = {ratio:.3g}{how})")
     console.print(
         f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, "
         f"{len(data['labels'])} classes, {data['duplicates_removed']} duplicates removed, "

@@ -1,52 +1,72 @@
 """LoRA+ in transformers' Trainer and in every subclass of it.
 
-`LoraPlusMixin` overrides what a trainer does with its optimizer: it builds the groups, logs every group's rate by
-name, and records the rates in each checkpoint. `LoraPlusTrainer` mixes it into Trainer; `attach` mixes it into the
-class of a trainer that exists already, so both are one implementation.
+`LoraPlusMixin` overrides what a trainer does with its optimizer: it builds the groups, sets the rates automatically if
+asked to, logs every group's rate by name, and records the rates in each checkpoint. `LoraPlusTrainer` mixes it into
+Trainer; `attach` mixes it into the class of a trainer that exists already, so both are one implementation.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from loraplus.errors import LoraPlusWarning, ResumeMismatchError, TrainerSetupError
-from loraplus.groups import groups_for
+from loraplus.auto import AutoRates
+from loraplus.errors import InvalidRateError, TrainerSetupError
+from loraplus.feature_updates import UpdateMonitor
+from loraplus.groups import groups_for, rate_of_group
+from loraplus.integrations.checkpoints import check_resume, write_rates
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
-from loraplus.roles import trainable_parameters
-
-RATES_FILE = "loraplus.json"
-_FORMAT_VERSION = 1
+from loraplus.roles import Role, trainable_parameters
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
 @dataclass(frozen=True)
 class RateSettings:
-    """What the user asked for; lr is the trainer's own `learning_rate` unless given, and is read when needed."""
+    """What the user asked for; lr is the trainer's own `learning_rate` unless given, and is read when needed.
+
+    With lr "auto", A and B are built at the trainer's `learning_rate` (a name for 1: `AutoRates` looks at what the
+    schedule makes of it only), which all other parameters really have.
+    """
 
     lr_ratio: float = DEFAULT_LR_RATIO
-    lr: float | None = None
+    lr: float | Literal["auto"] | None = None
     lr_embedding: float | None = None
     lr_head: float | None = None
     lr_magnitude: float | None = None
     lr_overrides: dict[str, float] = field(default_factory=dict)
+    log_updates: int = 0
+    log_layers: bool = False
+
+    @property
+    def auto(self) -> bool:
+        """Whether `AutoRates` sets η_A and η_B."""
+        return self.lr == "auto"
+
+    def rates(self, learning_rate: float) -> Rates:
+        """The rates that the groups are built with, in a trainer of this `learning_rate`."""
+        given = {name: getattr(self, name) for name in ("lr_embedding", "lr_head", "lr_magnitude", "lr_overrides")}
+        if self.auto:
+            return Rates(learning_rate, 1.0, **given)
+        return Rates(learning_rate if self.lr is None else self.lr, self.lr_ratio, **given)  # type: ignore[arg-type]
 
 
 class LoraPlusMixin:
     """Gives any Trainer class LoRA+ parameter groups, their logs, and a guard on resuming."""
 
     loraplus_settings: RateSettings
+    loraplus_auto: AutoRates | None = None
+    _auto_state: Mapping[str, Any] | None = None
+    _monitor: UpdateMonitor | None = None
     _rates: Rates | None = None
     _group_rates: Mapping[str, float] = MappingProxyType({})
 
@@ -59,9 +79,11 @@ class LoraPlusMixin:
     @property
     def loraplus_rates(self) -> Rates:
         """The rates of this run, from the settings and the trainer's `learning_rate`."""
-        lr = self.args.learning_rate if self.loraplus_settings.lr is None else self.loraplus_settings.lr
+        settings, lr = self.loraplus_settings, self.args.learning_rate
+        if isinstance(settings.lr, (int, float)):
+            lr = settings.lr
         if self._rates is None or self._rates.lr != lr:  # a search over learning_rate changes it between runs
-            self._rates = Rates(**{**asdict(self.loraplus_settings), "lr": lr})
+            self._rates = settings.rates(lr)
         return self._rates
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -86,21 +108,41 @@ class LoraPlusMixin:
             rates = self.loraplus_rates
             groups = groups_for(trainable_parameters(model), rates, weight_decay)
             self.optimizer = optimizer_cls(groups, lr=rates.lr, **kwargs)  # type: ignore[call-arg]
+            self._watch(model)
         return self.optimizer
+
+    def _watch(self, model: Any) -> None:
+        if self.loraplus_settings.auto:
+            self.loraplus_auto = AutoRates(model, self.optimizer)
+            if self._auto_state is not None:
+                self.loraplus_auto.load_state_dict(self._auto_state)
+        elif self.loraplus_settings.log_updates:
+            self._monitor = UpdateMonitor(model, self.optimizer, every=self.loraplus_settings.log_updates)
 
     def _get_learning_rate(self) -> float:
         # Trainer reads its rate before the scheduler moves on and logs it later; the groups are read at that moment.
         if self.optimizer is not None:
-            self._group_rates = {
-                group["name"]: group["lr"].item() if isinstance(group["lr"], torch.Tensor) else group["lr"]
-                for group in self.optimizer.param_groups
-            }
+            rates = [rate_of_group(self.optimizer, group) or 0.0 for group in self.optimizer.param_groups]
+            names = [group["name"] for group in self.optimizer.param_groups]
+            self._group_rates = dict(zip(names, rates, strict=True))
+            if self.loraplus_settings.auto:
+                return rates[0]
         return super()._get_learning_rate()  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds `lr/<group>` for every group wherever the trainer logs its learning rate."""
+        """Adds `lr/<group>` for every group, and `updates/…` if measured, where the trainer logs its learning rate."""
         if "learning_rate" in logs:
             logs |= {f"lr/{name}": lr for name, lr in self._group_rates.items()}
+            watcher = self.loraplus_auto or self._monitor
+            if watcher is not None and watcher.updates is not None:
+                logs |= watcher.updates.logs()
+            if self.loraplus_auto is not None and self.loraplus_settings.log_layers:
+                logs |= {
+                    f"lr/{name}.{role}": lr
+                    for name, rates in self.loraplus_auto.layer_rates.items()
+                    for role, lr in ((Role.A, rates.lr_a), (Role.B, rates.lr_b))
+                    if lr is not None
+                }
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -110,75 +152,15 @@ class LoraPlusMixin:
             if folder is True:
                 folder = get_last_checkpoint(self.args.output_dir)
             if folder is not None and Path(folder).is_dir():
-                check_resume(Path(folder), self.loraplus_rates)
+                saved = check_resume(Path(folder), self.loraplus_rates, auto=self.loraplus_settings.auto)
+                self._auto_state = saved.get("auto")
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Saves the model, and beside it the rates and the role of every trained parameter."""
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
         if self.args.should_save:
-            write_rates(Path(output_dir or self.args.output_dir), self.loraplus_rates, self.model)
-
-
-def write_rates(folder: Path, rates: Rates, model: torch.nn.Module) -> None:
-    """Writes loraplus.json: the rates, and {parameter: role}."""
-    content = {
-        "format_version": _FORMAT_VERSION,
-        **asdict(rates),
-        "roles": {entry.name: entry.role.value for entry in trainable_parameters(model)},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / (RATES_FILE + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / RATES_FILE)
-
-
-def check_resume(checkpoint: Path, rates: Rates) -> None:
-    """Refuses a checkpoint whose optimizer was not made with these rates.
-
-    The optimizer and scheduler states hold the old rates, so torch would go on with them in silence.
-
-    Args:
-        checkpoint: a folder that a Trainer wrote.
-        rates: what this run asks for.
-
-    Raises:
-        ResumeMismatchError: another ratio or another rate of a role, a checkpoint without LoRA+, or a damaged one.
-    """
-    instead = (
-        "or start a new run from its weights: load them with "
-        f"PeftModel.from_pretrained(model, {str(checkpoint)!r}, is_trainable=True) and train without "
-        "resume_from_checkpoint"
-    )
-    try:
-        saved = json.loads((checkpoint / RATES_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ResumeMismatchError(
-            f"{checkpoint} has no {RATES_FILE}: it was not trained with LoRA+, and its optimizer has other groups; "
-            f"resume it with the trainer that wrote it, {instead}"
-        ) from None
-    except (OSError, ValueError):
-        saved = None
-    if not isinstance(saved, dict):
-        raise ResumeMismatchError(
-            f"{checkpoint / RATES_FILE} cannot be read, so the rates of the checkpoint are not known; resume from an "
-            f"earlier checkpoint, {instead}"
-        )
-    asked = asdict(rates)
-    for name, value in asked.items():
-        if name == "lr" or saved.get(name) == value:
-            continue
-        raise ResumeMismatchError(
-            f"{checkpoint} was trained with {name} = {saved.get(name)}, this run asks for {value}; resume with "
-            f"{name} = {saved.get(name)}, {instead}"
-        )
-    if saved.get("lr") != asked["lr"]:
-        warnings.warn(
-            f"{checkpoint} was trained with lr = {saved.get('lr')}; its schedule goes on and lr = {asked['lr']} is "
-            "not used",
-            LoraPlusWarning,
-            stacklevel=3,
-        )
+            write_rates(Path(output_dir or self.args.output_dir), self.loraplus_rates, self.model, self.loraplus_auto)
 
 
 @dataclass
@@ -191,6 +173,9 @@ class LoraPlusTrainingArguments(TrainingArguments):
         loraplus_lr_head: rate of `modules_to_save`. Default: learning_rate.
         loraplus_lr_magnitude: rate of DoRA's magnitudes. Default: learning_rate.
         loraplus_lr_overrides: {regular expression: factor}, as a dict or JSON text.
+        loraplus_auto_rates: η_A and η_B are set by `AutoRates`; all else keeps learning_rate.
+        loraplus_log_updates: log δ1 and δ2 as `updates/…`, measured every so many steps; 0 does not.
+        loraplus_log_layers: with automatic rates, log what every layer asks for.
     """
 
     loraplus_lr_ratio: float = field(default=DEFAULT_LR_RATIO, metadata={"help": "λ = η_B / η_A; 1 is plain LoRA."})
@@ -200,6 +185,9 @@ class LoraPlusTrainingArguments(TrainingArguments):
     loraplus_lr_overrides: dict[str, float] | str | None = field(
         default=None, metadata={"help": "{regular expression: factor} on parameter names, as JSON."}
     )
+    loraplus_auto_rates: bool = field(default=False, metadata={"help": "Set η_A and η_B automatically."})
+    loraplus_log_updates: int = field(default=0, metadata={"help": "Log δ1 and δ2, measured every so many steps."})
+    loraplus_log_layers: bool = field(default=False, metadata={"help": "Log the automatic rate of every layer."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,6 +211,9 @@ class LoraPlusTrainingArguments(TrainingArguments):
             lr_head=self.loraplus_lr_head,
             lr_magnitude=self.loraplus_lr_magnitude,
             lr_overrides=overrides if isinstance(overrides, dict) else {},
+            lr="auto" if self.loraplus_auto_rates else None,
+            log_updates=self.loraplus_log_updates,
+            log_layers=self.loraplus_log_layers,
         )
 
 
@@ -251,19 +242,22 @@ def attach(
     trainer: AnyTrainer,
     lr_ratio: float = DEFAULT_LR_RATIO,
     *,
-    lr: float | None = None,
+    lr: float | Literal["auto"] | None = None,
     lr_embedding: float | None = None,
     lr_head: float | None = None,
     lr_magnitude: float | None = None,
     lr_overrides: dict[str, float] | None = None,
+    log_updates: int = 0,
 ) -> AnyTrainer:
     """Gives a trainer LoRA+ before `.train()`; works for Trainer and every subclass, TRL's included.
 
     Args:
         trainer: a `transformers.Trainer` or subclass whose optimizer is not built yet.
-        lr_ratio: λ = η_B / η_A.
-        lr: η_A. Default: the trainer's `args.learning_rate`.
-        lr_embedding, lr_head, lr_magnitude, lr_overrides: as in `loraplus.param_groups`.
+        lr_ratio: λ = η_B / η_A; not used with automatic rates.
+        lr: η_A; "auto" has `AutoRates` set η_A and η_B. Default: the trainer's `args.learning_rate`.
+        lr_embedding, lr_head, lr_magnitude, lr_overrides: as in `loraplus.param_groups`; where they default to lr,
+            automatic rates leave `args.learning_rate`.
+        log_updates: log δ1 and δ2 as `updates/…`, measured every so many steps; 0 does not (automatic rates always do).
 
     Returns:
         The same trainer.
@@ -277,7 +271,9 @@ def attach(
     """
     if not isinstance(trainer, Trainer):
         raise TrainerSetupError(f"attach takes a transformers Trainer, got {type(trainer).__name__}")
-    settings = RateSettings(lr_ratio, lr, lr_embedding, lr_head, lr_magnitude, lr_overrides or {})
+    if isinstance(lr, str) and lr != "auto":
+        raise InvalidRateError(f'lr must be a positive number or "auto", got {lr!r}')
+    settings = RateSettings(lr_ratio, lr, lr_embedding, lr_head, lr_magnitude, lr_overrides or {}, log_updates)
     if trainer.optimizer is None and not isinstance(trainer, LoraPlusMixin):
         trainer.__class__ = _with_mixin(type(trainer))
     _set_up(trainer, settings)

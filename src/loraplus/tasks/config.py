@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from loraplus.errors import InvalidRateError
 
 # PEFT's examples train classifiers with 3e-4 or so; LoRA+ keeps that rate for A and gives B 16 times it.
 DEFAULT_LR = 3e-4
 DEFAULT_LR_RATIO = 16.0
+AUTO = "auto"
 # A new head starts from nothing and learns at its own pace, the same whatever the adapter's rates are: otherwise a
 # search over η_A and λ would be a search over the head's rate, too.
 DEFAULT_LR_HEAD = 2e-3
 
 
-def _option(default: Any, help: str, *flags: str) -> Any:
-    return field(default=default, metadata={"help": help, "flags": flags})
+def _option(default: Any, help: str, *flags: str, parser: Callable[[str], Any] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "flags": flags, "parser": parser})
+
+
+def learning_rate(text: str) -> float | str:
+    """A number, or "auto".
+
+    Raises:
+        InvalidRateError: neither.
+    """
+    if str(text).strip().lower() == AUTO:
+        return AUTO
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidRateError(f'--lr must be a number or "auto", got {text!r}') from None
 
 
 @dataclass(kw_only=True)
@@ -58,8 +76,8 @@ class TaskConfig:
 class TrainConfig(TaskConfig):
     """One training run."""
 
-    lr: float = _option(DEFAULT_LR, "η_A, the rate of A.")
-    lr_ratio: float = _option(DEFAULT_LR_RATIO, "λ = η_B / η_A; 1 is plain LoRA.")
+    lr: float | str = _option(DEFAULT_LR, "η_A, the rate of A, or auto: it sets both rates.", parser=learning_rate)
+    lr_ratio: float = _option(DEFAULT_LR_RATIO, "λ = η_B / η_A; 1 is plain LoRA. Not used with --lr auto.")
 
 
 @dataclass(kw_only=True)

@@ -15,9 +15,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from loraplus.errors import InterruptedRun
 from loraplus.groups import explain
-from loraplus.integrations.transformers import LoraPlusTrainer, write_rates
+from loraplus.integrations.checkpoints import write_rates
+from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.tasks.classification import load_classification
-from loraplus.tasks.config import TrainConfig
+from loraplus.tasks.config import AUTO, TrainConfig
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.output import check_output, hold_output, note_data, prepare_output, read_json, write_csv, write_json
 from loraplus.tasks.pretrained import load_tokenizer
@@ -99,6 +100,7 @@ def train(
     clock, stop = StepClock(), StopOnSignal()
     trainer = build_trainer(
         config, rates, data, model, tokenizer, seed=config.seed, output=config.output, checkpoints=True,
+        auto=config.lr == AUTO,
         callbacks=[clock, stop, DivergenceGuard(rates), *callbacks],
     )  # fmt: skip
     with hold_output(config.output):
@@ -124,8 +126,7 @@ def train(
             "eval_macro_f1": evaluation["eval_macro_f1"],
             "steps": step,
             "best_step": best if best is not None else step,
-            "lr": rates.lr,
-            "lr_ratio": rates.lr_ratio,
+            **_rates_in_use(trainer),
             "train_loss": result.metrics["train_loss"],
             "train_seconds": result.metrics["train_runtime"],
             "seconds_per_step": clock.seconds_per_step,
@@ -136,13 +137,21 @@ def train(
         return metrics
 
 
+def _rates_in_use(trainer: LoraPlusTrainer) -> dict[str, Any]:
+    """η_A and λ; with automatic rates those of the last measurement, without the schedule."""
+    auto, rates = trainer.loraplus_auto, trainer.loraplus_rates
+    if auto is None:
+        return {"lr": rates.lr, "lr_ratio": rates.lr_ratio, "auto": False}
+    return {"lr": auto.lr_a, "lr_ratio": auto.lr_b / auto.lr_a if auto.lr_a else None, "auto": True}
+
+
 def _save_adapter(trainer: LoraPlusTrainer, tokenizer: Any, max_length: int, output: Path) -> None:
     """Adapter in PEFT's format; beside it the label names (config.json), the tokenizer with its length, the rates."""
     trainer.model.save_pretrained(str(output), safe_serialization=True)
     trainer.model.config.save_pretrained(str(output))
     tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(str(output))
-    write_rates(output, trainer.loraplus_rates, trainer.model)
+    write_rates(output, trainer.loraplus_rates, trainer.model, trainer.loraplus_auto)
 
 
 def _curves(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,6 +164,6 @@ def _curves(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in ("loss", "eval_loss", "eval_accuracy", "eval_macro_f1", "grad_norm"):
             if name in entry:
                 row["train_loss" if name == "loss" else name] = entry[name]
-        row |= {name: value for name, value in entry.items() if name.startswith("lr/")}
+        row |= {name: value for name, value in entry.items() if name.startswith(("lr/", "updates/"))}
     columns = dict.fromkeys(name for row in rows.values() for name in row)
     return [{name: row.get(name) for name in columns} for _, row in sorted(rows.items())]

@@ -16,15 +16,21 @@ from loraplus.errors import DivergedError, InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.rates import Rates
 from loraplus.tasks.classification import ClassificationData, classification_metrics
-from loraplus.tasks.config import TaskConfig
+from loraplus.tasks.config import DEFAULT_LR, TaskConfig
 
 _EVALUATIONS_PER_RUN = 10
 _LOGS_PER_EVALUATION = 2
 _FAST_MULTIPLE = 8
 
 
-def rates_of(config: TaskConfig, lr: float, lr_ratio: float) -> Rates:
-    """The rates of a run. Raises InvalidRateError for NaN or non-positive ones."""
+def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float) -> Rates:
+    """The rates that a run's groups are built with; with lr "auto" those of A and B are set later.
+
+    Raises:
+        InvalidRateError: NaN or not positive.
+    """
+    if isinstance(lr, str):
+        lr, lr_ratio = DEFAULT_LR, 1.0
     return Rates(lr, lr_ratio, lr_embedding=config.lr_embedding, lr_head=config.lr_head)
 
 
@@ -67,23 +73,27 @@ class DivergenceGuard(TrainerCallback):
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         if control.should_save:
             for parameter in model.parameters():
                 if parameter.requires_grad and not parameter.isfinite().all():
-                    self._check(math.nan, "weights", state.global_step)
+                    self._check(math.nan, "weights", state.global_step, more.get("optimizer"))
 
-    def _check(self, value: float | None, what: str, step: int) -> None:
-        if value is not None and not math.isfinite(value):
-            b = self.rates.lr * self.rates.lr_ratio
-            raise DivergedError(
-                f"the {what} became {value} at step {step} with η_A = {self.rates.lr:g}, η_B = {b:g}; "
-                "take a smaller --lr or --lr-ratio"
-            )
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
+        for name, what in (("loss", "training loss"), ("eval_loss", "validation loss")):
+            self._check((logs or {}).get(name), what, state.global_step, more.get("optimizer"))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        self._check((logs or {}).get("loss"), "training loss", state.global_step)
-        self._check((logs or {}).get("eval_loss"), "validation loss", state.global_step)
+    def _check(self, value: float | None, what: str, step: int, optimizer: Any) -> None:
+        if value is None or math.isfinite(value):
+            return
+        auto = getattr(getattr(optimizer, "optimizer", optimizer), "loraplus_auto", None)
+        a, b = (auto.lr_a, auto.lr_b) if auto else (self.rates.lr, self.rates.lr * self.rates.lr_ratio)
+        advice = (
+            "give --lr and --lr-ratio as numbers, or a smaller --lr-head"
+            if auto
+            else "take a smaller --lr or --lr-ratio"
+        )
+        raise DivergedError(f"the {what} became {value} at step {step} with η_A = {a:g}, η_B = {b:g}; {advice}")
 
 
 class StepClock(TrainerCallback):
@@ -121,6 +131,7 @@ def build_trainer(
     seed: int,
     output: str,
     checkpoints: bool,
+    auto: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> LoraPlusTrainer:
     """A LoraPlusTrainer with the library's own levers on: length-grouped batches and fused AdamW.
@@ -134,6 +145,7 @@ def build_trainer(
         seed: of data order and dropout.
         output: folder of the checkpoints.
         checkpoints: keep the best and the last checkpoint and load the best at the end.
+        auto: have `AutoRates` set η_A and η_B.
         callbacks: watch the run.
 
     Returns:
@@ -151,6 +163,8 @@ def build_trainer(
             loraplus_lr_ratio=rates.lr_ratio,
             loraplus_lr_embedding=rates.lr_embedding,
             loraplus_lr_head=rates.lr_head,
+            loraplus_auto_rates=auto,
+            loraplus_log_layers=auto,
             weight_decay=config.weight_decay,
             warmup_steps=math.ceil(steps * config.warmup_ratio),
             lr_scheduler_type=config.lr_scheduler_type,
