@@ -71,7 +71,7 @@ def compare(
     _check(config)
     settings = asdict(config)
     check_output(config.output, settings, overwrite=overwrite, resume=resume)
-    facts = data_facts(config)
+    facts = data_facts(config, config.untuned_lr, config.lr_ratio)
     with hold_output(config.output):
         folder = prepare_output(config.output, settings, overwrite=overwrite, resume=resume)
         store = StudyStore.open(folder / JOURNAL_FILE, f"loraplus-compare-{fingerprint(settings)}")
