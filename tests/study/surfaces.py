@@ -27,6 +27,8 @@ class Surface:
     """Relative loss a factor of 4 from the best λ."""
     drift: float = 0.05
     """Decades by which the best rate is higher in a run of half the length."""
+    tilt: float = 0.0
+    """Decades by which the best rate rises when λ grows by a factor of 4."""
     cliff: float = math.inf
     """Decades above the best rate from which on runs diverge."""
     noise: float = 0.003
@@ -34,8 +36,8 @@ class Surface:
 
     def loss(self, point: Point, part: float = 1.0, noise: float | None = None) -> float:
         halvings = -math.log2(part)
-        x = math.log10(point.geometric_mean_lr) - self.rate - self.drift * halvings
         y = math.log(point.lr_ratio, 4) - self.ratio
+        x = math.log10(point.geometric_mean_lr) - self.rate - self.drift * halvings - self.tilt * y
         if x > self.cliff:
             return math.inf
         bend = self.steepness * (self.skew if x > 0 else 1) * x**2 / (1 + 0.3 * abs(x))

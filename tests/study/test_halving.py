@@ -7,11 +7,13 @@ from dataclasses import replace
 from statistics import fmean
 
 import pytest
+import torch
 
 from loraplus.errors import InvalidRateError
 from loraplus.study.halving import Candidate, best_run, cost, first_rung, next_runs
 from loraplus.study.search import Point
 from study.surfaces import Surface
+from study.toy_training import Toy, grid, search
 
 FULL = 800
 SURFACES = {
@@ -48,15 +50,21 @@ def excess(surface: Surface, budget: float = 4) -> float:
     return surface.loss(best.point, noise=0) / surface.best_of_grid() - 1
 
 
-@pytest.mark.parametrize("name", SURFACES)
-def test_four_runs_come_within_half_a_percent_of_an_exhaustive_grid(name: str):
-    """The mean over positions and noise is within 0.5%, and no single search is off by more than 1%."""
+def test_four_runs_come_within_half_a_percent_of_an_exhaustive_grid():
+    """On every surface in the mean over places and noise; over all searches nine times in ten; never off by 2%."""
     places = [(position / 8, seed) for position in range(-2, 3) for seed in range(4)]
-    surface = SURFACES[name]
-    excesses = [excess(replace(surface, rate=surface.rate + shift, seed=seed)) for shift, seed in places]
-    assert fmean(excesses) <= 0.005
-    assert sum(value <= 0.005 for value in excesses) >= 0.85 * len(excesses)
-    assert max(excesses) <= 0.01
+    every: list[float] = []
+    for name, surface in SURFACES.items():
+        excesses = [excess(replace(surface, rate=surface.rate + shift, seed=seed)) for shift, seed in places]
+        assert fmean(excesses) <= 0.005, name
+        assert max(excesses) <= 0.02, name
+        every += excesses
+    assert sum(value <= 0.005 for value in every) >= 0.9 * len(every)
+
+
+def test_a_best_rate_that_falls_with_the_ratio_is_followed():
+    surface = Surface(ratio=0, tilt=-0.15)
+    assert fmean(excess(replace(surface, seed=seed)) for seed in range(10)) <= 0.005
 
 
 def test_a_larger_budget_does_not_do_worse():
@@ -102,7 +110,7 @@ def test_it_keeps_to_any_budget_and_ends_with_a_full_run(full: int, budget: floa
     losses = searched(Surface(), budget, full)
     assert cost(losses, full) <= budget + 1e-9
     assert best_run(losses, full) is not None
-    assert all(run.steps == full or run.steps >= 10 for run in losses)
+    assert all(run.steps == full or run.steps >= 20 for run in losses)
 
 
 def test_while_all_runs_diverge_it_goes_on_to_lower_rates():
@@ -132,3 +140,22 @@ def test_a_ratio_stays_at_least_one():
 def test_a_budget_without_a_full_run_is_refused(budget: float):
     with pytest.raises(InvalidRateError, match="at least one run"):
         next_runs({}, FULL, budget)
+
+
+def test_it_finds_a_good_pair_on_real_training():
+    """A small network, against 28 runs of full length; the numbers of docs/tune.md come from a finer grid."""
+    torch.set_num_threads(1)
+    toy = Toy(width=64, steps=200)
+    losses = search(toy)
+    best = best_run(losses, toy.steps)
+    assert best is not None and cost(losses, toy.steps) <= 4
+    assert losses[best] <= 1.05 * min(grid(toy, per_decade=2).values())
+
+
+if __name__ == "__main__":  # the table in docs/tune.md
+    for title, each in SURFACES.items():
+        found = [
+            excess(replace(each, rate=each.rate + place / 8, seed=seed)) for place in range(-2, 3) for seed in range(4)
+        ]
+        within = sum(value <= 0.005 for value in found)
+        print(f"| {title} | {100 * fmean(found):+.2f}% | {100 * max(found):+.2f}% | {within} of {len(found)} |")

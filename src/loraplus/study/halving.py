@@ -1,9 +1,9 @@
 """Successive halving for (η_A, λ): many short runs, few longer ones, at least one of full length.
 
-    rung 1   an eighth      a line over √(η_A·η_B) in half decades at λ = 16, until its best lies inside;
-                            there λ = 4, 64 and 1
-    rung 2   a half         around the lowest point of a parabola through rung 1: three rates, a fifth of a decade
-             (or less)      apart, or more until the best lies inside; there the second-best λ, if it is close
+    rung 1   an eighth      a line over √(η_A·η_B) in half decades at λ = 16, until its best lies inside; around it
+                            λ = 4 and 64, each at two rates, and λ = 1 if 4 is better than 16
+    rung 2   a half         rates a fifth of a decade apart around the lowest point of a parabola through rung 1, until
+             (or less)      their best lies inside, three at least; there the second-best λ, if it is close
     rung 3   full length    the lowest point of a parabola through rung 2; what is left of the budget refines it
 
 A short run has its own warm-up and its own decay to zero. A long run cut short is still near its peak rate: its loss
@@ -25,30 +25,28 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loraplus.errors import InvalidRateError
+from loraplus.study.parabola import any_finite, curvature, lowest, lowest_ratio, offset, vertex
 from loraplus.study.search import Point
 
 RATIO = 16.0
-OTHER_RATIOS = (4.0, 64.0, 1.0)
 HIGHEST_RATIO = 256.0
 # log10 √(η_A·η_B), the middle first: a small budget takes the first few.
 LINE = (-3.0, -2.5, -3.5, -2.0)
 LINE_STEP = 0.5
+# The best √(η_A·η_B) moves little when λ does; how far a factor of 4 takes it, at most, downwards.
+RATIO_SHIFT = 0.25
 LOWEST, HIGHEST = -8.0, 2.0
 REFINED_STEP = 0.2
 LAST_STEP = 0.2
 SMALLEST_STEP = 0.04
 FIRST_RUNG = 1 / 8
 REFINING_RUNGS = (1 / 2, 1 / 4, FIRST_RUNG)
-# Below so many steps a run is mostly warm-up.
-FEWEST_STEPS = 10
+# In fewer steps a run has learned too little to tell one rate from another.
+FEWEST_STEPS = 20
 # How many decades the best rate falls when training gets twice as long.
-DRIFT = 0.07
+DRIFT = 0.04
 # A λ that is worse by no more than this part in rung 1 gets a second chance in rung 2.
 CLOSE = 0.02
-# A λ that is worse by more than this part has no say in the parabola over λ.
-FAR = 0.1
-# The loss rises more steeply above the best rate than below it; a parabola must not believe the steep side alone.
-MOST_SKEW = 3.0
 _EPSILON = 1e-9
 
 
@@ -97,7 +95,7 @@ def next_runs(losses: Losses, full_steps: int, budget: float) -> list[Candidate]
 
 
 def first_rung(full_steps: int) -> list[Candidate]:
-    """The runs that every search with a budget of at least `cost_of_first_rung` + 1 starts with."""
+    """The runs that every search starts with whose budget holds them and a run of full length."""
     return next_runs({}, full_steps, math.inf)
 
 
@@ -118,6 +116,9 @@ class _Search:
     full_steps: int
     budget: float
     known: dict[Candidate, float] = field(default_factory=dict)
+    minima: dict[float, float] = field(default_factory=dict)
+    """Lowest loss of rung 1 by λ, and where it is."""
+    best_rates: dict[float, float] = field(default_factory=dict)
     ratio: float = RATIO
     rival: float | None = None
     centre: float = LINE[0]
@@ -140,39 +141,73 @@ class _Search:
         yield from self._bracket(LINE_STEP)
 
     def _ratios(self) -> Rung:
-        """Other λ at the best rate of the line: the best √(η_A·η_B) hardly moves when λ does."""
+        """Other λ, each at the rate of the λ next to it and a quarter of a decade on, the way its best rate moves."""
         row = self._row()
-        if not _any_finite(row):
+        if not any_finite(row):
             return
-        best = _lowest(row)
-        self.centre = best + _offset(row, best, LINE_STEP)
-        others = [self._run(best, ratio) for ratio in OTHER_RATIOS]
-        yield from self._ask(others[: self._affordable(self.length, keep=1)])
-        tried = {run.point.lr_ratio: self.known[run] for run in (self._run(best), *others) if run in self.known}
-        self.ratio = _lowest_ratio(tried)
-        close = min(tried.values()) * (1 + CLOSE)
-        rivals = [ratio for ratio in tried if ratio != self.ratio and tried[ratio] <= close]
-        self.rival = min(rivals, key=lambda ratio: tried[ratio], default=None)
+        start = lowest(row)
+        self.centre = start + offset(row, start, LINE_STEP)
+        here = self._pair(RATIO, self.centre, 0)
+        up, down = self._pair(4 * RATIO, self.centre, -1), self._pair(RATIO / 4, self.centre, 1)
+        yield from self._ask(self._within([*here[:1], *down, *up]))
+        for ratio, runs in ((RATIO, here[:1]), (RATIO / 4, down), (4 * RATIO, up)):
+            self._note_best(ratio, runs)
+        if self._best_ratio() == RATIO / 4:
+            further = self._pair(1.0, self.best_rates[RATIO / 4], 1)
+            yield from self._ask(self._within(further))
+            self._note_best(1.0, further)
+        if not self.minima:
+            return
+        best = self._best_ratio()
+        self.ratio = lowest_ratio(self.minima)
+        self.centre = self._rate_at(self.ratio)
+        close = self.minima[best] * (1 + CLOSE)
+        rivals = [ratio for ratio in self.minima if ratio != self.ratio and self.minima[ratio] <= close]
+        self.rival = min(rivals, key=lambda ratio: self.minima[ratio], default=None)
+
+    def _pair(self, ratio: float, x: float, way: int) -> list[Candidate]:
+        return [self._run(x, ratio), self._run(x + way * RATIO_SHIFT, ratio)]
+
+    def _within(self, runs: list[Candidate]) -> list[Candidate]:
+        """As many of some runs as leave room for rung 2, or at least for a run of full length."""
+        refining = 3 * self._steps(REFINING_RUNGS[0]) / self.full_steps
+        number = self._affordable(self.length, keep=1 + refining)
+        return runs[: number if number >= len(runs) - 1 else self._affordable(self.length, keep=1)]
+
+    def _note_best(self, ratio: float, runs: list[Candidate]) -> None:
+        tried = [run for run in runs if math.isfinite(self.known.get(run, math.inf))]
+        if tried:
+            best = min(tried, key=lambda run: self.known[run])
+            self.minima[ratio], self.best_rates[ratio] = self.known[best], _log_rate(best)
+
+    def _best_ratio(self) -> float:
+        return min(self.minima, key=lambda ratio: self.minima[ratio], default=RATIO)
+
+    def _rate_at(self, ratio: float) -> float:
+        """Best rate at a λ that may lie between two that were tried."""
+        known = sorted(self.best_rates)
+        return float(np.interp(math.log(ratio), [math.log(r) for r in known], [self.best_rates[r] for r in known]))
 
     def _refine(self) -> Rung:
         """Three rates or more at a longer length, and there once more the second-best λ."""
         length = self._refining_length()
-        if length is None or not _any_finite(self._row(RATIO)):
+        if length is None or not any_finite(self._row(RATIO)):
             return
         self._move_to(length)
-        yield from self._ask([self._run(self.centre + n * REFINED_STEP) for n in (0, 1, -1)])
+        yield from self._ask([self._run(self.centre + n * REFINED_STEP) for n in (0.5, -0.5)])
         yield from self._bracket(REFINED_STEP)
         row = self._row()
-        if not _any_finite(row):
+        if not any_finite(row):
             return
-        best = _lowest(row)
-        self.centre = best + _offset(row, best, REFINED_STEP)
-        self.curvature = _curvature(row, best)
+        best = lowest(row)
+        self.centre = best + offset(row, best, REFINED_STEP)
+        self.curvature = curvature(row, best)
         if self.rival is not None and self._affordable(self.length, keep=1):
-            rival = self._run(best, self.rival)
+            shift = self._rate_at(self.rival) - self._rate_at(self.ratio)
+            rival = self._run(best + shift, self.rival)
             yield from self._ask([rival])
             if self.known[rival] < row[best]:
-                self.ratio, self.curvature = self.rival, None
+                self.ratio, self.centre, self.curvature = self.rival, self.centre + shift, None
 
     def _last(self) -> Rung:
         """Two rates around the expected best where the budget holds two, else the expected best itself."""
@@ -195,11 +230,11 @@ class _Search:
 
     def _next_full(self) -> Candidate | None:
         row = self._row()
-        if not _any_finite(row):
+        if not any_finite(row):
             lower = min(row) - LINE_STEP
             return self._run(lower) if lower >= LOWEST else None
-        best = _lowest(row)
-        wanted = [_vertex(row, best, self.curvature, LAST_STEP)]
+        best = lowest(row)
+        wanted = [vertex(row, best, self.curvature, LAST_STEP)]
         tried = [self._run(x) for x in wanted if all(abs(x - other) >= SMALLEST_STEP for other in row)]
         tried += [self._run(best, ratio=self.ratio * factor) for factor in (4, 1 / 4, 2, 1 / 2)]
         tried += [self._run(best + step) for size in (0.1, 0.05) for step in (size, -size)]
@@ -208,8 +243,8 @@ class _Search:
     def _bracket(self, step: float) -> Rung:
         """Extends a row of equally spaced rates beyond its edge for as long as the best lies there."""
         while row := self._row():
-            best = _lowest(row)
-            if not _any_finite(row) or best == min(row):
+            best = lowest(row)
+            if not any_finite(row) or best == min(row):
                 further = min(row) - step
             elif best == max(row):
                 further = max(row) + step
@@ -231,7 +266,7 @@ class _Search:
         """Loss by log10 √(η_A·η_B), at this length and at λ = `ratio`, by default the λ that the search is at."""
         ratio = self.ratio if ratio is None else ratio
         return {
-            math.log10(run.point.geometric_mean_lr): loss
+            _log_rate(run): loss
             for run, loss in self.known.items()
             if run.steps == self.length and run.point.lr_ratio == ratio
         }
@@ -259,83 +294,9 @@ class _Search:
         return None
 
 
+def _log_rate(run: Candidate) -> float:
+    return math.log10(run.point.geometric_mean_lr)
+
+
 def _finite(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss
-
-
-def _any_finite(row: Mapping[float, float]) -> bool:
-    return any(math.isfinite(loss) for loss in row.values())
-
-
-def _lowest(row: Mapping[float, float]) -> float:
-    """The rate of the lowest loss; of equal losses the lower rate."""
-    return min(row, key=lambda x: (row[x], x))
-
-
-def _lowest_ratio(tried: Mapping[float, float]) -> float:
-    """The power of 2 nearest to the lowest point of a parabola in log λ; the best λ tried if there is none.
-
-    The parabola is fitted to all that is not far worse than the best, so that noise counts for less; it moves λ by no
-    more than a factor of 4, and not beyond what was tried.
-    """
-    best = min(tried, key=lambda ratio: tried[ratio])
-    near = {math.log(ratio, 4): loss for ratio, loss in tried.items() if loss <= tried[best] * (1 + FAR)}
-    if len(near) < 3:
-        return best
-    bend, slope, _ = np.polyfit(list(near), list(near.values()), 2)
-    if bend <= 0:
-        return best
-    here = math.log(best, 4)
-    lowest = min(max(-slope / (2 * bend), here - 1, min(near)), here + 1, max(near))
-    return float(2 ** round(2 * lowest))
-
-
-def _sides(row: Mapping[float, float], best: float) -> tuple[float | None, float | None]:
-    """The nearest rates tried below and above the best."""
-    return max((x for x in row if x < best), default=None), min((x for x in row if x > best), default=None)
-
-
-def _offset(row: Mapping[float, float], best: float, step: float) -> float:
-    """From the best rate to the lowest point of a parabola through it and its neighbours, one `step` away.
-
-    With losses e₋ and e₊ above the best: step/2 · (e₋ − e₊) / (e₋ + e₊), either taken as at most `MOST_SKEW` times
-    the other. 0 if a neighbour is missing.
-    """
-    below, above = _sides(row, best)
-    if below is None or above is None:
-        return 0.0
-    left, right = row[below] - row[best], row[above] - row[best]
-    if math.isinf(left) and math.isinf(right):
-        return 0.0
-    left, right = min(left, MOST_SKEW * right), min(right, MOST_SKEW * left)
-    return step / 2 * (left - right) / (left + right) if left + right > 0 else 0.0
-
-
-def _curvature(row: Mapping[float, float], best: float) -> float | None:
-    """c of loss = c·x² + …, through the best and its neighbours; None if there are not both or one diverged."""
-    below, above = _sides(row, best)
-    if below is None or above is None or not (math.isfinite(row[below]) and math.isfinite(row[above])):
-        return None
-    slopes = (row[best] - row[below]) / (best - below), (row[above] - row[best]) / (above - best)
-    bend = (slopes[1] - slopes[0]) / (above - below)
-    return bend if bend > 0 else None
-
-
-def _vertex(row: Mapping[float, float], best: float, curvature: float | None, step: float) -> float:
-    """Where the loss should be lowest: inside by a parabola, at an edge with the curvature that rung 2 showed."""
-    below, above = _sides(row, best)
-    if below is not None and above is not None:
-        bend = _curvature(row, best)
-        if bend is None:
-            return best + _offset(row, best, step)
-        slope = (row[above] - row[below]) / (above - below)
-        middle = (above + below) / 2
-        return min(max(middle - slope / (2 * bend), below), above)
-    near = below if below is not None else above
-    if near is None:
-        return best + step
-    outwards = math.copysign(step, best - near)
-    if curvature is None or not math.isfinite(row[near]):
-        return best + outwards
-    lowest = (best + near) / 2 - (row[best] - row[near]) / (2 * curvature * (best - near))
-    return min(max(lowest, best - step), best + step)
