@@ -86,9 +86,9 @@ def tune(
         )
         best = plan.best(records)
         if best is None:
-            lowest = min((record.trial.lr for record in records.values()), default=start.lr)
+            lowest = min(record.trial.lr for record in records.values() if record.trial.steps == plan.full_steps)
             raise DivergedError(
-                f"all {len(records)} runs diverged, down to η_A = {lowest:g}; check the data and the model, or start "
+                f"every run of full length diverged, down to η_A = {lowest:g}; check the data and the model, or start "
                 "again with more --tuning-runs"
             )
         result = _result(config, settings, facts, plan, records, best)
