@@ -1,4 +1,4 @@
-"""The plots of the rates benchmark: loss over (η_A, η_B) with the automatic path on it, and regret setting by setting."""
+"""The plots of the rates benchmark: loss over (η_A, η_B) with the automatic path on it, and regret by setting."""
 
 from __future__ import annotations
 
