@@ -253,6 +253,14 @@ def test_a_damaged_checkpoint(refused, fixed, tmp_path, name, content):
     assert name in refused("inspect", folder)
 
 
+@pytest.mark.parametrize("value", ["x", None, [1], float("inf")])
+def test_metrics_whose_groups_are_damaged(refused, fixed, adapter, value):
+    metrics = json.loads((fixed / "metrics.json").read_text())
+    metrics["groups"][0]["tensors"] = value
+    (adapter / "metrics.json").write_text(json.dumps(metrics))
+    assert "metrics.json does not hold the groups" in refused("inspect", adapter)
+
+
 def test_nothing_in_a_checkpoint_is_executed(refused, fixed, tmp_path):
     class Trap:
         def __reduce__(self):

@@ -92,12 +92,12 @@ def _of_metrics(path: Path) -> list[Row]:
     try:
         return [
             _row(
-                row["name"], row["role"], _as_float(row["lr"]), _as_float(row["base_lr"]),
+                str(row["name"]), str(row["role"]), _as_float(row["lr"]), _as_float(row["base_lr"]),
                 _as_float(row["weight_decay"]), int(row["tensors"]), int(row["parameters"]),
             )
             for row in (metrics.get("groups", []) if isinstance(metrics, dict) else [])
         ]  # fmt: skip
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise InputError(f"{path} does not hold the groups that `loraplus train` writes") from None
 
 
