@@ -39,7 +39,7 @@ SETTINGS: dict[str, Setting] = {
         _setting("tuned", "decoder64-book-long", "decoder-64", "book", 600, 32, 8, 16),
         _setting("tuned", "decoder128-book-linear", "decoder-128", "book", 200, 32, 4, 8, targets="all-linear"),
         _setting("tuned", "lm128-movies", "decoder-128", "lm-movies", 200, 16, 8, 16),
-        _setting("tuned", "decoder256-tweets-r64", "decoder-256", "tweets", 100, 16, 64, 64, rslora=True),
+        _setting("tuned", "decoder128-tweets-r64", "decoder-128", "tweets", 100, 16, 64, 64, rslora=True),
         _setting("tuned", "lm64-editorials-linear-dropout", "decoder-64", "lm-editorials", 300, 8, 16, 32,
                  targets="all-linear", dropout=0.1),
         # untouched half
@@ -50,6 +50,6 @@ SETTINGS: dict[str, Setting] = {
         _setting("untouched", "decoder64-book-2000", "decoder-64", "book", 2000, 8, 8, 8),
         _setting("untouched", "lm64-movies-linear", "decoder-64", "lm-movies", 300, 32, 4, 8,
                  targets="all-linear"),
-        _setting("untouched", "lm256-movies-rslora", "decoder-256", "lm-movies", 100, 8, 16, 16, rslora=True),
+        _setting("untouched", "lm32-movies-rslora", "decoder-32", "lm-movies", 300, 8, 16, 16, rslora=True),
     )
 }  # fmt: skip

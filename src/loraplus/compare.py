@@ -11,12 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loraplus.errors import InputError
 from loraplus.report import render
 from loraplus.study.plan import Plan
-from loraplus.study.runner import Event, available_cores, run_all
+from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, run_all
 from loraplus.study.store import StudyStore
 from loraplus.study.summary import runs_csv_rows, summarise
 from loraplus.study.trial import data_facts, run_trial
@@ -31,12 +29,9 @@ from loraplus.tasks.output import (
     write_json,
 )
 
-JOURNAL_FILE = "study.journal"
 SUMMARY_FILE = "summary.json"
 RUNS_FILE = "runs.csv"
 REPORT_FILE = "report.html"
-LOG_FILE = "workers.log"
-MOST_WORKERS_ON_CPU = 2
 
 
 def compare(
@@ -71,7 +66,7 @@ def compare(
     _check(config)
     settings = asdict(config)
     check_output(config.output, settings, overwrite=overwrite, resume=resume)
-    facts = data_facts(config)
+    facts = data_facts(config, config.untuned_lr, config.lr_ratio)
     with hold_output(config.output):
         folder = prepare_output(config.output, settings, overwrite=overwrite, resume=resume)
         store = StudyStore.open(folder / JOURNAL_FILE, f"loraplus-compare-{fingerprint(settings)}")
@@ -95,12 +90,6 @@ def fingerprint(settings: dict[str, Any]) -> str:
     """Short hash of all settings that change what is computed."""
     compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def default_workers() -> int:
-    """One run at a time on a GPU, one a core up to two on a CPU."""
-    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    return 1 if on_gpu else min(MOST_WORKERS_ON_CPU, available_cores())
 
 
 def _check(config: CompareConfig) -> None:

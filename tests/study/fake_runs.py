@@ -49,6 +49,20 @@ def overlapping(folder: str, trial: Trial, on_step) -> Record:
     return quick(folder, trial, on_step)
 
 
+def briefly(folder: str, trial: Trial, on_step) -> Record:
+    """Takes long enough for two processes to share the runs, and notes who did what."""
+    note(folder, "shares", f"{os.getppid()} {trial.key}")
+    time.sleep(0.3)
+    return quick(folder, trial, on_step)
+
+
+def hangs(folder: str, trial: Trial, on_step) -> Record:
+    note(folder, "hangs", str(os.getpid()))
+    on_step(1, STEPS, eval_loss=1.0)
+    time.sleep(600)
+    return quick(folder, trial, on_step)
+
+
 def killed_in_final(folder: str, trial: Trial, on_step) -> Record:
     if trial.phase == "final":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -138,9 +138,11 @@ def test_a_record_written_before_the_kill_counts_although_the_trial_was_not_clos
 
 @pytest.mark.filterwarnings("ignore:The value of `grace_period`")
 def test_a_lock_left_by_a_killed_process_does_not_block_for_long(journal: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("loraplus.study.store.LOCK_SECONDS", 1)
+    monkeypatch.setattr("loraplus.study.storage.LOCK_SECONDS", 1)
     filled(journal)
-    Path(f"{journal}.lock").symlink_to(journal)
+    lock = Path(f"{journal}.lock")
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(journal)
     assert StudyStore.open(journal, "s").records() == RECORDS
 
 
@@ -149,6 +151,23 @@ def test_changed_data_is_refused(journal: Path):
     StudyStore.open(journal, "s").check_data({"train_examples": 80, "labels": ["a", "b"]})
     with pytest.raises(InputError, match="train_examples was 80, now 81"):
         StudyStore.open(journal, "s").check_data({"train_examples": 81, "labels": ["a", "b"]})
+
+
+def test_a_line_torn_by_a_killed_process_does_not_spoil_the_journal_of_a_living_one(journal: Path):
+    store = filled(journal)
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":8,"worker_id":"a')
+    more = replace(DONE, trial=replace(TRIAL, seed=9))
+    store.finish(more)
+    assert StudyStore.open(journal, "s").records() == {**RECORDS, more.trial.key: more}
+
+
+def test_another_kind_of_file_is_refused_and_left_as_it_is(tmp_path: Path):
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,label\ngood film,a\nbad")
+    with pytest.raises(InputError, match="another kind of file"):
+        StudyStore.open(path, "s")
+    assert path.read_text() == "text,label\ngood film,a\nbad"
 
 
 @pytest.mark.parametrize("location", ["/nowhere/study.journal", "nosuchdb://host/db"])

@@ -30,7 +30,9 @@ def study_progress(console: Console, *, plain: bool) -> StudyProgress:
 
 def describe(trial: Trial) -> str:
     """One trial in words: `tuning LoRA+ η_A 2.5e-4 λ 16 seed 0`."""
-    return f"{trial.phase} {ARM_TITLES[trial.arm]} η_A {rate(trial.lr)} λ {trial.lr_ratio:g} seed {trial.seed}"
+    return f"{trial.phase} {ARM_TITLES[trial.arm]} η_A {rate(trial.lr)} λ {trial.lr_ratio:g} seed {trial.seed}" + (
+        f" {trial.steps} steps" if trial.steps else ""
+    )
 
 
 def rate(value: float) -> str:
@@ -46,8 +48,13 @@ def outcome(event: Event, record: Record) -> str:
         result = f"diverged at step {record.steps}"
     else:
         result = f"eval loss {record.eval_loss:.4f}, accuracy {record.eval_accuracy:.2%}"
-    same = " (same run as before)" if event.reused else ""
-    return f"{describe(record.trial)}: {result}{same}"
+    source = " (same run as before)" if event.reused else " (another process)" if event.elsewhere else ""
+    return f"{describe(record.trial)}: {result}{source}"
+
+
+def count(runs: float) -> str:
+    """A number of runs; with two digits where parts of a run count."""
+    return f"{runs:.2f}".rstrip("0").rstrip(".")
 
 
 def time_left(seconds: float) -> str:
@@ -62,10 +69,10 @@ class Pace:
 
     def __init__(self) -> None:
         self.steps_per_run = 0
-        self.planned = 0
-        self.done = 0
+        self.planned = 0.0
+        self.done = 0.0
         self._under_way: dict[str, int] = {}
-        self._done_at_start = 0
+        self._done_at_start = 0.0
         self._started = time.monotonic()
 
     def take(self, event: Event) -> None:
@@ -73,7 +80,7 @@ class Pace:
         if event.kind == "planned":
             self._done_at_start, self._started = event.done, time.monotonic()
         elif event.trial is not None and event.kind == "step":
-            self.steps_per_run = event.total_steps
+            self.steps_per_run = event.full_steps or event.total_steps
             self._under_way[event.trial.key] = event.step
         elif event.trial is not None and event.kind == "finished":
             self._under_way.pop(event.trial.key, None)
@@ -81,11 +88,11 @@ class Pace:
                 self._done_at_start += 1  # cost no time, so it says nothing about the pace
 
     @property
-    def steps(self) -> int:
+    def steps(self) -> float:
         return self.done * self.steps_per_run + sum(self._under_way.values())
 
     @property
-    def total_steps(self) -> int:
+    def total_steps(self) -> float:
         return self.planned * self.steps_per_run
 
     @property
@@ -114,12 +121,12 @@ class PlainProgress:
     def __call__(self, event: Event) -> None:
         self._pace.take(event)
         if event.kind == "planned":
-            stored = f", {event.done} of them already done" if event.done else ""
-            self._print(f"{event.planned} runs planned{stored}")
+            stored = f", {count(event.done)} of them already done" if event.done else ""
+            self._print(f"{count(event.planned)} runs planned{stored}")
         elif event.kind == "finished" and event.record is not None:
             left = self._pace.seconds_left
             about = f", {time_left(left)}" if left and event.done < event.planned else ""
-            self._print(f"{event.done}/{event.planned} runs{about} · {outcome(event, event.record)}")
+            self._print(f"{count(event.done)}/{count(event.planned)} runs{about} · {outcome(event, event.record)}")
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -168,7 +175,7 @@ class BarProgress:
             self._overall,
             total=self._pace.total_steps or None,
             completed=self._pace.steps,
-            count=f"{event.done}/{event.planned} runs",
+            count=f"{count(event.done)}/{count(event.planned)} runs",
         )
 
     def _show_run(self, event: Event, trial: Trial) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loraplus.errors import DivergedError
 from loraplus.study.records import ARM_TITLES, ARMS, Arm, Record, Trial
@@ -28,6 +28,8 @@ class Plan:
     seed: int
     lr_ratio: float
     untuned_lr: float
+    full_steps: None = field(default=None, init=False)
+    """All runs have the same length."""
 
     @classmethod
     def from_config(cls, config: CompareConfig) -> Plan:
@@ -38,6 +40,10 @@ class Plan:
     def total(self) -> int:
         """Number of runs: tuning, final and untuned, of both arms."""
         return len(ARMS) * (self.tuning_runs + 2 * self.seeds)
+
+    def done(self, records: Mapping[str, Record]) -> tuple[float, float]:
+        """Runs that are done, and runs in all."""
+        return len(records), self.total
 
     @property
     def fresh_seeds(self) -> range:
@@ -104,4 +110,4 @@ def tuning_losses(records: Mapping[str, Record], arm: Arm) -> dict[Point, float]
 
 def same_training(trial: Trial) -> tuple[object, ...]:
     """Equal for two trials that would do the same training and the same evaluation under different names."""
-    return trial.phase == "tuning", f"{trial.lr:.6g}", f"{trial.lr_ratio:.6g}", trial.seed
+    return trial.phase == "tuning", f"{trial.lr:.6g}", f"{trial.lr_ratio:.6g}", trial.seed, trial.steps

@@ -14,13 +14,14 @@ ARM_TITLES: dict[str, str] = {"lora": "LoRA", "loraplus": "LoRA+"}
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run of a study: the rates, the seed, and why it is run."""
+    """One training run of a study: the rates, the seed, why it is run, and its length if it is not the full one."""
 
     phase: Phase
     arm: Arm
     lr: float
     lr_ratio: float
     seed: int
+    steps: int | None = None
 
     @property
     def geometric_mean_lr(self) -> float:
@@ -30,7 +31,8 @@ class Trial:
     @property
     def key(self) -> str:
         """Identity of the run within a study; two trials of one key are the same run."""
-        return f"{self.phase}/{self.arm}/{self.lr:.6g}/{self.lr_ratio:.6g}/{self.seed}"
+        length = "" if self.steps is None else f"/{self.steps}"
+        return f"{self.phase}/{self.arm}/{self.lr:.6g}/{self.lr_ratio:.6g}/{self.seed}{length}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Record:
     curve: tuple[CurvePoint, ...] = ()
     test_losses: tuple[float, ...] = field(default=(), repr=False)
     test_correct: tuple[bool, ...] = field(default=(), repr=False)
+    seconds: float = 0.0
+    """Wall-clock time of the run, with its evaluations."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; a non-finite loss becomes null."""
@@ -80,4 +84,5 @@ class Record:
             curve=tuple(CurvePoint(**point) for point in data["curve"]),
             test_losses=tuple(data["test_losses"]),
             test_correct=tuple(data["test_correct"]),
+            seconds=data.get("seconds", 0.0),
         )

@@ -13,20 +13,44 @@ import queue
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+import torch
 
 from loraplus.errors import InterruptedRun, LoraPlusError
-from loraplus.study.plan import Plan, same_training
+from loraplus.study.plan import same_training
 from loraplus.study.records import Record, Trial
 from loraplus.study.store import StudyStore
 from loraplus.study.worker import RunTrial, perform, set_up
 
+JOURNAL_FILE = "study.journal"
+LOG_FILE = "workers.log"
+MOST_WORKERS_ON_CPU = 2
 SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_REFRESHES = 1.0
 SECONDS_TO_TERMINATE = 3.0
+
+
+class Plan(Protocol):
+    """What a study consists of; it holds no state, so that everything follows from the records."""
+
+    @property
+    def full_steps(self) -> int | None:
+        """Steps of a run of full length, where runs differ in length."""
+        ...
+
+    def done(self, records: Mapping[str, Record]) -> tuple[float, float]:
+        """How much is done and how much there is in all, in runs of full length."""
+        ...
+
+    def next(self, records: Mapping[str, Record], running: Iterable[Trial]) -> Trial | None:
+        """The run to start next, or None if nothing can start before one under way has finished."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,14 +62,16 @@ class Event:
     """
 
     kind: Literal["planned", "started", "step", "finished"]
-    done: int
-    planned: int
+    done: float
+    planned: float
     trial: Trial | None = None
     step: int = 0
     total_steps: int = 0
     eval_loss: float | None = None
     record: Record | None = None
     reused: bool = False
+    elsewhere: bool = False
+    full_steps: int | None = None
 
 
 OnEvent = Callable[[Event], None]
@@ -58,6 +84,12 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def default_workers() -> int:
+    """One run at a time on a GPU, one a core up to two on a CPU."""
+    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return 1 if on_gpu else min(MOST_WORKERS_ON_CPU, available_cores())
+
+
 def run_all(
     plan: Plan,
     store: StudyStore,
@@ -67,7 +99,7 @@ def run_all(
     on_event: OnEvent | None = None,
     log: str | os.PathLike[str] | None = None,
 ) -> dict[str, Record]:
-    """Does every run of the plan that the store does not hold yet.
+    """Does every run of the plan that the store does not hold yet; of a shared store, together with others.
 
     Args:
         plan: What to run.
@@ -100,6 +132,7 @@ class _Coordinator:
     ) -> None:
         self.plan, self.store, self.workers, self.on_event = plan, store, workers, on_event
         self.records = store.records()
+        self.looked = 0.0
         self.running: dict[Future[Record], Trial] = {}
         self.stop = threading.Event()
         self.siblings = {process.pid for process in multiprocessing.active_children()}
@@ -116,9 +149,13 @@ class _Coordinator:
                 self.emit("planned")
                 while True:
                     self.check_stop()
+                    self.look_elsewhere()
                     self.start_runs()
                     if not self.running:
-                        break
+                        if not self.store.elsewhere():
+                            break
+                        self.stop.wait(SECONDS_BETWEEN_LOOKS)
+                        continue
                     finished, _ = wait(self.running, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
                     self.read_messages()
                     for future in finished:
@@ -126,8 +163,7 @@ class _Coordinator:
             except (KeyboardInterrupt, InterruptedRun):
                 self.end_workers()
                 raise InterruptedRun(
-                    f"interrupted after {len(self.records)} of {self.plan.total} runs; "
-                    "go on with the same command and --resume"
+                    f"interrupted after {self.progress} runs; go on with the same command and --resume"
                 ) from None
             except BaseException:
                 self.end_workers()
@@ -140,15 +176,38 @@ class _Coordinator:
             raise InterruptedRun
 
     def emit(self, kind: Literal["planned", "started", "step", "finished"], **details: Any) -> None:
-        self.on_event(Event(kind, done=len(self.records), planned=self.plan.total, **details))
+        done, planned = self.plan.done(self.records)
+        self.on_event(Event(kind, done=done, planned=planned, full_steps=self.plan.full_steps, **details))
+
+    @property
+    def progress(self) -> str:
+        done, planned = self.plan.done(self.records)
+        return f"{done:.3g} of {planned:.3g}"
+
+    def look_elsewhere(self) -> None:
+        """What other processes of a shared study have finished since the last look."""
+        now = time.monotonic()
+        if not self.store.shared or now - self.looked < SECONDS_BETWEEN_REFRESHES:
+            return
+        self.looked = now
+        self.store.refresh()
+        self.take_news()
+
+    def take_news(self) -> None:
+        for key, record in self.store.records().items():
+            if key not in self.records:
+                self.records[key] = record
+                self.emit("finished", trial=record.trial, record=record, elsewhere=True)
 
     def start_runs(self) -> None:
-        while (trial := self.plan.next(self.records, self.running.values())) is not None:
+        while (trial := self.plan.next(self.records, [*self.running.values(), *self.store.elsewhere()])) is not None:
             twin = next((r for r in self.records.values() if same_training(r.trial) == same_training(trial)), None)
             if twin is not None:
                 self.keep(replace(twin, trial=trial), reused=True)
             elif len(self.running) < self.workers:
-                self.store.start(trial)
+                if not self.store.start(trial):  # another process was faster
+                    self.take_news()
+                    continue
                 self.emit("started", trial=trial)
                 with _signals_blocked():
                     self.running[self.submit(trial)] = trial
@@ -170,14 +229,16 @@ class _Coordinator:
         del self.running[future]
 
     def keep(self, record: Record, reused: bool = False) -> None:
+        key = record.trial.key
         self.store.finish(record)
-        self.records[record.trial.key] = record
+        self.records[key] = record = self.store.records()[key]
         self.emit("finished", trial=record.trial, record=record, reused=reused)
+        self.take_news()
 
     def killed(self, trials: list[Trial]) -> LoraPlusError:
         names = ", ".join(trial.key for trial in trials)
         return LoraPlusError(
-            f"a training process was killed (out of memory?) after {len(self.records)} of {self.plan.total} runs, "
+            f"a training process was killed (out of memory?) after {self.progress} runs, "
             f"during {names}; finished runs are stored: go on with the same command and --resume, "
             "with --workers 1 if memory ran out"
         )

@@ -3,73 +3,123 @@
 Each run is one Optuna trial: η_A and λ are its parameters, the validation loss its value, the curve its intermediate
 values, and the whole `Record` a user attribute. `optuna-dashboard study.journal` shows the study as any other.
 A diverged run is a failed trial that has a record; a run that was cut short is a failed trial that has none.
+
+Several processes may work on one study. To claim a run, a process adds a trial that is under way from the start, with
+the run's key. Storages number trials in order, so of two with one key all see the same one first: that one counts, the
+owner of the other closes it again. While a process has a run under way, it renews the run's heartbeat; when that
+stands still, another process closes the trial as failed, and the run can be claimed anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from loraplus.errors import InputError
+from loraplus.errors import InputError, LoraPlusError
+from loraplus.study.lease import LEASE_SECONDS, Leases
 from loraplus.study.records import Record, Trial
+from loraplus.study.storage import open_study, reason, without_password
 from loraplus.tasks.output import data_changes
 
 RECORD = "record"
 DATA = "data"
+SETTINGS = "settings"
+KEY = "key"
+BEAT = "beat"
 DISTRIBUTIONS: dict[str, BaseDistribution] = {
     "lr": FloatDistribution(1e-12, 1e4, log=True),
     "lr_ratio": FloatDistribution(1.0, 1e9, log=True),
 }
-# A process that is killed while it writes leaves the journal's lock behind; after so many seconds it no longer counts.
-LOCK_SECONDS = 5
 
 
 class StudyStore:
-    """The records of one study. One process writes to it at a time."""
+    """The records of one study, and who has which run under way.
 
-    def __init__(self, study: optuna.Study) -> None:
+    Args:
+        study: As `open_study` gives it.
+        location: Where it is, for error messages.
+        shared: Other processes may work on the study too. Otherwise this is the only one, and what an earlier process
+            left under way is closed at once.
+        lease_seconds: How long the heartbeat of another process's run may stand still.
+    """
+
+    def __init__(
+        self, study: optuna.Study, location: str = "", *, shared: bool = False, lease_seconds: float = LEASE_SECONDS
+    ) -> None:
         self._study = study
-        self._running: dict[str, optuna.Trial] = {}
+        self._location = location
+        self.shared = shared
+        self._storage: BaseStorage = study._storage
+        self._study_id = self._storage.get_study_id_from_name(study.study_name)
+        self._leases = Leases(lease_seconds)
+        self._running: dict[str, int] = {}  # trial ids
+        self._beats = 0
         self._reported: dict[str, set[int]] = {}
-        self._close_unfinished()
-        self._records = self._load_records()
+        self._elsewhere: list[Trial] = []
+        self._records: dict[str, Record] = {}
+        if not shared:
+            self._close_unfinished()
+        self.refresh()
 
     @classmethod
-    def open(cls, location: str | os.PathLike[str], name: str) -> StudyStore:
-        """Opens a study, or creates it; runs that an earlier process left unfinished will be done again.
+    def open(
+        cls,
+        location: str | os.PathLike[str],
+        name: str,
+        *,
+        shared: bool = False,
+        lease_seconds: float = LEASE_SECONDS,
+    ) -> StudyStore:
+        """Opens a study, or creates it; runs that a dead process left unfinished will be done again.
 
         Args:
             location: A journal file, or a storage URL as Optuna takes it (`postgresql://…`, `sqlite:///…`).
             name: Name of the study within the storage.
+            shared, lease_seconds: See the class.
 
         Raises:
             InputError: the storage cannot be opened, or what is in it cannot be read.
         """
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        location = os.fspath(location)
+        study = open_study(location, name)
         try:
-            storage = _storage(os.fspath(location))
-            study = optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
-            return cls(study)
-        except InputError:
-            raise
-        except OSError as error:
-            raise InputError(f"cannot open the study {location}: {error.strerror or error}") from None
-        except Exception as error:  # every storage has its own errors: SQLAlchemy's, the driver's, a damaged journal's
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"cannot open the study {location}: {reason}") from error
+            return cls(study, location, shared=shared, lease_seconds=lease_seconds)
+        except LoraPlusError as error:
+            raise InputError(str(error)) from None
+        except Exception as error:
+            raise InputError(f"cannot open the study {without_password(location)}: {reason(error, location)}") from None
 
     def records(self) -> dict[str, Record]:
-        """Finished runs by the key of their trial, diverged ones included."""
+        """Finished runs by the key of their trial, diverged ones included, as of the last `refresh`."""
         return dict(self._records)
+
+    def elsewhere(self) -> list[Trial]:
+        """Runs that other processes had under way at the last `refresh`."""
+        return list(self._elsewhere)
+
+    def refresh(self) -> None:
+        """Looks what other processes have done, closes what dead ones left, and renews the own heartbeats."""
+        with self._reachable():
+            if self.shared and self._leases.beat_is_due():
+                self._beat()
+            elsewhere: dict[int, Trial] = {}
+            own = set(self._running.values())
+            for frozen in self._trials():
+                if frozen.state.is_finished():
+                    self._take(frozen)
+                elif frozen._trial_id not in own and not self._closed_as_dead(frozen):
+                    elsewhere[frozen.number] = _trial_of(frozen)
+            self._leases.forget_all_but(elsewhere)
+            self._elsewhere = [trial for trial in elsewhere.values() if trial.key not in self._records]
 
     def check_data(self, facts: Mapping[str, Any]) -> None:
         """Makes sure that all runs of a study see the same data: the first call notes the facts, later ones compare.
@@ -77,105 +127,167 @@ class StudyStore:
         Raises:
             InputError: the data is not what the finished runs were trained on.
         """
-        before = self._study.user_attrs.get(DATA)
-        if before is None:
-            self._study.set_user_attr(DATA, json.loads(json.dumps(dict(facts))))
-        elif changes := data_changes(before, facts):
-            raise InputError(f"--resume: the data has changed since this study was started: {changes}")
+        self._check(DATA, facts, "--resume: the data has changed since this study was started")
 
-    def start(self, trial: Trial) -> None:
-        """Notes that a run is under way."""
-        attributes = {"phase": trial.phase, "arm": trial.arm, "seed": trial.seed, "key": trial.key}
-        self._study.enqueue_trial({"lr": trial.lr, "lr_ratio": trial.lr_ratio}, user_attrs=attributes)
-        self._running[trial.key] = self._study.ask(DISTRIBUTIONS)
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Makes sure that all processes of a study work with the same settings, as `check_data` does for data.
+
+        Raises:
+            InputError: the study was started with other settings.
+        """
+        where = f"the study {self._study.study_name!r} in {without_password(self._location)}"
+        self._check(SETTINGS, settings, f"{where} was started with other settings; choose another --study")
+
+    def start(self, trial: Trial) -> bool:
+        """Claims a run for this process and notes that it is under way.
+
+        Returns:
+            False if another process has the run under way or has finished it.
+        """
+        attributes = {
+            "phase": trial.phase, "arm": trial.arm, "seed": trial.seed, "steps": trial.steps, KEY: trial.key, BEAT: 0,
+        }  # fmt: skip
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params={"lr": trial.lr, "lr_ratio": trial.lr_ratio},
+            distributions=DISTRIBUTIONS,
+            user_attrs=attributes,
+        )
+        with self._reachable():
+            self._running[trial.key] = self._storage.create_new_trial(self._study_id, template_trial=template)
         self._reported[trial.key] = set()
+        if not self.shared:
+            return True
+        self.refresh()
+        if trial.key in self._records or self._is_claimed_before(trial.key):
+            self.abandon(trial)
+            return False
+        return True
 
     def progress(self, trial: Trial, step: int, value: float) -> None:
         """Adds one evaluation of a run under way to its curve."""
         reported = self._reported.get(trial.key)
         if reported is not None and step not in reported:
-            self._running[trial.key].report(value, step)
+            with self._reachable(), contextlib.suppress(UpdateFinishedTrialError):
+                self._storage.set_trial_intermediate_value(self._running[trial.key], step, value)
             reported.add(step)
 
     def finish(self, record: Record) -> None:
         """Stores the outcome of a run; from here on it will not be done again."""
         trial = record.trial
+        if self.shared:
+            self.refresh()
         if trial.key in self._records:
+            self.abandon(trial)
             return
         if trial.key not in self._running:
             self.start(trial)
-        for point in record.curve:
-            self.progress(trial, point.step, point.eval_loss)
-        running = self._running.pop(trial.key)
-        self._reported.pop(trial.key)
-        running.set_user_attr("eval_accuracy", record.eval_accuracy)
-        running.set_user_attr("seconds_per_step", record.seconds_per_step)
-        running.set_user_attr(RECORD, record.to_dict())
-        self._tell(running.number, record)
-        self._records[trial.key] = record
+        try:
+            self._close(record)
+        except UpdateFinishedTrialError:  # this process was taken for dead: the outcome counts all the same
+            self._running.pop(trial.key, None)
+            self.start(trial)
+            if trial.key in self._running:
+                self._close(record)
+        self._running.pop(trial.key, None)
+        self._reported.pop(trial.key, None)
+        self._records.setdefault(trial.key, record)
 
     def abandon(self, trial: Trial) -> None:
         """Marks a run under way as cut short; it will be done again."""
-        running = self._running.pop(trial.key, None)
+        trial_id = self._running.pop(trial.key, None)
         self._reported.pop(trial.key, None)
-        if running is not None:
-            self._study.tell(running.number, state=TrialState.FAIL)
+        if trial_id is not None:
+            self._fail(trial_id)
 
-    def _tell(self, number: int, record: Record) -> None:
+    def _close(self, record: Record) -> None:
+        for point in record.curve:
+            self.progress(record.trial, point.step, point.eval_loss)
+        trial_id = self._running[record.trial.key]
+        with self._reachable():
+            self._storage.set_trial_user_attr(trial_id, "eval_accuracy", record.eval_accuracy)
+            self._storage.set_trial_user_attr(trial_id, "seconds_per_step", record.seconds_per_step)
+            self._storage.set_trial_user_attr(trial_id, RECORD, record.to_dict())
+            self._tell(trial_id, record)
+
+    def _tell(self, trial_id: int, record: Record) -> None:
         if record.status == "done":
-            self._study.tell(number, record.eval_loss)
+            self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [record.eval_loss])
         else:
-            self._study.tell(number, state=TrialState.FAIL)
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False, states=states)
+    def _fail(self, trial_id: int) -> None:
+        with self._reachable(), contextlib.suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(self._study_id, deepcopy=False)
+
+    def _take(self, frozen: FrozenTrial) -> None:
+        """Keeps the record of a finished trial, if there is one and no other trial of its key had one before."""
+        if RECORD in frozen.user_attrs and frozen.user_attrs.get(KEY) not in self._records:
+            record = Record.from_dict(frozen.user_attrs[RECORD])
+            self._records.setdefault(record.trial.key, record)
+
+    def _is_claimed_before(self, key: str) -> bool:
+        """Whether the first trial under way for a key is not this process's."""
+        under_way = [t for t in self._trials() if not t.state.is_finished() and t.user_attrs.get(KEY) == key]
+        return min(under_way, key=lambda trial: trial.number)._trial_id != self._running[key] if under_way else True
+
+    def _closed_as_dead(self, frozen: FrozenTrial) -> bool:
+        if self._leases.is_alive(frozen.number, frozen.user_attrs.get(BEAT, 0)):
+            return False
+        self._close_one(frozen)
+        return True
+
+    def _beat(self) -> None:
+        self._beats += 1
+        for trial_id in self._running.values():
+            with contextlib.suppress(UpdateFinishedTrialError):
+                self._storage.set_trial_user_attr(trial_id, BEAT, self._beats)
 
     def _close_unfinished(self) -> None:
+        for frozen in self._trials():
+            if not frozen.state.is_finished():
+                self._close_one(frozen)
+
+    def _close_one(self, frozen: FrozenTrial) -> None:
         """Ends what a killed process left open: with its record if that had been written, as failed otherwise."""
-        for _ in self._trials(TrialState.WAITING):
-            self._study.tell(self._study.ask(), state=TrialState.FAIL)
-        for frozen in self._trials(TrialState.RUNNING):
+        with contextlib.suppress(UpdateFinishedTrialError):
             if RECORD in frozen.user_attrs:
-                self._tell(frozen.number, Record.from_dict(frozen.user_attrs[RECORD]))
+                self._tell(frozen._trial_id, Record.from_dict(frozen.user_attrs[RECORD]))
             else:
-                self._study.tell(frozen.number, state=TrialState.FAIL)
+                self._storage.set_trial_state_values(frozen._trial_id, TrialState.FAIL)
 
-    def _load_records(self) -> dict[str, Record]:
-        records: dict[str, Record] = {}
-        for frozen in self._trials(TrialState.COMPLETE, TrialState.FAIL):
-            if RECORD in frozen.user_attrs:
-                record = Record.from_dict(frozen.user_attrs[RECORD])
-                records.setdefault(record.trial.key, record)
-        return records
+    def _check(self, name: str, values: Mapping[str, Any], problem: str) -> None:
+        with self._reachable():
+            before = self._study.user_attrs.get(name)
+            if before is None:
+                self._study.set_user_attr(name, json.loads(json.dumps(dict(values))))
+            elif changes := data_changes(before, values):
+                raise InputError(f"{problem}: {changes}")
 
-
-def _storage(location: str) -> BaseStorage:
-    if "://" in location:
-        return optuna.storages.get_storage(location)
-    lock = JournalFileSymlinkLock(location, grace_period=LOCK_SECONDS)
-    if os.path.exists(location):
-        lock.acquire()
+    @contextlib.contextmanager
+    def _reachable(self) -> Iterator[None]:
+        """Turns the errors of a storage that went away into one line."""
         try:
-            _drop_torn_tail(Path(location))
-        finally:
-            lock.release()
-    return JournalStorage(JournalFileBackend(location, lock_obj=lock))
+            yield
+        except (LoraPlusError, UpdateFinishedTrialError):
+            raise
+        except Exception as error:
+            raise LoraPlusError(
+                f"lost the study in {without_password(self._location)}: {reason(error, self._location)}; "
+                "finished runs are stored: go on with the same command and --resume"
+            ) from error
 
 
-def _drop_torn_tail(journal: Path) -> None:
-    """Cuts off a last line that a kill left half written; otherwise the next line would be glued to it."""
-    content = journal.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    while whole and not _is_json(whole[whole.rfind(b"\n", 0, -1) + 1 :]):
-        whole = whole[: whole.rfind(b"\n", 0, -1) + 1]
-    if len(whole) < len(content):
-        with journal.open("r+b") as file:
-            file.truncate(len(whole))
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        parsed: Any = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(parsed, dict)
+def _trial_of(frozen: FrozenTrial) -> Trial:
+    attributes = frozen.user_attrs
+    return Trial(
+        phase=attributes["phase"],
+        arm=attributes["arm"],
+        lr=frozen.params["lr"],
+        lr_ratio=frozen.params["lr_ratio"],
+        seed=attributes["seed"],
+        steps=attributes.get("steps"),
+    )

@@ -1,12 +1,13 @@
-"""Runs one trial of a comparison: rates and seed in, record out."""
+"""Runs one trial of a study: rates, seed and length in, record out."""
 
 from __future__ import annotations
 
 import functools
 import json
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,30 +16,37 @@ from transformers import PreTrainedTokenizerBase
 from loraplus.errors import DivergedError
 from loraplus.study.records import CurvePoint, Record, Trial
 from loraplus.tasks.classification import ClassificationData, load_classification
-from loraplus.tasks.config import CompareConfig
+from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import load_tokenizer
-from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, rates_of, total_steps
+from loraplus.tasks.training import (
+    DivergenceGuard,
+    StepClock,
+    build_trainer,
+    rates_of,
+    steps_between_evaluations,
+    total_steps,
+)
 
 
 @functools.lru_cache(maxsize=1)
-def _load(config_json: str) -> tuple[PreTrainedTokenizerBase, ClassificationData]:
-    config = CompareConfig(**json.loads(config_json))
+def _load(kind: type[TaskConfig], config_json: str) -> tuple[PreTrainedTokenizerBase, ClassificationData]:
+    config = kind(**json.loads(config_json))
     tokenizer = load_tokenizer(config)
     return tokenizer, load_classification(config, tokenizer)
 
 
-def _load_once(config: CompareConfig) -> tuple[PreTrainedTokenizerBase, ClassificationData]:
+def _load_once(config: TaskConfig) -> tuple[PreTrainedTokenizerBase, ClassificationData]:
     """The tokenised data, kept for the later trials of this process."""
-    return _load(json.dumps(asdict(config)))
+    return _load(type(config), json.dumps(asdict(config)))
 
 
-def data_facts(config: CompareConfig) -> dict[str, Any]:
+def data_facts(config: TaskConfig, lr: float, lr_ratio: float) -> dict[str, Any]:
     """Sizes, columns, labels and what was removed, plus the steps of a run.
 
     Every bad input shows here, before an output folder is touched: rates, data, model, target modules and schedule.
     """
-    rates = rates_of(config, config.untuned_lr, config.lr_ratio)
+    rates = rates_of(config, lr, lr_ratio)
     tokenizer, data = _load_once(config)
     steps = total_steps(config, len(data.train))
     model = load_classifier(config, data.label_names, tokenizer, config.seed)
@@ -47,22 +55,24 @@ def data_facts(config: CompareConfig) -> dict[str, Any]:
     return {**data.facts, "steps": steps}
 
 
-def run_trial(config: CompareConfig, trial: Trial, on_step: Callable[[int, int], None]) -> Record:
+def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], None]) -> Record:
     """Trains once and evaluates; final and untuned trials are also tested, after their last step.
 
-    The weights are those of the last step in every trial of both arms: no selection of checkpoints adds to the
-    tuning budget.
+    A trial with a length of its own has its own warm-up and decay within it. The weights are those of the last step
+    in every trial of both arms: no selection of checkpoints adds to the tuning budget.
 
     Args:
-        config: of the comparison.
-        trial: rates, seed and phase.
+        config: of the study.
+        trial: rates, seed, phase and length.
         on_step: told (step, total steps) after every step.
 
     Returns:
         The record; status "diverged" if the loss became NaN or infinite.
     """
     tokenizer, data = _load_once(config)
+    config = _of_length(config, trial.steps, total_steps(config, len(data.train)))
     rates = rates_of(config, trial.lr, trial.lr_ratio)
+    started = time.perf_counter()
     model = load_classifier(config, data.label_names, tokenizer, trial.seed)
     clock = StepClock(on_step)
     with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
@@ -78,7 +88,7 @@ def run_trial(config: CompareConfig, trial: Trial, on_step: Callable[[int, int],
                 curve = _curve(trainer.state.log_history)
         except DivergedError:
             return Record(trial, "diverged", clock.steps, float("inf"), 0.0, clock.seconds_per_step,
-                          _curve(trainer.state.log_history))  # fmt: skip
+                          _curve(trainer.state.log_history), seconds=time.perf_counter() - started)  # fmt: skip
         losses, correct = ((), ()) if trial.phase == "tuning" else _test(trainer, data)
     return Record(
         trial=trial,
@@ -90,7 +100,15 @@ def run_trial(config: CompareConfig, trial: Trial, on_step: Callable[[int, int],
         curve=curve,
         test_losses=losses,
         test_correct=correct,
+        seconds=time.perf_counter() - started,
     )
+
+
+def _of_length(config: TaskConfig, steps: int | None, full_steps: int) -> TaskConfig:
+    """The configuration of a shorter run; it is evaluated as often for its steps as the full one."""
+    if steps is None or steps == full_steps:
+        return config
+    return replace(config, max_steps=steps, eval_steps=config.eval_steps or steps_between_evaluations(full_steps))
 
 
 def _curve(log_history: list[dict[str, Any]]) -> tuple[CurvePoint, ...]:

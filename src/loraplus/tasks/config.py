@@ -15,6 +15,7 @@ AUTO = "auto"
 # A new head starts from nothing and learns at its own pace, the same whatever the adapter's rates are: otherwise a
 # search over η_A and λ would be a search over the head's rate, too.
 DEFAULT_LR_HEAD = 2e-3
+DEFAULT_TUNING_RUNS = 4
 
 
 def _option(default: Any, help: str, *flags: str, parser: Callable[[str], Any] | None = None) -> Any:
@@ -91,4 +92,22 @@ class CompareConfig(TaskConfig):
     seeds: int = _option(3, "Fresh seeds on which each arm's winner is trained and tested.")
     lr_ratio: float = _option(DEFAULT_LR_RATIO, "λ at which tuning of LoRA+ starts, and of its untuned run.")
     untuned_lr: float = _option(DEFAULT_LR, "Rate η_A of both arms in the untuned picture.")
+    workers: int | None = _option(None, "Runs side by side. Default: one a core up to 2 on a CPU, one on a GPU.")
+
+
+@dataclass(kw_only=True)
+class TuneConfig(TaskConfig):
+    """A search for η_A and λ within a budget."""
+
+    tuning_runs: float | None = _option(
+        None,
+        f"Budget: the cost of so many runs of full length. Default: {DEFAULT_TUNING_RUNS}, unless --minutes is given.",
+    )
+    minutes: float | None = _option(None, "Budget: minutes of training, added up over all runs.")
+    storage: str | None = _option(
+        None,
+        "Journal file or URL (postgresql://…) of the study. Processes with the same --storage and the same settings, "
+        "each with an --output of its own, work on one study. Default: a journal in --output.",
+    )
+    study: str = _option("loraplus-tune", "Name of the study within --storage.")
     workers: int | None = _option(None, "Runs side by side. Default: one a core up to 2 on a CPU, one on a GPU.")

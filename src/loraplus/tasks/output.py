@@ -31,6 +31,8 @@ WRITTEN = (
     "tokenizer.model", "chat_template.jinja",
     # compare
     "study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv", "report.html",
+    # tune, beside the study
+    "tune.json", "trials.csv", "best.yaml",
 )  # fmt: skip
 WRITTEN_PATTERNS = ("checkpoint-*",)
 
@@ -245,7 +247,11 @@ def _saved_config(folder: Path) -> dict[str, Any] | None:
         data = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    is_ours = isinstance(data, dict) and {"model", "data", "output", "lr_ratio"} <= set(data)
+    is_ours = (
+        isinstance(data, dict)
+        and {"model", "data", "output"} <= set(data)
+        and not {"lr_ratio", "tuning_runs"}.isdisjoint(data)
+    )
     return data if is_ours else None
 
 

@@ -64,6 +64,11 @@ def total_steps(config: TaskConfig, train_examples: int) -> int:
     return max(1, math.ceil(math.ceil(micro_batches / config.gradient_accumulation_steps) * config.epochs))
 
 
+def steps_between_evaluations(steps: int) -> int:
+    """How often a run of so many steps is evaluated if nobody says otherwise: ten times."""
+    return max(1, steps // _EVALUATIONS_PER_RUN)
+
+
 class DivergenceGuard(TrainerCallback):
     """Stops a run whose loss or weights are no longer numbers, before the broken weights are saved.
 
@@ -155,7 +160,7 @@ def build_trainer(
         InputError: a training setting that cannot be used.
     """
     steps = total_steps(config, len(data.train))
-    eval_steps = min(steps, config.eval_steps or max(1, steps // _EVALUATIONS_PER_RUN))
+    eval_steps = min(steps, config.eval_steps or steps_between_evaluations(steps))
     try:
         args = LoraPlusTrainingArguments(
             output_dir=output,
