@@ -110,17 +110,18 @@ def test_other_groups_keep_their_rate():
     assert rates.rates_of(head) is None
 
 
-def test_a_checkpoint_goes_on_to_the_same_weights():
+@pytest.mark.parametrize("stop", [15, 27])  # before the first window of steps, and in the middle of one
+def test_a_checkpoint_goes_on_to_the_same_weights(stop):
     whole = build()
-    train(*whole[:3], 30)
+    train(*whole[:3], 50)
     model, optimizer, scheduler, rates = build()
-    train(model, optimizer, scheduler, 15)
+    train(model, optimizer, scheduler, stop)
     again_model, again_optimizer, again_scheduler, again_rates = build(seed=0)
     again_model.load_state_dict(model.state_dict())
     again_optimizer.load_state_dict(optimizer.state_dict())
     again_scheduler.load_state_dict(scheduler.state_dict())
     again_rates.load_state_dict(rates.state_dict())
-    train(again_model, again_optimizer, again_scheduler, 15, first=15)
+    train(again_model, again_optimizer, again_scheduler, 50 - stop, first=stop)
     for p, q in zip(whole[0].parameters(), again_model.parameters(), strict=True):
         assert torch.equal(p, q)
 

@@ -10,8 +10,9 @@ by no more than the part κ (B starts at zero, so at first nothing else holds A 
 
     η_B = ρ·RMS(y) / d_B    η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z),      ρ = ρ₀ / number of adapted layers
 
-One pair serves all layers: the geometric means of these. The schedule (warm-up and decay) multiplies both. How the
-constants were found, and what else was tried: docs/research/auto-rates.md.
+One pair serves all layers: the geometric means of these. ρ₀ is careful; where the steps of B go on in one direction for
+twenty steps, both rates are raised, to four times as much at most (`drift.py`). The schedule (warm-up and decay)
+multiplies both. How the constants were found, and what else was tried: docs/research/auto-rates.md.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraplus.drift import Drift, momentum_of
 from loraplus.errors import TrainerSetupError
 from loraplus.feature_updates import FeatureUpdates, LayerUpdate, twin_of
 from loraplus.movement import AdaptedLayer, Movement, Recorder, adapted_layers, factors, full, held, movement, rms
@@ -52,10 +54,12 @@ class LayerRates:
 class AutoRates:
     """Sets η_A and η_B of an optimizer while it trains; install it once, and train as ever.
 
-    η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), each times what the scheduler makes of its own
-    base rate (so the rates that the optimizer was built with do not matter). Measured at the first steps and every
-    twentieth one; a measured step is taken with the rates that it gave. No random number is drawn. Under data
-    parallelism every process arrives at the same rates. Groups that hold neither A nor B keep their rates.
+    η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), raised together where steps drift
+
+    Each is multiplied by what the scheduler makes of its own base rate; the rates that the optimizer was built with do
+    not matter. Measured at the first steps and every twentieth one; a measured step is taken with the rates that it
+    gave. No random number is drawn. Under data parallelism every process arrives at the same rates. Groups that hold
+    neither A nor B keep their rates.
 
     Args:
         model: a PEFT model, wrapped or not, with trainable `lora_A` and `lora_B`.
@@ -76,13 +80,14 @@ class AutoRates:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rule: Rule | None = None) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
         self.rule = rule or Rule()
-        self.lr_a = self.lr_b = 0.0
         self.steps = 0
         self.layer_rates: dict[str, LayerRates] = {}
         self.updates: FeatureUpdates | None = None
         self._layers = adapted_layers(model)
         self._optimizer = optimizer
         self._roles = _roles_of_groups(model, optimizer)
+        self._base_a = self._base_b = 0.0
+        self._drift = Drift(momentum_of(optimizer.param_groups[next(iter(self._roles))]))
         _check(self._layers, optimizer)
         self._recorder = Recorder(model, self._layers)
         self._recorder.on = self._is_due()
@@ -101,18 +106,34 @@ class AutoRates:
         self._recorder.remove()
         del self._optimizer.loraplus_auto  # type: ignore[attr-defined]
 
-    def state_dict(self) -> dict[str, float | int]:
-        """What a checkpoint has to hold: the rates without the schedule, and the number of steps."""
-        return {"lr_a": self.lr_a, "lr_b": self.lr_b, "steps": self.steps}
+    @property
+    def lr_a(self) -> float:
+        """η_A without the schedule."""
+        return self._base_a * self._drift.raised
 
-    def layers_dict(self) -> dict[str, dict[str, float | None]]:
-        """{layer: {"lora_A": rate, "lora_B": rate}}: what each layer asked for when last measured, without schedule."""
-        return {name: {"lora_A": rates.lr_a, "lora_B": rates.lr_b} for name, rates in self.layer_rates.items()}
+    @property
+    def lr_b(self) -> float:
+        """η_B without the schedule."""
+        return self._base_b * self._drift.raised
 
-    def load_state_dict(self, state: Mapping[str, float | int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold; floats and, for the window of steps under way, B's weights at its start."""
+        state = {"base_a": self._base_a, "base_b": self._base_b, "steps": self.steps}
+        return {**state, "drift": self._drift.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint."""
-        self.lr_a, self.lr_b, self.steps = float(state["lr_a"]), float(state["lr_b"]), int(state["steps"])
+        self._base_a, self._base_b = float(state["base_a"]), float(state["base_b"])
+        self.steps = int(state["steps"])
+        self._drift.load_state_dict(state["drift"], self._layers[0].weights[1].device)
         self._recorder.on = self._is_due()
+
+    def summary(self) -> dict[str, Any]:
+        """The rates without the schedule, what drift raised them by, and what each layer asked for (without that)."""
+        layers = {name: {"lora_A": rates.lr_a, "lora_B": rates.lr_b} for name, rates in self.layer_rates.items()}
+        return {
+            "lr_a": self.lr_a, "lr_b": self.lr_b, "raised": self._drift.raised, "steps": self.steps, "layers": layers,
+        }  # fmt: skip
 
     def rates_of(self, group: Mapping[str, Any]) -> tuple[float, float] | None:
         """(rate at this moment of the schedule, rate without schedule) of a group of A or B; None for any other."""
@@ -153,6 +174,7 @@ class AutoRates:
                     weight.copy_(before - part * self._rate(Role.B if i % 2 else Role.A) * proposed[i])
             self._before = []
             self._recorder.samples.clear()
+        self._drift.passed(_schedule_factor(self._groups()[0][1]))
         self.steps += 1
         self._recorder.on = self._is_due()
 
@@ -169,8 +191,12 @@ class AutoRates:
             )
         found = [self.layer_rates[name] for name in moved]
         device = proposed[0].device
-        self.lr_a = _geometric_mean([rates.lr_a for rates in found], self.lr_a, device)
-        self.lr_b = _geometric_mean([rates.lr_b for rates in found], self.lr_b, device)
+        self._base_a = _geometric_mean([rates.lr_a for rates in found], self._base_a, device)
+        self._base_b = _geometric_mean([rates.lr_b for rates in found], self._base_b, device)
+        if self.steps and self.steps % self.rule.measured_every == 0:
+            steps_of_b = [full(step) for step in proposed[1::2]]
+            size = self._base_b**2 * sum(float(step.square().sum()) for step in steps_of_b)
+            self._drift.look([full(entry.weights[1].detach()) for entry in self._layers], size)
         a, b = self.lr_a * part, self.lr_b * part
         self.updates = FeatureUpdates(
             tuple(LayerUpdate.from_movement(name, m.scaled(a, b)) for name, m in moved.items())

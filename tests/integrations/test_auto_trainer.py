@@ -64,6 +64,14 @@ def test_resuming_with_the_other_kind_of_rates_is_refused(tmp_path):
         attached(tmp_path / "x").train(resume_from_checkpoint=str(tmp_path / "fixed" / "checkpoint-10"))
 
 
+def test_a_checkpoint_without_a_whole_state_is_refused(tmp_path):
+    attached(tmp_path / "part", save_strategy="steps", save_steps=10).train()
+    checkpoint = tmp_path / "part" / "checkpoint-10"
+    (checkpoint / "loraplus_auto.pt").write_bytes(b"broken")
+    with pytest.raises(ResumeMismatchError, match="loraplus_auto.pt cannot be read"):
+        attached(tmp_path / "again").train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_the_arguments_class_has_it_as_a_flag_and_logs_layers(tmp_path):
     args = LoraPlusTrainingArguments(
         **common(tmp_path, max_steps=4, logging_steps=1, loraplus_auto_rates=True, loraplus_log_layers=True)

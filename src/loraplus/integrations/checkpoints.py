@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from loraplus.auto import AutoRates
@@ -16,6 +17,7 @@ from loraplus.rates import Rates
 from loraplus.roles import trainable_parameters
 
 RATES_FILE = "loraplus.json"
+AUTO_FILE = "loraplus_auto.pt"
 _FORMAT_VERSION = 1
 
 
@@ -31,7 +33,7 @@ def write_rates(folder: Path, rates: Rates, model: nn.Module, auto: AutoRates | 
     content = {
         "format_version": _FORMAT_VERSION,
         **asdict(rates),
-        **({} if auto is None else {"auto": {**auto.state_dict(), "layers": auto.layers_dict()}}),
+        **({} if auto is None else {"auto": auto.summary()}),
         "roles": {entry.name: entry.role.value for entry in trainable_parameters(model)},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +42,29 @@ def write_rates(folder: Path, rates: Rates, model: nn.Module, auto: AutoRates | 
     temporary.replace(folder / RATES_FILE)
 
 
-def check_resume(checkpoint: Path, rates: Rates, *, auto: bool = False) -> dict[str, Any]:
+def write_auto_state(folder: Path, auto: AutoRates) -> None:
+    """Writes what automatic rates need to go on, beside the optimizer's state."""
+    temporary = folder / (AUTO_FILE + ".tmp")
+    torch.save(auto.state_dict(), temporary)
+    temporary.replace(folder / AUTO_FILE)
+
+
+def read_auto_state(folder: Path) -> dict[str, Any]:
+    """Reads what `write_auto_state` wrote.
+
+    Raises:
+        ResumeMismatchError: the file is missing or damaged.
+    """
+    try:
+        return torch.load(folder / AUTO_FILE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle have many errors for a damaged file
+        raise ResumeMismatchError(
+            f"{folder / AUTO_FILE} cannot be read ({type(error).__name__}), so automatic rates cannot go on; "
+            "resume from an earlier checkpoint"
+        ) from None
+
+
+def check_resume(checkpoint: Path, rates: Rates, *, auto: bool = False) -> None:
     """Refuses a checkpoint whose optimizer was not made with these rates.
 
     The optimizer and scheduler states hold the old rates, so torch would go on with them in silence.
@@ -49,9 +73,6 @@ def check_resume(checkpoint: Path, rates: Rates, *, auto: bool = False) -> dict[
         checkpoint: a folder that a Trainer wrote.
         rates: what this run asks for.
         auto: whether it asks for automatic rates.
-
-    Returns:
-        What `write_rates` wrote.
 
     Raises:
         ResumeMismatchError: another ratio or another rate of a role, a checkpoint without LoRA+, or a damaged one.
@@ -95,4 +116,3 @@ def check_resume(checkpoint: Path, rates: Rates, *, auto: bool = False) -> dict[
             LoraPlusWarning,
             stacklevel=3,
         )
-    return saved

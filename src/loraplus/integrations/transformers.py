@@ -23,7 +23,7 @@ from loraplus.auto import AutoRates
 from loraplus.errors import InvalidRateError, TrainerSetupError
 from loraplus.feature_updates import UpdateMonitor
 from loraplus.groups import groups_for, rate_of_group
-from loraplus.integrations.checkpoints import check_resume, write_rates
+from loraplus.integrations.checkpoints import check_resume, read_auto_state, write_auto_state, write_rates
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.roles import Role, trainable_parameters
 
@@ -152,15 +152,19 @@ class LoraPlusMixin:
             if folder is True:
                 folder = get_last_checkpoint(self.args.output_dir)
             if folder is not None and Path(folder).is_dir():
-                saved = check_resume(Path(folder), self.loraplus_rates, auto=self.loraplus_settings.auto)
-                self._auto_state = saved.get("auto")
+                check_resume(Path(folder), self.loraplus_rates, auto=self.loraplus_settings.auto)
+                if self.loraplus_settings.auto:
+                    self._auto_state = read_auto_state(Path(folder))
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Saves the model, and beside it the rates and the role of every trained parameter."""
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
         if self.args.should_save:
-            write_rates(Path(output_dir or self.args.output_dir), self.loraplus_rates, self.model, self.loraplus_auto)
+            folder = Path(output_dir or self.args.output_dir)
+            write_rates(folder, self.loraplus_rates, self.model, self.loraplus_auto)
+            if self.loraplus_auto is not None:
+                write_auto_state(folder, self.loraplus_auto)
 
 
 @dataclass
