@@ -37,7 +37,7 @@ from loraplus.roles import Role, trainable_parameters
 class Rule:
     """The constants of the rule: the same for every model and task, so that a user sets none."""
 
-    output_part: float = 0.3  # ρ₀
+    output_part: float = 0.2  # ρ₀
     inner_part: float = 0.1  # κ
     measured_at_first: int = 10  # steps measured one after the other, before
     measured_every: int = 20  # … every so many
