@@ -61,11 +61,13 @@ def maximal_update(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Mod
 
 
 def prodigy(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
-    """Prodigy with estimates of their own for A, B and head, and the options that its authors advise with a warm-up."""
+    """Prodigy with estimates of their own for A, B and head, and its option for runs with a warm-up.
+
+    Its bias correction stays off, as is its default: with it the estimates of a short run hardly leave their start.
+    """
     from loraplus.tasks.prodigy import SplitProdigy
 
-    options = {"use_bias_correction": True, "safeguard_warmup": True}
-    return Method(Rates(1.0, 1.0), optimizer=(SplitProdigy, options))
+    return Method(Rates(1.0, 1.0), optimizer=(SplitProdigy, {"safeguard_warmup": True}))
 
 
 def schedule_free(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
