@@ -65,7 +65,7 @@ def results_table(summary: dict[str, Any]) -> Table:
                 info.title + (suffix if info.tuned else f"\n{row['tuning_runs']} tuning runs"),
                 "–" if lr is None else rate(lr),
                 "–" if lr is None else rate(lr * lr_ratio),
-                "–" if lr is None else f"{float(f'{lr_ratio:.3g}'):g}",
+                "–" if lr is None else f"{lr_ratio if info.tuned else float(f'{lr_ratio:.2g}'):g}",
                 _interval(test.get("accuracy"), percent=True),
                 _interval(test.get("loss")),
                 _number(row.get("seconds_per_step"), "{:.3g}"),
