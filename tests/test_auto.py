@@ -222,3 +222,26 @@ def test_removed_hooks_leave_an_ordinary_optimizer():
     rates.remove()
     train(model, optimizer, scheduler, 1)
     assert rates.steps == 0 and not optimizer._optimizer_step_pre_hooks
+
+
+def test_mixed_precision_gives_rates_close_to_full_precision():
+    found = []
+    for enabled in (False, True):
+        model, optimizer, scheduler, rates = build()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            train(model, optimizer, scheduler, 15)
+        found.append((rates.lr_a, rates.lr_b))
+    assert found[1] == pytest.approx(found[0], rel=0.2)
+
+
+def test_a_step_that_the_gradient_scaler_skips_moves_nothing():
+    model, optimizer, scheduler, rates = build(fused=True)
+    train(model, optimizer, scheduler, 2)
+    before = [w.detach().clone() for w in factors(adapted_layers(model))]
+    known = rates.lr_a, rates.lr_b
+    model(**batch()).loss.backward()
+    optimizer.found_inf = torch.ones(())  # as GradScaler tells a fused optimizer that a gradient was infinite
+    optimizer.step()
+    del optimizer.found_inf
+    assert all(torch.equal(w, b) for w, b in zip(factors(adapted_layers(model)), before, strict=True))
+    assert (rates.lr_a, rates.lr_b) == known

@@ -37,7 +37,6 @@ class Rule:
 
     output_part: float = 0.3  # ρ₀
     inner_part: float = 0.1  # κ
-    noise_power: float = 1.0  # of RMS(u) in the rates; 1 is the rule above
     measured_at_first: int = 10  # steps measured one after the other, before
     measured_every: int = 20  # … every so many
 
@@ -178,13 +177,13 @@ class AutoRates:
         )
 
     def _asked_for(self, moved: Movement, rms_a: float, rms_b: float) -> LayerRates:
-        part, power = self.rule.output_part / len(self._layers), self.rule.noise_power
+        part = self.rule.output_part / len(self._layers)  # ρ; what is measured is d·RMS(u)
         lr_a = lr_b = None
         if rms_b and moved.delta2:
-            lr_b = part * moved.output * rms_b**power / moved.delta2
+            lr_b = part * moved.output * rms_b / moved.delta2
         if rms_a and moved.inner_change:
             by_output = part * moved.output / moved.delta1 if moved.delta1 else math.inf
-            lr_a = rms_a**power * min(by_output, self.rule.inner_part * moved.inner / moved.inner_change)
+            lr_a = rms_a * min(by_output, self.rule.inner_part * moved.inner / moved.inner_change)
         return LayerRates(lr_a, lr_b)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from loraplus.cli import compare, predict, train, tune  # noqa: F401  (each registers its command on `app`)
+from loraplus.cli import compare, inspect, predict, train, tune  # noqa: F401  (each registers its command on `app`)
 from loraplus.cli.app import app
 from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,7 +20,7 @@ from loraplus.tasks.config import TaskConfig
 
 LOADING_ERRORS = (
     OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, EOFError, pickle.UnpicklingError,
-    SafetensorError,
+    SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What transformers and PEFT raise for files that are missing, damaged, or of another model."""
 

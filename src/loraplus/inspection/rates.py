@@ -1,0 +1,210 @@
+"""The rates of an adapter's groups, from what lies beside it: metrics.json, optimizer.pt or loraplus.json.
+
+A checkpoint's optimizer holds numbers for parameters, not names. LoRA+ groups carry the role in their own name; in
+any other optimizer the shapes of its states tell which role a parameter has, as far as shapes differ.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loraplus.errors import InputError, LoraPlusWarning
+from loraplus.inspection.adapter import Adapter, saved_name
+from loraplus.inspection.tensors import load_pickle
+from loraplus.integrations.checkpoints import RATES_FILE
+from loraplus.rates import Rates
+from loraplus.roles import Role
+from loraplus.tasks.output import read_json
+
+OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, METRICS_FILE = (
+    "optimizer.pt", "scheduler.pt", "trainer_state.json", "metrics.json",
+)  # fmt: skip
+_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "state1")  # of the parameter's own shape
+_GROUP_NAME = re.compile(
+    rf"({'|'.join(sorted(map(re.escape, Role), key=len, reverse=True))})(?:_x[^_]+)?(?:_no_decay)?"
+)
+Row = dict[str, Any]
+
+
+def read_rates_file(folder: Path) -> dict[str, Any] | None:
+    """loraplus.json, or None if there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = folder / RATES_FILE
+    if not path.is_file():
+        return None
+    saved = read_json(path)
+    try:
+        _rates(saved)
+        automatic = saved.get("auto") or {}
+        asked = [rate for layer in automatic.get("layers", {}).values() for rate in layer.values()]
+        for rate in (automatic.get("lr_a"), automatic.get("lr_b"), *asked):
+            _as_float(rate)
+        {**saved.get("roles", {})}.values()
+    except (TypeError, ValueError, AttributeError):
+        raise InputError(f"{path} is damaged: it does not hold rates and roles") from None
+    return saved
+
+
+def learn_roles(adapter: Adapter, saved: Mapping[str, Any] | None) -> None:
+    """Corrects roles that were told from names by those that training wrote down."""
+    for name, role in (saved or {}).get("roles", {}).items():
+        if saved_name(name) in adapter.roles and role in list(Role):
+            adapter.roles[saved_name(name)] = Role(role)
+
+
+def group_rows(folder: Path, adapter: Adapter, saved: Mapping[str, Any] | None) -> tuple[list[Row], str | None]:
+    """One row per group and role: name, role, lr, base_lr, weight_decay, tensors, parameters; unknown ones are None.
+
+    Returns:
+        (rows, file that the rates are from, None if there is none).
+
+    Raises:
+        InputError: a damaged file.
+    """
+    if (folder / OPTIMIZER_FILE).is_file():
+        return _of_optimizer(folder, adapter, saved), OPTIMIZER_FILE
+    if (folder / METRICS_FILE).is_file():
+        rows = _of_metrics(folder / METRICS_FILE)
+        if rows:
+            return rows, METRICS_FILE
+    return _of_roles(adapter, saved), None if saved is None else RATES_FILE
+
+
+def _row(name: str | None, role: str | None, lr: Any, base: Any, decay: Any, tensors: int, count: int | None) -> Row:
+    return {
+        "name": name, "role": role, "lr": lr, "base_lr": base, "weight_decay": decay, "tensors": tensors,
+        "parameters": count,
+    }  # fmt: skip
+
+
+def _of_metrics(path: Path) -> list[Row]:
+    """As `loraplus train` wrote them; another program's metrics.json has none."""
+    metrics = read_json(path)
+    try:
+        return [
+            _row(
+                str(row["name"]), str(row["role"]), _as_float(row["lr"]), _as_float(row["base_lr"]),
+                _as_float(row["weight_decay"]), int(row["tensors"]), int(row["parameters"]),
+            )
+            for row in (metrics.get("groups", []) if isinstance(metrics, dict) else [])
+        ]  # fmt: skip
+    except (TypeError, KeyError, ValueError, OverflowError):
+        raise InputError(f"{path} does not hold the groups that `loraplus train` writes") from None
+
+
+def _as_float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _of_roles(adapter: Adapter, saved: Mapping[str, Any] | None) -> list[Row]:
+    """Without an optimizer: the roles, and the base rates that loraplus.json says."""
+    rates = _rates(saved)
+    automatic = (saved or {}).get("auto", {})
+    rows: dict[tuple[Any, ...], Row] = {}
+    for name, role in adapter.trained().items():
+        base = rates.of(role, _with_adapter(name, saved)) if rates else None
+        if role in (Role.A, Role.B) and automatic:
+            base = automatic.get("lr_a" if role is Role.A else "lr_b")
+        row = rows.setdefault((role, base), _row(None, role.value, None, base, None, 0, 0))
+        row["tensors"] += 1
+        row["parameters"] += adapter.tensors.numel(name)
+    return sorted(rows.values(), key=lambda row: _order(row["role"]))
+
+
+def _with_adapter(name: str, saved: Mapping[str, Any] | None) -> str:
+    """The parameter's name in training, which patterns of lr_overrides were matched against."""
+    return next((full for full in (saved or {}).get("roles", {}) if saved_name(full) == name), name)
+
+
+def _rates(saved: Mapping[str, Any] | None) -> Rates | None:
+    if saved is None:
+        return None
+    names = ("lr", "lr_ratio", "lr_embedding", "lr_head", "lr_magnitude", "lr_overrides")
+    with warnings.catch_warnings(action="ignore", category=LoraPlusWarning):  # a ratio below 1: it is too late for that
+        return Rates(**{name: saved.get(name) for name in names})  # type: ignore[arg-type]
+
+
+def _of_optimizer(folder: Path, adapter: Adapter, saved: Mapping[str, Any] | None) -> list[Row]:
+    path = folder / OPTIMIZER_FILE
+    content = load_pickle(path)
+    rows = []
+    try:
+        groups = content["param_groups"]
+        shapes = [[_shape(content["state"].get(key)) for key in group["params"]] for group in groups]
+        for index, (group, base) in enumerate(zip(groups, _bases(folder, groups), strict=True)):
+            name = str(group.get("name", f"group {index}"))
+            for role, tensors, count in _split(name, index, shapes, adapter) if group["params"] else ():
+                decay = _as_float(group.get("weight_decay"))
+                row = _row(name, role, float(group["lr"]), base, decay, tensors, count)
+                rows.append(_automatic(row, saved) if role in (Role.A, Role.B) else row)
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise InputError(f"{path} does not hold the state of a torch optimizer") from None
+    return rows
+
+
+def _bases(folder: Path, groups: list[Mapping[str, Any]]) -> list[float | None]:
+    """What the scheduler multiplies: as the groups say, else as scheduler.pt does."""
+    found = [group.get("initial_lr") for group in groups]
+    if None in found and (folder / SCHEDULER_FILE).is_file():
+        scheduler = load_pickle(folder / SCHEDULER_FILE)
+        bases = scheduler.get("base_lrs") if isinstance(scheduler, dict) else None
+        if isinstance(bases, list) and len(bases) == len(groups):
+            found = bases
+    return [None if value is None else float(value) for value in found]
+
+
+def _automatic(row: Row, saved: Mapping[str, Any] | None) -> Row:
+    """Automatic rates stand beside the optimizer, whose own say what the schedule makes of them."""
+    automatic = (saved or {}).get("auto")
+    if not automatic:
+        return row
+    base = automatic.get("lr_a" if row["role"] == Role.A else "lr_b")
+    part = row["lr"] / row["base_lr"] if row["base_lr"] else 1.0
+    return {**row, "lr": None if base is None else base * part, "base_lr": base}
+
+
+def _shape(state: Any) -> tuple[int, ...] | None:
+    for key in _STATES:
+        if isinstance(state, Mapping) and hasattr(state.get(key), "shape"):
+            return tuple(state[key].shape)
+    return None
+
+
+def _split(
+    name: str, index: int, shapes: list[list[tuple[int, ...] | None]], adapter: Adapter
+) -> list[tuple[str | None, int, int | None]]:
+    """(role, tensors, parameters) for each role in a group; roles that cannot be told apart are one "a or b"."""
+    roles_of: dict[tuple[int, ...] | None, Counter[Role]] = {}
+    for tensor, role in adapter.trained().items():
+        roles_of.setdefault(adapter.tensors.shapes[tensor], Counter())[role] += 1
+    here = shapes[index]
+    named = _GROUP_NAME.fullmatch(name)
+    if named:
+        own = [adapter.tensors.numel(tensor) for tensor, role in adapter.trained().items() if role == named[1]]
+        known = [math.prod(shape) for shape in here if shape is not None]
+        sizes = known if len(known) == len(here) else own  # some optimizers keep no state of a parameter's shape
+        return [(named[1], len(here), sum(sizes) if len(sizes) == len(here) else None)]
+    if None in here:
+        return [(None, len(here), None)]
+    found: dict[str | None, tuple[int, int]] = {}
+    for shape, number in Counter(here).items():
+        roles = roles_of.get(shape, Counter())
+        whole = sum(group.count(shape) for group in shapes) == number == roles.total()
+        parts = roles.items() if whole else [(" or ".join(sorted(roles)) or None, number)]
+        for role, part in parts:
+            tensors, count = found.get(role, (0, 0))
+            found[role] = tensors + part, count + part * math.prod(shape or ())
+    return [(role, *found[role]) for role in sorted(found, key=_order)]
+
+
+def _order(role: str | None) -> int:
+    return [*Role].index(Role(role)) if role in set(Role) else len(Role)
