@@ -1,4 +1,4 @@
-"""LoRA against LoRA+ on one task: checks, runs, statistics, and the files that hold them."""
+"""LoRA against LoRA+ and other methods on one task: checks, runs, statistics, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,38 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
 from loraplus.report import render
+from loraplus.study.arms import chosen
 from loraplus.study.plan import Plan
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, run_all
 from loraplus.study.store import StudyStore
 from loraplus.study.summary import runs_csv_rows, summarise
 from loraplus.study.trial import data_facts, run_trial
-from loraplus.tasks.config import CompareConfig
+from loraplus.tasks.config import DEFAULT_ARMS, CompareConfig
 from loraplus.tasks.output import (
+    CONFIG_FILE,
     NOT_COMPARED,
     check_output,
     hold_output,
     prepare_output,
+    saved_config,
     write_atomically,
     write_csv,
     write_json,
+    write_yaml,
 )
 
 SUMMARY_FILE = "summary.json"
 RUNS_FILE = "runs.csv"
 REPORT_FILE = "report.html"
+# Arms do not change the runs of other arms, so they can be added on resuming.
+MAY_DIFFER = (*NOT_COMPARED, "arms")
 
 
 def compare(
@@ -41,14 +47,15 @@ def compare(
     resume: bool = False,
     progress: Callable[[Event], None] | None = None,
 ) -> dict[str, Any]:
-    """Tunes both arms with the same number of runs, tests the winners on fresh seeds, and writes the report.
+    """Tunes the arms with the same number of runs, tests the winners on fresh seeds, and writes the report.
 
     Runs train in processes of their own, so a script that calls this needs `if __name__ == "__main__":`.
 
     Args:
         config: The task, the budget and the output folder.
         overwrite: Replace an earlier run's output.
-        resume: Go on with an earlier run of the same configuration; finished runs are not done again.
+        resume: Go on with an earlier run of the same configuration; finished runs are not done again. Arms may have
+            been added.
         progress: Called with every `Event` of the study.
 
     Returns:
@@ -64,11 +71,17 @@ def compare(
         >>> compare(config)["verdict"]  # doctest: +SKIP
     """
     _check(config)
+    arms = chosen(config.arms)
+    config = replace(config, arms=",".join(arms))
     settings = asdict(config)
-    check_output(config.output, settings, overwrite=overwrite, resume=resume)
-    facts = data_facts(config, config.untuned_lr, config.lr_ratio)
+    check_output(config.output, settings, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
+    if resume:
+        _check_arms_kept(config.output, arms)
+    facts = data_facts(config, config.untuned_lr, config.lr_ratio, arms)
     with hold_output(config.output):
-        folder = prepare_output(config.output, settings, overwrite=overwrite, resume=resume)
+        folder = prepare_output(config.output, settings, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
+        if resume and _saved_arms(folder) != arms:
+            write_yaml(folder / CONFIG_FILE, settings)
         store = StudyStore.open(folder / JOURNAL_FILE, f"loraplus-compare-{fingerprint(settings)}")
         store.check_data(facts)
         workers = config.workers or default_workers()
@@ -87,9 +100,29 @@ def compare(
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-    """Short hash of all settings that change what is computed."""
-    compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
+    """Short hash of all settings that change what a run computes."""
+    compared = {key: value for key, value in settings.items() if key not in MAY_DIFFER}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _saved_arms(folder: str | Path) -> tuple[str, ...]:
+    """The arms of the comparison in a folder, if there is one; earlier versions had two and did not note them."""
+    saved = saved_config(Path(folder))
+    return tuple(str(saved.get("arms", DEFAULT_ARMS)).split(",")) if saved else ()
+
+
+def _check_arms_kept(folder: str, arms: tuple[str, ...]) -> None:
+    """Arms can be added on resuming; without one that was there, the comparison would be another.
+
+    Raises:
+        InputError: names the arms that are missing.
+    """
+    was = _saved_arms(folder)
+    if missing := [arm for arm in was if arm not in arms]:
+        raise InputError(
+            f"--resume: {folder} was started with --arms {','.join(was)}; arms can be added, but "
+            f"{','.join(missing)} cannot be left out"
+        )
 
 
 def _check(config: CompareConfig) -> None:

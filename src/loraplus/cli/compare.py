@@ -1,4 +1,4 @@
-"""`loraplus compare`: LoRA against LoRA+ on the user's task."""
+"""`loraplus compare`: LoRA against LoRA+ and other methods on the user's task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.study.records import ARM_TITLES, ARMS
+from loraplus.study.arms import ALL
 from loraplus.tasks.config import CompareConfig
 
 WIDTH_OF_FILES = 120
@@ -19,7 +19,7 @@ WIDTH_OF_FILES = 120
 
 @config_command(app, "compare", CompareConfig)
 def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
-    """Compare LoRA with LoRA+ on your task: both tuned with the same budget, tested on several fresh seeds."""
+    """Compare LoRA with LoRA+ (and others: --arms) on your task: tuned with equal budgets, tested on fresh seeds."""
     from loraplus.cli.console import quiet_libraries
     from loraplus.cli.progress import study_progress
 
@@ -40,7 +40,7 @@ def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, pla
 
 
 def results_table(summary: dict[str, Any]) -> Table:
-    """One row for each arm, tuned and untuned.
+    """One row for each arm, tuned and untuned; arms that set their own rates say that they took no tuning.
 
     Args:
         summary: As written to summary.json.
@@ -52,18 +52,20 @@ def results_table(summary: dict[str, Any]) -> Table:
     for title in ("η_A", "η_B", "λ", "test accuracy", "test loss", "s/step"):
         table.add_column(title, justify="right")
     for group, suffix in (("arms", ""), ("untuned", " untuned")):
-        for arm in ARMS:
+        for arm, info in ALL.items():
             row = summary.get(group, {}).get(arm)
             if not row:
                 continue
             rates = row.get("best", row)
             lr, lr_ratio = rates["lr"], rates["lr_ratio"]
+            if group == "untuned" and lr is None:
+                continue
             test = row.get("test") or {}
             table.add_row(
-                ARM_TITLES[arm] + suffix,
-                rate(lr),
-                rate(lr * lr_ratio),
-                f"{lr_ratio:g}",
+                info.title + (suffix if info.tuned else f"\n{row['tuning_runs']} tuning runs"),
+                "–" if lr is None else rate(lr),
+                "–" if lr is None else rate(lr * lr_ratio),
+                "–" if lr is None else f"{lr_ratio if info.tuned else float(f'{lr_ratio:.2g}'):g}",
                 _interval(test.get("accuracy"), percent=True),
                 _interval(test.get("loss")),
                 _number(row.get("seconds_per_step"), "{:.3g}"),

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from loraplus.study.records import ARM_TITLES, Record, Trial
+from loraplus.study.arms import ALL
+from loraplus.study.records import Record, Trial
 from loraplus.study.runner import Event
 
 MINIMAL_SECONDS_FOR_ESTIMATE = 2.0
@@ -29,10 +30,11 @@ def study_progress(console: Console, *, plain: bool) -> StudyProgress:
 
 
 def describe(trial: Trial) -> str:
-    """One trial in words: `tuning LoRA+ η_A 2.5e-4 λ 16 seed 0`."""
-    return f"{trial.phase} {ARM_TITLES[trial.arm]} η_A {rate(trial.lr)} λ {trial.lr_ratio:g} seed {trial.seed}" + (
-        f" {trial.steps} steps" if trial.steps else ""
-    )
+    """One trial in words: `tuning LoRA+ η_A 2.5e-4 λ 16 seed 0`; without rates if the method sets them itself."""
+    arm = ALL[trial.arm]
+    rates = f" η_A {rate(trial.lr)} λ {trial.lr_ratio:g}" if arm.tuned else ""
+    length = f" {trial.steps} steps" if trial.steps else ""
+    return f"{trial.phase} {arm.title}{rates} seed {trial.seed}{length}"
 
 
 def rate(value: float) -> str:
@@ -48,6 +50,9 @@ def outcome(event: Event, record: Record) -> str:
         result = f"diverged at step {record.steps}"
     else:
         result = f"eval loss {record.eval_loss:.4f}, accuracy {record.eval_accuracy:.2%}"
+    if record.found:
+        lr_a, lr_b = record.found
+        result += f", came to η_A {rate(lr_a)} η_B {rate(lr_b)}"
     source = " (same run as before)" if event.reused else " (another process)" if event.elsewhere else ""
     return f"{describe(record.trial)}: {result}{source}"
 

@@ -11,7 +11,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from loraplus.report import plots
-from loraplus.study.records import ARM_TITLES, ARMS, Record
+from loraplus.study.arms import ALL
+from loraplus.study.records import ARMS, Record
 
 _TEMPLATE = "compare.html.jinja"
 
@@ -32,14 +33,19 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
     )  # fmt: skip
     environment.filters |= {
         "rate": rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
+        "ratio": ratio,
     }  # fmt: skip
     summary = {"untuned": None, "config": {}, "cost": {"seconds_per_step_ratio": None}, **summary}
-    best = {arm: summary["arms"][arm]["best"] for arm in ARMS}
+    best = {arm: row["best"] for arm, row in summary["arms"].items() if ALL[arm].tuned}
+    arms = [arm for arm in ALL if arm in summary["arms"]]
     return environment.get_template(_TEMPLATE).render(
         summary=summary,
         records=records,
-        arms=ARMS,
-        titles=ARM_TITLES,
+        arms=arms,
+        main=ARMS,
+        others=[arm for arm in arms if arm not in ARMS],
+        info=ALL,
+        titles={arm: info.title for arm, info in ALL.items()},
         classes=_classes(summary["data"]),
         plotly_js=Markup(get_plotlyjs()),
         curves=Markup(plots.as_json(plots.curves(records))),
@@ -59,6 +65,11 @@ def rate(value: float | None) -> str:
         return "–"
     mantissa, _, exponent = f"{value:.2e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def ratio(value: float | None) -> str:
+    """λ with at most three digits."""
+    return "–" if value is None else f"{float(f'{value:.3g}'):g}"
 
 
 def _finite(value: float | None) -> bool:

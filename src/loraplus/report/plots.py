@@ -9,11 +9,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from loraplus.study.records import ARM_TITLES, ARMS, Record
+from loraplus.study.arms import ALL
+from loraplus.study.records import Record
 
 # Okabe and Ito's palette: told apart with any colour vision, and readable on white and on near black.
-COLOURS = {"lora": "#D55E00", "loraplus": "#0072B2"}
-SYMBOLS = {"lora": "circle", "loraplus": "diamond"}
+_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("circle", "diamond", "square", "triangle-up", "pentagon", "star")
+COLOURS = {arm: _PALETTE[i % len(_PALETTE)] for i, arm in enumerate(ALL)}
+SYMBOLS = {arm: _MARKERS[i % len(_MARKERS)] for i, arm in enumerate(ALL)}
 _NEUTRAL = "#7f8790"
 _GRID = "rgba(127,135,144,0.22)"
 
@@ -42,13 +45,13 @@ def curves(records: Sequence[Record]) -> go.Figure:
     """Mean validation loss of each arm over the steps, its seeds thin behind it; untuned runs dashed."""
     figure = go.Figure()
     for phase, dash, suffix in (("final", "solid", ""), ("untuned", "dash", ", untuned")):
-        for arm in ARMS:
+        for arm, info in ALL.items():
             runs = [
                 r for r in records if r.trial.phase == phase and r.trial.arm == arm and r.status == "done" and r.curve
             ]
             if not runs:
                 continue
-            colour, name = COLOURS[arm], ARM_TITLES[arm] + suffix
+            colour, name = COLOURS[arm], info.title + suffix
             for run in runs if len(runs) > 1 else ():
                 figure.add_scatter(
                     x=[point.step for point in run.curve], y=[point.eval_loss for point in run.curve], mode="lines",
@@ -67,43 +70,48 @@ def curves(records: Sequence[Record]) -> go.Figure:
 def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Figure:
     """Every tuning run at its (η_A, η_B), coloured by validation loss; the diagonal is λ = 1.
 
+    Arms that set their own rates have no tuning runs: their final runs stand where they arrived, if that is known.
+
     Args:
         records: of all phases.
         best: {arm: {"lr", "lr_ratio"}}, ringed.
     """
     tuning = [record for record in records if record.trial.phase == "tuning"]
-    finite = [record.eval_loss for record in tuning if math.isfinite(record.eval_loss)]
+    shown = [*tuning, *(r for r in records if r.found and min(r.found) > 0)]
+    finite = [record.eval_loss for record in shown if math.isfinite(record.eval_loss)]
     figure = go.Figure()
-    if tuning:
-        low = min(r.trial.lr for r in tuning) / 3
-        high = max(r.trial.lr * r.trial.lr_ratio for r in tuning) * 3
+    if shown:
+        low = min(lr for r in shown if (lr := r.lr)) / 3
+        high = max(lr for r in shown if (lr := r.lr_b)) * 3
         figure.add_scatter(
             x=[low, high], y=[low, high], mode="lines", line={"color": _NEUTRAL, "dash": "dot", "width": 1.2},
             name="λ = 1", hoverinfo="skip",
         )  # fmt: skip
-    for arm in ARMS:
-        runs = [r for r in tuning if r.trial.arm == arm and math.isfinite(r.eval_loss)]
+    for arm, info in ALL.items():
+        runs = [r for r in shown if r.trial.arm == arm and math.isfinite(r.eval_loss)]
+        if not runs and arm not in best:
+            continue
         figure.add_scatter(
-            x=[r.trial.lr for r in runs], y=[r.trial.lr * r.trial.lr_ratio for r in runs], mode="markers+text",
-            showlegend=False,
-            name=ARM_TITLES[arm], text=[f"\u2003{r.eval_loss:.3f}" for r in runs], textposition="middle right",
+            x=[r.lr for r in runs], y=[r.lr_b for r in runs], mode="markers+text",
+            showlegend=not info.tuned,
+            name=info.title, text=[f"\u2003{r.eval_loss:.3f}" for r in runs], textposition="middle right",
             textfont={"size": 11, "color": _NEUTRAL}, cliponaxis=False,
             marker={"symbol": SYMBOLS[arm], "size": 15, "color": [r.eval_loss for r in runs], "coloraxis": "coloraxis",
                     "line": {"width": 1, "color": COLOURS[arm]}},
-            customdata=[[r.trial.lr_ratio, r.eval_loss] for r in runs],
-            hovertemplate=f"{ARM_TITLES[arm]}<br>η_A %{{x:.3g}} · η_B %{{y:.3g}} · λ %{{customdata[0]:.3g}}"
+            customdata=[[r.lr_ratio, r.eval_loss] for r in runs],
+            hovertemplate=f"{info.title}<br>η_A %{{x:.3g}} · η_B %{{y:.3g}} · λ %{{customdata[0]:.3g}}"
                           "<br>validation loss %{customdata[1]:.4f}<extra></extra>",
         )  # fmt: skip
         if arm in best:
             lr, ratio = best[arm]["lr"], best[arm]["lr_ratio"]
             figure.add_scatter(
-                x=[lr], y=[lr * ratio], mode="markers", name=f"best {ARM_TITLES[arm]}", hoverinfo="skip",
+                x=[lr], y=[lr * ratio], mode="markers", name=f"best {info.title}", hoverinfo="skip",
                 marker={"symbol": SYMBOLS[arm] + "-open", "size": 25, "color": COLOURS[arm], "line": {"width": 2.5}},
             )  # fmt: skip
-    diverged = [r for r in tuning if not math.isfinite(r.eval_loss)]
+    diverged = [r for r in shown if not math.isfinite(r.eval_loss)]
     if diverged:
         figure.add_scatter(
-            x=[r.trial.lr for r in diverged], y=[r.trial.lr * r.trial.lr_ratio for r in diverged], mode="markers",
+            x=[r.lr for r in diverged], y=[r.lr_b for r in diverged], mode="markers",
             name="diverged", marker={"symbol": "x", "size": 11, "color": _NEUTRAL},
         )  # fmt: skip
     figure.update_layout(

@@ -6,10 +6,11 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Arm = Literal["lora", "loraplus"]
+from loraplus.study.arms import ALL
+
 Phase = Literal["tuning", "final", "untuned"]
-ARMS: tuple[Arm, ...] = ("lora", "loraplus")
-ARM_TITLES: dict[str, str] = {"lora": "LoRA", "loraplus": "LoRA+"}
+ARMS = ("lora", "loraplus")
+"""The arms of the main result and of the untuned picture; all that there are: `arms.ALL`."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Trial:
     """One training run of a study: the rates, the seed, why it is run, and its length if it is not the full one."""
 
     phase: Phase
-    arm: Arm
+    arm: str
     lr: float
     lr_ratio: float
     seed: int
@@ -63,6 +64,29 @@ class Record:
     test_correct: tuple[bool, ...] = field(default=(), repr=False)
     seconds: float = 0.0
     """Wall-clock time of the run, with its evaluations."""
+    found: tuple[float, float] | None = None
+    """(η_A, η_B) that a method which sets its own rates arrived at, without the schedule."""
+
+    @property
+    def lr(self) -> float | None:
+        """η_A of the run; None if the method set it and it is not known."""
+        if ALL[self.trial.arm].tuned:
+            return self.trial.lr
+        return self.found[0] if self.found else None
+
+    @property
+    def lr_b(self) -> float | None:
+        """η_B of the run, likewise."""
+        if ALL[self.trial.arm].tuned:
+            return self.trial.lr * self.trial.lr_ratio
+        return self.found[1] if self.found else None
+
+    @property
+    def lr_ratio(self) -> float | None:
+        """λ of the run, likewise."""
+        if ALL[self.trial.arm].tuned:
+            return self.trial.lr_ratio
+        return self.found[1] / self.found[0] if self.found and self.found[0] else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; a non-finite loss becomes null."""
@@ -85,4 +109,5 @@ class Record:
             test_losses=tuple(data["test_losses"]),
             test_correct=tuple(data["test_correct"]),
             seconds=data.get("seconds", 0.0),
+            found=tuple(data["found"]) if data.get("found") else None,
         )

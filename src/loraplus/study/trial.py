@@ -6,7 +6,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,9 +14,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from loraplus.errors import DivergedError
+from loraplus.integrations.transformers import LoraPlusTrainer
+from loraplus.study.arms import ALL, Arm
 from loraplus.study.records import CurvePoint, Record, Trial
 from loraplus.tasks.classification import ClassificationData, load_classification
 from loraplus.tasks.config import TaskConfig
+from loraplus.tasks.methods import Method, rates_arrived_at
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import load_tokenizer
 from loraplus.tasks.training import (
@@ -41,17 +44,20 @@ def _load_once(config: TaskConfig) -> tuple[PreTrainedTokenizerBase, Classificat
     return _load(type(config), json.dumps(asdict(config)))
 
 
-def data_facts(config: TaskConfig, lr: float, lr_ratio: float) -> dict[str, Any]:
+def data_facts(config: TaskConfig, lr: float, lr_ratio: float, arms: Sequence[str] = ("loraplus",)) -> dict[str, Any]:
     """Sizes, columns, labels and what was removed, plus the steps of a run.
 
-    Every bad input shows here, before an output folder is touched: rates, data, model, target modules and schedule.
+    Every bad input shows here, before an output folder is touched: rates, data, model, target modules, schedule, and
+    what an arm cannot train.
     """
-    rates = rates_of(config, lr, lr_ratio)
+    rates_of(config, lr, lr_ratio)
     tokenizer, data = _load_once(config)
     steps = total_steps(config, len(data.train))
     model = load_classifier(config, data.label_names, tokenizer, config.seed)
     with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
-        build_trainer(config, rates, data, model, tokenizer, seed=config.seed, output=scratch, checkpoints=False)
+        for arm in arms:
+            method = ALL[arm].method(config, lr, lr_ratio, model, steps)
+            _trainer(config, method, data, model, tokenizer, seed=config.seed, output=scratch).create_optimizer()
     return {**data.facts, "steps": steps}
 
 
@@ -59,7 +65,7 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
     """Trains once and evaluates; final and untuned trials are also tested, after their last step.
 
     A trial with a length of its own has its own warm-up and decay within it. The weights are those of the last step
-    in every trial of both arms: no selection of checkpoints adds to the tuning budget.
+    in every trial of all arms: no selection of checkpoints adds to the tuning budget.
 
     Args:
         config: of the study.
@@ -71,14 +77,15 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
     """
     tokenizer, data = _load_once(config)
     config = _of_length(config, trial.steps, total_steps(config, len(data.train)))
-    rates = rates_of(config, trial.lr, trial.lr_ratio)
+    arm = ALL[trial.arm]
     started = time.perf_counter()
     model = load_classifier(config, data.label_names, tokenizer, trial.seed)
+    method = arm.method(config, trial.lr, trial.lr_ratio, model, total_steps(config, len(data.train)))
     clock = StepClock(on_step)
     with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
-        trainer = build_trainer(
-            config, rates, data, model, tokenizer,
-            seed=trial.seed, output=scratch, checkpoints=False, callbacks=[clock, DivergenceGuard(rates)],
+        trainer = _trainer(
+            config, method, data, model, tokenizer,
+            seed=trial.seed, output=scratch, callbacks=[clock, DivergenceGuard(method.rates)],
         )  # fmt: skip
         try:
             trainer.train()
@@ -88,7 +95,8 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
                 curve = _curve(trainer.state.log_history)
         except DivergedError:
             return Record(trial, "diverged", clock.steps, float("inf"), 0.0, clock.seconds_per_step,
-                          _curve(trainer.state.log_history), seconds=time.perf_counter() - started)  # fmt: skip
+                          _curve(trainer.state.log_history), seconds=time.perf_counter() - started,
+                          found=_found(arm, trainer))  # fmt: skip
         losses, correct = ((), ()) if trial.phase == "tuning" else _test(trainer, data)
     return Record(
         trial=trial,
@@ -101,7 +109,22 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
         test_losses=losses,
         test_correct=correct,
         seconds=time.perf_counter() - started,
+        found=_found(arm, trainer),
     )
+
+
+def _trainer(config: TaskConfig, method: Method, *parts: Any, **options: Any) -> LoraPlusTrainer:
+    """The trainer of a method, without checkpoints; else as `build_trainer`."""
+    if method.own_schedule:
+        config = replace(config, lr_scheduler_type="constant", warmup_ratio=0.0)
+    return build_trainer(
+        config, method.rates, *parts, checkpoints=False, auto=method.auto, optimizer=method.optimizer, **options
+    )
+
+
+def _found(arm: Arm, trainer: LoraPlusTrainer) -> tuple[float, float] | None:
+    """The rates that a method which sets its own has come to."""
+    return None if arm.tuned else rates_arrived_at(trainer.optimizer)
 
 
 def _of_length(config: TaskConfig, steps: int | None, full_steps: int) -> TaskConfig:

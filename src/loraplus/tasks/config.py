@@ -16,6 +16,7 @@ AUTO = "auto"
 # search over η_A and λ would be a search over the head's rate, too.
 DEFAULT_LR_HEAD = 2e-3
 DEFAULT_TUNING_RUNS = 4
+DEFAULT_ARMS = "lora,loraplus"
 
 
 def _option(default: Any, help: str, *flags: str, parser: Callable[[str], Any] | None = None) -> Any:
@@ -83,14 +84,19 @@ class TrainConfig(TaskConfig):
 
 @dataclass(kw_only=True)
 class CompareConfig(TaskConfig):
-    """LoRA against LoRA+, both tuned with the same number of runs."""
+    """LoRA against LoRA+ and other methods; what has rates to tune is tuned with the same number of runs."""
 
+    arms: str = _option(
+        DEFAULT_ARMS, "What to compare with LoRA, comma-separated: loraplus, auto, mua, prodigy, schedulefree."
+    )
     test_data: str | None = _option(None, "Test data; without it a stratified part of --data is kept aside.")
     test_fraction: float = _option(0.2, "Part of --data kept for the test when --test-data is not given.")
     max_test_samples: int | None = _option(None, "Use at most so many test examples (stratified, by seed).")
-    tuning_runs: int = _option(8, "Tuning runs for each arm.")
+    tuning_runs: int = _option(8, "Tuning runs for each arm that has rates to tune.")
     seeds: int = _option(3, "Fresh seeds on which each arm's winner is trained and tested.")
-    lr_ratio: float = _option(DEFAULT_LR_RATIO, "λ at which tuning of LoRA+ starts, and of its untuned run.")
+    lr_ratio: float = _option(
+        DEFAULT_LR_RATIO, "λ at which tuning of LoRA+ starts, of its untuned run, and of schedulefree."
+    )
     untuned_lr: float = _option(DEFAULT_LR, "Rate η_A of both arms in the untuned picture.")
     workers: int | None = _option(None, "Runs side by side. Default: one a core up to 2 on a CPU, one on a GPU.")
 

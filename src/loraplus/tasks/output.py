@@ -64,7 +64,7 @@ def check_output(
     _check_writable(folder)
     if _is_empty(folder):
         return
-    saved = _saved_config(folder)
+    saved = saved_config(folder)
     if resume:
         if saved is None:
             raise InputError(f"--resume: {folder} holds no {CONFIG_FILE} of a loraplus run to go on with")
@@ -241,7 +241,7 @@ def _is_empty(folder: Path) -> bool:
     return not folder.exists() or not any(folder.iterdir())
 
 
-def _saved_config(folder: Path) -> dict[str, Any] | None:
+def saved_config(folder: Path) -> dict[str, Any] | None:
     """The configuration of the loraplus run in a folder, or None if there was no such run."""
     try:
         data = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))

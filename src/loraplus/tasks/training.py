@@ -137,6 +137,7 @@ def build_trainer(
     output: str,
     checkpoints: bool,
     auto: bool = False,
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> LoraPlusTrainer:
     """A LoraPlusTrainer with the library's own levers on: length-grouped batches and fused AdamW.
@@ -151,6 +152,7 @@ def build_trainer(
         output: folder of the checkpoints.
         checkpoints: keep the best and the last checkpoint and load the best at the end.
         auto: have `AutoRates` set η_A and η_B.
+        optimizer: class and options of another optimizer.
         callbacks: watch the run.
 
     Returns:
@@ -209,6 +211,7 @@ def build_trainer(
         processing_class=tokenizer,
         compute_metrics=classification_metrics,
         callbacks=list(callbacks),
+        optimizer_cls_and_kwargs=optimizer,
     )
     # transformers takes PEFT's **kwargs for a model that divides its loss by num_items_in_batch, and leaves out its own
     # division by the number of parts; no classifier does the former.

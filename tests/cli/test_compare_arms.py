@@ -1,0 +1,115 @@
+"""`loraplus compare --arms` from the outside: what is run, what is shown, what may be added, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from loraplus.study.arms import ALL
+
+EVERY = ",".join(ALL)
+
+
+def flags(model_folder, data, output, *more):
+    return [
+        "compare", "--model", model_folder, "--data", data, "--output", output, "--max-steps", 12, "--batch-size", 16,
+        "--rank", 2, "--eval-steps", 6, "--tuning-runs", 1, "--seeds", 2, "--workers", 1, *more,
+    ]  # fmt: skip
+
+
+def run(*arguments):
+    done = subprocess.run([sys.executable, "-m", "loraplus", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def rows_of(output):
+    return list(csv.DictReader((output / "runs.csv").open()))
+
+
+@pytest.fixture(scope="module")
+def added_to(tmp_path_factory, model_folder, reviews_csv):
+    """A comparison of two arms, and what it became when the others were added."""
+    output = tmp_path_factory.mktemp("arms") / "out"
+    first = run(*flags(model_folder, reviews_csv, output, "--arms", "mua, lora"))
+    before = rows_of(output)
+    second = run(*flags(model_folder, reviews_csv, output, "--arms", EVERY, "--resume", "--json"))
+    return output, first, before, second
+
+
+def test_two_arms_without_loraplus_are_a_comparison(added_to):
+    _, first, before, _ = added_to
+    assert [(row["phase"], row["arm"]) for row in before] == [
+        ("tuning", "lora"), ("final", "lora"), ("final", "mua"), ("final", "lora"), ("final", "mua"),
+    ]  # fmt: skip
+    table = first.stderr + first.stdout
+    assert "0 tuning runs" in table and "μA (0 tuning runs)" in table and "untuned" not in table
+
+
+def test_arms_are_added_without_doing_a_run_again(added_to):
+    output, _, before, second = added_to
+    assert "19 runs planned, 5 of them already done" in second.stderr
+    assert rows_of(output)[:5] == before
+    assert yaml.safe_load((output / "config.yaml").read_text())["arms"] == EVERY
+
+
+def test_every_arm_is_in_the_table_the_lines_the_files_and_the_verdict(added_to):
+    output, _, _, second = added_to
+    summary = json.loads(second.stdout)
+    assert list(summary["arms"]) == list(ALL)
+    assert list(summary["paired_with_lora"]) == ["auto", "mua", "prodigy", "schedulefree"]
+    report = (output / "report.html").read_text()
+    for arm in ALL.values():
+        assert f"final {arm.title} " in second.stderr or arm.name in ("lora", "mua")
+        assert any(line.startswith(arm.title + " ") for line in second.stderr.splitlines())
+        assert arm.title in summary["verdict"] and arm.title in report
+    assert second.stderr.count("\n0 tuning runs") == 3
+    lines = [line for line in second.stderr.splitlines() if "final Prodigy seed" in line]
+    assert len(lines) == 2 and all("came to η_A" in line for line in lines)
+
+
+def test_rates_that_a_method_sets_are_told_with_its_runs(added_to):
+    rows = [row for row in rows_of(added_to[0]) if row["arm"] in ("auto", "mua", "prodigy")]
+    assert len(rows) == 6
+    assert all(row["phase"] == "final" and float(row["lr"]) > 0 and float(row["lr_b"]) > 0 for row in rows)
+    assert {row["lr_ratio"] for row in rows if row["arm"] == "mua"} == {"1.0"}
+
+
+def test_the_arms_that_a_comparison_has_cannot_be_left_out(added_to, refused, model_folder, reviews_csv):
+    output = added_to[0]
+    error = refused(*flags(model_folder, reviews_csv, output, "--arms", "lora,loraplus,auto", "--resume"))
+    assert "mua,prodigy,schedulefree cannot be left out" in error
+
+
+@pytest.mark.parametrize(
+    ("arms", "expected"),
+    [
+        ("lora,prodgy", "the nearest is 'prodigy'"),
+        ("lora,auto,auto", "auto is given twice"),
+        ("loraplus,auto", "must hold lora"),
+        ("lora", "nothing to compare"),
+    ],
+)
+def test_bad_arms_are_one_line(refused, tmp_path, model_folder, reviews_csv, arms, expected):
+    assert expected in refused(*flags(model_folder, reviews_csv, tmp_path / "out", "--arms", arms))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_one_line_that_names_the_extra(refused, tmp_path, model_folder, reviews_csv, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "prodigyopt" else find(name))
+    error = refused(*flags(model_folder, reviews_csv, tmp_path / "out", "--arms", "lora,prodigy"))
+    assert "pip install 'loraplus[peers]'" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_arm_cannot_train_is_found_before_anything_is_written(refused, tmp_path, model_folder, reviews_csv):
+    settings = ("--arms", "lora,auto", "--target-modules", "word_embeddings")
+    assert "lora_A" in refused(*flags(model_folder, reviews_csv, tmp_path / "out", *settings))
+    assert not (tmp_path / "out").exists()
