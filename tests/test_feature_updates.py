@@ -58,7 +58,7 @@ def test_the_terms_are_those_of_the_formula():
         expected = (y, x @ a.T, s * x @ delta_a.T @ b.T, s * x @ a.T @ delta_b.T, s * x @ delta_a.T @ delta_b.T)
         measured = (moved.output, moved.inner, moved.delta1, moved.delta2, moved.delta3)
         for value, tensor in zip(measured, expected, strict=True):
-            assert value == pytest.approx(float(tensor.square().mean().sqrt()), rel=1e-4)
+            assert value == pytest.approx(tensor.detach().square().mean().sqrt().item(), rel=1e-4)
 
 
 def test_measuring_leaves_no_trace():

@@ -29,7 +29,7 @@ from torch import nn
 from loraplus.drift import Drift, momentum_of
 from loraplus.errors import TrainerSetupError
 from loraplus.feature_updates import FeatureUpdates, LayerUpdate, twin_of
-from loraplus.movement import AdaptedLayer, Movement, Recorder, adapted_layers, factors, full, held, movement, rms
+from loraplus.movement import AdaptedLayer, Movement, StepWatcher, adapted_layers, factors, full, held, movement, rms
 from loraplus.roles import Role, trainable_parameters
 
 
@@ -51,7 +51,7 @@ class LayerRates:
     lr_b: float | None
 
 
-class AutoRates:
+class AutoRates(StepWatcher):
     """Sets η_A and η_B of an optimizer while it trains; install it once, and train as ever.
 
     η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), raised together where steps drift
@@ -79,31 +79,22 @@ class AutoRates:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rule: Rule | None = None) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+        _check(adapted_layers(model), optimizer)
+        self._roles = _roles_of_groups(model, optimizer)
+        super().__init__(model, optimizer)
         self.rule = rule or Rule()
         self.steps = 0
         self.layer_rates: dict[str, LayerRates] = {}
         self.updates: FeatureUpdates | None = None
-        self._layers = adapted_layers(model)
-        self._optimizer = optimizer
-        self._roles = _roles_of_groups(model, optimizer)
         self._base_a = self._base_b = 0.0
-        self._drift = Drift(momentum_of(optimizer.param_groups[next(iter(self._roles))]))
-        _check(self._layers, optimizer)
-        self._recorder = Recorder(model, self._layers)
-        self._recorder.on = self._is_due()
+        self._drift = Drift(momentum_of(self._optimizer.param_groups[next(iter(self._roles))]))
         self._scheduled: list[Any] = []
-        self._before: list[torch.Tensor] = []
-        optimizer.loraplus_auto = self  # type: ignore[attr-defined]  # where `explain` finds the rates in use
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._recorder.on = self._is_due()
+        self._optimizer.loraplus_auto = self  # type: ignore[attr-defined]  # where `explain` finds the rates in use
 
     def remove(self) -> None:
         """Takes all hooks off the model and the optimizer."""
-        for hook in self._hooks:
-            hook.remove()
-        self._recorder.remove()
+        super().remove()
         del self._optimizer.loraplus_auto  # type: ignore[attr-defined]
 
     @property
@@ -153,9 +144,8 @@ class AutoRates:
         return self.steps < self.rule.measured_at_first or self.steps % self.rule.measured_every == 0
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        super()._before_step(optimizer, args, kwargs)
         self._scheduled = [group["lr"] for _, group in self._groups()]
-        if self._recorder.on:
-            self._before = [weight.detach().clone() for weight in factors(self._layers)]
         for role, group in self._groups():
             # At rate 1 the weights move by the proposed step itself; they are then put where the rates say.
             group["lr"] = 1.0 if self._recorder.on else self._rate(role) * _schedule_factor(group)
@@ -172,8 +162,7 @@ class AutoRates:
             with torch.no_grad():
                 for i, (weight, before) in enumerate(zip(now, self._before, strict=True)):
                     weight.copy_(before - part * self._rate(Role.B if i % 2 else Role.A) * proposed[i])
-            self._before = []
-            self._recorder.samples.clear()
+        super()._after_step(optimizer, args, kwargs)
         self._drift.passed(_schedule_factor(self._groups()[0][1]))
         self.steps += 1
         self._recorder.on = self._is_due()

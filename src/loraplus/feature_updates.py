@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from loraplus.errors import InputError
-from loraplus.movement import Movement, Recorder, adapted_layers, factors, movements
+from loraplus.movement import Movement, Recorder, StepWatcher, adapted_layers, factors, movements
 from loraplus.optimizer import create_optimizer
 from loraplus.rates import DEFAULT_LR_RATIO
 
@@ -169,7 +169,7 @@ def feature_updates(
     return FeatureUpdates(tuple(LayerUpdate.from_movement(name, moved) for name, moved in found.items()))
 
 
-class UpdateMonitor:
+class UpdateMonitor(StepWatcher):
     """Measures δ1, δ2 and δ3 of the steps that training takes, every so many; the rates are left alone.
 
     Args:
@@ -185,34 +185,16 @@ class UpdateMonitor:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, every: int = 50) -> None:
         if every < 1:
             raise InputError(f"a measurement every {every} steps cannot be made; give 1 or more")
+        super().__init__(model, optimizer)
         self.updates: FeatureUpdates | None = None
-        self._layers = adapted_layers(model)
-        self._recorder = Recorder(model, self._layers)
-        self._recorder.on = True
         self._every, self._steps = every, 0
-        self._before: list[torch.Tensor] = []
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-
-    def remove(self) -> None:
-        """Takes all hooks off the model and the optimizer."""
-        for hook in self._hooks:
-            hook.remove()
-        self._recorder.remove()
-
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._recorder.on:
-            self._before = [weight.detach().clone() for weight in factors(self._layers)]
+        self._recorder.on = True
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._recorder.on:
             found = movements(self._layers, self._recorder.samples, self._before)
             self.updates = FeatureUpdates(tuple(LayerUpdate.from_movement(*item) for item in found.items()))
-            self._before = []
-            self._recorder.samples.clear()
+        super()._after_step(optimizer, args, kwargs)
         self._steps += 1
         self._recorder.on = self._steps % self._every == 0
 

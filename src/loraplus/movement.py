@@ -128,6 +128,44 @@ class Recorder:
         return torch.linspace(0, count - 1, min(count, wanted), device=device).long()
 
 
+class StepWatcher:
+    """Stands around every step of an optimizer, with a `Recorder` of the forward passes before it.
+
+    Subclasses say what is done before and after a step, and when the recorder is on.
+
+    Args:
+        model: a PEFT model, wrapped or not.
+        optimizer: the one that trains it, in Accelerate's wrapper or not.
+
+    Raises:
+        NoLoraFactorsError: no layer to measure.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._layers = adapted_layers(model)
+        self._recorder = Recorder(model, self._layers)
+        self._before: list[torch.Tensor] = []
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def remove(self) -> None:
+        """Takes all hooks off the model and the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._recorder.remove()
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._recorder.on:
+            self._before = [weight.detach().clone() for weight in factors(self._layers)]
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._before = []
+        self._recorder.samples.clear()
+
+
 @dataclass(frozen=True)
 class Movement:
     """What steps ΔA and ΔB do to one layer, as root mean squares over tokens and features."""
