@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraplus.drift import MOST, MOST_PER_WINDOW, STEADY, Drift, momentum_of
+from loraplus.drift import DRIFTS, MOST, MOST_PER_WINDOW, STEADY, Drift, momentum_of
 
 SIZE = 20_000
 
@@ -65,3 +65,8 @@ def test_a_checkpoint_holds_the_window_under_way():
 )
 def test_momentum_is_read_off_the_optimizer(group, beta):
     assert momentum_of(group) == beta
+
+
+def test_noise_around_the_steady_ratio_does_not_ratchet():
+    found = walked(pull=0.008, windows=12)
+    assert STEADY - 0.1 < found.ratio < DRIFTS and found.raised < 1.05

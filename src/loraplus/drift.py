@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-STEADY = 0.85  # R at good rates
-POWER = 2.0  # of R / STEADY in the factor that a window gives
+DRIFTS = 0.95  # above: steps go on, the rates are raised by (R / DRIFTS)²
+STEADY = 0.85  # R at good rates; below: what was raised is taken back by (R / STEADY)²
 MOST_PER_WINDOW = 1.5
 MOST = 4.0
 SCHEDULE_FROM = 0.5  # windows on lower parts of the schedule are not read: there the rate is meant to be low
@@ -57,7 +57,8 @@ class Drift:
             expected = self._correlated() * (self._size + size * self.raised**2) / 2
             self.ratio = moved / expected if expected else None
             if self.ratio is not None and min(self._schedule) >= SCHEDULE_FROM:
-                factor = (self.ratio / STEADY) ** POWER
+                # Nothing in between: since R stays where it is above the good rates, following its noise would ratchet.
+                factor = max(self.ratio / DRIFTS, 1.0) ** 2 * min(self.ratio / STEADY, 1.0) ** 2
                 factor = min(max(factor, 1 / MOST_PER_WINDOW), MOST_PER_WINDOW)
                 self.raised = min(max(self.raised * factor, 1.0), MOST)
         self._weights = [weight.clone() for weight in weights]
