@@ -70,7 +70,7 @@ def regrets(target: Path) -> None:
     axes.set_yticks(range(len(found)), [f"{setting.name} ({setting.half})" for setting, _ in found], fontsize=8)
     axes.set_xlabel("loss of one automatic run, mean of three seeds, over …")
     axes.invert_yaxis()
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper right")
     figure.tight_layout()
     figure.savefig(target, dpi=90)
     plt.close(figure)
