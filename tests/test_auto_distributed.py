@@ -1,7 +1,7 @@
 """AutoRates in two processes over gloo: one pair of rates, whatever part of the data each process has seen.
 
-Run with LORAPLUS_DISTRIBUTED_TESTS=1. They are not part of `make test` yet: once in several runs of the whole suite the
-two processes waited for each other without end, and why is not known.
+Run with LORAPLUS_DISTRIBUTED_TESTS=1. They are not part of `make test` yet: in one of several runs of the whole suite
+both processes had written their results and did not end, and why is not known.
 """
 
 from __future__ import annotations
