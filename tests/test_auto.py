@@ -9,9 +9,9 @@ import torch
 from test_feature_updates import adapted, batch
 
 import loraplus
-from loraplus.auto import AutoRates, Rule
+from loraplus.auto import AutoRates, Rule, _balanced
 from loraplus.errors import NoLoraFactorsError, TrainerSetupError
-from loraplus.movement import Recorder, adapted_layers, factors, movement, rms
+from loraplus.movement import Recorder, adapted_layers, factors, loss_terms, movement, rms
 
 
 def linear(optimizer, steps):
@@ -49,7 +49,8 @@ def test_it_trains_whatever_rate_the_optimizer_was_built_with():
 
 
 def test_the_rates_are_those_of_the_rule():
-    model, optimizer, scheduler, rates = build(rule=Rule(output_part=0.2, inner_part=0.05, measured_at_first=30))
+    rule = Rule(inner_part=0.05, least_ratio=0.0, measured_at_first=30)
+    model, optimizer, scheduler, rates = build(rule=rule)
     train(model, optimizer, scheduler, 7)
     layers = adapted_layers(model)
     recorder = Recorder(model, layers)
@@ -62,13 +63,61 @@ def test_the_rates_are_those_of_the_rule():
         for w, b in zip(factors(layers), before, strict=True):
             w.copy_(b)
     logs_a, logs_b = [], []
+    wanted = rule.part(recorder.loss_terms, len(layers))
     for i, entry in enumerate(layers):
         u_a, u_b = -moved[2 * i] / rates.lr_a, -moved[2 * i + 1] / rates.lr_b
         m = movement(entry, recorder.samples[entry.name], u_a / rms(u_a), u_b / rms(u_b))
-        logs_b.append(math.log(0.2 / len(layers) * m.output / m.delta2))
-        logs_a.append(math.log(min(0.2 / len(layers) * m.output / m.delta1, 0.05 * m.inner / m.inner_change)))
+        logs_b.append(math.log(wanted * m.output / m.delta2))
+        logs_a.append(math.log(min(wanted * m.output / m.delta1, 0.05 * m.inner / m.inner_change)))
     assert rates.lr_a == pytest.approx(math.exp(sum(logs_a) / len(layers)), rel=1e-3)
     assert rates.lr_b == pytest.approx(math.exp(sum(logs_b) / len(layers)), rel=1e-3)
+
+
+def test_a_step_may_move_more_the_more_loss_terms_it_has_and_each_layer_less_the_more_there_are():
+    rule = Rule()
+    assert rule.part(64, 12) == pytest.approx(2 * rule.part(16, 12))
+    assert rule.part(16, 48) == pytest.approx(rule.part(16, 12) / 2)
+    assert rule.part(1e9, 9) == pytest.approx(rule.most_output_part / 3)
+    assert rule.part(0, 1) == rule.output_part  # a loss that no gradient came from counts as one term
+
+
+def test_a_pair_whose_a_runs_ahead_keeps_its_product_and_takes_the_least_ratio():
+    assert _balanced(4e-3, 2e-4, 2.0) == pytest.approx((math.sqrt(4e-7), 2 * math.sqrt(4e-7)))
+    assert _balanced(1e-3, 3e-3, 2.0) == (1e-3, 3e-3)
+    assert _balanced(0.0, 3e-3, 2.0) == (0.0, 3e-3)  # A has not moved yet
+    model, optimizer, scheduler, rates = build(rule=Rule(least_ratio=1e3))
+    train(model, optimizer, scheduler, 5)
+    assert rates.lr_b / rates.lr_a == pytest.approx(1e3)
+
+
+@pytest.mark.parametrize(
+    ("make", "terms"),
+    [
+        (lambda g: g[:, 0].unsqueeze(1) * torch.tensor([1.0, 0, 0, 0, 0])[:, None], 6),  # a label at one position
+        (lambda g: g[:, :1] * torch.tensor([0.1, 0.4, 0.2, 3.0, 0.3])[:, None], 6),  # one label, through attention
+        (lambda g: g, 30),  # a target at every position
+        (lambda g: torch.cat([g[:, :3], torch.zeros_like(g[:, 3:])], 1), 18),  # but padding has none
+        (lambda g: g - g.mean(1, keepdim=True), 30),  # positions that cancel count once each
+        (lambda g: g[:, 0], 6),
+        (lambda g: torch.zeros_like(g), 0),
+    ],
+)
+def test_loss_terms_are_counted_in_the_gradient(make, terms):
+    g = torch.randn(6, 5, 4096, generator=torch.Generator().manual_seed(0))
+    assert loss_terms(make(g)) == pytest.approx(terms, rel=0.02)
+
+
+def test_loss_terms_of_a_classifier_and_of_accumulated_steps():
+    model = adapted()
+    recorder = Recorder(model, adapted_layers(model))
+    recorder.on = True
+    inputs = batch()
+    examples = len(inputs["input_ids"])
+    for parts in (1, 2):
+        model(**inputs).loss.backward()
+        assert examples * parts == pytest.approx(recorder.loss_terms, rel=0.5)
+    recorder.forget()
+    assert recorder.loss_terms == 0
 
 
 def test_a_step_between_measurements_has_the_last_rates_times_the_schedule():
@@ -110,7 +159,7 @@ def test_other_groups_keep_their_rate():
     assert rates.rates_of(head) is None
 
 
-@pytest.mark.parametrize("stop", [15, 27])  # before the first window of steps, and in the middle of one
+@pytest.mark.parametrize("stop", [7, 15, 27])  # among the measured steps, and between them
 def test_a_checkpoint_goes_on_to_the_same_weights(stop):
     whole = build()
     train(*whole[:3], 50)

@@ -8,11 +8,15 @@ second, say). How far would it move the layer's output y = W x + s·B A x, were 
 The rates are those at which each factor moves the output by the part ρ of itself, while A moves its own output z = A x
 by no more than the part κ (B starts at zero, so at first nothing else holds A back):
 
-    η_B = ρ·RMS(y) / d_B    η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z),      ρ = ρ₀ / number of adapted layers
+    η_B = ρ·RMS(y) / d_B    η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z)
 
-One pair serves all layers: the geometric means of these. ρ₀ is careful; where the steps of B go on in one direction for
-twenty steps, both rates are raised, to four times as much at most (`drift.py`). The schedule (warm-up and decay)
-multiplies both. How the constants were found, and what else was tried: docs/research/auto-rates.md.
+A step may move more the more terms of the loss it is averaged over, and each layer less the more layers move with it:
+
+    ρ = min(ρ₁·√n, ρ_max) / √L      for n loss terms (`movement.loss_terms`) and L adapted layers
+
+One pair serves all layers: the geometric means of these. Where κ alone holds A, its movement can run ahead of B's and A
+outgrows B; then the pair keeps its product, on which the loss depends most, and takes λ = η_B / η_A = 2. The schedule
+(warm-up and decay) multiplies both. How the constants were found, and what else was tried: docs/research/auto-rates.md.
 """
 
 from __future__ import annotations
@@ -26,7 +30,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraplus.drift import Drift, momentum_of
 from loraplus.errors import TrainerSetupError
 from loraplus.feature_updates import FeatureUpdates, LayerUpdate, twin_of
 from loraplus.movement import AdaptedLayer, Movement, StepWatcher, adapted_layers, factors, full, held, movement, rms
@@ -37,10 +40,16 @@ from loraplus.roles import Role, trainable_parameters
 class Rule:
     """The constants of the rule: the same for every model and task, so that a user sets none."""
 
-    output_part: float = 0.2  # ρ₀
+    output_part: float = 0.018  # ρ₁
+    most_output_part: float = 0.23  # ρ_max
     inner_part: float = 0.1  # κ
+    least_ratio: float = 2.0  # λ is not below
     measured_at_first: int = 10  # steps measured one after the other, before
     measured_every: int = 20  # … every so many
+
+    def part(self, loss_terms: float, layers: int) -> float:
+        """ρ: how far a step may move the output of one of `layers` layers, as a part of it."""
+        return min(self.output_part * math.sqrt(max(loss_terms, 1.0)), self.most_output_part) / math.sqrt(layers)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class LayerRates:
 class AutoRates(StepWatcher):
     """Sets η_A and η_B of an optimizer while it trains; install it once, and train as ever.
 
-    η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), raised together where steps drift
+    η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), λ = η_B / η_A ≥ 2
 
     Each is multiplied by what the scheduler makes of its own base rate; the rates that the optimizer was built with do
     not matter. Measured at the first steps and every twentieth one; a measured step is taken with the rates that it
@@ -86,8 +95,7 @@ class AutoRates(StepWatcher):
         self.steps = 0
         self.layer_rates: dict[str, LayerRates] = {}
         self.updates: FeatureUpdates | None = None
-        self._base_a = self._base_b = 0.0
-        self._drift = Drift(momentum_of(self._optimizer.param_groups[next(iter(self._roles))]))
+        self.lr_a = self.lr_b = 0.0  # without the schedule
         self._scheduled: list[Any] = []
         self._recorder.on = self._is_due()
         self._optimizer.loraplus_auto = self  # type: ignore[attr-defined]  # where `explain` finds the rates in use
@@ -97,34 +105,20 @@ class AutoRates(StepWatcher):
         super().remove()
         del self._optimizer.loraplus_auto  # type: ignore[attr-defined]
 
-    @property
-    def lr_a(self) -> float:
-        """η_A without the schedule."""
-        return self._base_a * self._drift.raised
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint has to hold."""
+        return {"lr_a": self.lr_a, "lr_b": self.lr_b, "steps": self.steps}
 
-    @property
-    def lr_b(self) -> float:
-        """η_B without the schedule."""
-        return self._base_b * self._drift.raised
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold; floats and, for the window of steps under way, B's weights at its start."""
-        state = {"base_a": self._base_a, "base_b": self._base_b, "steps": self.steps}
-        return {**state, "drift": self._drift.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Goes on from a checkpoint."""
-        self._base_a, self._base_b = float(state["base_a"]), float(state["base_b"])
+        self.lr_a, self.lr_b = float(state["lr_a"]), float(state["lr_b"])
         self.steps = int(state["steps"])
-        self._drift.load_state_dict(state["drift"], self._layers[0].weights[1].device)
         self._recorder.on = self._is_due()
 
     def summary(self) -> dict[str, Any]:
-        """The rates without the schedule, what drift raised them by, and what each layer asked for (without that)."""
+        """The rates without the schedule, and what each layer asks for."""
         layers = {name: {"lora_A": rates.lr_a, "lora_B": rates.lr_b} for name, rates in self.layer_rates.items()}
-        return {
-            "lr_a": self.lr_a, "lr_b": self.lr_b, "raised": self._drift.raised, "steps": self.steps, "layers": layers,
-        }  # fmt: skip
+        return {"lr_a": self.lr_a, "lr_b": self.lr_b, "steps": self.steps, "layers": layers}
 
     def rates_of(self, group: Mapping[str, Any]) -> tuple[float, float] | None:
         """(rate at this moment of the schedule, rate without schedule) of a group of A or B; None for any other."""
@@ -163,36 +157,37 @@ class AutoRates(StepWatcher):
                 for i, (weight, before) in enumerate(zip(now, self._before, strict=True)):
                     weight.copy_(before - part * self._rate(Role.B if i % 2 else Role.A) * proposed[i])
         super()._after_step(optimizer, args, kwargs)
-        self._drift.passed(_schedule_factor(self._groups()[0][1]))
         self.steps += 1
         self._recorder.on = self._is_due()
 
     def _measure(self, proposed: list[torch.Tensor], part: float) -> None:
+        device = proposed[0].device
+        (terms,) = _summed([self._recorder.loss_terms], device)
+        part_of_output = self.rule.part(terms, len(self._layers))
         moved: dict[str, Movement] = {}
         for i, entry in enumerate(self._layers):
             if entry.name in self._recorder.samples:
                 u_a, u_b = full(proposed[2 * i]), full(proposed[2 * i + 1])
                 moved[entry.name] = movement(entry, self._recorder.samples[entry.name], u_a, u_b)
-                self.layer_rates[entry.name] = self._asked_for(moved[entry.name], rms(u_a), rms(u_b))
+                asked_for = self._asked_for(moved[entry.name], rms(u_a), rms(u_b), part_of_output)
+                self.layer_rates[entry.name] = asked_for
         if not moved:
             raise TrainerSetupError(
                 "AutoRates saw no forward pass of the model before this step; give it the model that is trained"
             )
         found = [self.layer_rates[name] for name in moved]
-        device = proposed[0].device
-        self._base_a = _geometric_mean([rates.lr_a for rates in found], self._base_a, device)
-        self._base_b = _geometric_mean([rates.lr_b for rates in found], self._base_b, device)
-        if self.steps and self.steps % self.rule.measured_every == 0:
-            steps_of_b = [full(step) for step in proposed[1::2]]
-            size = self._base_b**2 * sum(float(step.square().sum()) for step in steps_of_b)
-            self._drift.look([full(entry.weights[1].detach()) for entry in self._layers], size)
+        self.lr_a, self.lr_b = _balanced(
+            _geometric_mean([rates.lr_a for rates in found], self.lr_a, device),
+            _geometric_mean([rates.lr_b for rates in found], self.lr_b, device),
+            self.rule.least_ratio,
+        )
         a, b = self.lr_a * part, self.lr_b * part
         self.updates = FeatureUpdates(
             tuple(LayerUpdate.from_movement(name, m.scaled(a, b)) for name, m in moved.items())
         )
 
-    def _asked_for(self, moved: Movement, rms_a: float, rms_b: float) -> LayerRates:
-        part = self.rule.output_part / len(self._layers)  # ρ; what is measured is d·RMS(u)
+    def _asked_for(self, moved: Movement, rms_a: float, rms_b: float, part: float) -> LayerRates:
+        # What is measured is d·RMS(u).
         lr_a = lr_b = None
         if rms_b and moved.delta2:
             lr_b = part * moved.output * rms_b / moved.delta2
@@ -205,12 +200,25 @@ class AutoRates(StepWatcher):
 def _geometric_mean(values: list[float | None], otherwise: float, device: torch.device) -> float:
     """Over the layers that gave a value, in all processes; `otherwise` if none did."""
     logs = [math.log(value) for value in values if value]
-    total, count = sum(logs), float(len(logs))
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        both = torch.tensor([total, count], dtype=torch.float32, device=device)
-        torch.distributed.all_reduce(both)
-        total, count = both.tolist()
+    total, count = _summed([sum(logs), float(len(logs))], device)
     return math.exp(total / count) if count else otherwise
+
+
+def _summed(values: list[float], device: torch.device) -> list[float]:
+    """Over all processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    sums = torch.tensor(values, dtype=torch.float32, device=device)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def _balanced(lr_a: float, lr_b: float, least_ratio: float) -> tuple[float, float]:
+    """The pair, or that of the same product with λ = least_ratio if its λ is below."""
+    if lr_a and lr_b < least_ratio * lr_a:
+        root = math.sqrt(lr_a * lr_b / least_ratio)
+        return root, least_ratio * root
+    return lr_a, lr_b
 
 
 def _schedule_factor(group: Mapping[str, Any]) -> float:

@@ -88,6 +88,8 @@ class Recorder:
     def __init__(self, model: nn.Module, layers: list[AdaptedLayer], tokens: int = TOKENS) -> None:
         self.on = False
         self.samples: dict[str, Sample] = {}
+        self.loss_terms = 0.0
+        self._counted = False
         self._tokens = tokens
         self._real: torch.Tensor | None = None
         self._handles = [model.register_forward_pre_hook(self._take_mask, with_kwargs=True)]
@@ -97,10 +99,16 @@ class Recorder:
         """Takes the hooks off the model."""
         for handle in self._handles:
             handle.remove()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what was recorded."""
         self.samples.clear()
+        self.loss_terms = 0.0
 
     def _take_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if self.on:
+            self._counted = False
             mask = kwargs.get("attention_mask")
             usable = isinstance(mask, torch.Tensor) and mask.dim() == 2
             self._real = mask.reshape(-1).nonzero().squeeze(1) if usable else None  # type: ignore[union-attr]
@@ -109,6 +117,8 @@ class Recorder:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if not self.on or not torch.is_grad_enabled():
                 return
+            if output.requires_grad:
+                output.register_hook(self._count)
             inputs, outputs = args[0].detach(), output.detach()
             if isinstance(getattr(module, "base_layer", module), nn.modules.conv._ConvNd):
                 rows, out_rows = inputs, outputs  # the first dimension counts examples, which are few
@@ -123,9 +133,33 @@ class Recorder:
 
         return keep
 
+    def _count(self, gradient: torch.Tensor) -> None:
+        if not self._counted:  # the layer nearest to the loss is the first that its gradient reaches
+            self._counted = True
+            self.loss_terms += loss_terms(gradient)
+
     @staticmethod
     def _evenly(count: int, device: torch.device, wanted: int) -> torch.Tensor:
         return torch.linspace(0, count - 1, min(count, wanted), device=device).long()
+
+
+def loss_terms(gradient: torch.Tensor) -> float:
+    r"""How many independent terms of a loss a gradient by a layer's output g comes from.
+
+    Σ_i (Σ_t ‖g_it‖)² / ‖Σ_t g_it‖² over examples i with positions t: 1 for an example whose positions are all drawn one
+    way (a label read off one position, or off the mean of all), T where each of T positions has a target of its own.
+
+    Args:
+        gradient: (examples, …, features); of two dimensions, every row is an example. Of a convolution's output
+            (examples, channels, …), each example counts once.
+    """
+    if gradient.dim() != 3:
+        return float(len(gradient))
+    g = gradient.detach().float()
+    alone, together = g.norm(dim=-1), g.sum(1).norm(dim=-1)
+    rows = (alone > 0).sum(-1)
+    terms = alone.sum(-1).square() / together.square().clamp_min(torch.finfo(torch.float32).tiny)
+    return float(torch.minimum(terms, rows).sum())
 
 
 class StepWatcher:
@@ -163,7 +197,7 @@ class StepWatcher:
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._before = []
-        self._recorder.samples.clear()
+        self._recorder.forget()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""What automatic rates cost: processor time a step, and peak memory, beside the same run at fixed rates.
+
+    python benchmarks/auto_overhead.py [SETTING …] [--steps 100] [--pairs 5]
+
+Both kinds of run are interleaved, each in a process of its own; the figures are medians over the pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from statistics import median
+
+from rates import chosen
+
+DEFAULT = ["minilm-products-b8", "lm64-editorials-linear-dropout", "decoder64-book-long"]
+
+
+def one_run(name: str, kind: str, steps: int) -> dict[str, float]:
+    """{"seconds": of processor time in the steps, "mib": peak of the process}."""
+    import torch
+    from rates_tasks import run
+
+    from loraplus import AutoRates
+
+    torch.set_num_threads(1)
+    times: list[float] = []
+
+    def prepare(model, optimizer):  # type: ignore[no-untyped-def]
+        if kind == "auto":
+            AutoRates(model, optimizer)
+        optimizer.register_step_post_hook(lambda *_: times.append(time.process_time()))
+        times.append(time.process_time())
+
+    run(replace(*chosen([name]), steps=steps), 0, 1e-3, 4.0, prepare)
+    return {"seconds": times[-1] - times[0], "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", default=DEFAULT)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--one", choices=("fixed", "auto"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        return print(json.dumps(one_run(options.settings[0], options.one, options.steps)))
+    for name in options.settings:
+        pairs = []
+        for _ in range(options.pairs):
+            pair = {}
+            for kind in ("fixed", "auto"):
+                command = [sys.executable, "-W", "ignore", __file__, name, "--steps", str(options.steps)]
+                done = subprocess.run([*command, "--one", kind], capture_output=True, text=True, check=True)
+                pair[kind] = json.loads(done.stdout.splitlines()[-1])
+            pairs.append(pair)
+        time_ratio = median(pair["auto"]["seconds"] / pair["fixed"]["seconds"] for pair in pairs)
+        memory = {kind: median(pair[kind]["mib"] for pair in pairs) for kind in ("fixed", "auto")}
+        print(f"{name}: {100 * (time_ratio - 1):+.1f}% processor time over {options.steps} steps, peak "
+              f"{memory['auto']:.0f} MiB against {memory['fixed']:.0f}", flush=True)  # fmt: skip
+    return None
+
+
+if __name__ == "__main__":
+    main()
