@@ -27,6 +27,18 @@ class UnknownAdapterParameterError(LoraPlusError, ValueError):
     """A trainable parameter looks like an adapter factor, and no layout recognises it."""
 
 
+class FlattenedParametersError(LoraPlusError, ValueError):
+    """FSDP has flattened parameters that need different rates into one."""
+
+
+class ParameterGroupError(LoraPlusError, ValueError):
+    """Parameter groups that leave out a parameter, hold one twice, or are no groups."""
+
+
+class OptimizerSetupError(LoraPlusError, ValueError):
+    """An optimizer class that cannot give A and B rates of their own, or cannot take some parameter."""
+
+
 class RateMismatchError(LoraPlusError, ValueError):
     """An optimizer does not give the parameters the rates that were asked for."""
 
