@@ -19,6 +19,7 @@ from loraplus.errors import (
     TrainerSetupError,
     UnknownAdapterParameterError,
 )
+from loraplus.existing_groups import split_groups
 from loraplus.feature_updates import FeatureUpdates, UpdateMonitor, feature_updates
 from loraplus.groups import RateTable, explain, param_groups, verify
 from loraplus.optimizer import create_loraplus_optimizer, create_optimizer
@@ -58,6 +59,7 @@ __all__ = [
     "feature_updates",
     "param_groups",
     "register_layout",
+    "split_groups",
     "verify",
 ]
 

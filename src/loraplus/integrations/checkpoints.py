@@ -103,7 +103,8 @@ def check_resume(checkpoint: Path, rates: Rates, *, auto: bool = False) -> None:
         )
     asked = asdict(rates)
     for name, value in asked.items():
-        if name == "lr" or saved.get(name) == value:
+        # A setting that this version has and the one that wrote the checkpoint did not was not in use.
+        if name == "lr" or (saved.get(name) or None) == (value or None):
             continue
         raise ResumeMismatchError(
             f"{checkpoint} was trained with {name} = {saved.get(name)}, this run asks for {value}; resume with "
