@@ -53,7 +53,8 @@ def create_optimizer(
         An instance of `optimizer_cls`.
 
     Raises:
-        OptimizerSetupError: the class takes one group only (LBFGS), or cannot train some parameter (Muon).
+        OptimizerSetupError: the class takes one group only (LBFGS) or one rate (Prodigy), or cannot train some
+            parameter (Muon).
         The errors of `param_groups`, and of `split_groups` with groups.
 
     Example:
@@ -74,13 +75,13 @@ def create_optimizer(
         made = split_groups(model, groups, lr_ratio, lr=lr, lr_ratio_overrides=lr_ratio_overrides)
         if weight_decay is not None:
             optimizer_kwargs["weight_decay"] = weight_decay
-    _check_class(model, optimizer_cls)
+    _check_class(model, optimizer_cls, made)
     optimizer = optimizer_cls(made, lr=lr, **optimizer_kwargs)  # type: ignore[call-arg]
     _keep_embeddings_in_32_bits(model, optimizer)
     return optimizer
 
 
-def _check_class(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer]) -> None:
+def _check_class(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]]) -> None:
     if issubclass(optimizer_cls, torch.optim.LBFGS):
         raise OptimizerSetupError(
             "LBFGS takes one parameter group, so A and B cannot have their own rates; use an optimizer that takes "
@@ -95,6 +96,12 @@ def _check_class(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer]) -
                 "freeze them, or give Muon the groups of loraplus.param_groups that hold matrices and AdamW the others "
                 "(docs/optimizers.md)"
             )
+    # prodigyopt's own error comes at the first step. Subclasses may step group by group, as `SplitProdigy` does.
+    if optimizer_cls.__module__.startswith("prodigyopt.") and len({float(group["lr"]) for group in groups}) > 1:
+        raise OptimizerSetupError(
+            f"{optimizer_cls.__name__} estimates one rate for all groups and takes none by group; use "
+            "loraplus.tasks.prodigy.SplitProdigy with lr=1 and lr_ratio=1, which estimates a rate for A and one for B"
+        )
 
 
 def _keep_embeddings_in_32_bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -151,7 +158,7 @@ def create_loraplus_optimizer(
     if paper_compatible:
         lr_embedding = LR_EMBEDDING if loraplus_lr_embedding is None else loraplus_lr_embedding
         groups = paper_groups(model, lr, loraplus_lr_ratio, decay, lr_embedding)
-        _check_class(model, optimizer_cls)
+        _check_class(model, optimizer_cls, groups)
         optimizer = optimizer_cls(groups, lr=lr, **optimizer_kwargs)  # type: ignore[call-arg]
         _keep_embeddings_in_32_bits(model, optimizer)
         return optimizer
