@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from loraplus import NoLoraFactorsError, Role, UnknownAdapterParameterError
-from loraplus.roles import trainable_parameters
+from loraplus.roles import register_layout, trainable_parameters, unregister_layout
 
 IN, OUT, RANK = 12, 20, 3
 
@@ -188,6 +188,16 @@ def test_lycoris_methods_with_other_products_are_errors_that_name_the_parameter(
     first = next(name for name, _ in module.named_parameters())
     with pytest.raises(UnknownAdapterParameterError, match=f"lycoris_layer.{first}"):
         trainable_parameters(nn.ModuleDict({"lycoris_layer": module}))
+
+
+def test_t_lora_as_the_docs_register_it():
+    module = nn.ModuleDict({"lycoris_layer": lycoris_module("TLoraModule")})
+    ends = {"q_layer.weight": Role.A, "p_layer.weight": Role.B, "lambda_layer": Role.OTHER}
+    register_layout("t-lora", lambda name, owner: next((ends[end] for end in ends if name.endswith(end)), None))
+    try:
+        assert roles(module) == {f"lycoris_layer.{end}": role for end, role in ends.items()}
+    finally:
+        unregister_layout("t-lora")
 
 
 @pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraplus.errors import InvalidRateError, RateMismatchError
+from loraplus.errors import FlattenedParametersError, InvalidRateError, RateMismatchError
 from loraplus.existing_groups import Groups, base_rates, refuse_beside_groups
 from loraplus.rates import DEFAULT_LR_RATIO, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, trainable_parameters
@@ -56,6 +56,7 @@ def param_groups(
 
     Raises:
         InvalidRateError: a rate that cannot be used, or a pattern that matches nothing.
+        FlattenedParametersError: FSDP1 has flattened what needs different rates or weight decays.
         NoTrainableParametersError, NoLoraFactorsError, UnknownAdapterParameterError: see `trainable_parameters`.
 
     Example:
@@ -84,6 +85,11 @@ def groups_for(parameters: list[TrainableParameter], rates: Rates, weight_decay:
     rates.check_overrides(parameters)
     groups: dict[str, dict[str, Any]] = {}
     for entry in parameters:
+        if weight_decay and entry.decays is None:
+            raise FlattenedParametersError(
+                f"FSDP has put a bias into one flat parameter with {entry.name}, so weight decay cannot leave it out; "
+                "wrap with FullyShardedDataParallel(..., use_orig_params=True), or use fully_shard (FSDP2)"
+            )
         name = rates.group_name(entry.role, entry.name)
         if weight_decay is not None and not entry.decays:
             name += "_no_decay"

@@ -3,7 +3,7 @@ r"""Adapter layouts: which parameter of which library is A, which is B.
 A frozen layer y = W x is corrected by a low-rank product, y = W x + s·B A x. **A reads the layer's input, B writes
 its output** (Hayou et al., arXiv 2402.12354, section 1); the factor that is zero in a fresh linear adapter is B. Where
 a library starts the other factor at zero (LyCORIS' LoKr), the place decides: the argument is about the sum over the
-layer's width that A takes, and it holds whichever of the two starts at zero (section 3).
+layer's width that A takes, and A takes it whichever of the two starts at zero.
 
 What stands between the factors is neither: KaSA's `lora_diag`, the r singular values in y = W x + s·B diag(d) A x, and
 the priors of MonteCLoRA's sampler read no layer's input and write no layer's output, so the argument about the width

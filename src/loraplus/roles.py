@@ -40,7 +40,7 @@ class TrainableParameter(NamedTuple):
     name: str
     parameter: nn.Parameter
     role: Role
-    decays: bool
+    decays: bool | None  # None: FSDP1 has flattened a weight, which decays, and a bias, which does not, into one
 
 
 def clean_name(name: str) -> str:
@@ -79,24 +79,24 @@ def _role(name: str, owner: nn.Module) -> Role:
     return Role.OTHER
 
 
-def _unflatten(name: str, flat: Any) -> tuple[str, Role, bool]:
-    """Name, role and weight decay of a FlatParameter whose parts all agree; FSDP1 keeps the list of its parts."""
+def _unflatten(name: str, flat: Any) -> tuple[str, Role, bool | None]:
+    """Name, role and weight decay of an FSDP1 FlatParameter, from the list that it keeps of its parts."""
     prefix = name.removesuffix(_FLAT)
-    found: dict[tuple[Role, bool], str] = {}
+    roles: dict[Role, str] = {}
+    decays: set[bool] = set()
     for info, part in zip(flat._param_infos, flat._fqns, strict=True):
         whole = clean_name(prefix + part)
-        in_layer_norm = isinstance(info.module, nn.LayerNorm)
-        decays = not in_layer_norm and not _NO_DECAY.search(whole.lower())
-        found.setdefault((_role(whole, info.module), decays), whole)
-    if len({role for role, _ in found}) > 1:
-        parts = ", ".join(f"{whole} ({role})" for (role, _), whole in found.items())
+        roles.setdefault(_role(whole, info.module), whole)
+        decays.add(not isinstance(info.module, nn.LayerNorm) and not _NO_DECAY.search(whole.lower()))
+    if len(roles) > 1:
         raise FlattenedParametersError(
-            f"FSDP has put parameters of several roles into one flat parameter, which can have one rate only: {parts}; "
-            "wrap with FullyShardedDataParallel(..., use_orig_params=True), use fully_shard (FSDP2), or wrap every "
-            "trainable layer by itself (peft.utils.other.fsdp_auto_wrap_policy)"
+            "FSDP has put parameters of several roles into one flat parameter, which can have one rate only: "
+            f"{', '.join(f'{whole} ({role})' for role, whole in roles.items())}; wrap with "
+            "FullyShardedDataParallel(..., use_orig_params=True), use fully_shard (FSDP2), or wrap every trainable "
+            "layer by itself (peft.utils.other.fsdp_auto_wrap_policy)"
         )
-    (role, _), whole = next(iter(found.items()))
-    return whole, role, all(decays for _, decays in found)
+    (role, whole), *_ = roles.items()
+    return whole, role, None if len(decays) > 1 else decays.pop()
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module, bool]]:
