@@ -45,6 +45,14 @@ def test_a_group_without_factors_comes_back_as_it_was():
     assert split["params"] == head["params"] and {**split, "params": 0} == {**head, "params": 0, "name": "group_1"}
 
 
+def test_a_rate_for_groups_without_one_reaches_what_is_no_factor_too():
+    model = adapted()
+    groups = loraplus.split_groups(model, [{"params": model.parameters()}], lr_ratio=2.0, lr=3e-4)
+    assert {g["name"]: g["lr"] for g in groups} == {
+        "group_0": 3e-4, "group_0/lora_A": 3e-4, "group_0/lora_B": 6e-4,
+    }  # fmt: skip
+
+
 def test_create_optimizer_takes_groups_and_verify_checks_them():
     model = adapted()
     groups = two_groups(model)

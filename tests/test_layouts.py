@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import loraplus
 from loraplus import NoLoraFactorsError, Role, UnknownAdapterParameterError
 from loraplus.roles import register_layout, trainable_parameters, unregister_layout
 
@@ -239,6 +240,9 @@ def test_a_litgpt_model():
     found = roles(model)
     assert set(found.values()) == {Role.A, Role.B}
     assert {name for name, role in found.items() if role is Role.B} == zero_at_start(model)
+    optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1e-3)
+    with pytest.raises(NoLoraFactorsError, match="to measure"):  # automatic rates know PEFT's layers only
+        loraplus.AutoRates(model, optimizer)
 
 
 @pytest.mark.parametrize("kind", ["LoRALinear", "DoRALinear"])

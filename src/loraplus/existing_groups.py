@@ -76,6 +76,8 @@ def _split(
 ) -> list[dict[str, Any]]:
     name = str(group.get("name", f"group_{index}"))
     options = {key: value for key, value in group.items() if key not in _PARAMETERS}
+    if lr is not None:
+        options.setdefault("lr", lr)
     parts: dict[str, dict[str, Any]] = {}
     for member in group["params"]:
         entry = entries.get(id(_tensor(member)))  # None: frozen

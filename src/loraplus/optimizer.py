@@ -75,8 +75,28 @@ def create_optimizer(
         made = split_groups(model, groups, lr_ratio, lr=lr, lr_ratio_overrides=lr_ratio_overrides)
         if weight_decay is not None:
             optimizer_kwargs["weight_decay"] = weight_decay
-    _check_class(model, optimizer_cls, made)
-    optimizer = optimizer_cls(made, lr=lr, **optimizer_kwargs)  # type: ignore[call-arg]
+    return build(model, optimizer_cls, made, lr=lr, **optimizer_kwargs)
+
+
+def build(
+    model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], **kwargs: Any
+) -> torch.optim.Optimizer:
+    """Builds `optimizer_cls` over groups that are made already; `create_optimizer` without the making.
+
+    Args:
+        model: whose parameters the groups hold.
+        optimizer_cls: the optimizer class.
+        groups: of `param_groups`, `groups_for`, `split_groups` or `paper_groups`.
+        **kwargs: passed on to the optimizer.
+
+    Returns:
+        An instance of `optimizer_cls`, with 32-bit states for embeddings if it has 8-bit ones.
+
+    Raises:
+        OptimizerSetupError: the class cannot take these groups.
+    """
+    _check_class(model, optimizer_cls, groups)
+    optimizer = optimizer_cls(groups, **kwargs)
     _keep_embeddings_in_32_bits(model, optimizer)
     return optimizer
 
@@ -97,7 +117,10 @@ def _check_class(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], g
                 "(docs/optimizers.md)"
             )
     # prodigyopt's own error comes at the first step. Subclasses may step group by group, as `SplitProdigy` does.
-    if optimizer_cls.__module__.startswith("prodigyopt.") and len({float(group["lr"]) for group in groups}) > 1:
+    if (
+        optimizer_cls.__module__.startswith("prodigyopt.")
+        and len({float(group["lr"]) for group in groups if "lr" in group}) > 1
+    ):
         raise OptimizerSetupError(
             f"{optimizer_cls.__name__} estimates one rate for all groups and takes none by group; use "
             "loraplus.tasks.prodigy.SplitProdigy with lr=1 and lr_ratio=1, which estimates a rate for A and one for B"
@@ -158,10 +181,7 @@ def create_loraplus_optimizer(
     if paper_compatible:
         lr_embedding = LR_EMBEDDING if loraplus_lr_embedding is None else loraplus_lr_embedding
         groups = paper_groups(model, lr, loraplus_lr_ratio, decay, lr_embedding)
-        _check_class(model, optimizer_cls, groups)
-        optimizer = optimizer_cls(groups, lr=lr, **optimizer_kwargs)  # type: ignore[call-arg]
-        _keep_embeddings_in_32_bits(model, optimizer)
-        return optimizer
+        return build(model, optimizer_cls, groups, lr=lr, **optimizer_kwargs)
     return create_optimizer(
         model, optimizer_cls, lr=lr, lr_ratio=loraplus_lr_ratio, weight_decay=decay,
         lr_embedding=loraplus_lr_embedding, **optimizer_kwargs,
