@@ -13,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from stacks_cases import adapted
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -72,6 +71,8 @@ def whole_weights(model: nn.Module, wrapping: str) -> dict[str, torch.Tensor]:
 
 
 def worker(rank: int, wrapping: str, who: str, folder: str) -> None:
+    from stacks_cases import adapted  # takes seconds to import, which the parent process need not spend
+
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
