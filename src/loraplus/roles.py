@@ -21,7 +21,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from loraplus.errors import NoLoraFactorsError, NoTrainableParametersError, UnknownAdapterParameterError
+from loraplus.errors import (
+    NoLoraFactorsError,
+    NoTrainableParametersError,
+    TrainerSetupError,
+    UnknownAdapterParameterError,
+)
 
 
 class Role(StrEnum):
@@ -43,6 +48,8 @@ FACTORS = frozenset({Role.A, Role.B, Role.EMBEDDING_A, Role.EMBEDDING_B})
 Recogniser = Callable[[str, nn.Module], "Role | None"]
 """Takes a parameter's clean name and the module that owns it; returns its role, or None if the layout is another."""
 
+# FSDP1 with use_orig_params=False: one flat parameter for all that was wrapped together.
+_FLAT = "_flat_param"
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -73,8 +80,8 @@ def clean_name(name: str) -> str:
 _PEFT_PATTERNS: tuple[tuple[re.Pattern[str], Role], ...] = tuple(
     (re.compile(rf"(?:^|\.){pattern}$"), role)
     for pattern, role in (
-        (r"lora_A\.[^.]+(?:\.weight)?", Role.A),
-        (r"lora_B\.[^.]+(?:\.weight)?", Role.B),
+        (rf"lora_A\.[^.]+(?:\.(?:weight|{_FLAT}))?", Role.A),
+        (rf"lora_B\.[^.]+(?:\.(?:weight|{_FLAT}))?", Role.B),
         (r"lora_embedding_A\.[^.]+", Role.EMBEDDING_A),
         (r"lora_embedding_B\.[^.]+", Role.EMBEDDING_B),
         (r"lora_magnitude_vector\.[^.]+(?:\.weight)?", Role.MAGNITUDE),
@@ -131,6 +138,11 @@ def _role(name: str, owner: nn.Module) -> Role:
         role = recognise(name, owner)
         if role is not None:
             return role
+    if name.rpartition(".")[2] == _FLAT:
+        raise TrainerSetupError(
+            f"FSDP has flattened A and B into one parameter ({name}), which can have one rate only; wrap the model "
+            "with use_orig_params=True, or each factor on its own (peft's fsdp_auto_wrap_policy), or use fully_shard"
+        )
     # The last two or three components hold a factor's name in every layout; earlier ones are the user's own modules.
     if any(_LOOKS_LIKE_FACTOR.search(part) for part in name.split(".")[-3:]):
         raise UnknownAdapterParameterError(
@@ -171,6 +183,7 @@ def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
         NoTrainableParametersError: every parameter is frozen.
         NoLoraFactorsError: something trains, but no LoRA factor.
         UnknownAdapterParameterError: a parameter looks like a factor and no layout recognises it.
+        TrainerSetupError: FSDP1 has flattened A and B into one parameter.
     """
     found = []
     for full_name, parameter, owner, in_layer_norm in _walk(model):
