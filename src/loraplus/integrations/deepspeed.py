@@ -36,8 +36,8 @@ def check_deepspeed_config(config: Mapping[str, Any] | str | Path) -> None:
     if content.get("optimizer"):
         raise TrainerSetupError(
             f'the DeepSpeed configuration has an "optimizer" ({_type(content["optimizer"])}), which replaces the one '
-            "with LoRA+ groups; remove that block: the trainer's optim and learning_rate are used, or in a loop of your "
-            "own deepspeed.initialize(optimizer=loraplus.create_optimizer(...))"
+            "with LoRA+ groups; remove that block: the trainer's optim and learning_rate are used, or in a loop of "
+            "your own deepspeed.initialize(optimizer=loraplus.create_optimizer(...))"
         )
     scheduler = content.get("scheduler")
     if scheduler and _type(scheduler) not in KEEPS_THE_RATIO:
