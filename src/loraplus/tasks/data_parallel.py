@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -112,6 +113,24 @@ class DataParallelTrainer(LoraPlusTrainer):
 
         parts = PartsOfBatches(order, batch_size, self.args.process_index, ranks)
         return DataLoader(_Weighted(rows), batch_sampler=parts, collate_fn=collate)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """All of the validation data in every process: Trainer's mean over uneven shares is not that of one process."""
+        if self.args.world_size == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, each process by itself."""
+        if self.args.world_size > 1:
+            self.gather_function = self._own_results
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _own_results(self, values: torch.Tensor, **_: Any) -> torch.Tensor:
+        state = self.accelerator.gradient_state  # as in one process: a last batch counts by its own size
+        return values[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else values
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
