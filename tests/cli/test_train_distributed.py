@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 SOURCE = Path(__file__).parents[2] / "src"
+# With --cpu Accelerate's launcher starts one process unless there is MPI.
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     "accelerate": [
-        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
         "no", "--dynamo_backend", "no", "--main_process_port", "0", "--num_cpu_threads_per_process", "1",
     ],
     "one process": [],
@@ -37,7 +38,7 @@ def start(launcher: str, model, data, output, *more: object) -> subprocess.Popen
     )
 
 
-def finished(process: subprocess.Popen[str], limit: float = 200) -> tuple[str, str]:
+def finished(process: subprocess.Popen[str], limit: float = 120) -> tuple[str, str]:
     try:
         return process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
