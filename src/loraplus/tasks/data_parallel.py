@@ -41,11 +41,11 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
+def any_process(flag: bool, args: Any) -> bool:
     """Whether the flag is set in at least one process; the same answer in all, so that all stop at the same step."""
     if not torch.distributed.is_initialized():
         return flag
-    flags = torch.tensor(float(flag), device=device)
+    flags = torch.tensor(float(flag), device=args.device)
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
     return bool(flags.item())
 

@@ -38,7 +38,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         # A launcher's signal reaches its processes at different steps; all stop at the same one.
-        if any_process(self.stopped.is_set(), args.device) and state.global_step < state.max_steps:
+        if any_process(self.stopped.is_set(), args) and state.global_step < state.max_steps:
             self.stopped.set()
             control.should_log = True  # before it saves, so that a loss that is NaN is seen
             control.should_save = True
