@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from matrix import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401  (hooks: what ran, as a table)
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, PreTrainedModel
 
 torch.set_num_threads(1)

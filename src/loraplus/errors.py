@@ -61,3 +61,7 @@ class InputError(LoraPlusError, ValueError):
 
 class InterruptedRun(LoraPlusError):
     """The user interrupted a run; what was done is saved. The message says how to go on."""
+
+
+class LostProcessError(InterruptedRun):
+    """Another process of a run ended before its time. The message says how to go on."""

@@ -7,7 +7,7 @@ raises if a parameter has another rate than the one asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -178,6 +178,23 @@ def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *,
     return _as_float(group.get("initial_lr", group.get("lr")) if base else group.get("lr"))
 
 
+def _parameters_by_group(optimizer: Any) -> Iterator[tuple[int, list[Any]]]:
+    """(index of a group, the model's parameters in it). DeepSpeed's groups hold flat copies; it keeps the originals."""
+    zero = optimizer
+    while zero is not None:
+        if hasattr(zero, "sub_group_to_group_id"):  # ZeRO-3
+            for index, parameters in enumerate(zero.fp16_groups):
+                yield zero.sub_group_to_group_id[index], parameters
+            return
+        originals = getattr(zero, "bit16_groups", None) or getattr(zero, "bf16_groups", None)  # ZeRO-1/2; bf16 alone
+        if originals is not None:
+            yield from enumerate(originals)
+            return
+        zero = getattr(zero, "optimizer", None)
+    for index, group in enumerate(optimizer.param_groups):
+        yield index, group["params"]
+
+
 def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
     """Reads back which role, rate and weight decay every trainable parameter has in any optimizer.
 
@@ -196,9 +213,9 @@ def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
         >>> print(loraplus.explain(model, optimizer))  # doctest: +SKIP
     """
     group_of = {
-        id(parameter): (index, group)
-        for index, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
+        id(parameter): (index, optimizer.param_groups[index])
+        for index, parameters in _parameters_by_group(optimizer)
+        for parameter in parameters
     }
     entries = []
     for entry in trainable_parameters(model):
@@ -211,7 +228,7 @@ def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
                 lr=rate_of_group(optimizer, group),
                 base_lr=rate_of_group(optimizer, group, base=True),
                 weight_decay=_as_float(group.get("weight_decay")),
-                parameters=entry.parameter.numel(),
+                parameters=getattr(entry.parameter, "ds_numel", entry.parameter.numel()),  # ZeRO-3 holds a part here
             )
         )
     return RateTable(tuple(entries))

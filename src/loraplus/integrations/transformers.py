@@ -24,6 +24,7 @@ from loraplus.errors import InvalidRateError, TrainerSetupError
 from loraplus.feature_updates import UpdateMonitor
 from loraplus.groups import groups_for, rate_of_group
 from loraplus.integrations.checkpoints import check_resume, read_auto_state, write_auto_state, write_rates
+from loraplus.integrations.deepspeed import check_plugin
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.roles import Role, trainable_parameters
 
@@ -267,7 +268,8 @@ def attach(
         The same trainer.
 
     Raises:
-        TrainerSetupError: not a Trainer, or its optimizer exists already.
+        TrainerSetupError: not a Trainer, its optimizer exists already, or a DeepSpeed configuration that would take the
+            rates over.
         InvalidRateError, NoLoraFactorsError, …: as `loraplus.param_groups`, here rather than in `.train()`.
 
     Example:
@@ -295,6 +297,7 @@ def _set_up(trainer: Any, settings: RateSettings) -> None:
             f"{type(trainer).__name__} has an optimizer already, so its rates are fixed; leave out `optimizers=` and "
             "set LoRA+ up before .train()"
         )
+    check_plugin(trainer.accelerator)
     trainer.loraplus_settings, trainer._rates = settings, None
     rates = trainer.loraplus_rates
     if trainer.model is not None and trainer.model_init is None:
