@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import ranks
 import torch
@@ -10,6 +12,8 @@ from transformers import get_linear_schedule_with_warmup
 from stacks import wrapping
 from stacks.contract import RATIO, STEPS, WARMUP, expected_decay, expected_lr
 from stacks.models import classifier
+
+DECAY = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +30,11 @@ def results(tmp_path_factory):
     return find
 
 
-@pytest.fixture(scope="module")
-def alone():
+@functools.cache
+def alone(weight_decay: float):
     """The weights that one process arrives at with the whole batches."""
     model = classifier()
-    optimizer = wrapping.optimizer_of(model)
+    optimizer = wrapping.optimizer_of(model, weight_decay)
     scheduler = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
     data = wrapping.batches(0, 1)
     for step in range(STEPS):
@@ -41,28 +45,29 @@ def alone():
     return wrapping.whole_weights("alone", model)
 
 
-def rates(results, alone):
+def rates(kind, results):
     for result in results:
-        # A flat parameter has one decay, that of a weight.
-        unflat = {name.replace("_flat_param", "weight"): entry for name, entry in result["rates"].items()}
-        missing = alone.keys() - unflat.keys()
-        assert unflat.keys() <= alone.keys() and all(
-            name.endswith("classifier.modules_to_save.default.bias") for name in missing
+        missing = alone(DECAY).keys() - result["rates"].keys()  # a flat parameter goes by the name of its first part
+        assert result["rates"].keys() <= alone(DECAY).keys()
+        assert all(
+            kind == "fsdp1-flat" and name.endswith("classifier.modules_to_save.default.bias") for name in missing
         )
-        for name, entry in unflat.items():
-            assert (entry["base_lr"], entry["weight_decay"]) == (expected_lr(name), expected_decay(name)), name
+        for name, entry in result["rates"].items():
+            decay = wrapping.DECAY.get(kind, expected_decay(name))
+            assert (entry["base_lr"], entry["weight_decay"]) == (expected_lr(name), decay), name
             assert entry["lr"] == pytest.approx(entry["base_lr"] / 2)  # half-way through the warm-up
 
 
-def same_adapter(results, alone):
+def same_adapter(kind, results):
     one, two = (result["weights"] for result in results)
-    assert one.keys() == two.keys() == alone.keys()
-    for name, value in alone.items():
+    expected = alone(wrapping.DECAY.get(kind, DECAY))
+    assert one.keys() == two.keys() == expected.keys()
+    for name, value in expected.items():
         assert torch.equal(one[name], two[name]), name
         torch.testing.assert_close(one[name], value, rtol=2e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def tampered(results, alone):
+def tampered(kind, results):
     for result in results:
         assert "lora_B" in result["tampered"] and f"lr_ratio = {RATIO:g}" in result["tampered"]
 
@@ -73,10 +78,10 @@ PROPERTIES = {"rates": rates, "same_adapter": same_adapter, "tampered": tampered
 # `verify` is called in each process, in warm-up and at the end: a run that gives results has passed it.
 @pytest.mark.parametrize("property_", PROPERTIES)
 @pytest.mark.parametrize("kind", [pytest.param(k, id=k, marks=pytest.mark.xdist_group(k)) for k in wrapping.BUILD])
-def test_stack(kind, property_, results, alone):
-    PROPERTIES[property_](results(kind), alone)
+def test_stack(kind, property_, results):
+    PROPERTIES[property_](kind, results(kind))
 
 
 def test_fsdp_that_flattens_a_and_b_together_is_refused_with_what_to_do(tmp_path):
     for message in ranks.run(wrapping.flattened_together, tmp_path):
-        assert message.startswith("TrainerSetupError") and "use_orig_params=True" in message
+        assert message.startswith("FlattenedParametersError") and "use_orig_params=True" in message

@@ -28,8 +28,12 @@ def batches(rank: int, ranks: int) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return loraplus.create_optimizer(model, torch.optim.AdamW, lr=LR, lr_ratio=RATIO, weight_decay=0.1)
+# A head's weight and bias lie in one flat parameter, which has one decay: loraplus refuses any but 0 there.
+DECAY = {"fsdp1-flat": 0.0}
+
+
+def optimizer_of(model: torch.nn.Module, weight_decay: float = 0.1) -> torch.optim.Optimizer:
+    return loraplus.create_optimizer(model, torch.optim.AdamW, lr=LR, lr_ratio=RATIO, weight_decay=weight_decay)
 
 
 def ddp() -> tuple[Any, Any]:
@@ -37,7 +41,7 @@ def ddp() -> tuple[Any, Any]:
     return model, optimizer_of(model)
 
 
-def fsdp1(*, use_orig_params: bool, policy: bool) -> tuple[Any, Any]:
+def fsdp1(*, use_orig_params: bool, policy: bool, weight_decay: float = 0.1) -> tuple[Any, Any]:
     from peft.utils.other import fsdp_auto_wrap_policy
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -46,7 +50,7 @@ def fsdp1(*, use_orig_params: bool, policy: bool) -> tuple[Any, Any]:
         model, use_orig_params=use_orig_params, device_id=torch.device("cpu"),
         auto_wrap_policy=fsdp_auto_wrap_policy(model) if policy else None,
     )  # fmt: skip
-    return model, optimizer_of(model)  # as Trainer does: after wrapping
+    return model, optimizer_of(model, weight_decay)  # as Trainer does: after wrapping
 
 
 def fsdp2() -> tuple[Any, Any]:
@@ -79,7 +83,7 @@ def zero(stage: int, **more: Any) -> tuple[Any, Any]:
 BUILD = {
     "ddp": ddp,
     "fsdp1": lambda: fsdp1(use_orig_params=True, policy=False),
-    "fsdp1-flat": lambda: fsdp1(use_orig_params=False, policy=True),
+    "fsdp1-flat": lambda: fsdp1(use_orig_params=False, policy=True, weight_decay=DECAY["fsdp1-flat"]),
     "fsdp2": fsdp2,
     "zero1": lambda: zero(1),
     "zero2": lambda: zero(2),

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from loraplus.errors import TrainerSetupError
+from loraplus.errors import ResumeMismatchError, TrainerSetupError
 from loraplus.groups import verify
 from loraplus.integrations.checkpoints import LOOP_WAY, auto_rates, check_record, rates_in_use, rates_record
 from loraplus.integrations.pytorch import rates_for_log
@@ -15,6 +15,9 @@ from loraplus.rates import DEFAULT_LR_RATIO, Rates
 
 RECORD = "loraplus"
 """Key of the rates in a Lightning checkpoint."""
+
+AUTO = "loraplus_auto"
+"""Key of what automatic rates need to go on."""
 
 
 class LoraPlusCallback(Callback):
@@ -29,6 +32,7 @@ class LoraPlusCallback(Callback):
         loraplus_lr_magnitude: rate of DoRA's magnitudes. Default: lr.
         loraplus_lr_overrides: {regular expression: factor} on parameter names; they start with the attribute that
             holds the model in the LightningModule.
+        loraplus_lr_ratio_overrides: {regular expression: λ} on names of B factors.
 
     Raises:
         RateMismatchError: when training starts, if a parameter has another rate.
@@ -47,6 +51,7 @@ class LoraPlusCallback(Callback):
         loraplus_lr_head: float | None = None,
         loraplus_lr_magnitude: float | None = None,
         loraplus_lr_overrides: Mapping[str, float] | None = None,
+        loraplus_lr_ratio_overrides: Mapping[str, float] | None = None,
     ) -> None:
         self._asked: dict[str, Any] = {
             "lr_ratio": loraplus_lr_ratio,
@@ -54,10 +59,11 @@ class LoraPlusCallback(Callback):
             "lr_head": loraplus_lr_head,
             "lr_magnitude": loraplus_lr_magnitude,
             "lr_overrides": loraplus_lr_overrides,
+            "lr_ratio_overrides": loraplus_lr_ratio_overrides,
         }
         self._rates: Rates | None = None
         self._auto: Any = None
-        self._loaded: tuple[Any] | None = None
+        self._loaded: tuple[Any, Any] | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Checks what `configure_optimizers` built; Lightning loads the optimizer's state after this."""
@@ -74,8 +80,8 @@ class LoraPlusCallback(Callback):
         self._check_resume(trainer)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keeps the record of a checkpoint until the rates of this run are known."""
-        self._loaded = (checkpoint.get(RECORD),)
+        """Keeps what a checkpoint says of its rates until those of this run are known."""
+        self._loaded = (checkpoint.get(RECORD), checkpoint.get(AUTO))
         if self._rates is not None:  # FSDP and DeepSpeed load after the optimizer is built
             self._check_resume(trainer)
 
@@ -84,7 +90,7 @@ class LoraPlusCallback(Callback):
         if self._rates is not None:
             checkpoint[RECORD] = rates_record(self._rates, pl_module, self._auto)
             if self._auto is not None:
-                checkpoint[f"{RECORD}_auto"] = self._auto.state_dict()
+                checkpoint[AUTO] = self._auto.state_dict()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Logs the rates that the step is taken with."""
@@ -92,6 +98,13 @@ class LoraPlusCallback(Callback):
 
     def _check_resume(self, trainer: Any) -> None:
         if self._loaded is not None and self._rates is not None:
-            (saved,), self._loaded = self._loaded, None
+            (saved, auto_state), self._loaded = self._loaded, None
             where = str(trainer.ckpt_path or "the checkpoint")
             check_record(saved, self._rates, where, LOOP_WAY, auto=self._auto is not None)
+            if self._auto is not None:
+                if auto_state is None:
+                    raise ResumeMismatchError(
+                        f"{where} has no state of its automatic rates, so they cannot go on; resume from another "
+                        f"checkpoint, {LOOP_WAY}"
+                    )
+                self._auto.load_state_dict(auto_state)

@@ -36,6 +36,7 @@ class LoraPlusOptimizer:
         loraplus_lr_head: rate of `modules_to_save`. Default: lr.
         loraplus_lr_magnitude: rate of DoRA's magnitudes. Default: lr.
         loraplus_lr_overrides: {regular expression: factor} on parameter names.
+        loraplus_lr_ratio_overrides: {regular expression: λ} on names of B factors.
         weight_decay: decay of all but biases and norms. None: the optimizer's own default, on every parameter.
         **optimizer_kwargs: passed on (betas, eps, …).
 
@@ -63,13 +64,14 @@ class LoraPlusOptimizer:
         loraplus_lr_head: float | None = None,
         loraplus_lr_magnitude: float | None = None,
         loraplus_lr_overrides: Mapping[str, float] | None = None,
+        loraplus_lr_ratio_overrides: Mapping[str, float] | None = None,
         weight_decay: float | None = None,
         **optimizer_kwargs: Any,
     ) -> torch.optim.Optimizer:
         optimizer = create_optimizer(
             model, optimizer_cls, lr=lr, lr_ratio=loraplus_lr_ratio, weight_decay=weight_decay,
             lr_embedding=loraplus_lr_embedding, lr_head=loraplus_lr_head, lr_magnitude=loraplus_lr_magnitude,
-            lr_overrides=loraplus_lr_overrides, **optimizer_kwargs,
+            lr_overrides=loraplus_lr_overrides, lr_ratio_overrides=loraplus_lr_ratio_overrides, **optimizer_kwargs,
         )  # fmt: skip
         guard_resume(optimizer)
         return optimizer

@@ -67,12 +67,15 @@ def _refuse_other_rates(optimizer: torch.optim.Optimizer, state: Mapping[str, An
             f"the checkpoint's optimizer has the groups {', '.join(saved)}, this run's has {', '.join(now)}; resume "
             f"with the settings that it was trained with, {LOOP_WAY}"
         )
-    (lr, factors), (old_lr, old_factors) = _relative(now), _relative(saved)
-    for name, factor in factors.items():
-        if not math.isclose(factor, old_factors[name], rel_tol=_RELATIVE_TOLERANCE):
+    lr, old_lr = _rate_of_a(now), _rate_of_a(saved)
+    if not (lr and old_lr):  # in a warm-up set by hand, without initial_lr: a rate of 0 says nothing of the ratio
+        return
+    for name in now:
+        factor, old_factor = now[name] / lr, saved[name] / old_lr
+        if not math.isclose(factor, old_factor, rel_tol=_RELATIVE_TOLERANCE):
             raise ResumeMismatchError(
-                f"the checkpoint was trained with {name} at {old_factors[name]:.6g} times A's rate, this run asks for "
-                f"{factor:.6g}; resume with {old_factors[name]:.6g}, {LOOP_WAY}"
+                f"the checkpoint was trained with {name} at {old_factor:.6g} times A's rate, this run asks for "
+                f"{factor:.6g}; resume with {old_factor:.6g}, {LOOP_WAY}"
             )
     if not math.isclose(lr, old_lr, rel_tol=_RELATIVE_TOLERANCE):
         warnings.warn(
@@ -89,7 +92,5 @@ def _base_rates(groups: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _relative(rates: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """(A's rate, every group's rate over it); all at 0, as in a warm-up set by hand, says nothing of the ratio."""
-    lr = next((rate for name, rate in rates.items() if name.startswith(Role.A)), next(iter(rates.values())))
-    return lr, {name: rate / lr for name, rate in rates.items()} if lr else dict.fromkeys(rates, math.nan)
+def _rate_of_a(rates: Mapping[str, float]) -> float:
+    return next((rate for name, rate in rates.items() if name.startswith(Role.A)), next(iter(rates.values())))

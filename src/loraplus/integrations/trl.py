@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import Trainer
 
-from loraplus.errors import TrainerSetupError
-from loraplus.integrations.transformers import attach
+from loraplus.integrations.transformers import attach, overrides_from
 from loraplus.rates import DEFAULT_LR_RATIO
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -25,6 +23,7 @@ class LoraPlusArguments:
         loraplus_lr_head: rate of `modules_to_save`. Default: learning_rate.
         loraplus_lr_magnitude: rate of DoRA's magnitudes. Default: learning_rate.
         loraplus_lr_overrides: {regular expression: factor} as JSON text.
+        loraplus_lr_ratio_overrides: {regular expression: λ} on names of B factors, as JSON text.
         loraplus_auto_rates: η_A and η_B are set by `AutoRates`.
 
     Example:
@@ -38,6 +37,7 @@ class LoraPlusArguments:
     loraplus_lr_head: float | None = field(default=None, metadata={"help": "Rate of modules_to_save."})
     loraplus_lr_magnitude: float | None = field(default=None, metadata={"help": "Rate of DoRA's magnitudes."})
     loraplus_lr_overrides: str | None = field(default=None, metadata={"help": "{regex: factor} as JSON."})
+    loraplus_lr_ratio_overrides: str | None = field(default=None, metadata={"help": "{regex: λ} for B, as JSON."})
     loraplus_auto_rates: bool = field(default=False, metadata={"help": "Set η_A and η_B automatically."})
 
     def attach(self, trainer: AnyTrainer) -> AnyTrainer:
@@ -53,18 +53,6 @@ class LoraPlusArguments:
             lr_embedding=self.loraplus_lr_embedding,
             lr_head=self.loraplus_lr_head,
             lr_magnitude=self.loraplus_lr_magnitude,
-            lr_overrides=self._overrides(),
+            lr_overrides=overrides_from("loraplus_lr_overrides", self.loraplus_lr_overrides),
+            lr_ratio_overrides=overrides_from("loraplus_lr_ratio_overrides", self.loraplus_lr_ratio_overrides),
         )
-
-    def _overrides(self) -> dict[str, float] | None:
-        if self.loraplus_lr_overrides is None:
-            return None
-        try:
-            found: Any = json.loads(self.loraplus_lr_overrides)
-        except json.JSONDecodeError as error:
-            raise TrainerSetupError(f"loraplus_lr_overrides is not JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise TrainerSetupError(
-                f'loraplus_lr_overrides must be like {{"value": 0.5}}; got {self.loraplus_lr_overrides}'
-            )
-        return found
