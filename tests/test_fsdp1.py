@@ -1,6 +1,6 @@
 """FSDP1: shards are 1-D and names grow; flat parameters are read where they hold one role, and refused where not.
 
-One process is enough for that; two of them are in the cases of tests/test_scoreboard.py.
+One process is enough for that; two of them are in tests/stacks/test_wrapping.py.
 """
 
 from __future__ import annotations
