@@ -1,13 +1,33 @@
-"""Prints what ran of the stacks' contract as a table, stack × property: ✓, skipped, or ✗."""
+"""What ran of the stacks' contract as a table, stack × property: ✓, skipped, or ✗; and how work is shared out."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+import pytest
+
 _ID = re.compile(r"::test_stack\[(?P<stack>.+)-(?P<property>[^-]+)\]$")
 _cells: dict[tuple[str, str], str] = {}
 _skipped: dict[str, str] = {}
+
+
+def scope(nodeid: str) -> str:
+    """What one process has to run together: the tests of a stack, or of a file, which share runs and fixtures."""
+    found = _ID.search(nodeid)
+    return found["stack"] if found else nodeid.split("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    # Not xdist's own groups: xdist 3.8 writes them into names that pytest 9.2 does not read, so nothing is grouped.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByStackAndFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope(nodeid)
+
+    return ByStackAndFile(config, log)
 
 
 def pytest_runtest_logreport(report: Any) -> None:

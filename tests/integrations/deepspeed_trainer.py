@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from stacks.wrapping import deepspeed_on_cpu
 
 import loraplus
 from integrations.test_transformers import Tokens, adapted, common
@@ -23,7 +24,7 @@ def trainer(folder: str, config: dict[str, Any]) -> Any:
 
 
 def refused_then_trained(folder: str) -> dict[str, Any]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed_on_cpu()
     messages = {}
     for name, block in (("optimizer", OPTIMIZER), ("scheduler", WARMUP)):
         try:

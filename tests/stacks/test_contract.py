@@ -186,8 +186,8 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Stack], Runs]
     return find
 
 
-# One stack's tests stay in one process: they share its runs.
+# One stack's tests stay in one process (tests/matrix.py): they share its runs.
 @pytest.mark.parametrize("property_", PROPERTIES)
-@pytest.mark.parametrize("stack", [pytest.param(s, id=s.name, marks=pytest.mark.xdist_group(s.name)) for s in STACKS])
+@pytest.mark.parametrize("stack", STACKS, ids=lambda stack: stack.name)
 def test_stack(stack, property_, runs_of):
     PROPERTIES[property_](runs_of(stack))

@@ -77,7 +77,7 @@ PROPERTIES = {"rates": rates, "same_adapter": same_adapter, "tampered": tampered
 
 # `verify` is called in each process, in warm-up and at the end: a run that gives results has passed it.
 @pytest.mark.parametrize("property_", PROPERTIES)
-@pytest.mark.parametrize("kind", [pytest.param(k, id=k, marks=pytest.mark.xdist_group(k)) for k in wrapping.BUILD])
+@pytest.mark.parametrize("kind", wrapping.BUILD)
 def test_stack(kind, property_, results):
     PROPERTIES[property_](kind, results(kind))
 

@@ -63,10 +63,18 @@ def fsdp2() -> tuple[Any, Any]:
     return model, optimizer_of(model)
 
 
-def zero(stage: int, **more: Any) -> tuple[Any, Any]:
+def deepspeed_on_cpu() -> Any:
+    """DeepSpeed without the collectives that it compiles itself: that takes minutes, and a rank that is killed
+    meanwhile leaves a lock that all later runs wait for."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def zero(stage: int, **more: Any) -> tuple[Any, Any]:
+    deepspeed = deepspeed_on_cpu()
     from loraplus.integrations.deepspeed import check_deepspeed_config
 
     config = {
