@@ -9,8 +9,8 @@ import loraplus
 
 # Left to right, as in the picture.
 ORDER = (
-    "errors roles rates groups optimizer movement feature_updates auto integrations tasks inspection study report "
-    "compare cli"
+    "errors layouts roles rates existing_groups groups paper optimizer movement feature_updates auto integrations "
+    "tasks inspection study report compare cli"
 ).split()
 
 

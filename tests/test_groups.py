@@ -88,6 +88,39 @@ def test_overrides_multiply_the_rates_of_matching_names():
         loraplus.param_groups(model, 1e-3, lr_overrides={"nowhere": 2.0})
 
 
+def test_ratios_can_differ_by_name_and_verify_checks_them():
+    model = adapted()
+    ratios = {r"query": 4.0, r"layer\.0\..*value": 2.0}
+    groups = loraplus.param_groups(model, 1e-3, 16.0, lr_ratio_overrides=ratios, lr_overrides={"query": 0.5})
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates == pytest.approx({
+        "lora_A_x0.5": 5e-4, "lora_B_ratio4_x0.5": 2e-3, "lora_A": 1e-3, "lora_B_ratio2": 2e-3, "lora_B": 16e-3,
+        "head": 1e-3,
+    })  # fmt: skip
+    optimizer = loraplus.create_optimizer(model, lr=1e-3, lr_ratio=16.0, lr_ratio_overrides=ratios)
+    loraplus.verify(model, optimizer, lr_ratio=16.0, lr_ratio_overrides=ratios)
+    assert {e.lr for e in loraplus.explain(model, optimizer).entries if ".query.lora_B" in e.name} == {4e-3}
+    with pytest.raises(loraplus.RateMismatchError, match="query.lora_B"):
+        loraplus.verify(model, optimizer, lr_ratio=16.0)
+    with pytest.raises(loraplus.RateMismatchError, match="query.lora_B"):
+        loraplus.verify(model, optimizer, lr_ratio=16.0, lr_ratio_overrides={**ratios, "query": 8.0})
+
+
+@pytest.mark.parametrize(
+    ("ratios", "message"),
+    [
+        ({"lora_A": 4.0}, "matches no B factor"),
+        ({"query": 4.0, "layer": 2.0}, "'query' and 'layer' both match"),
+        ({"query": 0}, "query"),
+        ({"(": 2.0}, "not a regular expression"),
+        ([4.0], "must map"),
+    ],
+)
+def test_ratios_by_name_that_would_be_ignored_or_contradict_are_refused(ratios, message):
+    with pytest.raises(loraplus.InvalidRateError, match=message):
+        loraplus.param_groups(adapted(), lr=1e-3, lr_ratio_overrides=ratios)
+
+
 def test_weight_decay_goes_where_trainer_puts_it(tmp_path):
     from transformers import Trainer, TrainingArguments
 

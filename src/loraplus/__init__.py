@@ -5,17 +5,21 @@ from typing import TYPE_CHECKING, Any
 from loraplus.auto import AutoRates
 from loraplus.errors import (
     DivergedError,
+    FlattenedParametersError,
     InputError,
     InvalidRateError,
     LoraPlusError,
     LoraPlusWarning,
     NoLoraFactorsError,
     NoTrainableParametersError,
+    OptimizerSetupError,
+    ParameterGroupError,
     RateMismatchError,
     ResumeMismatchError,
     TrainerSetupError,
     UnknownAdapterParameterError,
 )
+from loraplus.existing_groups import split_groups
 from loraplus.feature_updates import FeatureUpdates, UpdateMonitor, feature_updates
 from loraplus.groups import RateTable, explain, param_groups, verify
 from loraplus.optimizer import create_loraplus_optimizer, create_optimizer
@@ -29,6 +33,7 @@ __all__ = [
     "AutoRates",
     "DivergedError",
     "FeatureUpdates",
+    "FlattenedParametersError",
     "InputError",
     "InvalidRateError",
     "LoraPlusError",
@@ -37,6 +42,8 @@ __all__ = [
     "LoraPlusWarning",
     "NoLoraFactorsError",
     "NoTrainableParametersError",
+    "OptimizerSetupError",
+    "ParameterGroupError",
     "RateMismatchError",
     "RateTable",
     "Rates",
@@ -52,6 +59,7 @@ __all__ = [
     "feature_updates",
     "param_groups",
     "register_layout",
+    "split_groups",
     "verify",
 ]
 

@@ -27,6 +27,18 @@ class UnknownAdapterParameterError(LoraPlusError, ValueError):
     """A trainable parameter looks like an adapter factor, and no layout recognises it."""
 
 
+class FlattenedParametersError(LoraPlusError, ValueError):
+    """FSDP has flattened parameters that need different rates into one."""
+
+
+class ParameterGroupError(LoraPlusError, ValueError):
+    """Parameter groups that leave out a parameter, hold one twice, or are no groups."""
+
+
+class OptimizerSetupError(LoraPlusError, ValueError):
+    """An optimizer class that cannot give A and B rates of their own, or cannot take some parameter."""
+
+
 class RateMismatchError(LoraPlusError, ValueError):
     """An optimizer does not give the parameters the rates that were asked for."""
 
@@ -49,3 +61,7 @@ class InputError(LoraPlusError, ValueError):
 
 class InterruptedRun(LoraPlusError):
     """The user interrupted a run; what was done is saved. The message says how to go on."""
+
+
+class LostProcessError(InterruptedRun):
+    """Another process of a run ended before its time. The message says how to go on."""

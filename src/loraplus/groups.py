@@ -7,14 +7,15 @@ raises if a parameter has another rate than the one asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from loraplus.errors import InvalidRateError, RateMismatchError
+from loraplus.errors import FlattenedParametersError, InvalidRateError, RateMismatchError
+from loraplus.existing_groups import Groups, base_rates, refuse_beside_groups
 from loraplus.rates import DEFAULT_LR_RATIO, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, trainable_parameters
 
@@ -32,6 +33,7 @@ def param_groups(
     lr_head: float | None = None,
     lr_magnitude: float | None = None,
     lr_overrides: Mapping[str, float] | None = None,
+    lr_ratio_overrides: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Splits the trainable parameters into named groups with LoRA+ rates.
 
@@ -47,12 +49,14 @@ def param_groups(
         lr_head: rate of `modules_to_save`. Default: lr.
         lr_magnitude: rate of DoRA's magnitudes. Default: lr.
         lr_overrides: {regular expression: factor} on parameter names.
+        lr_ratio_overrides: {regular expression: λ} on names of B factors, as in {"lora_unet": 16, "lora_te": 4}.
 
     Returns:
         Groups `{"params", "lr", "name"[, "weight_decay"]}`; none is empty, every parameter is in exactly one.
 
     Raises:
         InvalidRateError: a rate that cannot be used, or a pattern that matches nothing.
+        FlattenedParametersError: FSDP1 has flattened what needs different rates or weight decays.
         NoTrainableParametersError, NoLoraFactorsError, UnknownAdapterParameterError: see `trainable_parameters`.
 
     Example:
@@ -68,7 +72,7 @@ def param_groups(
 
     Source: Hayou, Ghosh, Yu, arXiv 2402.12354, section 4.
     """
-    rates = Rates(lr, lr_ratio, lr_embedding, lr_head, lr_magnitude, lr_overrides or {})
+    rates = Rates(lr, lr_ratio, lr_embedding, lr_head, lr_magnitude, lr_overrides or {}, lr_ratio_overrides or {})
     return groups_for(trainable_parameters(model), rates, weight_decay)
 
 
@@ -78,13 +82,15 @@ def groups_for(parameters: list[TrainableParameter], rates: Rates, weight_decay:
         weight_decay = as_number("weight_decay", weight_decay)
         if not (math.isfinite(weight_decay) and weight_decay >= 0):
             raise InvalidRateError(f"weight_decay must be a finite number ≥ 0, got {weight_decay!r}")
-    rates.check_overrides(entry.name for entry in parameters)
+    rates.check_overrides(parameters)
     groups: dict[str, dict[str, Any]] = {}
     for entry in parameters:
-        factor = rates.factor(entry.name)
-        name = entry.role.value
-        if factor != 1:
-            name += f"_x{factor:g}"
+        if weight_decay and entry.decays is None:
+            raise FlattenedParametersError(
+                f"FSDP has put a bias into one flat parameter with {entry.name}, so weight decay cannot leave it out; "
+                "wrap with FullyShardedDataParallel(..., use_orig_params=True), or use fully_shard (FSDP2)"
+            )
+        name = rates.group_name(entry.role, entry.name)
         if weight_decay is not None and not entry.decays:
             name += "_no_decay"
         if name not in groups:
@@ -172,6 +178,23 @@ def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *,
     return _as_float(group.get("initial_lr", group.get("lr")) if base else group.get("lr"))
 
 
+def _parameters_by_group(optimizer: Any) -> Iterator[tuple[int, list[Any]]]:
+    """(index of a group, the model's parameters in it). DeepSpeed's groups hold flat copies; it keeps the originals."""
+    zero = optimizer
+    while zero is not None:
+        if hasattr(zero, "sub_group_to_group_id"):  # ZeRO-3
+            for index, parameters in enumerate(zero.fp16_groups):
+                yield zero.sub_group_to_group_id[index], parameters
+            return
+        originals = getattr(zero, "bit16_groups", None) or getattr(zero, "bf16_groups", None)  # ZeRO-1/2; bf16 alone
+        if originals is not None:
+            yield from enumerate(originals)
+            return
+        zero = getattr(zero, "optimizer", None)
+    for index, group in enumerate(optimizer.param_groups):
+        yield index, group["params"]
+
+
 def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
     """Reads back which role, rate and weight decay every trainable parameter has in any optimizer.
 
@@ -190,9 +213,9 @@ def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
         >>> print(loraplus.explain(model, optimizer))  # doctest: +SKIP
     """
     group_of = {
-        id(parameter): (index, group)
-        for index, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
+        id(parameter): (index, optimizer.param_groups[index])
+        for index, parameters in _parameters_by_group(optimizer)
+        for parameter in parameters
     }
     entries = []
     for entry in trainable_parameters(model):
@@ -205,7 +228,7 @@ def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
                 lr=rate_of_group(optimizer, group),
                 base_lr=rate_of_group(optimizer, group, base=True),
                 weight_decay=_as_float(group.get("weight_decay")),
-                parameters=entry.parameter.numel(),
+                parameters=getattr(entry.parameter, "ds_numel", entry.parameter.numel()),  # ZeRO-3 holds a part here
             )
         )
     return RateTable(tuple(entries))
@@ -221,6 +244,8 @@ def verify(
     lr_head: float | None = None,
     lr_magnitude: float | None = None,
     lr_overrides: Mapping[str, float] | None = None,
+    lr_ratio_overrides: Mapping[str, float] | None = None,
+    groups: Groups | None = None,
 ) -> RateTable:
     """Checks that the optimizer gives every trainable parameter the LoRA+ rate asked for.
 
@@ -232,26 +257,39 @@ def verify(
         optimizer: the optimizer in use, wrapped or not.
         lr_ratio: λ that the run should have.
         lr: base η_A that the run should have. None takes it from the optimizer, so that only the relations are checked.
-        lr_embedding, lr_head, lr_magnitude, lr_overrides: as in `param_groups`.
+        lr_embedding, lr_head, lr_magnitude, lr_overrides, lr_ratio_overrides: as in `param_groups`.
+        groups: the groups that `split_groups` was given; each parameter's η_A is then its group's lr, and `lr` the
+            rate of groups that have none.
 
     Returns:
         The table of `explain`, as the proof.
 
     Raises:
         RateMismatchError: names the parameters that have another rate, or none.
+        ParameterGroupError, InvalidRateError: groups that cannot be split.
 
     Example:
         >>> loraplus.verify(model, optimizer, lr_ratio=16.0)  # doctest: +SKIP
     """
     table = explain(model, optimizer)
-    overrides = lr_overrides or {}
-    base = lr if lr is not None else _base_rate(table, Rates(1.0, lr_ratio, lr_overrides=overrides))
-    rates = Rates(base, lr_ratio, lr_embedding, lr_head, lr_magnitude, overrides)
+    sources = trainable_parameters(model)
+    own = {"lr_embedding": lr_embedding, "lr_head": lr_head, "lr_magnitude": lr_magnitude}
+    overrides, ratios = lr_overrides or {}, lr_ratio_overrides or {}
+    if groups is not None:
+        refuse_beside_groups(lr_overrides=overrides, **own)
+        bases = base_rates(model, groups, lr)
+        rates = Rates(1.0, lr_ratio, lr_ratio_overrides=ratios)
+        asked = [rates.of(source.role, source.name) * bases[id(source.parameter)] for source in sources]
+    else:
+        unit = Rates(1.0, lr_ratio, lr_overrides=overrides, lr_ratio_overrides=ratios)
+        base = lr if lr is not None else _base_rate(table, unit)
+        rates = Rates(base, lr_ratio, **own, lr_overrides=overrides, lr_ratio_overrides=ratios)
+        asked = [rates.of(source.role, source.name) for source in sources]
+    rates.check_overrides(sources)
 
     wrong = []
     scale = None  # what the schedule has multiplied all rates by, read off the first parameter
-    for entry, source in zip(table.entries, trainable_parameters(model), strict=True):
-        expected = rates.of(source.role, entry.name)
+    for entry, expected in zip(table.entries, asked, strict=True):
         if entry.lr is None or entry.base_lr is None:
             wrong.append(f"{entry.name} is in no group of the optimizer")
             continue

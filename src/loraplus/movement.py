@@ -57,7 +57,10 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     """
     found = []
     for path, module in model.named_modules():
-        for name, a in cast(Mapping[str, nn.Module], getattr(module, "lora_A", {})).items():
+        factors = getattr(module, "lora_A", None)
+        if not isinstance(factors, nn.ModuleDict):  # litgpt's is a parameter
+            continue
+        for name, a in factors.items():
             b, scaling = cast(Any, module).lora_B[name], cast(Any, module).scaling[name]
             title = clean_name(path) if name == "default" else f"{clean_name(path)} ({name})"
             entry = AdaptedLayer(title, module, a, b, float(scaling))

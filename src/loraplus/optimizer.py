@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraplus.errors import InvalidRateError
+from loraplus.errors import InvalidRateError, OptimizerSetupError
+from loraplus.existing_groups import Groups, refuse_beside_groups, split_groups
 from loraplus.groups import param_groups
+from loraplus.paper import LR_EMBEDDING, paper_groups
 from loraplus.rates import DEFAULT_LR_RATIO
+from loraplus.roles import Role, trainable_parameters
+
+_EMBEDDINGS = frozenset({Role.EMBEDDING, Role.EMBEDDING_A, Role.EMBEDDING_B})
 
 
 def create_optimizer(
@@ -24,11 +29,14 @@ def create_optimizer(
     lr_head: float | None = None,
     lr_magnitude: float | None = None,
     lr_overrides: Mapping[str, float] | None = None,
+    lr_ratio_overrides: Mapping[str, float] | None = None,
+    groups: Groups | None = None,
     **optimizer_kwargs: Any,
 ) -> torch.optim.Optimizer:
     """Builds `optimizer_cls` over the trainable parameters with η_A = lr and η_B = lr_ratio·lr.
 
-    With lr_ratio = 1 and no other rate it is plain `optimizer_cls`, bit for bit.
+    With lr_ratio = 1 and no other rate it is plain `optimizer_cls`, bit for bit. bitsandbytes' 8-bit optimizers keep
+    the states of embeddings in 32 bits, as bitsandbytes advises.
 
     Args:
         model: a model with LoRA factors.
@@ -36,25 +44,98 @@ def create_optimizer(
         lr: η_A, in the optimizer's own unit.
         lr_ratio: λ = η_B / η_A.
         weight_decay: decay of all but biases and norms. None: the optimizer's own default, on every parameter.
-        lr_embedding, lr_head, lr_magnitude, lr_overrides: as in `param_groups`.
+        lr_embedding, lr_head, lr_magnitude, lr_overrides, lr_ratio_overrides: as in `param_groups`.
+        groups: parameter groups that exist already, to be split by role (`split_groups`); `lr` and `weight_decay` are
+            then for groups that have none of their own.
         **optimizer_kwargs: passed on (betas, eps, fused, …).
 
     Returns:
         An instance of `optimizer_cls`.
 
     Raises:
-        The errors of `param_groups`.
+        OptimizerSetupError: the class takes one group only (LBFGS) or one rate (Prodigy), or cannot train some
+            parameter (Muon).
+        The errors of `param_groups`, and of `split_groups` with groups.
 
     Example:
         >>> optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=2e-4, lr_ratio=16.0)  # doctest: +SKIP
 
     Source: Hayou, Ghosh, Yu, arXiv 2402.12354.
     """
-    groups = param_groups(
-        model, lr, lr_ratio, weight_decay,
-        lr_embedding=lr_embedding, lr_head=lr_head, lr_magnitude=lr_magnitude, lr_overrides=lr_overrides,
-    )  # fmt: skip
-    return optimizer_cls(groups, lr=lr, **optimizer_kwargs)  # type: ignore[call-arg]
+    if groups is None:
+        made = param_groups(
+            model, lr, lr_ratio, weight_decay,
+            lr_embedding=lr_embedding, lr_head=lr_head, lr_magnitude=lr_magnitude, lr_overrides=lr_overrides,
+            lr_ratio_overrides=lr_ratio_overrides,
+        )  # fmt: skip
+    else:
+        refuse_beside_groups(
+            lr_embedding=lr_embedding, lr_head=lr_head, lr_magnitude=lr_magnitude, lr_overrides=lr_overrides
+        )
+        made = split_groups(model, groups, lr_ratio, lr=lr, lr_ratio_overrides=lr_ratio_overrides)
+        if weight_decay is not None:
+            optimizer_kwargs["weight_decay"] = weight_decay
+    return build(model, optimizer_cls, made, lr=lr, **optimizer_kwargs)
+
+
+def build(
+    model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], **kwargs: Any
+) -> torch.optim.Optimizer:
+    """Builds `optimizer_cls` over groups that are made already; `create_optimizer` without the making.
+
+    Args:
+        model: whose parameters the groups hold.
+        optimizer_cls: the optimizer class.
+        groups: of `param_groups`, `groups_for`, `split_groups` or `paper_groups`.
+        **kwargs: passed on to the optimizer.
+
+    Returns:
+        An instance of `optimizer_cls`, with 32-bit states for embeddings if it has 8-bit ones.
+
+    Raises:
+        OptimizerSetupError: the class cannot take these groups.
+    """
+    _check_class(model, optimizer_cls, groups)
+    optimizer = optimizer_cls(groups, **kwargs)
+    _keep_embeddings_in_32_bits(model, optimizer)
+    return optimizer
+
+
+def _check_class(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]]) -> None:
+    if issubclass(optimizer_cls, torch.optim.LBFGS):
+        raise OptimizerSetupError(
+            "LBFGS takes one parameter group, so A and B cannot have their own rates; use an optimizer that takes "
+            "several, such as torch.optim.AdamW"
+        )
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is not None and issubclass(optimizer_cls, muon):
+        others = [entry.name for entry in trainable_parameters(model) if entry.parameter.ndim != 2]
+        if others:
+            raise OptimizerSetupError(
+                f"Muon trains matrices only, and {len(others)} trainable parameters are none (first: {others[0]}); "
+                "freeze them, or give Muon the groups of loraplus.param_groups that hold matrices and AdamW the others "
+                "(docs/optimizers.md)"
+            )
+    # prodigyopt's own error comes at the first step. Subclasses may step group by group, as `SplitProdigy` does.
+    if (
+        optimizer_cls.__module__.startswith("prodigyopt.")
+        and len({float(group["lr"]) for group in groups if "lr" in group}) > 1
+    ):
+        raise OptimizerSetupError(
+            f"{optimizer_cls.__name__} estimates one rate for all groups and takes none by group; use "
+            "loraplus.tasks.prodigy.SplitProdigy with lr=1 and lr_ratio=1, which estimates a rate for A and one for B"
+        )
+
+
+def _keep_embeddings_in_32_bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Rows are seen rarely, and what 8 bits round off of their states does not average out."""
+    if getattr(getattr(optimizer, "args", None), "optim_bits", 32) != 8:
+        return
+    from bitsandbytes.optim import GlobalOptimManager  # type: ignore[import-not-found]
+
+    embeddings = [entry.parameter for entry in trainable_parameters(model) if entry.role in _EMBEDDINGS]
+    if embeddings:
+        GlobalOptimManager.get_instance().override_config(embeddings, "optim_bits", 32)
 
 
 def create_loraplus_optimizer(
@@ -66,21 +147,24 @@ def create_loraplus_optimizer(
     loraplus_lr_embedding: float | None = None,
     loraplus_weight_decay: float | None = None,
     weight_decay: float | None = None,
+    paper_compatible: bool = False,
     **optimizer_kwargs: Any,
 ) -> torch.optim.Optimizer:
     """PEFT's `create_loraplus_optimizer`, to be adopted by changing the import.
 
     It differs from PEFT's where that is wrong by measurement: only B gets B's rate (not norms, biases or DoRA
     magnitudes), embedding factors learn at `lr` (not 1e-6), no group is empty, and `weight_decay` is honoured.
+    `paper_compatible` gives the authors' and PEFT's grouping instead, for runs that must be comparable with theirs.
 
     Args:
         model: a model with LoRA factors.
         optimizer_cls: the optimizer class.
         lr: η_A.
         loraplus_lr_ratio: λ = η_B / η_A.
-        loraplus_lr_embedding: rate of embedding factors and rows. Default: lr.
+        loraplus_lr_embedding: rate of embedding factors and rows. Default: lr; the authors' 1e-6 if paper_compatible.
         loraplus_weight_decay: PEFT's name for weight_decay; 0 if neither is given, as in PEFT.
         weight_decay: decay of all but biases and norms.
+        paper_compatible: group exactly as the authors do (`paper.paper_groups`).
         **optimizer_kwargs: passed on to the optimizer.
 
     Returns:
@@ -94,6 +178,10 @@ def create_loraplus_optimizer(
             f"weight_decay = {weight_decay} and loraplus_weight_decay = {loraplus_weight_decay} contradict; give one"
         )
     decay = next((value for value in (weight_decay, loraplus_weight_decay) if value is not None), 0.0)
+    if paper_compatible:
+        lr_embedding = LR_EMBEDDING if loraplus_lr_embedding is None else loraplus_lr_embedding
+        groups = paper_groups(model, lr, loraplus_lr_ratio, decay, lr_embedding)
+        return build(model, optimizer_cls, groups, lr=lr, **optimizer_kwargs)
     return create_optimizer(
         model, optimizer_cls, lr=lr, lr_ratio=loraplus_lr_ratio, weight_decay=decay,
         lr_embedding=loraplus_lr_embedding, **optimizer_kwargs,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from loraplus.errors import InvalidRateError, LoraPlusWarning
-from loraplus.roles import Role
+from loraplus.roles import Role, TrainableParameter
 
 DEFAULT_LR_RATIO = 16.0
 """The paper's rule of thumb, λ = 2⁴."""
@@ -36,6 +36,19 @@ def _check_positive(name: str, value: float) -> float:
     return number
 
 
+def _check_patterns(name: str, overrides: Mapping[str, float] | None) -> dict[str, float]:
+    if not isinstance(overrides or {}, Mapping):
+        raise InvalidRateError(f"{name} must map regular expressions to numbers, got {type(overrides).__name__}")
+    checked = {}
+    for pattern, value in (overrides or {}).items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise InvalidRateError(f"{name}: {pattern!r} is not a regular expression ({error})") from None
+        checked[pattern] = _check_positive(f"{name}[{pattern!r}]", value)
+    return checked
+
+
 @dataclass(frozen=True)
 class Rates:
     """The learning rates of one run, by role.
@@ -51,6 +64,8 @@ class Rates:
         lr_head: rate of `modules_to_save`. Default: lr.
         lr_magnitude: rate of DoRA's magnitude vectors. Default: lr.
         lr_overrides: {regular expression: factor}; every pattern found in a parameter's name multiplies its rate.
+        lr_ratio_overrides: {regular expression: λ}; B factors whose name holds the pattern have this λ instead of
+            lr_ratio, as in {"lora_unet": 16, "lora_te": 4}. No name may match two patterns.
 
     Raises:
         InvalidRateError: a rate, ratio or factor is not a positive finite number, or a pattern is not valid.
@@ -62,6 +77,7 @@ class Rates:
     lr_head: float | None = None
     lr_magnitude: float | None = None
     lr_overrides: Mapping[str, float] = field(default_factory=dict)
+    lr_ratio_overrides: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_ratio"):
@@ -69,24 +85,21 @@ class Rates:
         for name in ("lr_embedding", "lr_head", "lr_magnitude"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _check_positive(name, getattr(self, name)))
-        overrides = {}
-        if not isinstance(self.lr_overrides or {}, Mapping):
-            raise InvalidRateError(
-                f"lr_overrides must map regular expressions to factors, got {type(self.lr_overrides).__name__}"
-            )
-        for pattern, factor in (self.lr_overrides or {}).items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InvalidRateError(f"lr_overrides: {pattern!r} is not a regular expression ({error})") from None
-            overrides[pattern] = _check_positive(f"lr_overrides[{pattern!r}]", factor)
-        object.__setattr__(self, "lr_overrides", overrides)
-        if self.lr_ratio < 1:
-            warnings.warn(
-                f"lr_ratio = {self.lr_ratio:g} is below 1: B learns more slowly than A, the opposite of LoRA+",
-                LoraPlusWarning,
-                stacklevel=3,
-            )
+        for name in ("lr_overrides", "lr_ratio_overrides"):
+            object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
+        for ratio in (self.lr_ratio, *self.lr_ratio_overrides.values()):
+            if ratio < 1:
+                warnings.warn(
+                    f"lr_ratio = {ratio:g} is below 1: B learns more slowly than A, the opposite of LoRA+",
+                    LoraPlusWarning,
+                    stacklevel=3,
+                )
+
+    def ratio(self, name: str) -> float:
+        """λ of the B factor of this name: `lr_ratio`, unless an override matches."""
+        return next(
+            (ratio for pattern, ratio in self.lr_ratio_overrides.items() if re.search(pattern, name)), self.lr_ratio
+        )
 
     def factor(self, name: str) -> float:
         """Product of the overrides whose pattern occurs in the parameter's name."""
@@ -100,7 +113,7 @@ class Rates:
             0.0032
         """
         own = {
-            Role.B: self.lr * self.lr_ratio,
+            Role.B: self.lr * self.ratio(name),
             Role.EMBEDDING_A: self.lr_embedding,
             Role.EMBEDDING_B: self.lr_embedding,
             Role.EMBEDDING: self.lr_embedding,
@@ -109,15 +122,43 @@ class Rates:
         }.get(role)
         return (self.lr if own is None else own) * self.factor(name)
 
-    def check_overrides(self, names: Iterable[str]) -> None:
-        """Refuses a pattern that matches no trainable parameter: it would be ignored in silence.
+    def group_name(self, role: Role, name: str) -> str:
+        """Name of the group for a parameter's rate: its role, and what overrides make of it.
+
+        Example:
+            >>> Rates(1e-4, lr_overrides={"value": 0.5}, lr_ratio_overrides={"lora_te": 4}).group_name(
+            ...     Role.B, "lora_te_value.lora_up.weight")
+            'lora_B_ratio4_x0.5'
+        """
+        found = role.value
+        if role is Role.B and self.ratio(name) != self.lr_ratio:
+            found += f"_ratio{self.ratio(name):g}"
+        factor = self.factor(name)
+        return found if factor == 1 else f"{found}_x{factor:g}"
+
+    def check_overrides(self, parameters: Iterable[TrainableParameter]) -> None:
+        """Refuses a pattern that would be ignored in silence, and one of two that would.
 
         Raises:
-            InvalidRateError: names the pattern.
+            InvalidRateError: names the pattern that matches no trainable parameter, or no B factor where it sets a
+                ratio; or the two that set the ratio of one parameter.
         """
-        names = list(names)
+        entries = list(parameters)
         for pattern in self.lr_overrides:
+            if not any(re.search(pattern, entry.name) for entry in entries):
+                raise InvalidRateError(
+                    f"lr_overrides: {pattern!r} matches no trainable parameter; the names are like {entries[0].name}"
+                )
+        names = [entry.name for entry in entries if entry.role is Role.B]
+        for pattern in self.lr_ratio_overrides:
             if not any(re.search(pattern, name) for name in names):
                 raise InvalidRateError(
-                    f"lr_overrides: {pattern!r} matches no trainable parameter; the names are like {names[0]}"
+                    f"lr_ratio_overrides: {pattern!r} matches no B factor"
+                    + (f"; the names are like {names[0]}" if names else ", and there is none")
+                )
+        for name in names:
+            found = [pattern for pattern in self.lr_ratio_overrides if re.search(pattern, name)]
+            if len(found) > 1:
+                raise InvalidRateError(
+                    f"lr_ratio_overrides: {found[0]!r} and {found[1]!r} both match {name}; make them exclude each other"
                 )

@@ -1,49 +1,37 @@
-r"""Which part a trainable parameter plays: A, B, a head, a bias, …
+"""Which part a trainable parameter plays: A, B, a head, a bias, …
 
-A frozen layer y = W x is corrected by a low-rank product, y = W x + s·B A x. **A reads the layer's input, B writes
-its output** (Hayou et al., arXiv 2402.12354, section 1); the factor that is zero in a fresh linear adapter is B.
-The role follows from the place of the parameter in its adapter layer, never from its number of dimensions, so
-sharding, flattening and 1-D parameters cannot move a parameter to another rate.
-
-What stands between the factors is neither: KaSA's `lora_diag`, the r singular values in y = W x + s·B diag(d) A x, and
-the priors of MonteCLoRA's sampler read no layer's input and write no layer's output, so the argument about the width
-does not reach them, and they keep lr (`Role.OTHER`).
-
-Each adapter layout is one recogniser; `register_layout` adds another.
+The role follows from the place of the parameter in its adapter layer (`layouts`), never from its number of dimensions,
+so sharding, flattening and 1-D parameters cannot move a parameter to another rate.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from enum import StrEnum
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from loraplus.errors import NoLoraFactorsError, NoTrainableParametersError, UnknownAdapterParameterError
+from loraplus.errors import (
+    FlattenedParametersError,
+    NoLoraFactorsError,
+    NoTrainableParametersError,
+    UnknownAdapterParameterError,
+)
+from loraplus.layouts import FACTORS, Role, recognise, register_layout, unregister_layout
 
-
-class Role(StrEnum):
-    """The part a trainable parameter plays; the value names its optimizer group and its log entry."""
-
-    A = "lora_A"
-    B = "lora_B"
-    EMBEDDING_A = "lora_embedding_A"
-    EMBEDDING_B = "lora_embedding_B"
-    EMBEDDING = "embedding"  # whole embedding tables and trainable token rows
-    MAGNITUDE = "magnitude"  # DoRA's magnitude vector
-    HEAD = "head"  # modules trained in full beside the adapter (`modules_to_save`)
-    NORM_BIAS = "norm_bias"
-    OTHER = "other"
-
-
-FACTORS = frozenset({Role.A, Role.B, Role.EMBEDDING_A, Role.EMBEDDING_B})
-
-Recogniser = Callable[[str, nn.Module], "Role | None"]
-"""Takes a parameter's clean name and the module that owns it; returns its role, or None if the layout is another."""
+__all__ = [
+    "FACTORS",
+    "Role",
+    "TrainableParameter",
+    "clean_name",
+    "register_layout",
+    "trainable_parameters",
+    "unregister_layout",
+]
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_FLAT = "_flat_param"  # FSDP1's one parameter for all of a module's, with use_orig_params=False
 
 
 class TrainableParameter(NamedTuple):
@@ -52,7 +40,7 @@ class TrainableParameter(NamedTuple):
     name: str
     parameter: nn.Parameter
     role: Role
-    decays: bool
+    decays: bool | None  # None: FSDP1 has flattened a weight, which decays, and a bias, which does not, into one
 
 
 def clean_name(name: str) -> str:
@@ -68,69 +56,16 @@ def clean_name(name: str) -> str:
     return ".".join(parts)
 
 
-# The adapter's own name follows the factor's (`lora_A.default.weight`) and cannot hold a dot. The anchors at both ends
-# keep an adapter called "lora_B", or a base module of that name, from being taken for the factor.
-_PEFT_PATTERNS: tuple[tuple[re.Pattern[str], Role], ...] = tuple(
-    (re.compile(rf"(?:^|\.){pattern}$"), role)
-    for pattern, role in (
-        (r"lora_A\.[^.]+(?:\.weight)?", Role.A),
-        (r"lora_B\.[^.]+(?:\.weight)?", Role.B),
-        (r"lora_embedding_A\.[^.]+", Role.EMBEDDING_A),
-        (r"lora_embedding_B\.[^.]+", Role.EMBEDDING_B),
-        (r"lora_magnitude_vector\.[^.]+(?:\.weight)?", Role.MAGNITUDE),
-        (r"lora_[AB]\.[^.]+\.bias", Role.NORM_BIAS),  # LoraConfig(lora_bias=True): an offset, not a factor
-        (r"lora_diag\.[^.]+", Role.OTHER),  # KaSA
-        (r"lora_monteclora_sampler\.[^.]+\.(?:std_prior|expert_weights_prior)", Role.OTHER),
-        (r"trainable_tokens_delta\.[^.]+", Role.EMBEDDING),
-    )
-)
-_MODULES_TO_SAVE = re.compile(r"(?:^|\.)modules_to_save\.[^.]+\.")
-
-
-def recognise_peft(name: str, owner: nn.Module) -> Role | None:
-    """PEFT's layout: factors in a ModuleDict or ParameterDict by adapter name, heads under `modules_to_save`."""
-    for pattern, role in _PEFT_PATTERNS:
-        if pattern.search(name):
-            return role
-    if _MODULES_TO_SAVE.search(name):
-        return Role.EMBEDDING if isinstance(owner, nn.Embedding) else Role.HEAD
-    return None
-
-
-_layouts: dict[str, Recogniser] = {"peft": recognise_peft}
-
-
-def register_layout(name: str, recognise: Recogniser) -> None:
-    """Teaches loraplus another adapter layout. Later registrations are asked first.
-
-    Args:
-        name: what to call the layout; registering a name again replaces it.
-        recognise: takes (clean parameter name, owning module), returns a `Role` or None.
-
-    Example:
-        >>> register_layout("down-up", lambda name, owner: Role.A if name.endswith("down.weight") else None)
-        >>> unregister_layout("down-up")
-    """
-    _layouts.pop(name, None)
-    _layouts[name] = recognise
-
-
-def unregister_layout(name: str) -> None:
-    """Forgets a registered layout."""
-    _layouts.pop(name, None)
-
-
 # transformers' Trainer keeps weight decay off these; ratio 1 must be plain AdamW there, so the rule is the same.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _NORM_MODULE = re.compile(r"norm", re.IGNORECASE)
-_LOOKS_LIKE_FACTOR = re.compile(r"lora", re.IGNORECASE)
+_LOOKS_LIKE_FACTOR = re.compile(r"lora|lycoris|hada_|lokr_|oft_blocks", re.IGNORECASE)
 
 
 def _role(name: str, owner: nn.Module) -> Role:
-    for recognise in reversed(list(_layouts.values())):
-        role = recognise(name, owner)
-        if role is not None:
-            return role
+    role = recognise(name, owner)
+    if role is not None:
+        return role
     # The last two or three components hold a factor's name in every layout; earlier ones are the user's own modules.
     if any(_LOOKS_LIKE_FACTOR.search(part) for part in name.split(".")[-3:]):
         raise UnknownAdapterParameterError(
@@ -142,6 +77,26 @@ def _role(name: str, owner: nn.Module) -> Role:
     if name.rpartition(".")[2] == "bias" or _NORM_MODULE.search(type(owner).__name__):
         return Role.NORM_BIAS
     return Role.OTHER
+
+
+def _unflatten(name: str, flat: Any) -> tuple[str, Role, bool | None]:
+    """Name, role and weight decay of an FSDP1 FlatParameter, from the list that it keeps of its parts."""
+    prefix = name.removesuffix(_FLAT)
+    roles: dict[Role, str] = {}
+    decays: set[bool] = set()
+    for info, part in zip(flat._param_infos, flat._fqns, strict=True):
+        whole = clean_name(prefix + part)
+        roles.setdefault(_role(whole, info.module), whole)
+        decays.add(not isinstance(info.module, nn.LayerNorm) and not _NO_DECAY.search(whole.lower()))
+    if len(roles) > 1:
+        raise FlattenedParametersError(
+            "FSDP has put parameters of several roles into one flat parameter, which can have one rate only: "
+            f"{', '.join(f'{whole} ({role})' for role, whole in roles.items())}; wrap with "
+            "FullyShardedDataParallel(..., use_orig_params=True), use fully_shard (FSDP2), or wrap every trainable "
+            "layer by itself (peft.utils.other.fsdp_auto_wrap_policy)"
+        )
+    (role, whole), *_ = roles.items()
+    return whole, role, None if len(decays) > 1 else decays.pop()
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module, bool]]:
@@ -171,13 +126,18 @@ def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
         NoTrainableParametersError: every parameter is frozen.
         NoLoraFactorsError: something trains, but no LoRA factor.
         UnknownAdapterParameterError: a parameter looks like a factor and no layout recognises it.
+        FlattenedParametersError: FSDP1 has flattened parameters of several roles into one.
     """
     found = []
     for full_name, parameter, owner, in_layer_norm in _walk(model):
         if parameter.requires_grad:
-            name = clean_name(full_name)
-            decays = not in_layer_norm and not _NO_DECAY.search(full_name.lower())
-            found.append(TrainableParameter(name, parameter, _role(name, owner), decays))
+            if full_name.endswith(_FLAT) and hasattr(parameter, "_fqns"):
+                name, role, decays = _unflatten(full_name, parameter)
+            else:
+                name = clean_name(full_name)
+                role = _role(name, owner)
+                decays = not in_layer_norm and not _NO_DECAY.search(full_name.lower())
+            found.append(TrainableParameter(name, parameter, role, decays))
     if not found:
         raise NoTrainableParametersError(
             f"{type(model).__name__} has no trainable parameter; is the adapter active, and was it loaded with "

@@ -1,7 +1,10 @@
-"""Runs the command line in this process and gives back what a user would see."""
+"""Runs the command line, in this process or as one of its own, and gives back what a user would see."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +20,16 @@ class Outcome(NamedTuple):
     @property
     def last_line(self) -> str:
         return self.err.strip().splitlines()[-1] if self.err.strip() else ""
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command in a process of its own, to its end."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "loraplus", *map(str, arguments)], capture_output=True, text=True)
+
+    return call
 
 
 @pytest.fixture

@@ -19,12 +19,8 @@ def flags(model_folder, data, output, *more):
     ]  # fmt: skip
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "loraplus", *map(str, arguments)], capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory, model_folder, reviews_csv):
+def compared(run, tmp_path_factory, model_folder, reviews_csv):
     output = tmp_path_factory.mktemp("study") / "out"
     done = run(*flags(model_folder, reviews_csv, output, "--json"))
     assert done.returncode == 0, done.stderr
@@ -68,14 +64,14 @@ def test_files_and_terminal_tell_the_same(compared):
     assert "LoRA+ untuned" in err
 
 
-def test_resuming_a_finished_comparison_trains_nothing_and_says_the_same(compared, model_folder, reviews_csv):
+def test_resuming_a_finished_comparison_trains_nothing_and_says_the_same(run, compared, model_folder, reviews_csv):
     output, summary, _ = compared
     done = run(*flags(model_folder, reviews_csv, output, "--resume", "--json"))
     assert json.loads(done.stdout) == summary
     assert "tuning LoRA" not in done.stderr  # no run was done again; the times of the steps are equal, too
 
 
-def test_an_interrupted_comparison_goes_on_where_it_stopped(compared, tmp_path, model_folder, reviews_csv):
+def test_an_interrupted_comparison_goes_on_where_it_stopped(run, compared, tmp_path, model_folder, reviews_csv):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "loraplus", *map(str, flags(model_folder, reviews_csv, output, "--json"))]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

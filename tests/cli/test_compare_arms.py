@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -23,23 +21,19 @@ def flags(model_folder, data, output, *more):
     ]  # fmt: skip
 
 
-def run(*arguments):
-    done = subprocess.run([sys.executable, "-m", "loraplus", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def rows_of(output):
     return list(csv.DictReader((output / "runs.csv").open()))
 
 
 @pytest.fixture(scope="module")
-def added_to(tmp_path_factory, model_folder, reviews_csv):
+def added_to(run, tmp_path_factory, model_folder, reviews_csv):
     """A comparison of two arms, and what it became when the others were added."""
     output = tmp_path_factory.mktemp("arms") / "out"
     first = run(*flags(model_folder, reviews_csv, output, "--arms", "mua, lora"))
+    assert first.returncode == 0, first.stderr
     before = rows_of(output)
     second = run(*flags(model_folder, reviews_csv, output, "--arms", EVERY, "--resume", "--json"))
+    assert second.returncode == 0, second.stderr
     return output, first, before, second
 
 

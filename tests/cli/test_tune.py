@@ -22,12 +22,8 @@ def flags(model_folder, data, output, *more):
     ]  # fmt: skip
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "loraplus", *map(str, arguments)], capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory, model_folder, reviews_csv):
+def tuned(run, tmp_path_factory, model_folder, reviews_csv):
     output = tmp_path_factory.mktemp("study") / "out"
     done = run(*flags(model_folder, reviews_csv, output, "--json"))
     assert done.returncode == 0, done.stderr
@@ -74,14 +70,14 @@ def test_the_command_line_and_the_file_train_with_the_pair_found(tuned, loraplus
         assert (metrics["lr"], metrics["lr_ratio"], metrics["steps"]) == (best["lr"], best["lr_ratio"], 40)
 
 
-def test_resuming_a_finished_search_trains_nothing_and_says_the_same(tuned, model_folder, reviews_csv):
+def test_resuming_a_finished_search_trains_nothing_and_says_the_same(run, tuned, model_folder, reviews_csv):
     output, result, _ = tuned
     done = run(*flags(model_folder, reviews_csv, output, "--resume", "--json"))
     assert json.loads(done.stdout) == result
     assert "tuning LoRA" not in done.stderr
 
 
-def test_an_interrupted_search_goes_on_to_the_same_pair(tuned, tmp_path, model_folder, reviews_csv):
+def test_an_interrupted_search_goes_on_to_the_same_pair(run, tuned, tmp_path, model_folder, reviews_csv):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "loraplus", *map(str, flags(model_folder, reviews_csv, output, "--json"))]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -200,3 +200,51 @@ def test_a_model_without_factors_is_refused_when_attaching(tmp_path):
 def test_plain_training_arguments_are_refused_by_the_trainer_class(tmp_path):
     with pytest.raises(loraplus.TrainerSetupError, match="attach"):
         LoraPlusTrainer(model=adapted(), args=TrainingArguments(**common(tmp_path)), train_dataset=Tokens())
+
+
+RATIOS = {"query": 4.0, "value": 8.0}
+
+
+def has_ratios(trainer):
+    loraplus.verify(trainer.model, trainer.create_optimizer(), lr_ratio=16.0, lr=5e-3, lr_ratio_overrides=RATIOS)
+    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates["lora_B_ratio4"] == pytest.approx(0.02) and rates["lora_B_ratio8"] == pytest.approx(0.04)
+
+
+def test_ratios_by_name_through_attach_and_through_the_arguments(tmp_path):
+    trainer = Trainer(model=adapted(), args=TrainingArguments(**common(tmp_path)), train_dataset=Tokens())
+    has_ratios(loraplus.attach(trainer, lr_ratio_overrides=RATIOS))
+    for given in (RATIOS, json.dumps(RATIOS)):
+        args = LoraPlusTrainingArguments(**common(tmp_path, loraplus_lr_ratio_overrides=given))
+        has_ratios(LoraPlusTrainer(model=adapted(), args=args, train_dataset=Tokens()))
+    with pytest.raises(loraplus.TrainerSetupError, match="loraplus_lr_ratio_overrides is not JSON"):
+        LoraPlusTrainingArguments(**common(tmp_path, loraplus_lr_ratio_overrides="{query: 4}"))
+    again = Trainer(model=adapted(), args=TrainingArguments(**common(tmp_path)), train_dataset=Tokens())
+    with pytest.raises(loraplus.InvalidRateError, match="lr_ratio_overrides is not used with automatic rates"):
+        loraplus.attach(again, lr="auto", lr_ratio_overrides=RATIOS)
+
+
+def test_resuming_at_other_ratios_by_name_is_refused(tmp_path):
+    options = common(tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
+    args = LoraPlusTrainingArguments(**options, loraplus_lr_ratio_overrides=RATIOS)
+    LoraPlusTrainer(model=adapted(), args=args, train_dataset=Tokens()).train()
+    other = LoraPlusTrainingArguments(**{**options, "max_steps": 8}, loraplus_lr_ratio_overrides={"query": 4.0})
+    with pytest.raises(loraplus.ResumeMismatchError, match="lr_ratio_overrides"):
+        LoraPlusTrainer(model=adapted(), args=other, train_dataset=Tokens()).train(resume_from_checkpoint=True)
+
+
+def test_ratios_by_name_through_optimizer_cls_and_kwargs(tmp_path):
+    from loraplus.integrations.optimizer_factory import LoraPlusOptimizer
+
+    how = (LoraPlusOptimizer, {"lr": 5e-3, "loraplus_lr_ratio_overrides": RATIOS})
+    args = TrainingArguments(**common(tmp_path))
+    has_ratios(Trainer(model=adapted(), args=args, train_dataset=Tokens(), optimizer_cls_and_kwargs=how))
+
+
+def test_an_optimizer_that_takes_one_group_is_refused(tmp_path):
+    trainer = Trainer(
+        model=adapted(), args=TrainingArguments(**common(tmp_path)), train_dataset=Tokens(),
+        optimizer_cls_and_kwargs=(torch.optim.LBFGS, {}),
+    )  # fmt: skip
+    with pytest.raises(loraplus.OptimizerSetupError, match="LBFGS takes one parameter group"):
+        loraplus.attach(trainer).create_optimizer()

@@ -27,6 +27,8 @@ def quiet_libraries() -> None:
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Where DeepSpeed is installed, PEFT imports it, and it writes its notices to standard output, into our JSON.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 

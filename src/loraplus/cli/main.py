@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import typer
 
 from loraplus.cli import compare, inspect, predict, train, tune  # noqa: F401  (each registers its command on `app`)
 from loraplus.cli.app import app
-from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning
+from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning, LostProcessError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,19 +25,27 @@ def main(arguments: list[str] | None = None) -> None:
         with _plain_warnings():
             code = app(args=arguments, standalone_mode=False)
     except InterruptedRun as stop:
-        print(stop, file=sys.stderr)
+        if _speaks() or isinstance(stop, LostProcessError):  # the process that was lost may be the one that speaks
+            print(stop, file=sys.stderr)
         sys.exit(130)
     except LoraPlusError as error:
-        print(f"loraplus: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"loraplus: {error}", file=sys.stderr)
         sys.exit(2)
     except typer.TyperException as error:  # a flag that does not exist, a value of the wrong type, …
         message = getattr(error, "format_message", error.__str__)()
-        print(f"loraplus: {' '.join(message.split())}", file=sys.stderr)
+        if _speaks():
+            print(f"loraplus: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _speaks() -> bool:
+    """Whether this process is the one of several (torchrun, accelerate launch) that says what they all would say."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -49,7 +58,7 @@ def _plain_warnings() -> Iterator[None]:
         def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
             if not issubclass(category, LoraPlusWarning):
                 as_ever(message, category, *where, **more)
-            elif str(message) not in shown:
+            elif str(message) not in shown and _speaks():
                 shown.add(str(message))
                 print(f"loraplus: warning: {message}", file=sys.stderr)
 

@@ -20,8 +20,12 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
     from loraplus.cli.console import TrainingProgress, quiet_libraries
 
     quiet_libraries()
+    from loraplus.tasks.data_parallel import is_main_process
     from loraplus.tasks.train import train
 
+    if not is_main_process():
+        train(config, overwrite=overwrite, resume=resume)
+        return
     console = Console(stderr=json, no_color=plain, highlight=False)
     with TrainingProgress(console, plain=plain) as progress:
         metrics = train(config, overwrite=overwrite, resume=resume, callbacks=[progress])

@@ -13,7 +13,7 @@ from torch import nn
 
 from loraplus.errors import InputError
 from loraplus.inspection.tensors import TensorFiles
-from loraplus.roles import Role, recognise_peft
+from loraplus.layouts import Role, recognise_peft
 from loraplus.tasks.output import read_json
 
 CONFIG_FILE = "adapter_config.json"

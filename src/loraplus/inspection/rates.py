@@ -27,7 +27,7 @@ OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, METRICS_FILE = (
 )  # fmt: skip
 _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "state1")  # of the parameter's own shape
 _GROUP_NAME = re.compile(
-    rf"({'|'.join(sorted(map(re.escape, Role), key=len, reverse=True))})(?:_x[^_]+)?(?:_no_decay)?"
+    rf"({'|'.join(sorted(map(re.escape, Role), key=len, reverse=True))})(?:_ratio[^_]+)?(?:_x[^_]+)?(?:_no_decay)?"
 )
 Row = dict[str, Any]
 
@@ -128,7 +128,7 @@ def _with_adapter(name: str, saved: Mapping[str, Any] | None) -> str:
 def _rates(saved: Mapping[str, Any] | None) -> Rates | None:
     if saved is None:
         return None
-    names = ("lr", "lr_ratio", "lr_embedding", "lr_head", "lr_magnitude", "lr_overrides")
+    names = ("lr", "lr_ratio", "lr_embedding", "lr_head", "lr_magnitude", "lr_overrides", "lr_ratio_overrides")
     with warnings.catch_warnings(action="ignore", category=LoraPlusWarning):  # a ratio below 1: it is too late for that
         return Rates(**{name: saved.get(name) for name in names})  # type: ignore[arg-type]
 

@@ -1,9 +1,11 @@
-"""What a checkpoint says of its rates, and the refusal to go on at others."""
+"""What a checkpoint says of its rates, and the refusal to go on at others; shared by all stacks."""
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,32 +15,82 @@ from torch import nn
 
 from loraplus.auto import AutoRates
 from loraplus.errors import LoraPlusWarning, ResumeMismatchError
+from loraplus.groups import ParameterRate, explain
 from loraplus.rates import Rates
-from loraplus.roles import trainable_parameters
+from loraplus.roles import Role, trainable_parameters
 
 RATES_FILE = "loraplus.json"
 AUTO_FILE = "loraplus_auto.pt"
 _FORMAT_VERSION = 1
+_EMBEDDING_ROLES = (Role.EMBEDDING_A, Role.EMBEDDING_B, Role.EMBEDDING)
+_TRAINER_WAY = (
+    "or start a new run from its weights: load them with PeftModel.from_pretrained(model, {checkpoint!r}, "
+    "is_trainable=True) and train without resume_from_checkpoint"
+)
+LOOP_WAY = "or start a new run: load the model's weights alone from it, and no state of the optimizer or scheduler"
 
 
-def write_rates(folder: Path, rates: Rates, model: nn.Module, auto: AutoRates | None = None) -> None:
-    """Writes loraplus.json: the rates, the role of every parameter, and what automatic rates have arrived at.
+def rates_in_use(model: nn.Module, optimizer: torch.optim.Optimizer) -> Rates:
+    """The rates that an optimizer was built with, read off its groups before a checkpoint is loaded into it.
 
     Args:
-        folder: made if it does not exist.
+        model: whose parameters have roles, wrapped or not.
+        optimizer: whoever built it, wrapped or not.
+
+    Returns:
+        Base rates, those that a scheduler multiplies; a parameter whose rate is not its role's has an override of its
+        own. With `AutoRates` lr_ratio is 1, as it sets A's and B's.
+    """
+    entries = [entry for entry in explain(model, optimizer).entries if entry.base_lr]
+    of_role: dict[str, float] = {}
+    for entry in entries:
+        of_role.setdefault(entry.role, entry.base_lr or 0.0)
+    lr = of_role.get(Role.A) or of_role[entries[0].role]
+    ratio = 1.0 if auto_rates(optimizer) else _rounded(of_role.get(Role.B, lr) / lr)
+    embedding = next((of_role[role] for role in _EMBEDDING_ROLES if role in of_role), None)
+    with warnings.catch_warnings():  # a ratio below 1 was warned of when the optimizer was built
+        warnings.simplefilter("ignore", LoraPlusWarning)
+        plain = Rates(lr, ratio, embedding, of_role.get(Role.HEAD), of_role.get(Role.MAGNITUDE))
+        overrides = {} if auto_rates(optimizer) else _overrides(entries, plain)
+        return Rates(lr, ratio, embedding, plain.lr_head, plain.lr_magnitude, overrides)
+
+
+def _overrides(entries: list[ParameterRate], rates: Rates) -> dict[str, float]:
+    factors = {entry.name: _rounded((entry.base_lr or 0.0) / rates.of(Role(entry.role))) for entry in entries}
+    return {f"^{re.escape(name)}$": factor for name, factor in factors.items() if factor != 1}
+
+
+def _rounded(ratio: float) -> float:
+    """16.0 for 16.000000000000004: the same ratio, whatever lr it was multiplied with."""
+    return float(f"{ratio:.9g}")
+
+
+def auto_rates(optimizer: Any) -> AutoRates | None:
+    """The `AutoRates` installed on an optimizer, wrapped or not."""
+    return getattr(getattr(optimizer, "optimizer", optimizer), "loraplus_auto", None)
+
+
+def rates_record(rates: Rates, model: nn.Module, auto: AutoRates | None = None) -> dict[str, Any]:
+    """The content of loraplus.json: the rates, the role of every parameter, what automatic rates have arrived at.
+
+    Args:
         rates: that the optimizer's groups were built with.
         model: whose parameters have roles.
         auto: what sets η_A and η_B, if anything does.
     """
-    content = {
+    return {
         "format_version": _FORMAT_VERSION,
         **asdict(rates),
         **({} if auto is None else {"auto": auto.summary()}),
         "roles": {entry.name: entry.role.value for entry in trainable_parameters(model)},
     }
+
+
+def write_rates(folder: Path, rates: Rates, model: nn.Module, auto: AutoRates | None = None) -> None:
+    """Writes `rates_record` to loraplus.json in a folder, which is made if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / (RATES_FILE + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(rates_record(rates, model, auto), indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / RATES_FILE)
 
 
@@ -64,55 +116,71 @@ def read_auto_state(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def check_resume(checkpoint: Path, rates: Rates, *, auto: bool = False) -> None:
-    """Refuses a checkpoint whose optimizer was not made with these rates.
+def check_resume(checkpoint: Path, rates: Rates, *, auto: bool = False, instead: str = _TRAINER_WAY) -> None:
+    """Refuses a checkpoint folder whose optimizer was not made with these rates.
 
     The optimizer and scheduler states hold the old rates, so torch would go on with them in silence.
 
     Args:
-        checkpoint: a folder that a Trainer wrote.
+        checkpoint: a folder with a loraplus.json.
         rates: what this run asks for.
         auto: whether it asks for automatic rates.
+        instead: what else the user can do, as the end of a sentence.
 
     Raises:
         ResumeMismatchError: another ratio or another rate of a role, a checkpoint without LoRA+, or a damaged one.
     """
-    instead = (
-        "or start a new run from its weights: load them with "
-        f"PeftModel.from_pretrained(model, {str(checkpoint)!r}, is_trainable=True) and train without "
-        "resume_from_checkpoint"
-    )
+    instead = instead.format(checkpoint=str(checkpoint))
     try:
         saved = json.loads((checkpoint / RATES_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ResumeMismatchError(
-            f"{checkpoint} has no {RATES_FILE}: it was not trained with LoRA+, and its optimizer has other groups; "
-            f"resume it with the trainer that wrote it, {instead}"
-        ) from None
-    except (OSError, ValueError):
         saved = None
-    if not isinstance(saved, dict):
+    except (OSError, ValueError):
+        saved = ()
+    if saved is not None and not isinstance(saved, dict):
         raise ResumeMismatchError(
             f"{checkpoint / RATES_FILE} cannot be read, so the rates of the checkpoint are not known; resume from an "
             f"earlier checkpoint, {instead}"
         )
+    check_record(saved, rates, str(checkpoint), instead, auto=auto, missing=f"has no {RATES_FILE}")
+
+
+def check_record(
+    saved: Mapping[str, Any] | None,
+    rates: Rates,
+    where: str,
+    instead: str,
+    *,
+    auto: bool = False,
+    missing: str = "has no record of its rates",
+) -> None:
+    """Compares a `rates_record` with what this run asks for; `check_resume` for checkpoints of any form.
+
+    Raises:
+        ResumeMismatchError: they differ, or there is no record.
+    """
+    if saved is None:
+        raise ResumeMismatchError(
+            f"{where} {missing}: it was not trained with LoRA+, and its optimizer has other groups; "
+            f"resume it with the trainer that wrote it, {instead}"
+        )
     if auto != ("auto" in saved):
         was, asks = ("automatic rates", "rates given as numbers")[:: -1 if auto else 1]
         raise ResumeMismatchError(
-            f"{checkpoint} was trained with {was}, this run asks for {asks}; resume with {was}, {instead}"
+            f"{where} was trained with {was}, this run asks for {asks}; resume with {was}, {instead}"
         )
     asked = asdict(rates)
     for name, value in asked.items():
-        if name == "lr" or saved.get(name) == value:
+        # A setting that this version has and the one that wrote the checkpoint did not was not in use.
+        if name == "lr" or (saved.get(name) or None) == (value or None):
             continue
         raise ResumeMismatchError(
-            f"{checkpoint} was trained with {name} = {saved.get(name)}, this run asks for {value}; resume with "
+            f"{where} was trained with {name} = {saved.get(name)}, this run asks for {value}; resume with "
             f"{name} = {saved.get(name)}, {instead}"
         )
     if saved.get("lr") != asked["lr"]:
         warnings.warn(
-            f"{checkpoint} was trained with lr = {saved.get('lr')}; its schedule goes on and lr = {asked['lr']} is "
-            "not used",
+            f"{where} was trained with lr = {saved.get('lr')}; its schedule goes on and lr = {asked['lr']} is not used",
             LoraPlusWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -24,6 +24,8 @@ from loraplus.errors import InvalidRateError, TrainerSetupError
 from loraplus.feature_updates import UpdateMonitor
 from loraplus.groups import groups_for, rate_of_group
 from loraplus.integrations.checkpoints import check_resume, read_auto_state, write_auto_state, write_rates
+from loraplus.integrations.deepspeed import check_plugin
+from loraplus.optimizer import build
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.roles import Role, trainable_parameters
 
@@ -43,7 +45,8 @@ class RateSettings:
     lr_embedding: float | None = None
     lr_head: float | None = None
     lr_magnitude: float | None = None
-    lr_overrides: dict[str, float] = field(default_factory=dict)
+    lr_overrides: Mapping[str, float] = field(default_factory=dict)
+    lr_ratio_overrides: Mapping[str, float] = field(default_factory=dict)
     log_updates: int = 0
     log_layers: bool = False
 
@@ -56,8 +59,11 @@ class RateSettings:
         """The rates that the groups are built with, in a trainer of this `learning_rate`."""
         given = {name: getattr(self, name) for name in ("lr_embedding", "lr_head", "lr_magnitude", "lr_overrides")}
         if self.auto:
+            if self.lr_ratio_overrides:
+                raise InvalidRateError("lr_ratio_overrides is not used with automatic rates, which set the ratio")
             return Rates(learning_rate, 1.0, **given)
-        return Rates(learning_rate if self.lr is None else self.lr, self.lr_ratio, **given)  # type: ignore[arg-type]
+        lr = learning_rate if self.lr is None else self.lr
+        return Rates(lr, self.lr_ratio, **given, lr_ratio_overrides=self.lr_ratio_overrides)  # type: ignore[arg-type]
 
 
 class LoraPlusMixin:
@@ -107,7 +113,7 @@ class LoraPlusMixin:
             weight_decay = kwargs.pop("weight_decay", self.args.weight_decay)
             rates = self.loraplus_rates
             groups = groups_for(trainable_parameters(model), rates, weight_decay)
-            self.optimizer = optimizer_cls(groups, lr=rates.lr, **kwargs)  # type: ignore[call-arg]
+            self.optimizer = build(model, optimizer_cls, groups, lr=rates.lr, **kwargs)
             self._watch(model)
         return self.optimizer
 
@@ -167,6 +173,29 @@ class LoraPlusMixin:
                 write_auto_state(folder, self.loraplus_auto)
 
 
+def overrides_from(name: str, value: dict[str, float] | str | None) -> dict[str, float] | None:
+    """A setting that maps regular expressions to numbers, from a dict or from JSON text.
+
+    Args:
+        name: of the setting, for the error.
+        value: as it was given.
+
+    Raises:
+        TrainerSetupError: it is neither.
+    """
+    found: Any = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise TrainerSetupError(f"{name} is not JSON: {error}") from None
+    if found is not None and not isinstance(found, dict):
+        raise TrainerSetupError(
+            f'{name} must map regular expressions to numbers, as in {{"value": 0.5}}; got {value!r}'
+        )
+    return found
+
+
 @dataclass
 class LoraPlusTrainingArguments(TrainingArguments):
     """TrainingArguments with the rates of LoRA+; `learning_rate` is η_A.
@@ -177,6 +206,7 @@ class LoraPlusTrainingArguments(TrainingArguments):
         loraplus_lr_head: rate of `modules_to_save`. Default: learning_rate.
         loraplus_lr_magnitude: rate of DoRA's magnitudes. Default: learning_rate.
         loraplus_lr_overrides: {regular expression: factor}, as a dict or JSON text.
+        loraplus_lr_ratio_overrides: {regular expression: λ} on names of B factors, as a dict or JSON text.
         loraplus_auto_rates: η_A and η_B are set by `AutoRates`; all else keeps learning_rate.
         loraplus_log_updates: log δ1 and δ2 as `updates/…`, measured every so many steps; 0 does not.
         loraplus_log_layers: with automatic rates, log what every layer asks for.
@@ -189,32 +219,27 @@ class LoraPlusTrainingArguments(TrainingArguments):
     loraplus_lr_overrides: dict[str, float] | str | None = field(
         default=None, metadata={"help": "{regular expression: factor} on parameter names, as JSON."}
     )
+    loraplus_lr_ratio_overrides: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "{regular expression: λ} on names of B factors, as JSON."}
+    )
     loraplus_auto_rates: bool = field(default=False, metadata={"help": "Set η_A and η_B automatically."})
     loraplus_log_updates: int = field(default=0, metadata={"help": "Log δ1 and δ2, measured every so many steps."})
     loraplus_log_layers: bool = field(default=False, metadata={"help": "Log the automatic rate of every layer."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.loraplus_lr_overrides, str):
-            try:
-                self.loraplus_lr_overrides = json.loads(self.loraplus_lr_overrides)
-            except json.JSONDecodeError as error:
-                raise TrainerSetupError(f"loraplus_lr_overrides is not JSON: {error}") from None
-        if self.loraplus_lr_overrides is not None and not isinstance(self.loraplus_lr_overrides, dict):
-            raise TrainerSetupError(
-                "loraplus_lr_overrides must map regular expressions to factors, as in "
-                f'{{"value": 0.5}}; got {self.loraplus_lr_overrides!r}'
-            )
+        for name in ("loraplus_lr_overrides", "loraplus_lr_ratio_overrides"):
+            setattr(self, name, overrides_from(name, getattr(self, name)))
 
     def loraplus_settings(self) -> RateSettings:
         """The rate settings as `attach` takes them."""
-        overrides = self.loraplus_lr_overrides
         return RateSettings(
             lr_ratio=self.loraplus_lr_ratio,
             lr_embedding=self.loraplus_lr_embedding,
             lr_head=self.loraplus_lr_head,
             lr_magnitude=self.loraplus_lr_magnitude,
-            lr_overrides=overrides if isinstance(overrides, dict) else {},
+            lr_overrides=overrides_from("loraplus_lr_overrides", self.loraplus_lr_overrides) or {},
+            lr_ratio_overrides=overrides_from("loraplus_lr_ratio_overrides", self.loraplus_lr_ratio_overrides) or {},
             lr="auto" if self.loraplus_auto_rates else None,
             log_updates=self.loraplus_log_updates,
             log_layers=self.loraplus_log_layers,
@@ -250,7 +275,8 @@ def attach(
     lr_embedding: float | None = None,
     lr_head: float | None = None,
     lr_magnitude: float | None = None,
-    lr_overrides: dict[str, float] | None = None,
+    lr_overrides: Mapping[str, float] | None = None,
+    lr_ratio_overrides: Mapping[str, float] | None = None,
     log_updates: int = 0,
 ) -> AnyTrainer:
     """Gives a trainer LoRA+ before `.train()`; works for Trainer and every subclass, TRL's included.
@@ -261,13 +287,15 @@ def attach(
         lr: η_A; "auto" has `AutoRates` set η_A and η_B. Default: the trainer's `args.learning_rate`.
         lr_embedding, lr_head, lr_magnitude, lr_overrides: as in `loraplus.param_groups`; where they default to lr,
             automatic rates leave `args.learning_rate`.
+        lr_ratio_overrides: {regular expression: λ} on names of B factors; not with automatic rates.
         log_updates: log δ1 and δ2 as `updates/…`, measured every so many steps; 0 does not (automatic rates always do).
 
     Returns:
         The same trainer.
 
     Raises:
-        TrainerSetupError: not a Trainer, or its optimizer exists already.
+        TrainerSetupError: not a Trainer, its optimizer exists already, or a DeepSpeed configuration that would take the
+            rates over.
         InvalidRateError, NoLoraFactorsError, …: as `loraplus.param_groups`, here rather than in `.train()`.
 
     Example:
@@ -277,7 +305,9 @@ def attach(
         raise TrainerSetupError(f"attach takes a transformers Trainer, got {type(trainer).__name__}")
     if isinstance(lr, str) and lr != "auto":
         raise InvalidRateError(f'lr must be a positive number or "auto", got {lr!r}')
-    settings = RateSettings(lr_ratio, lr, lr_embedding, lr_head, lr_magnitude, lr_overrides or {}, log_updates)
+    settings = RateSettings(
+        lr_ratio, lr, lr_embedding, lr_head, lr_magnitude, lr_overrides or {}, lr_ratio_overrides or {}, log_updates
+    )
     if trainer.optimizer is None and not isinstance(trainer, LoraPlusMixin):
         trainer.__class__ = _with_mixin(type(trainer))
     _set_up(trainer, settings)
@@ -295,6 +325,7 @@ def _set_up(trainer: Any, settings: RateSettings) -> None:
             f"{type(trainer).__name__} has an optimizer already, so its rates are fixed; leave out `optimizers=` and "
             "set LoRA+ up before .train()"
         )
+    check_plugin(trainer.accelerator)
     trainer.loraplus_settings, trainer._rates = settings, None
     rates = trainer.loraplus_rates
     if trainer.model is not None and trainer.model_init is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from loraplus.errors import InterruptedRun
+from loraplus.errors import InterruptedRun, LostProcessError
 from loraplus.groups import explain
 from loraplus.integrations.checkpoints import write_rates
 from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.tasks.classification import load_classification
 from loraplus.tasks.config import AUTO, TrainConfig
+from loraplus.tasks.data_parallel import any_process, is_lost_process, is_main_process, processes, wait_for_all
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.output import check_output, hold_output, note_data, prepare_output, read_json, write_csv, write_json
 from loraplus.tasks.pretrained import load_tokenizer
@@ -36,7 +37,9 @@ class StopOnSignal(TrainerCallback):
         self.stopped = threading.Event()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self.stopped.is_set() and state.global_step < state.max_steps:
+        # A launcher's signal reaches its processes at different steps; all stop at the same one.
+        if any_process(self.stopped.is_set(), args) and state.global_step < state.max_steps:
+            self.stopped.set()
             control.should_log = True  # before it saves, so that a loss that is NaN is seen
             control.should_save = True
             control.should_training_stop = True
@@ -69,7 +72,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains a classifier's adapter and writes it with its metrics, curves and configuration.
 
-    Everything that can be wrong with the input is found before the output folder is touched.
+    Everything that can be wrong with the input is found before the output folder is touched. Under torchrun or
+    accelerate launch the processes share out each batch, and the main one writes.
 
     Args:
         config: data, model, rates, length.
@@ -85,6 +89,7 @@ def train(
         ResumeMismatchError: the last checkpoint was trained at other rates, or cannot be read.
         DivergedError: the loss became NaN; the last good checkpoint is kept.
         InterruptedRun: a signal came; a checkpoint is saved.
+        LostProcessError: another process of the run ended; the last checkpoint is kept.
     """
     wanted = asdict(config)
     check_output(config.output, wanted, overwrite=overwrite, resume=resume)
@@ -103,22 +108,32 @@ def train(
         auto=config.lr == AUTO,
         callbacks=[clock, stop, DivergenceGuard(rates), *callbacks],
     )  # fmt: skip
-    with hold_output(config.output):
-        output = prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
-        note_data(output / DATA_FILE, data.facts)
+    main = is_main_process()
+    with hold_output(config.output) if main else nullcontext():
+        output = Path(config.output)
+        if main:
+            prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
+            note_data(output / DATA_FILE, data.facts)
+        wait_for_all()
         checkpoint = get_last_checkpoint(str(output)) if resume else None
         with stop.listening():
-            result = trainer.train(resume_from_checkpoint=checkpoint)
+            try:
+                result = trainer.train(resume_from_checkpoint=checkpoint)
+            except RuntimeError as error:
+                if not is_lost_process(error):
+                    raise
+                raise _lost_process(trainer.state.global_step, output) from None
         step = trainer.state.global_step
-        write_csv(output / CURVES_FILE, _curves(trainer.state.log_history))
+        if main:
+            write_csv(output / CURVES_FILE, _curves(trainer.state.log_history))
         if stop.stopped.is_set() and step < trainer.state.max_steps:
+            wait_for_all()  # each writes its part of the checkpoint
             raise InterruptedRun(
                 f"interrupted after step {step} of {trainer.state.max_steps}; saved to {output}/checkpoint-{step}; "
                 "go on with the same command and --resume"
             )
 
         evaluation = trainer.evaluate()
-        _save_adapter(trainer, tokenizer, data.max_length, output)
         best = trainer.state.best_global_step
         metrics = {
             "eval_loss": evaluation["eval_loss"],
@@ -127,14 +142,29 @@ def train(
             "steps": step,
             "best_step": best if best is not None else step,
             **_rates_in_use(trainer),
+            "batch_size": config.batch_size,  # over all processes
+            "processes": processes(),
             "train_loss": result.metrics["train_loss"],
             "train_seconds": result.metrics["train_runtime"],
             "seconds_per_step": clock.seconds_per_step,
             "groups": explain(trainer.model, trainer.optimizer).groups(),
             "data": data.facts,
         }
-        write_json(output / METRICS_FILE, metrics)
+        if main:
+            _save_adapter(trainer, tokenizer, data.max_length, output)
+            write_json(output / METRICS_FILE, metrics)
+        wait_for_all()
         return metrics
+
+
+def _lost_process(step: int, output: Path) -> LostProcessError:
+    checkpoint = get_last_checkpoint(str(output))
+    on = (
+        f"go on from {checkpoint} with the same command and --resume"
+        if checkpoint
+        else "there is no checkpoint yet; start again with --overwrite, or with --eval-steps for earlier ones"
+    )
+    return LostProcessError(f"another process of this run ended after step {step}; {on}")
 
 
 def _rates_in_use(trainer: LoraPlusTrainer) -> dict[str, Any]:

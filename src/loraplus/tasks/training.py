@@ -17,6 +17,7 @@ from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTraining
 from loraplus.rates import Rates
 from loraplus.tasks.classification import ClassificationData, classification_metrics
 from loraplus.tasks.config import DEFAULT_LR, TaskConfig
+from loraplus.tasks.data_parallel import DataParallelTrainer, processes
 
 _EVALUATIONS_PER_RUN = 10
 _LOGS_PER_EVALUATION = 2
@@ -49,10 +50,11 @@ def total_steps(config: TaskConfig, train_examples: int) -> int:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    if config.batch_size % config.gradient_accumulation_steps:
+    if config.batch_size % (config.gradient_accumulation_steps * processes()):
+        shared = f" for each of {processes()} processes" if processes() > 1 else ""
         raise InputError(
             f"--batch-size {config.batch_size} cannot be cut into --gradient-accumulation-steps "
-            f"{config.gradient_accumulation_steps} equal parts"
+            f"{config.gradient_accumulation_steps} equal parts{shared}"
         )
     if not 0 <= config.lora_dropout < 1:
         raise InputError(f"--lora-dropout must be at least 0 and below 1, got {config.lora_dropout}")
@@ -176,7 +178,7 @@ def build_trainer(
             warmup_steps=math.ceil(steps * config.warmup_ratio),
             lr_scheduler_type=config.lr_scheduler_type,
             max_steps=steps,
-            per_device_train_batch_size=config.batch_size // config.gradient_accumulation_steps,
+            per_device_train_batch_size=config.batch_size // (config.gradient_accumulation_steps * processes()),
             per_device_eval_batch_size=config.eval_batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             train_sampling_strategy="group_by_length",
@@ -202,7 +204,7 @@ def build_trainer(
     _check_schedule(args, steps)
     # A longest text is not padded beyond the positions that the model has.
     fits = math.ceil(data.max_length / _FAST_MULTIPLE) * _FAST_MULTIPLE <= tokenizer.model_max_length
-    trainer = LoraPlusTrainer(
+    trainer = DataParallelTrainer(
         model=model,
         args=args,
         train_dataset=data.train,

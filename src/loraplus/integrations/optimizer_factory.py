@@ -1,0 +1,106 @@
+"""LoRA+ through `optimizer_cls_and_kwargs`, for trainers that a configuration builds and nobody can `attach` to.
+
+transformers' Trainer calls `Factory()(model, **kwargs)` for a class that is no optimizer. Of TRL's trainers SFTTrainer
+and RewardTrainer pass the argument on; with the others use `loraplus.attach`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from loraplus.integrations.checkpoints import auto_rates, rates_in_use, write_rates
+from loraplus.integrations.pytorch import guard_resume, rates_for_log
+from loraplus.optimizer import create_optimizer
+from loraplus.rates import DEFAULT_LR_RATIO
+
+
+class LoraPlusOptimizer:
+    """Builds the optimizer of a Trainer, and has it refuse the state of a run at another ratio.
+
+    η_A = lr, η_B = loraplus_lr_ratio·lr
+
+    The keyword arguments of a call are what stands in `optimizer_cls_and_kwargs`:
+
+    Args:
+        model: given by Trainer.
+        lr: η_A; Trainer does not pass its `learning_rate` on.
+        optimizer_cls: the optimizer class.
+        loraplus_lr_ratio: λ = η_B / η_A.
+        loraplus_lr_embedding: rate of embedding factors and rows. Default: lr.
+        loraplus_lr_head: rate of `modules_to_save`. Default: lr.
+        loraplus_lr_magnitude: rate of DoRA's magnitudes. Default: lr.
+        loraplus_lr_overrides: {regular expression: factor} on parameter names.
+        loraplus_lr_ratio_overrides: {regular expression: λ} on names of B factors.
+        weight_decay: decay of all but biases and norms. None: the optimizer's own default, on every parameter.
+        **optimizer_kwargs: passed on (betas, eps, …).
+
+    Returns:
+        An instance of `optimizer_cls`.
+
+    Raises:
+        The errors of `loraplus.param_groups`; ResumeMismatchError when Trainer loads a checkpoint of another ratio.
+
+    Example:
+        >>> how = (LoraPlusOptimizer, {"lr": 2e-4, "loraplus_lr_ratio": 16, "weight_decay": 0.01})
+        >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=how, callbacks=[RatesCallback()])  # doctest: +SKIP
+
+    Source: transformers, `Trainer.create_optimizer` (5.24).
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        loraplus_lr_ratio: float = DEFAULT_LR_RATIO,
+        loraplus_lr_embedding: float | None = None,
+        loraplus_lr_head: float | None = None,
+        loraplus_lr_magnitude: float | None = None,
+        loraplus_lr_overrides: Mapping[str, float] | None = None,
+        loraplus_lr_ratio_overrides: Mapping[str, float] | None = None,
+        weight_decay: float | None = None,
+        **optimizer_kwargs: Any,
+    ) -> torch.optim.Optimizer:
+        optimizer = create_optimizer(
+            model, optimizer_cls, lr=lr, lr_ratio=loraplus_lr_ratio, weight_decay=weight_decay,
+            lr_embedding=loraplus_lr_embedding, lr_head=loraplus_lr_head, lr_magnitude=loraplus_lr_magnitude,
+            lr_overrides=loraplus_lr_overrides, lr_ratio_overrides=loraplus_lr_ratio_overrides, **optimizer_kwargs,
+        )  # fmt: skip
+        guard_resume(optimizer)
+        return optimizer
+
+
+class RatesCallback(TrainerCallback):
+    """Logs every group's rate by name, and writes the rates and roles into each checkpoint.
+
+    `loraplus.attach` does both by itself; this is for `LoraPlusOptimizer` and other optimizers with named groups.
+
+    Example:
+        >>> trainer.add_callback(RatesCallback())  # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[str, float] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Reads the rates that the step is taken with."""
+        self._rates = rates_for_log(optimizer)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Adds them where the trainer logs its learning rate."""
+        if logs is not None and "learning_rate" in logs:
+            logs.update(self._rates)
+            state.log_history[-1].update(self._rates)  # a copy, made before callbacks are asked
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
+        """Writes loraplus.json into the checkpoint just saved."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_rates(folder, rates_in_use(model, optimizer), model, auto_rates(optimizer))

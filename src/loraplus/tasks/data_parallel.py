@@ -1,0 +1,143 @@
+"""Several processes that train one adapter, as one process would with the same batches (torchrun, accelerate launch).
+
+Each batch of the run is cut into one part a process. The loss of a process is weighted by the size of its part,
+
+    w = processes · |part| / |batch|,
+
+so that the mean over processes, which DDP takes of the gradients, is the mean over the batch even where the parts are
+not equal: at the end of an epoch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from loraplus.integrations.transformers import LoraPlusTrainer
+
+_WEIGHT = "batch_weight"
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo", "NCCL")
+
+
+def processes() -> int:
+    """How many processes the launcher started for this run; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_all() -> None:
+    """Returns once every process has come here; at once if there is one only."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def any_process(flag: bool, args: Any) -> bool:
+    """Whether the flag is set in at least one process; the same answer in all, so that all stop at the same step."""
+    if not torch.distributed.is_initialized():
+        return flag
+    flags = torch.tensor(float(flag), device=args.device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of this run has ended."""
+    return processes() > 1 and (
+        isinstance(error, torch.distributed.DistError)
+        or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST))
+    )
+
+
+class PartsOfBatches(BatchSampler):
+    """This process's part of every batch, as (index, weight); a process without an example gets one of weight 0.
+
+    The order is that of the main process, whatever the others' random numbers have been used for.
+
+    Args:
+        order: gives the indices of one pass.
+        batch_size: examples of a batch, over all processes.
+        rank, ranks: which part.
+    """
+
+    def __init__(self, order: LengthGroupedSampler, batch_size: int, rank: int, ranks: int) -> None:
+        super().__init__(order, batch_size, drop_last=False)
+        self._rank, self._ranks = rank, ranks
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        order = [list(self.sampler)]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(order, src=0)
+        (indices,) = order
+        for start in range(0, len(indices), self.batch_size):
+            batch = indices[start : start + self.batch_size]
+            part = batch[self._rank :: self._ranks]
+            weight = self._ranks * len(part) / len(batch)
+            yield [(index, weight) for index in part or batch[:1]]
+
+
+class _Weighted(Dataset):
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, at: tuple[int, float]) -> tuple[Any, float]:
+        return self._rows[at[0]], at[1]
+
+
+class DataParallelTrainer(LoraPlusTrainer):
+    """LoraPlusTrainer whose processes share out each batch; in one process it is LoraPlusTrainer."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches of one process with `processes()` times the batch size, this process's part of each."""
+        ranks = self.args.world_size
+        if ranks == 1:
+            return super().get_train_dataloader()
+        rows: Any = self.train_dataset
+        batch_size = self._train_batch_size * ranks
+        order = LengthGroupedSampler(batch_size * self.args.gradient_accumulation_steps, dataset=rows)
+
+        def collate(part: list[tuple[Any, float]]) -> dict[str, Any]:
+            return {**self.data_collator([row for row, _ in part]), _WEIGHT: part[0][1]}
+
+        parts = PartsOfBatches(order, batch_size, self.args.process_index, ranks)
+        return DataLoader(_Weighted(rows), batch_sampler=parts, collate_fn=collate)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """All of the validation data in every process: Trainer's mean over uneven shares is not that of one process."""
+        if self.args.world_size == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, each process by itself."""
+        if self.args.world_size > 1:
+            self.gather_function = self._own_results
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _own_results(self, values: torch.Tensor, **_: Any) -> torch.Tensor:
+        state = self.accelerator.gradient_state  # as in one process: a last batch counts by its own size
+        return values[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else values
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Trainer's loss, weighted in training."""
+        weight = inputs.pop(_WEIGHT, None)
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if weight is None:
+            return found
+        return (found[0] * weight, found[1]) if return_outputs else found * weight

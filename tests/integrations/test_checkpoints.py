@@ -1,0 +1,43 @@
+"""What a checkpoint says about ratios by name, and checkpoints from before there were any."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_groups import adapted
+
+import loraplus
+from loraplus.inspection.rates import _GROUP_NAME, read_rates_file
+from loraplus.integrations.checkpoints import RATES_FILE, check_resume, write_rates
+
+
+def test_resuming_under_other_ratios_by_name_is_refused(tmp_path):
+    rates = loraplus.Rates(1e-3, 16.0, lr_ratio_overrides={"query": 4.0})
+    write_rates(tmp_path, rates, adapted())
+    check_resume(tmp_path, rates)
+    assert read_rates_file(tmp_path)["lr_ratio_overrides"] == {"query": 4.0}
+    for other in ({}, {"query": 8.0}, {"value": 4.0}):
+        with pytest.raises(loraplus.ResumeMismatchError, match="lr_ratio_overrides"):
+            check_resume(tmp_path, loraplus.Rates(1e-3, 16.0, lr_ratio_overrides=other))
+
+
+def test_a_checkpoint_from_before_ratios_by_name_goes_on_without_them_only(tmp_path):
+    write_rates(tmp_path, loraplus.Rates(1e-3, 16.0), adapted())
+    content = json.loads((tmp_path / RATES_FILE).read_text())
+    del content["lr_ratio_overrides"]
+    (tmp_path / RATES_FILE).write_text(json.dumps(content))
+    check_resume(tmp_path, loraplus.Rates(1e-3, 16.0))
+    assert read_rates_file(tmp_path)["lr_ratio"] == 16.0
+    with pytest.raises(loraplus.ResumeMismatchError, match="lr_ratio_overrides"):
+        check_resume(tmp_path, loraplus.Rates(1e-3, 16.0, lr_ratio_overrides={"query": 4.0}))
+
+
+def test_inspect_reads_roles_off_every_name_that_a_group_can_have():
+    model = adapted(bias="all")
+    ratios = {"query": 4.0}
+    groups = loraplus.param_groups(model, 1e-3, 16.0, 0.1, lr_ratio_overrides=ratios, lr_overrides={"layer.0": 0.5})
+    names = [group["name"] for group in groups]
+    assert "lora_B_ratio4_x0.5" in names
+    roles = [_GROUP_NAME.fullmatch(name).group(1) for name in names]
+    assert all(name.startswith(role) for name, role in zip(names, roles, strict=True))

@@ -1,0 +1,60 @@
+"""The scoreboard's own cases: loraplus is right or refuses in each, and the page shows what the run wrote."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+stacks = pytest.importorskip("stacks", reason="a library of the benchmark is not installed")
+
+# The other wrappings are in tests/stacks/test_wrapping.py; each case starts two processes, for 20 seconds.
+WRAPPED = {name for key, name in stacks.WRAPPINGS.items() if key != "FSDP1"}
+REFUSED = {"resuming under another ratio"}
+
+
+@pytest.mark.parametrize("name", [name for name in stacks.CASES if name not in WRAPPED])
+@pytest.mark.filterwarnings("ignore")
+def test_loraplus_is_right_or_refuses(name):
+    verdict = stacks.run(stacks.CASES[name], "loraplus")
+    if verdict.kind == "cannot run" and not name.startswith(("DDP", "FSDP")):
+        pytest.skip(verdict.detail)
+    assert verdict.kind == ("refused" if name in REFUSED else "right"), verdict.detail
+
+
+def test_the_check_finds_a_wrong_rate_a_wrong_decay_and_an_optimizer_that_leaves_one_out():
+    model = stacks.adapted()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = stacks.measured(model, torch.optim.SGD(trained.values(), lr=0.5, weight_decay=0.25))
+    assert set(found) == set(trained)
+    assert all(rate == pytest.approx(0.5) and decay == pytest.approx(0.25) for rate, decay in found.values())
+    one_rate = dict.fromkeys(trained, stacks.LR)
+    assert stacks.compare(one_rate, r"lora_B").kind == "wrong"
+    right = {name: stacks.LR * (16 if "lora_B" in name else 1) for name in trained}
+    assert stacks.compare(right, r"lora_B").kind == "right"
+    left_out = stacks.measured(model, torch.optim.SGD(list(trained.values())[1:], lr=0.5))
+    assert next(iter(left_out.values())) == (0.0, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pefts_optimizer_is_measured_as_it_is():
+    judged = {
+        name: stacks.run(stacks.CASES[name], "PEFT").kind for name in ("linear layers", "DoRA", "no group is empty")
+    }
+    assert judged == {"linear layers": "right", "DoRA": "wrong", "no group is empty": "wrong"}
+
+
+def test_the_page_shows_the_committed_results():
+    with (ROOT / "benchmarks" / "results" / "stacks.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == list(stacks.CASES)
+    assert "wrong" not in {row["loraplus"] for row in rows}
+    page = (ROOT / "docs" / "scoreboard.md").read_text(encoding="utf-8")
+    for row in rows:
+        assert f"| {row['case']} | {row['peft']} | {row['loraplus']} |" in page
