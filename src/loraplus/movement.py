@@ -111,14 +111,17 @@ class Recorder:
 
     def _take_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if self.on:
-            self._counted = False
             mask = kwargs.get("attention_mask")
             usable = isinstance(mask, torch.Tensor) and mask.dim() == 2
             self._real = mask.reshape(-1).nonzero().squeeze(1) if usable else None  # type: ignore[union-attr]
 
     def _keeper(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not self.on or not torch.is_grad_enabled():
+            if not self.on:
+                return
+            if not _in_backward():  # where activation checkpointing runs a layer again, it is the same forward pass
+                self._counted = False
+            if not torch.is_grad_enabled():
                 return
             if output.requires_grad:
                 output.register_hook(self._count)
@@ -144,6 +147,10 @@ class Recorder:
     @staticmethod
     def _evenly(count: int, device: torch.device, wanted: int) -> torch.Tensor:
         return torch.linspace(0, count - 1, min(count, wanted), device=device).long()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def loss_terms(gradient: torch.Tensor) -> float:
