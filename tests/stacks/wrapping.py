@@ -221,7 +221,7 @@ class Wrapped:
 
     def grad_norm(self, seen: list[Step]) -> float:
         """The norm over all processes, of what their optimizers saw: the whole under DDP, a shard each elsewhere."""
-        squares = torch.tensor(sum(each.grad_norm**2 for each in seen), dtype=torch.float64)  # ZeRO-3: one a group
+        squares = torch.tensor(sum(each.grad_norm**2 for each in seen), dtype=torch.float64)  # ZeRO: one a group
         if self.kind != "ddp":
             torch.distributed.all_reduce(squares)
         return math.sqrt(float(squares))
@@ -262,7 +262,8 @@ def train(kind: str, setup: Setup) -> dict[str, Any]:
         with watched() as seen:
             wrapped.backward(data[step % len(data)])
             wrapped.step()
-        result["steps"].append(Step(seen[-1].rates, wrapped.grad_norm(seen)))
+        rates = {name: rate for each in seen for name, rate in each.rates.items()}  # ZeRO steps group by group
+        result["steps"].append(Step(rates, wrapped.grad_norm(seen)))
         result["logs"].append(rates_for_log(wrapped.optimizer))
         if ours and step == 1:
             result["verified"].append(wrapped.verify())  # in the warm-up
