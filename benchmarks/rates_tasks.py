@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -190,8 +189,3 @@ def run(setting: Setting, seed: int, lr: float, lr_ratio: float, prepare: Prepar
     seconds = time.perf_counter() - started
     loss, accuracy = evaluate(model, task)
     return Outcome(loss if math.isfinite(loss) else math.inf, accuracy, seconds, extra)
-
-
-def number(text: str) -> str:
-    """A number as it stands in the results: four digits."""
-    return re.sub(r"e([+-])0", r"e\1", f"{float(text):.4g}")

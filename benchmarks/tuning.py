@@ -42,11 +42,9 @@ def search(setting: Setting, losses: dict[Candidate, float]) -> None:
     """Runs what is missing, one after the other, and writes each down."""
     from rates_tasks import run
 
-    while runs := [r for r in next_runs(losses, setting.steps, BUDGET) if r not in losses]:
+    while runs := next_runs(losses, setting.steps, BUDGET):
         candidate = runs[0]
-        outcome = run(
-            replace(setting, steps=candidate.steps), SEED, candidate.point.lr, candidate.point.lr_ratio
-        )  # fmt: skip
+        outcome = run(replace(setting, steps=candidate.steps), SEED, candidate.point.lr, candidate.point.lr_ratio)
         losses[candidate] = outcome.eval_loss
         new = not RESULTS.exists()
         with RESULTS.open("a", newline="") as file:
