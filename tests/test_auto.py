@@ -49,7 +49,7 @@ def test_it_trains_whatever_rate_the_optimizer_was_built_with():
 
 
 def test_the_rates_are_those_of_the_rule():
-    rule = Rule(inner_part=0.05, least_ratio=0.0, measured_at_first=30)
+    rule = Rule(inner_part=0.05, least_ratio=0.0, most_ratio=math.inf, measured_at_first=30)
     model, optimizer, scheduler, rates = build(rule=rule)
     train(model, optimizer, scheduler, 7)
     layers = adapted_layers(model)
@@ -81,13 +81,33 @@ def test_a_step_may_move_more_the_more_loss_terms_it_has_and_each_layer_less_the
     assert rule.part(0, 1) == rule.output_part  # a loss that no gradient came from counts as one term
 
 
-def test_a_pair_whose_a_runs_ahead_keeps_its_product_and_takes_the_least_ratio():
-    assert _balanced(4e-3, 2e-4, 2.0) == pytest.approx((math.sqrt(4e-7), 2 * math.sqrt(4e-7)))
-    assert _balanced(1e-3, 3e-3, 2.0) == (1e-3, 3e-3)
-    assert _balanced(0.0, 3e-3, 2.0) == (0.0, 3e-3)  # A has not moved yet
-    model, optimizer, scheduler, rates = build(rule=Rule(least_ratio=1e3))
+def test_the_ratio_stays_within_its_limits():
+    rule = Rule(least_ratio=2.0, most_ratio=4.0)
+    assert _balanced(4e-3, 2e-4, rule) == pytest.approx((math.sqrt(4e-7), 2 * math.sqrt(4e-7)))  # the product is kept
+    assert _balanced(1e-3, 3e-3, rule) == (1e-3, 3e-3)
+    assert _balanced(1e-3, 2e-2, rule) == pytest.approx((1e-3, 4e-3))  # B is held, A is not hastened
+    assert _balanced(0.0, 3e-3, rule) == (0.0, 3e-3)  # A has not moved yet
+    assert _balanced(3e-3, 0.0, rule) == (3e-3, 0.0)  # nor B, where it is A that starts at zero
+
+
+@pytest.mark.parametrize("limit", [{"least_ratio": 1e3, "most_ratio": 1e3}, {"least_ratio": 0.0, "most_ratio": 1e-3}])
+def test_the_limits_of_the_ratio_hold_in_training(limit):
+    model, optimizer, scheduler, rates = build(rule=Rule(**limit))
     train(model, optimizer, scheduler, 5)
-    assert rates.lr_b / rates.lr_a == pytest.approx(1e3)
+    assert rates.lr_b / rates.lr_a == pytest.approx(limit["most_ratio"])
+
+
+def test_an_adapter_whose_a_starts_at_zero_trains():
+    model = adapted(0)
+    for i, weight in enumerate(factors(adapted_layers(model))):
+        torch.nn.init.normal_(weight, std=0.1 if i % 2 else 0.0)
+    optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1.0, lr_ratio=1, lr_head=1e-3)
+    scheduler = linear(optimizer, 60)
+    rates = AutoRates(model, optimizer)
+    losses = train(model, optimizer, scheduler, 60)
+    assert losses[-1] < 0.9 * losses[0]
+    assert rates.lr_a > 0 and rates.lr_b > 0
+    assert all(weight.abs().sum() > 0 for weight in factors(adapted_layers(model)))
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ A step may move more the more terms of the loss it is averaged over, and each la
 
     ρ = min(ρ₁·√n, ρ_max) / √L      for n loss terms (`movement.loss_terms`) and L adapted layers
 
-One pair serves all layers: the geometric means of these. Where κ alone holds A, its movement can run ahead of B's and A
-outgrows B; then the pair keeps its product, on which the loss depends most, and takes λ = η_B / η_A = 2. The schedule
-(warm-up and decay) multiplies both. How the constants were found, and what else was tried: docs/research/auto-rates.md.
+One pair serves all layers: the geometric means of these, with λ = η_B / η_A between 2 and 4. Where κ alone holds A, its
+movement can run ahead of B's and A outgrows B; then the pair keeps its product, on which the loss depends most. Where B
+asks for more than 4·η_A, it gets that and no more: the steps of B are what a run collapses from. The schedule (warm-up
+and decay) multiplies both. How the constants were found, and what else was tried: docs/research/auto-rates.md.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Rule:
     most_output_part: float = 0.23  # ρ_max
     inner_part: float = 0.1  # κ
     least_ratio: float = 2.0  # λ is not below
+    most_ratio: float = 4.0  # nor above
     measured_at_first: int = 10  # steps measured one after the other, before
     measured_every: int = 20  # … every so many
 
@@ -63,7 +65,7 @@ class LayerRates:
 class AutoRates(StepWatcher):
     """Sets η_A and η_B of an optimizer while it trains; install it once, and train as ever.
 
-    η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), λ = η_B / η_A ≥ 2
+    η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), 2 ≤ λ = η_B / η_A ≤ 4
 
     Each is multiplied by what the scheduler makes of its own base rate; the rates that the optimizer was built with do
     not matter. Measured at the first steps and every twentieth one; a measured step is taken with the rates that it
@@ -179,7 +181,7 @@ class AutoRates(StepWatcher):
         self.lr_a, self.lr_b = _balanced(
             _geometric_mean([rates.lr_a for rates in found], self.lr_a, device),
             _geometric_mean([rates.lr_b for rates in found], self.lr_b, device),
-            self.rule.least_ratio,
+            self.rule,
         )
         a, b = self.lr_a * part, self.lr_b * part
         self.updates = FeatureUpdates(
@@ -193,7 +195,9 @@ class AutoRates(StepWatcher):
             lr_b = part * moved.output * rms_b / moved.delta2
         if rms_a and moved.inner_change:
             by_output = part * moved.output / moved.delta1 if moved.delta1 else math.inf
-            lr_a = rms_a * min(by_output, self.rule.inner_part * moved.inner / moved.inner_change)
+            # An A that starts at zero has no output yet that it could run away from.
+            by_inner = self.rule.inner_part * moved.inner / moved.inner_change if moved.inner else math.inf
+            lr_a = rms_a * min(by_output, by_inner) if min(by_output, by_inner) < math.inf else None
         return LayerRates(lr_a, lr_b)
 
 
@@ -213,12 +217,14 @@ def _summed(values: list[float], device: torch.device) -> list[float]:
     return sums.tolist()
 
 
-def _balanced(lr_a: float, lr_b: float, least_ratio: float) -> tuple[float, float]:
-    """The pair, or that of the same product with λ = least_ratio if its λ is below."""
-    if lr_a and lr_b < least_ratio * lr_a:
-        root = math.sqrt(lr_a * lr_b / least_ratio)
-        return root, least_ratio * root
-    return lr_a, lr_b
+def _balanced(lr_a: float, lr_b: float, rule: Rule) -> tuple[float, float]:
+    """The pair with λ within its limits: raised at constant product, lowered by holding B; free while one has none."""
+    if not (lr_a and lr_b):
+        return lr_a, lr_b
+    if lr_b < rule.least_ratio * lr_a:
+        lr_a = math.sqrt(lr_a * lr_b / rule.least_ratio)
+        return lr_a, rule.least_ratio * lr_a
+    return lr_a, min(lr_b, rule.most_ratio * lr_a)
 
 
 def _schedule_factor(group: Mapping[str, Any]) -> float:
