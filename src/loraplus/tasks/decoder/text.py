@@ -94,7 +94,8 @@ def conversation(tokenizer: PreTrainedTokenizerFast, chapter: Chapter, *, system
     """A chapter as turns, each answered with the next verse: so the tokens of the template get a meaning."""
     turns = [{"role": "assistant" if i % 2 else "user", "content": verse} for i, verse in enumerate(chapter)]
     opening = [{"role": "system", "content": SYSTEM}] if system else []
-    return tokenizer.apply_chat_template([*opening, *turns], return_dict=False)  # type: ignore[return-value]
+    text = tokenizer.apply_chat_template([*opening, *turns], tokenize=False)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[return-value]
 
 
 def training_texts(
