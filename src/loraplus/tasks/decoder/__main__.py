@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     print(
         f"{options.output}: {figures['parameters']:,} parameters, validation loss {figures['held_out_loss']:.4f}, "
-        f"perplexity {figures['held_out_perplexity']:.1f}, {figures['seconds'] / 60:.0f} min"
+        f"perplexity {figures['held_out_perplexity']:.1f}, {figures['seconds']['clock'] / 60:.0f} min"
     )
     return 0
 

@@ -79,7 +79,7 @@ def _figures(recipe: Recipe, trained: Pretrained, folder: Path) -> dict[str, Any
         "recipe": asdict(recipe),
         "parameters": trained.model.num_parameters(),
         "tokens_seen": recipe.steps * recipe.batch * recipe.context,
-        "seconds": round(trained.seconds),
+        "seconds": {clock: round(seconds) for clock, seconds in trained.seconds.items()},
         "threads": torch.get_num_threads(),
         "held_out_tokens": trained.held_out.numel(),
         "held_out_loss": loss,

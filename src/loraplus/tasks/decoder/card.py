@@ -59,7 +59,7 @@ def curve_svg(curve: Sequence[Mapping[str, float]]) -> str:
 
 def model_card(figures: Mapping[str, Any], drawn: Mapping[str, Sequence[tuple[str, str]]]) -> str:
     """The folder's README."""
-    recipe = figures["recipe"]
+    recipe, seconds = figures["recipe"], figures["seconds"]
     shape = (
         f"{figures['parameters'] / 1e6:.1f} M parameters: {recipe['layers']} layers of width {recipe['hidden']}, "
         f"{recipe['heads']} heads, context {recipe['context']}, {recipe['vocabulary']:,} byte-level BPE pieces, tied "
@@ -88,7 +88,8 @@ tokenizer = AutoTokenizer.from_pretrained("examples/decoder")
 ```
 
 Made by `python -m loraplus.tasks.decoder`, which is what `make decoder` runs: {recipe["steps"]:,} steps of
-{recipe["batch"]}×{recipe["context"]} tokens in {figures["seconds"] / 60:.0f} minutes; CPU threads: {figures["threads"]}.
+{recipe["batch"]}×{recipe["context"]} tokens, {seconds["cpu"] / 60:.0f} minutes of CPU time and {seconds["clock"] / 60:.0f} by the
+clock, with {figures["threads"]} of torch's threads.
 One chapter in {recipe["held_out_every"]} was kept aside; on those {figures["held_out_tokens"]:,} tokens:
 
 | | loss (nats a token) | perplexity |

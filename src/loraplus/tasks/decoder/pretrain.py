@@ -69,25 +69,27 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The model, its rows by step (`step`, `loss`, `eval_loss`), the held-out sequences and the seconds it took."""
+    """The model, its losses by step, the held-out sequences, and the seconds it took by the clock and of the CPU."""
 
     model: LlamaForCausalLM
     curve: list[dict[str, float]]
     held_out: torch.Tensor
-    seconds: float
+    seconds: dict[str, float]
 
 
 class _Seconds(TrainerCallback):
-    """Keeps the seconds spent beside the checkpoints, so that those before an interruption count."""
+    """Keeps the time spent beside the checkpoints, so that what was spent before an interruption counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._before = read_json(path) if path.exists() else 0.0
-        self._started = time.monotonic()
+        self._before = read_json(path) if path.exists() else {"clock": 0.0, "cpu": 0.0}
+        self._started = time.monotonic(), time.process_time()
 
     @property
-    def total(self) -> float:
-        return self._before + time.monotonic() - self._started
+    def total(self) -> dict[str, float]:
+        clock, cpu = self._started
+        return {"clock": self._before["clock"] + time.monotonic() - clock,
+                "cpu": self._before["cpu"] + time.process_time() - cpu}  # fmt: skip
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         write_json(self._path, self.total)
