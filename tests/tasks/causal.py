@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from loraplus.tasks.decoder.text import train_tokenizer
 
@@ -28,6 +28,15 @@ def tiny_llama(*, seed: int = 0, hidden: int = 16, context: int = 48, vocabulary
         "intermediate_size": 24, "max_position_embeddings": context, "tie_word_embeddings": True, "pad_token_id": 0,
         "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3, **options,
     })).eval()  # fmt: skip
+
+
+def tiny_gpt2(*, context: int = 48, vocabulary: int = 300) -> Any:
+    """Positions out of a table, which ends; layers that keep W the other way round."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=2, n_positions=context, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, initializer_range=0.3,
+    )).eval()  # fmt: skip
 
 
 def save_llama(folder: Path, **options: Any) -> Path:

@@ -8,7 +8,7 @@ import torch
 from loraplus.errors import InputError
 from loraplus.tasks.generate import generate, prompt_ids
 
-from .causal import tiny_llama, tiny_tokenizer
+from .causal import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 PROMPTS = ["the", "and it was so, and the evening", "darkness was upon the waters and the", "so"]
 
@@ -21,6 +21,11 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return tiny_llama(vocabulary=len(tokenizer))
+
+
+@pytest.fixture(scope="module", params=[tiny_llama, tiny_gpt2])
+def any_model(request, tokenizer):
+    return request.param(vocabulary=len(tokenizer))
 
 
 def by_hand(model, ids: list[int], steps: int) -> list[int]:
@@ -41,23 +46,23 @@ def test_greedy_text_is_the_likeliest_token_each_time(model, tokenizer):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_batched_is_one_by_one(model, tokenizer, chat):
-    alone = [generate(model, tokenizer, [prompt], max_new_tokens=12, chat=chat)[0] for prompt in PROMPTS]
-    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12, chat=chat) == alone
+def test_batched_is_one_by_one(any_model, tokenizer, chat):
+    alone = [generate(any_model, tokenizer, [prompt], max_new_tokens=12, chat=chat)[0] for prompt in PROMPTS]
+    assert generate(any_model, tokenizer, PROMPTS, max_new_tokens=12, chat=chat) == alone
     assert len(set(alone)) > 1
 
 
-def test_each_prompt_is_continued_to_the_end_of_the_context_and_no_further(model, tokenizer):
-    model.generation_config.eos_token_id = None
+def test_each_prompt_is_continued_to_the_end_of_the_context_and_no_further(any_model, tokenizer):
+    any_model.generation_config.eos_token_id = None
     no_end = tiny_tokenizer()
     no_end.eos_token = None
-    texts = generate(model, no_end, PROMPTS, max_new_tokens=500, chat=False)
-    model.generation_config.eos_token_id = 2
+    texts = generate(any_model, no_end, PROMPTS, max_new_tokens=500, chat=False)
+    any_model.generation_config.eos_token_id = 2
     for prompt, text in zip(PROMPTS, texts, strict=True):
         ids = prompt_ids(tokenizer, prompt, chat=False)
-        model.config.eos_token_id = None
-        whole = by_hand(model, ids, 48 - len(ids))
-        model.config.eos_token_id = 2
+        any_model.config.eos_token_id = None
+        whole = by_hand(any_model, ids, 48 - len(ids))
+        any_model.config.eos_token_id = 2
         assert text == tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
 
 

@@ -14,7 +14,7 @@ from loraplus.tasks import merge as merging
 from loraplus.tasks.adapter import load_causal
 from loraplus.tasks.merge import merge
 
-from .causal import save_llama, tiny_llama, tiny_tokenizer
+from .causal import save_llama, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 ADAPTERS = {
     "plain": {"target_modules": ["q_proj", "v_proj"]},
@@ -69,6 +69,13 @@ def test_the_merged_model_is_base_and_adapter(base, tmp_path, kind):
     assert not torch.allclose(found, logits(AutoModelForCausalLM.from_pretrained(base)), atol=0.1)
     assert record["relative_difference"] <= record["tolerance"] == 1e-4
     assert json.loads((tmp_path / "merged" / "merge.json").read_text()).items() <= record.items()
+
+
+def test_layers_that_keep_their_weights_the_other_way_round(tmp_path):
+    base = tmp_path / "base"
+    tiny_gpt2(vocabulary=len(tiny_tokenizer())).save_pretrained(base)
+    folder = adapter_on(base, tmp_path / "adapter", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    assert merge(str(folder), tmp_path / "merged")["relative_difference"] < 1e-4
 
 
 def test_the_folder_is_that_of_a_plain_model(base, adapter, tmp_path):

@@ -88,9 +88,9 @@ tokenizer = AutoTokenizer.from_pretrained("examples/decoder")
 ```
 
 Made by `python -m loraplus.tasks.decoder`, which is what `make decoder` runs: {recipe["steps"]:,} steps of
-{recipe["batch"]}×{recipe["context"]} tokens, {seconds["cpu"] / 60:.0f} minutes of CPU time and {seconds["clock"] / 60:.0f} by the
-clock, with {figures["threads"]} of torch's threads.
-One chapter in {recipe["held_out_every"]} was kept aside; on those {figures["held_out_tokens"]:,} tokens:
+{recipe["batch"]}×{recipe["context"]} tokens, {seconds["cpu"] / 60:.0f} minutes of CPU time,
+{seconds["clock"] / 60:.0f} by the clock, with {figures["threads"]} of torch's threads. One chapter
+in {recipe["held_out_every"]} was kept aside; on those {figures["held_out_tokens"]:,} tokens:
 
 | | loss (nats a token) | perplexity |
 |---|---|---|
