@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from loraplus.tasks.decoder.__main__ import main
 from loraplus.tasks.decoder.build import build
 from loraplus.tasks.decoder.pretrain import Recipe, held_out_loss
 from loraplus.tasks.decoder.text import conversation, pack, passage, read_chapters, training_texts
+from loraplus.tasks.generate import generate
 
 from .causal import SENTENCES, tiny_tokenizer
 
@@ -125,6 +127,18 @@ def test_interrupted_it_goes_on_to_the_same_weights(built, verses, tmp_path):
         build(verses, tmp_path / "decoder", RECIPE)
 
 
+def test_interrupted_after_the_last_step_it_trains_no_further(built, verses, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("loraplus.tasks.decoder.build._save_in_half", stop)
+        build(verses, tmp_path / "decoder", RECIPE)
+    build(verses, tmp_path / "decoder", RECIPE)
+    for name in ("model.safetensors", "curve.csv"):
+        assert (tmp_path / "decoder" / name).read_bytes() == (built[0] / name).read_bytes()
+
+
 def test_what_is_no_book_of_verses_is_refused(reviews_csv, verses):
     with pytest.raises(InputError, match="has no column 'book', 'chapter'"):
         read_chapters(str(reviews_csv), 4)
@@ -136,3 +150,17 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, capsys, monkeypatc
     monkeypatch.setattr("loraplus.tasks.decoder.__main__.obtain", lambda *_: str(tmp_path / "none.csv"))
     assert main(["--output", str(tmp_path / "decoder")]) == 2
     assert capsys.readouterr().err == f"loraplus: there is no file or folder {tmp_path / 'none.csv'}\n"
+
+
+def test_the_decoder_in_the_repository_is_small_and_speaks_in_verses():
+    folder = Path(__file__).resolve().parents[2] / "examples" / "decoder"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 10e6
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    figures = json.loads((folder / "decoder.json").read_text())
+    assert (model.dtype, model.num_parameters()) == (torch.float32, figures["parameters"])
+    verse = torch.tensor([tokenizer("And it came to pass in those days, that he went out from the city.")["input_ids"]])
+    other = verse[:, torch.randperm(verse.shape[1], generator=torch.Generator().manual_seed(0))]
+    assert held_out_loss(model.eval(), verse) < figures["held_out_loss"] + 0.5 < held_out_loss(model, other)
+    assert generate(model, tokenizer, ["In the beginning God created"], chat=False, max_new_tokens=3) == [
+        " the heavens and"
+    ]

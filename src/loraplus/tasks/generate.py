@@ -146,8 +146,9 @@ def _settings(model: Any, tokenizer: Any, room: int, temperature: float, top_p: 
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     pad = tokenizer.pad_token_id
-    drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {
-        "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 0}  # fmt: skip
+    drawing: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=room, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,
         eos_token_id=sorted(ends) or None,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from loraplus.errors import LoraPlusError
 from loraplus.tasks.assets import obtain
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", default="data/decoder", help="folder to make (default: data/decoder)")
     parser.add_argument("--data", default="data", help="folder that the verses are obtained into (default: data)")
     options = parser.parse_args(arguments)
+    logging.disable_progress_bar()  # of loading and saving; Trainer's stays
     try:
         figures = build(str(obtain("verses", Path(options.data))), Path(options.output), callbacks=[_Lines()])
     except LoraPlusError as error:

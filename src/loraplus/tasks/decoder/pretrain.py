@@ -18,9 +18,11 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )  # fmt: skip
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from loraplus.errors import InputError
@@ -129,13 +131,18 @@ def pretrain(
     held_out = pack((passage(tokenizer, chapter) for chapter in chapters.held_out), recipe.context)
     training = pack(training_texts(tokenizer, chapters.training, recipe.conversation_every), recipe.context)
     seconds = _Seconds(work / _SECONDS_FILE)
+    last = get_last_checkpoint(str(work))
+    done = TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME)) if last else TrainerState()
+    if last and done.global_step >= recipe.steps:  # interrupted after its last step; Trainer would add one
+        model = LlamaForCausalLM.from_pretrained(last)
+        return Pretrained(model.eval(), _curve(done.log_history), held_out, seconds.total)
     trainer = Trainer(
-        fresh_model(recipe, tokenizer), _arguments(recipe, work), train_dataset=_rows(training),
+        fresh_model(recipe, tokenizer), _arguments(recipe, work, starts=last is None), train_dataset=_rows(training),
         eval_dataset=_rows(held_out), callbacks=[seconds, *callbacks],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
-    return Pretrained(trainer.model, _curve(trainer.state.log_history), held_out, seconds.total)  # type: ignore[arg-type]
+    trainer.train(resume_from_checkpoint=last)
+    return Pretrained(trainer.model.eval(), _curve(trainer.state.log_history), held_out, seconds.total)  # type: ignore
 
 
 def clear(work: Path) -> None:
@@ -162,13 +169,13 @@ def _note_recipe(work: Path, recipe: Recipe) -> None:
         raise InputError(f"{work} holds checkpoints of another recipe ({changes}); delete it to start again")
 
 
-def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
+def _arguments(recipe: Recipe, work: Path, *, starts: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(work), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch,
         per_device_eval_batch_size=recipe.batch, learning_rate=recipe.lr, warmup_steps=recipe.warmup,
         lr_scheduler_type="cosine", weight_decay=recipe.weight_decay, adam_beta2=0.95, optim="adamw_torch_fused",
         seed=recipe.seed, data_seed=recipe.seed, logging_steps=25, eval_strategy="steps",
-        eval_steps=recipe.evaluate_every, eval_on_start=True, save_strategy="steps", save_steps=recipe.save_every,
+        eval_steps=recipe.evaluate_every, eval_on_start=starts, save_strategy="steps", save_steps=recipe.save_every,
         save_total_limit=1, report_to="none", disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=False,
         prediction_loss_only=True,
     )  # fmt: skip
