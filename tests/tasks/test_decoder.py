@@ -161,6 +161,4 @@ def test_the_decoder_in_the_repository_is_small_and_speaks_in_verses():
     verse = torch.tensor([tokenizer("And it came to pass in those days, that he went out from the city.")["input_ids"]])
     other = verse[:, torch.randperm(verse.shape[1], generator=torch.Generator().manual_seed(0))]
     assert held_out_loss(model.eval(), verse) < figures["held_out_loss"] + 0.5 < held_out_loss(model, other)
-    assert generate(model, tokenizer, ["In the beginning God created"], chat=False, max_new_tokens=3) == [
-        " the heavens and"
-    ]
+    assert generate(model, tokenizer, ["And it came to"], chat=False, max_new_tokens=2) == [" pass,"]

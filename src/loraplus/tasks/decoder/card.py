@@ -10,7 +10,7 @@ from loraplus.tasks.generate import generate
 
 _OPENINGS = ("In the beginning", "And it came to pass", "Blessed are they that")
 _TURNS = ("The LORD is my shepherd; I shall not want.", "And he opened his mouth and taught them, saying,")
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _MARGIN = 640, 320, 46, 36, 12
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _MARGIN = 640, 320, 46, 36, 22
 
 
 def samples(model: Any, tokenizer: Any) -> dict[str, list[tuple[str, str]]]:
@@ -54,7 +54,7 @@ def curve_svg(curve: Sequence[Mapping[str, float]]) -> str:
     for i, (key, name, colour) in enumerate((("loss", "training", "#7f9fbf"), ("eval_loss", "validation", "#c0392b"))):
         points = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in lines[key])
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        parts.append(f'<text x="{_WIDTH - 20}" y="{30 + 18 * i}" text-anchor="end" fill="{colour}">{name} loss</text>')
+        parts.append(f'<text x="{_WIDTH - 30}" y="{40 + 18 * i}" text-anchor="end" fill="{colour}">{name} loss</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
