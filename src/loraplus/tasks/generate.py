@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from loraplus.errors import InputError
 

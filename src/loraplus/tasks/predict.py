@@ -30,19 +30,19 @@ def load_adapter(adapter: str, base_model: str | None = None) -> tuple[Any, Any]
     settings = adapter_settings(adapter)
     if not (Path(adapter) / "config.json").is_file():
         raise InputError(f"{adapter} is not a classifier that `loraplus train` wrote: it has no config.json")
-    base_model = base_model or settings["base_model_name_or_path"]
+    name = base_model or str(settings["base_model_name_or_path"])
     config = from_pretrained(AutoConfig, adapter)
     try:
-        base, fresh = load_base(base_model, config=config)
+        base, fresh = load_base(name, config=config)
     except InputError as error:
         raise InputError(f"{adapter}: {error}; name the base model that it was trained on with --model") from None
-    unsaved = [name for name in fresh if not name.endswith(tuple(settings.get("modules_to_save") or ()))]
+    unsaved = [head for head in fresh if not head.endswith(tuple(settings.get("modules_to_save") or ()))]
     if unsaved:
         raise InputError(
-            f"{base_model} lacks weights of {', '.join(unsaved)}, which {adapter} does not bring; name the base model "
+            f"{name} lacks weights of {', '.join(unsaved)}, which {adapter} does not bring; name the base model "
             "that it was trained on with --model"
         )
-    return put_adapter(base, adapter, base_model), from_pretrained(AutoTokenizer, adapter)
+    return put_adapter(base, adapter, name), from_pretrained(AutoTokenizer, adapter)
 
 
 @torch.inference_mode()

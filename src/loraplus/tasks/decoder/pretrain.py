@@ -97,7 +97,7 @@ class _Seconds(TrainerCallback):
         write_json(self._path, self.total)
 
 
-def fresh_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def fresh_model(recipe: Recipe, tokenizer: Any) -> LlamaForCausalLM:
     """The decoder before training."""
     set_seed(recipe.seed)
     return LlamaForCausalLM(LlamaConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -85,7 +86,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> PreT
     )  # fmt: skip
 
 
-def passage(tokenizer: PreTrainedTokenizerFast, chapter: Chapter) -> list[int]:
+def passage(tokenizer: Any, chapter: Chapter) -> list[int]:
     """A chapter as running text, one verse a line."""
     return [*tokenizer("\n".join(chapter), verbose=False)["input_ids"], tokenizer.eos_token_id]
 
