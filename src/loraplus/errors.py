@@ -55,6 +55,10 @@ class DivergedError(LoraPlusError, ArithmeticError):
     """The loss became NaN or infinite."""
 
 
+class MergeMismatchError(LoraPlusError, ArithmeticError):
+    """A merged model does not give the logits that base model and adapter give."""
+
+
 class InputError(LoraPlusError, ValueError):
     """A file, column, label, flag or configuration key that cannot be used."""
 

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer
 
 from loraplus.errors import InputError
-from loraplus.tasks.output import read_json
-from loraplus.tasks.pretrained import LOADING_ERRORS, first_line, from_pretrained, load_base
-
-ADAPTER_CONFIG_FILE = "adapter_config.json"
+from loraplus.tasks.adapter import adapter_settings, put_adapter
+from loraplus.tasks.pretrained import from_pretrained, load_base
 
 
 def load_adapter(adapter: str, base_model: str | None = None) -> tuple[Any, Any]:
@@ -30,31 +27,22 @@ def load_adapter(adapter: str, base_model: str | None = None) -> tuple[Any, Any]
     Raises:
         InputError: no adapter there, a damaged one, or a base model that cannot be found or is another.
     """
-    folder = Path(adapter)
-    for name in (ADAPTER_CONFIG_FILE, "config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise InputError(f"{adapter} is not an adapter that `loraplus train` wrote: it has no {name}")
-    settings = read_json(folder / ADAPTER_CONFIG_FILE)
-    if not isinstance(settings, dict) or not isinstance(settings.get("base_model_name_or_path"), str):
-        raise InputError(f"{folder / ADAPTER_CONFIG_FILE} does not name a base model; the adapter is damaged")
-    if base_model is None:
-        base_model = str(settings["base_model_name_or_path"])
+    settings = adapter_settings(adapter)
+    if not (Path(adapter) / "config.json").is_file():
+        raise InputError(f"{adapter} is not a classifier that `loraplus train` wrote: it has no config.json")
+    name = base_model or str(settings["base_model_name_or_path"])
     config = from_pretrained(AutoConfig, adapter)
     try:
-        base, fresh = load_base(base_model, config=config)
+        base, fresh = load_base(name, config=config)
     except InputError as error:
         raise InputError(f"{adapter}: {error}; name the base model that it was trained on with --model") from None
-    unsaved = [name for name in fresh if not name.endswith(tuple(settings.get("modules_to_save") or ()))]
+    unsaved = [head for head in fresh if not head.endswith(tuple(settings.get("modules_to_save") or ()))]
     if unsaved:
         raise InputError(
-            f"{base_model} lacks weights of {', '.join(unsaved)}, which {adapter} does not bring; name the base model "
+            f"{name} lacks weights of {', '.join(unsaved)}, which {adapter} does not bring; name the base model "
             "that it was trained on with --model"
         )
-    try:
-        model = PeftModel.from_pretrained(base, adapter)
-    except LOADING_ERRORS as error:
-        raise InputError(f"cannot put {adapter} on {base_model}: {first_line(error)}") from None
-    return model.eval(), from_pretrained(AutoTokenizer, adapter)
+    return put_adapter(base, adapter, name), from_pretrained(AutoTokenizer, adapter)
 
 
 @torch.inference_mode()

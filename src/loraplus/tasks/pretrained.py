@@ -13,7 +13,13 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from loraplus.errors import InputError
 from loraplus.tasks.config import TaskConfig
@@ -126,17 +132,37 @@ def load_base(model: str, **options: Any) -> tuple[Any, list[str]]:
     )  # fmt: skip
     other_size = {key for key, *_ in info["mismatched_keys"]}
     unset = set(info["missing_keys"]) | other_size
-    foreign = sorted(key for key in unset if head_of(loaded, key) is None)
-    if foreign:
-        what = (
-            "has weights of another size than the configuration says" if foreign[0] in other_size else "lacks weights"
-        )
-        more = f" and {len(foreign) - _NAMED_IN_MESSAGE} more" if len(foreign) > _NAMED_IN_MESSAGE else ""
+    _refuse(model, loaded, sorted(key for key in unset if head_of(loaded, key) is None), other_size)
+    return loaded, sorted({head for key in unset if (head := head_of(loaded, key)) is not None})
+
+
+def load_decoder(model: str, **options: Any) -> Any:
+    """Loads a causal language model whose checkpoint holds every weight (an output layer may be tied to the input).
+
+    Args:
+        model: folder or hub name.
+        **options: of `from_pretrained`.
+
+    Raises:
+        InputError: it cannot be loaded, is no causal language model, or lacks weights.
+    """
+    loaded, info = from_pretrained(
+        AutoModelForCausalLM, resolve_model(model), output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    other_size = {key for key, *_ in info["mismatched_keys"]}
+    _refuse(model, loaded, sorted(set(info["missing_keys"]) | other_size), other_size)
+    return loaded
+
+
+def _refuse(model: str, loaded: Any, unset: list[str], other_size: set[str]) -> None:
+    """Refuses weights that the checkpoint did not set."""
+    if unset:
+        what = "has weights of another size than the configuration says" if unset[0] in other_size else "lacks weights"
+        more = f" and {len(unset) - _NAMED_IN_MESSAGE} more" if len(unset) > _NAMED_IN_MESSAGE else ""
         raise InputError(
-            f"{model} {what}: {', '.join(foreign[:_NAMED_IN_MESSAGE])}{more}; these are not the weights of a "
+            f"{model} {what}: {', '.join(unset[:_NAMED_IN_MESSAGE])}{more}; these are not the weights of a "
             f"{loaded.config.model_type} of this shape"
         )
-    return loaded, sorted({head for key in unset if (head := head_of(loaded, key)) is not None})
 
 
 def head_of(model: Any, key: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Reads a table from CSV, TSV, JSON Lines, Parquet, a `datasets` folder or the hub.
+"""Reads a table from CSV, TSV, JSON Lines, Parquet, lines of text, a `datasets` folder or the hub.
 
 Every defect of a file is one `InputError` that names the file and, where there is one, the line.
 """
@@ -49,8 +49,8 @@ def read_table(source: str, split: str = "train") -> Table:
     """Reads a file, a `datasets` folder or a hub dataset.
 
     Args:
-        source: path ending in .csv, .tsv, .jsonl, .ndjson, .json or .parquet; a folder written by
-            `Dataset.save_to_disk`; or a name on the hub.
+        source: path ending in .csv, .tsv, .jsonl, .ndjson, .json, .parquet or .txt (a column `text`, one row a line
+            that is not blank); a folder written by `Dataset.save_to_disk`; or a name on the hub.
         split: of a `datasets` folder or hub dataset that has several.
 
     Returns:
@@ -81,8 +81,10 @@ def _read_file(source: str, path: Path) -> Table:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _read_parquet(source, path)
-    if suffix not in (".csv", ".tsv", *_JSON_SUFFIXES):
-        raise InputError(f"{source}: unknown format {suffix or '(no extension)'}; use .csv, .tsv, .jsonl or .parquet")
+    if suffix not in (".csv", ".tsv", ".txt", *_JSON_SUFFIXES):
+        raise InputError(
+            f"{source}: unknown format {suffix or '(no extension)'}; use .csv, .tsv, .jsonl, .parquet or .txt"
+        )
     text = _read_text(source, path)
     if not text.strip():
         raise InputError(f"{source} is empty")
@@ -90,6 +92,9 @@ def _read_file(source: str, path: Path) -> Table:
         return _parse_separated(source, text, ",", csv.QUOTE_MINIMAL)
     if suffix == ".tsv":
         return _parse_tabs(source, text)
+    if suffix == ".txt":
+        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        return Table(source, {"text": [line for _, line in lines]}, [number for number, _ in lines])
     return _parse_json(source, text)
 
 

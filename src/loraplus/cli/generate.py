@@ -1,0 +1,132 @@
+"""`loraplus generate`"""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from loraplus.cli.app import app
+from loraplus.errors import InputError
+
+
+@app.command("generate")
+def run(
+    adapter: Annotated[str | None, typer.Option(help="Folder that PEFT or `loraplus train` wrote.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub name; with --adapter, its base model if that has moved.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to go on from; else --prompts or standard input.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="File with many: .txt (one a line), JSON Lines, CSV, TSV or Parquet.")
+    ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Its column. Default: prompt, messages, or the one with text.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="Whether a prompt is a user's turn. Default: if there is a chat template."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, more draws.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest with this probability together.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the drawing.", min=0)] = 0,
+    num_samples: Annotated[int, typer.Option(help="Continuations of each prompt.", min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 8,
+    output: Annotated[str | None, typer.Option(help="JSON Lines file to write.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")] = False,
+) -> None:
+    """Let a causal language model go on from a prompt, or from each prompt of a file."""
+    from loraplus.cli.console import counting_bar, quiet_libraries
+
+    quiet_libraries()
+    import torch
+
+    from loraplus.tasks.adapter import load_causal
+    from loraplus.tasks.generate import generate
+    from loraplus.tasks.output import write_atomically
+    from loraplus.tasks.prompts import check_target
+
+    if num_samples > 1 and temperature == 0:
+        raise InputError("--num-samples above 1 needs a --temperature: at 0 all samples are the same")
+    target = check_target(output, overwrite=overwrite) if output else None
+    columns, texts = _read(prompt, prompts, prompt_column)
+    decoder, tokenizer, _ = load_causal(model, adapter, trust_remote_code=trust_remote_code)
+    if torch.cuda.is_available():
+        decoder.cuda()
+    asked = [text for text in texts for _ in range(num_samples)]
+    streams = len(asked) == 1 and target is None and not json
+    bars = Console(stderr=json or target is None, no_color=plain, highlight=False)
+    with counting_bar(bars, "generating", len(asked), plain=plain or streams) as advance:
+        completions = generate(
+            decoder, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+            batch_size=batch_size, chat=chat, system=system, on_text=_write if streams else None, on_batch=advance,
+        )  # fmt: skip
+    rows = _rows(columns, completions, num_samples)
+    if target is not None:
+        lines = (json_format.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        write_atomically(target, "".join(lines))
+    if json:
+        result: Any = {"output": output, "completions": len(rows)} if target else rows
+        json_format.dump(result, sys.stdout, indent=2, ensure_ascii=False, default=str)
+        sys.stdout.write("\n")
+    elif target is not None:
+        bars.print(f"{len(rows)} completions written to {output}", soft_wrap=True, markup=False)
+    elif streams:
+        sys.stdout.write("\n")
+    else:
+        _show(asked, completions, plain)
+
+
+def _read(prompt: str | None, prompts: str | None, column: str | None) -> tuple[dict[str, list[Any]], list[Any]]:
+    """(columns of the source, prompts)"""
+    from loraplus.tasks.prompts import read_prompts, read_stdin
+
+    if prompt is not None and prompts is not None:
+        raise InputError("--prompt and --prompts exclude each other")
+    if prompts is not None:
+        table, texts = read_prompts(prompts, column)
+        return table.columns, texts
+    text = read_stdin() if prompt is None else prompt
+    return {"prompt": [text]}, [text]
+
+
+def _rows(columns: dict[str, list[Any]], completions: list[str], num_samples: int) -> list[dict[str, Any]]:
+    """The source's own columns, and what was generated from each row."""
+    rows = []
+    for index, completion in enumerate(completions):
+        source, sample = divmod(index, num_samples)
+        numbered = {"sample": sample} if num_samples > 1 else {}
+        rows.append(
+            {**{name: values[source] for name, values in columns.items()}, **numbered, "completion": completion}
+        )
+    return rows
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _show(asked: list[Any], completions: list[str], plain: bool) -> None:
+    """Each prompt, and what follows."""
+    from rich.text import Text
+
+    from loraplus.tasks.prompts import shown
+
+    console = Console(no_color=plain, highlight=False)
+    for prompt, completion in zip(asked, completions, strict=True):
+        console.print(Text(shown(prompt), style="bold"), soft_wrap=True)
+        console.print(Text(completion.strip("\n")), soft_wrap=True)
+        console.print()

@@ -1,0 +1,49 @@
+"""`loraplus merge`"""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from loraplus.cli.app import app
+
+
+@app.command("merge")
+def run(
+    adapter: Annotated[str, typer.Option(help="Folder that PEFT or `loraplus train` wrote.")],
+    output: Annotated[str, typer.Option(help="Model folder to make.")],
+    model: Annotated[str | None, typer.Option(help="Base model, if it is no longer where it was.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16. Default: the base model's.", show_default=False)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the base model brings.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="No colours.")] = False,
+) -> None:
+    """Write base model and adapter as one plain model, checked to give the same logits."""
+    from loraplus.cli.console import quiet_libraries
+
+    quiet_libraries()
+    from loraplus.tasks.merge import merge
+
+    record = merge(
+        adapter, output, model=model, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code
+    )  # fmt: skip
+    if json:
+        json_format.dump(record, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+        return
+    console = Console(no_color=plain, highlight=False)
+    console.print(
+        f"{record['parameters']:,} parameters in {record['dtype']}; read back, its logits differ from base and adapter "
+        f"by {record['max_difference']:.2g} at most, {record['relative_difference']:.1e} of the largest (allowed: "
+        f"{record['tolerance']:g})\nmodel: {record['output']}",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip

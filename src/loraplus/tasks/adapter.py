@@ -1,0 +1,143 @@
+"""Loads a saved adapter on its base model, and makes sure that the two belong together.
+
+PEFT warns of weights that the adapter lacks, says nothing of those the base model has no place for, and goes on; here
+both are errors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, PeftType, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+)
+
+from loraplus.errors import InputError
+from loraplus.tasks.output import read_json
+from loraplus.tasks.pretrained import LOADING_ERRORS, first_line, from_pretrained, load_decoder, resolve_model
+
+_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_TOKENIZER_FILE = "tokenizer_config.json"
+
+
+def adapter_settings(adapter: str) -> dict[str, Any]:
+    """What PEFT wrote about an adapter.
+
+    Raises:
+        InputError: no such folder, no adapter in it, or a damaged one.
+    """
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"there is no adapter folder {adapter}")
+    for name in (_CONFIG_FILE, _WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise InputError(f"{adapter} is not an adapter that PEFT or `loraplus train` wrote: it has no {name}")
+    settings = read_json(folder / _CONFIG_FILE)
+    if not isinstance(settings, dict) or not isinstance(settings.get("base_model_name_or_path"), str):
+        raise InputError(f"{folder / _CONFIG_FILE} does not name a base model; the adapter is damaged")
+    return settings
+
+
+def put_adapter(base: Any, adapter: str, base_name: str) -> PeftModel:
+    """Puts a saved adapter on a loaded base model, in evaluation mode.
+
+    Args:
+        base: the model; becomes part of what is returned.
+        adapter: folder.
+        base_name: of the model, for messages.
+
+    Raises:
+        InputError: the adapter is damaged, or was trained on a model of another shape.
+    """
+    try:
+        model = PeftModel.from_pretrained(base, adapter)
+        if model.peft_config["default"].peft_type == PeftType.LORA:
+            _check_fits(model, adapter)
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"cannot put {adapter} on {base_name}: {_reason(error)}; name the base model it was trained on with --model"
+        ) from None
+    return model.eval()
+
+
+def load_causal(
+    model: str | None, adapter: str | None = None, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, Any, str]:
+    """Loads a causal language model, with an adapter on it if one is given.
+
+    Args:
+        model: folder or hub name. Default: the base model that the adapter names.
+        adapter: folder that PEFT or `loraplus train` wrote.
+        trust_remote_code: run code that the model brings.
+        **options: of `from_pretrained`.
+
+    Returns:
+        (model in evaluation mode, tokenizer, name of the base model). The tokenizer is the adapter's if it has one,
+        and a base model with fewer tokens than that grows to it, as PEFT's Auto classes do.
+
+    Raises:
+        InputError: neither is given, one is missing or damaged, they do not fit, or the model generates no text.
+    """
+    if model is None and adapter is None:
+        raise InputError("nothing to load: name an adapter, a model, or both")
+    settings = adapter_settings(adapter) if adapter else {}
+    if settings.get("task_type") not in (None, "CAUSAL_LM"):
+        raise InputError(f"{adapter} is an adapter for {settings['task_type']}, not of a causal language model")
+    name = model or settings["base_model_name_or_path"]
+    if (Path(name) / _CONFIG_FILE).is_file() and not (Path(name) / "config.json").is_file():
+        raise InputError(f"{name} is an adapter, not a model; name it with --adapter")
+    try:
+        remote = {"trust_remote_code": trust_remote_code}
+        _check_causal(name, from_pretrained(AutoConfig, resolve_model(name), **remote))
+        base = load_decoder(name, **remote, **options)
+    except InputError as error:
+        hint = f"{adapter}: {error}; name the base model that it was trained on with --model"
+        raise InputError(hint if adapter and not model else str(error)) from None
+    own_tokenizer = adapter is not None and (Path(adapter) / _TOKENIZER_FILE).is_file()
+    tokenizer = from_pretrained(AutoTokenizer, str(adapter) if own_tokenizer else resolve_model(name), **remote)
+    if adapter is None:
+        return base.eval(), tokenizer, name
+    if own_tokenizer and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))
+    return put_adapter(base, adapter, name), tokenizer, name
+
+
+def _check_causal(name: str, config: Any) -> None:
+    kind = config.model_type
+    is_encoder = kind in MASKED and not getattr(config, "is_decoder", False)
+    if is_encoder or (kind not in CAUSAL and not getattr(config, "auto_map", None)):
+        raise InputError(
+            f"{name} is a {kind}, no causal language model (as Llama, Qwen or GPT-2 are): it writes no text"
+        )
+
+
+def _check_fits(model: PeftModel, adapter: str) -> None:
+    """Compares the names of the saved weights with those that the adapter would save now."""
+    with safe_open(Path(adapter) / _WEIGHTS_FILE, framework="pt") as file:
+        saved = _names(file.keys())
+    needed = _names(get_peft_model_state_dict(model, save_embedding_layers=False))
+    known = _names(get_peft_model_state_dict(model, save_embedding_layers=True))
+    for names, what in (
+        (saved - known, "the model has no place for its weights"),
+        (needed - saved, "it lacks weights"),
+    ):
+        if names:
+            raise ValueError(f"{what}: {min(names)}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
+
+
+def _names(keys: Any) -> set[str]:
+    # Older versions of PEFT save a magnitude without the last part of its name.
+    return {key.removesuffix(".weight") for key in keys}
+
+
+def _reason(error: BaseException) -> str:
+    """One line; torch's own first line only says that sizes follow."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line.rstrip(".") for line in lines if line.startswith("size mismatch")), first_line(error))

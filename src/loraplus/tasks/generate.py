@@ -1,0 +1,201 @@
+"""Text from a causal language model, with or without an adapter on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from loraplus.errors import InputError
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A text, or a chat as {"role", "content"} messages."""
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int = 128, temperature: float = 0.0,
+    top_p: float = 1.0, seed: int = 0, batch_size: int = 8, chat: bool | None = None, system: str | None = None,
+    on_text: Callable[[str], None] | None = None, on_batch: Callable[[int], None] | None = None,
+) -> list[str]:  # fmt: skip
+    """Continues each prompt; the model, its mode and the random state are afterwards as they were.
+
+    What a prompt is continued with does not depend on the other prompts if the temperature is 0: shorter ones are
+    padded on the left and not attended to there.
+
+    Args:
+        model: causal language model of transformers or PEFT.
+        tokenizer: its tokenizer.
+        prompts: texts, or chats that end with the user's turn.
+        max_new_tokens: at most so many; fewer where the model's context ends before.
+        temperature: 0 takes the likeliest token each time, more draws.
+        top_p: draws from the likeliest tokens that make up this probability.
+        seed: of the drawing. What is drawn also depends on the batches.
+        batch_size: prompts at once.
+        chat: whether a text is a user's turn in the tokenizer's chat template. Default: if there is a template.
+        system: system message of such a chat.
+        on_text: told each piece of text as it comes; for a single prompt only.
+        on_batch: told how many more prompts are done.
+
+    Returns:
+        The new text of each prompt, without it and without special tokens.
+
+    Raises:
+        InputError: no prompt, one that is empty or leaves no room in the context, a chat without a template, or
+            settings that cannot be used.
+
+    Example:
+        >>> generate(model, tokenizer, ["In the beginning"], max_new_tokens=8)  # doctest: +SKIP
+        [' God created the heavens and the earth.']
+    """
+    _check_settings(max_new_tokens, temperature, top_p, batch_size)
+    if not prompts:
+        raise InputError("there is no prompt to generate from")
+    if on_text and len(prompts) > 1:
+        raise InputError(f"text is told as it comes for one prompt only, got {len(prompts)}")
+    rows = [prompt_ids(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
+    rooms = _rooms(model, rows, max_new_tokens)
+    texts = [""] * len(rows)
+    devices = [model.device] if model.device.type == "cuda" else []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            for batch in _batches(rows, rooms, batch_size):
+                settings = _settings(model, tokenizer, rooms[batch[0]], temperature, top_p)
+                new = _continue(model, tokenizer, [rows[i] for i in batch], settings, on_text)
+                for i, text in zip(batch, new, strict=True):
+                    texts[i] = text
+                if on_batch:
+                    on_batch(len(batch))
+    finally:
+        model.train(was_training)
+    return texts
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool | None = None, system: str | None = None) -> list[int]:
+    """The tokens of one prompt, those of the chat template included.
+
+    Raises:
+        InputError: an empty prompt, a chat without a template, messages that the template refuses, a system message
+            without a chat.
+    """
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise InputError("a prompt is empty")
+    if chat is None:
+        chat = bool(tokenizer.chat_template) or not isinstance(prompt, str)
+    if not chat and not isinstance(prompt, str):
+        raise InputError("a prompt is a list of messages; without a chat template it must be a text")
+    if not chat and system is not None:
+        raise InputError("a system message needs a chat; the prompt is continued as plain text")
+    if not chat:
+        return tokenizer(prompt, verbose=False)["input_ids"]
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template; continue the prompt as plain text (--no-chat)")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    opening = [{"role": "system", "content": system}] if system is not None else []
+    try:
+        text = tokenizer.apply_chat_template([*opening, *messages], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of its own: what it raises for messages it cannot use varies
+        raise InputError(f"the chat template refuses these messages: {str(error).splitlines()[0]}") from None
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def context_of(model: Any) -> int | None:
+    """Tokens that the model takes, prompt and answer together; None if there is no such limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _check_settings(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+    if max_new_tokens < 1 or batch_size < 1:
+        raise InputError(f"max_new_tokens and batch_size must be 1 or more, got {max_new_tokens} and {batch_size}")
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature must be 0 or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def _rooms(model: Any, rows: list[list[int]], wanted: int) -> list[int]:
+    """How many tokens each prompt can be continued with."""
+    context = context_of(model)
+    for number, row in enumerate(rows, start=1):
+        if not row:
+            raise InputError(f"prompt {number} has no tokens")
+        if context is not None and len(row) >= context:
+            raise InputError(
+                f"prompt {number} has {len(row)} tokens, and the model takes {context} with the answer; shorten it"
+            )
+    return [wanted if context is None else min(wanted, context - len(row)) for row in rows]
+
+
+def _batches(rows: list[list[int]], rooms: list[int], size: int) -> Iterator[list[int]]:
+    """Prompts of like length together, and only those with equally much room: a batch stops as one."""
+    order = sorted(range(len(rows)), key=lambda i: (rooms[i], len(rows[i])))
+    for _, group in groupby(order, key=lambda i: rooms[i]):
+        same = list(group)
+        yield from (same[start : start + size] for start in range(0, len(same), size))
+
+
+def _settings(model: Any, tokenizer: Any, room: int, temperature: float, top_p: float) -> GenerationConfig:
+    """All that shapes the output is set here, so that nothing of the model's own generation settings comes in."""
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    pad = tokenizer.pad_token_id
+    drawing: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=room, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad if pad is not None else next(iter(sorted(ends)), 0), use_cache=True, **drawing,
+    )  # fmt: skip
+
+
+def _continue(
+    model: Any, tokenizer: Any, rows: list[list[int]], settings: GenerationConfig, on_text: Callable[[str], None] | None
+) -> list[str]:
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), int(settings.pad_token_id))  # type: ignore[arg-type]
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row)
+        mask[i, longest - len(row) :] = 1
+    output = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
+        streamer=_Pieces(tokenizer, on_text) if on_text else None,
+    )  # fmt: skip
+    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+
+
+class _Pieces(BaseStreamer):
+    """Hands text on as soon as its last character is whole."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._ids: list[int] | None = None  # the prompt comes first
+        self._told = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += value.flatten().tolist()
+        text = self._text()
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._tell(text)
+
+    def end(self) -> None:
+        self._tell(self._text())
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids or [], skip_special_tokens=True)
+
+    def _tell(self, text: str) -> None:
+        if len(text) > self._told:
+            self._on_text(text[self._told :])
+            self._told = len(text)

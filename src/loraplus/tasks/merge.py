@@ -1,0 +1,215 @@
+"""Merges an adapter into its base model: a plain model folder, checked to give the same logits.
+
+Merged in single precision and rounded once, to the data type that is written. The folder appears under its name only
+after it has been read back and compared.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from loraplus.errors import InputError, MergeMismatchError
+from loraplus.tasks.adapter import adapter_settings, load_causal
+from loraplus.tasks.output import read_json, write_json
+from loraplus.tasks.predict import load_adapter
+from loraplus.tasks.pretrained import LOADING_ERRORS, first_line, from_pretrained, resolve_model
+
+RECORD_FILE = "merge.json"
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""By data type written: how far a logit may be off, as part of the largest."""
+_CLASSIFIER = "SEQ_CLS"
+_CHECKED_TEXTS, _CHECKED_TOKENS = 4, 16
+
+
+def merge(
+    adapter: str, output: str | os.PathLike[str], *, model: str | None = None, dtype: str | None = None,
+    overwrite: bool = False, trust_remote_code: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes base model and adapter as one model that needs neither PEFT nor loraplus.
+
+    Args:
+        adapter: folder that PEFT (causal language models) or `loraplus train` (those and classifiers) wrote.
+        output: folder to make: safetensors, configurations, tokenizer, chat template, and `merge.json`.
+        model: base model. Default: the one that the adapter names.
+        dtype: float32, float16 or bfloat16. Default: the base model's.
+        overwrite: replace what an earlier merge left there.
+        trust_remote_code: run code that the base model brings.
+
+    Returns:
+        What `merge.json` holds: adapter, base, task, dtype, and the check: `max_difference` of a logit between the
+        written model and base with adapter, over `max_logit`: `relative_difference`, with its `tolerance`.
+
+    Raises:
+        InputError: adapter or base model are missing, damaged, quantized or do not fit, an adapter that cannot be
+            merged, or an output that must not be replaced.
+        MergeMismatchError: the written model's logits are off by more than the tolerance; nothing is left of it.
+    """
+    if dtype is not None and dtype not in TOLERANCES:
+        raise InputError(f"--dtype must be one of {', '.join(TOLERANCES)}, got {dtype!r}")
+    settings = adapter_settings(adapter)
+    base = model or settings["base_model_name_or_path"]
+    target = Path(output)
+    _check_output(target, {"the adapter": adapter, "the base model": base}, overwrite)
+    loader, adapted, tokenizer = _load(adapter, model, settings.get("task_type"), base, trust_remote_code)
+    dtype = dtype or str(adapted.dtype).removeprefix("torch.")
+    if dtype not in TOLERANCES:
+        raise InputError(f"{base} is in {dtype}; say --dtype, one of {', '.join(TOLERANCES)}")
+    adapted.float()
+    rows = _fixed_inputs(adapted)
+    expected = _logits(adapted, rows)
+    merged = _merged(adapted, adapter).to(getattr(torch, dtype))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        _save(merged, tokenizer, partial)
+        del adapted, merged
+        remote = {"trust_remote_code": trust_remote_code}
+        written = from_pretrained(loader, str(partial), dtype=torch.float32, **remote).eval()
+        record = {
+            "adapter": str(Path(adapter).resolve()), "base": base, "task": settings.get("task_type"), "dtype": dtype,
+            "parameters": written.num_parameters(), **_compare(expected, _logits(written, rows), dtype, target),
+        }  # fmt: skip
+        write_json(partial / RECORD_FILE, record)
+        _put_in_place(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {"output": str(target), **record}
+
+
+def _check_output(target: Path, sources: dict[str, str], overwrite: bool) -> None:
+    place = target.resolve()
+    for what, name in sources.items():
+        source = Path(name).expanduser().resolve()
+        if source.exists() and (source == place or source.is_relative_to(place)):
+            raise InputError(f"--output {target} is or holds {what}; name another folder")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"--output {target} is a file; name a folder")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise InputError(f"{target} is not empty: --overwrite replaces an earlier merge, or name another --output")
+        record = read_json(target / RECORD_FILE) if (target / RECORD_FILE).is_file() else None
+        if not isinstance(record, dict) or "relative_difference" not in record:
+            raise InputError(
+                f"--overwrite: {target} holds files but no {RECORD_FILE} of an earlier merge, so it is not replaced; "
+                "name another --output"
+            )
+
+
+def _load(
+    adapter: str, model: str | None, task: str | None, base: str, trust_remote_code: bool
+) -> tuple[Any, Any, Any]:
+    """(auto class that reads the merged model, model with adapter, tokenizer)."""
+    if task not in (_CLASSIFIER, "CAUSAL_LM", None):
+        raise InputError(f"{adapter} is an adapter for {task}; merge takes classifiers and causal language models")
+    try:
+        config = from_pretrained(AutoConfig, resolve_model(base), trust_remote_code=trust_remote_code)
+    except InputError as error:
+        raise InputError(f"{adapter}: {error}; name the base model that it was trained on with --model") from None
+    if getattr(config, "quantization_config", None):
+        raise InputError(
+            f"{base} is quantized, and merging would round the adapter with it; name the base model in full precision "
+            "with --model"
+        )
+    if task == _CLASSIFIER:
+        return AutoModelForSequenceClassification, *load_adapter(adapter, model)
+    adapted, tokenizer, _ = load_causal(model, adapter, trust_remote_code=trust_remote_code)
+    return AutoModelForCausalLM, adapted, tokenizer
+
+
+def _fixed_inputs(model: Any) -> torch.Tensor:
+    """The same tokens every time, from the whole vocabulary; padding means other things than a token."""
+    config = model.config.get_text_config()
+    drawn = torch.Generator().manual_seed(0)
+    rows = torch.randint(config.vocab_size, (_CHECKED_TEXTS, _CHECKED_TOKENS), generator=drawn)
+    return rows if config.pad_token_id is None else rows.masked_fill(
+        rows == config.pad_token_id, (config.pad_token_id + 1) % config.vocab_size)  # fmt: skip
+
+
+@torch.inference_mode()
+def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.to(model.device)
+    return model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits.float().cpu()
+
+
+def _merged(adapted: Any, adapter: str) -> Any:
+    """The base model with the adapter in its weights."""
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        kind = adapted.peft_config["default"].peft_type.value
+        raise InputError(f"{adapter} is a {kind} adapter, which has no weights to merge")
+    tied = _untie(adapted)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*(tied|tie_word_embeddings)")  # seen to on both sides of this
+            merged = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
+        raise InputError(f"cannot merge {adapter}: {first_line(error)}") from None
+    if tied:
+        _tie_again(merged)
+    return merged
+
+
+def _untie(model: Any) -> bool:
+    """Gives the output layer weights of its own if it shares the embedding's: an adapter may change one of the two."""
+    embedding, head = (_inner(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if head is None or embedding is None or head.weight is not embedding.weight:
+        return False
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    return True
+
+
+def _inner(layer: Any) -> Any:
+    """The base model's own layer, out of PEFT's."""
+    for name in ("base_layer", "original_module"):
+        layer = getattr(layer, name, layer)
+    return layer
+
+
+def _tie_again(model: Any) -> None:
+    """Where the two are still equal one is written; else both are, and the configuration says so."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    equal = torch.equal(embedding.weight, head.weight)
+    if equal:
+        head.weight = embedding.weight
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = equal
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except LOADING_ERRORS as error:
+        raise InputError(f"cannot write to {folder.parent}: {first_line(error)}") from None
+
+
+def _compare(expected: torch.Tensor, found: torch.Tensor, dtype: str, target: Path) -> dict[str, float]:
+    largest = float(expected.abs().max())
+    difference = float((found - expected).abs().max())
+    relative = difference / largest if largest else difference
+    if not relative <= TOLERANCES[dtype]:  # also if it is no number
+        raise MergeMismatchError(
+            f"the merged model's logits are off by {relative:.2g} of the largest, more than {TOLERANCES[dtype]:g} for "
+            f"{dtype}; {target} was not written (a wider --dtype rounds less)"
+        )
+    return {"max_difference": difference, "max_logit": largest, "relative_difference": relative,
+            "tolerance": TOLERANCES[dtype]}  # fmt: skip
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Renames; what an earlier merge left goes last."""
+    earlier = target.with_name(f"{partial.name}.earlier")
+    try:
+        if target.exists():
+            target.rename(earlier)
+        partial.rename(target)
+    except OSError as error:
+        if earlier.exists() and not target.exists():
+            earlier.rename(target)
+        raise InputError(f"cannot write {target}: {error.strerror}") from None
+    shutil.rmtree(earlier, ignore_errors=True)

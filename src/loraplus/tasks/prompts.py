@@ -1,0 +1,89 @@
+"""Reads what is to be continued: from a table of texts, prompts or chats, or from a text as it is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loraplus.errors import InputError
+from loraplus.tasks.columns import choose_text_column
+from loraplus.tasks.generate import Prompt
+from loraplus.tasks.table import Table, read_table
+
+PROMPT_NAMES = ("prompt", "messages")
+
+
+def read_prompts(source: str, column: str | None = None) -> tuple[Table, list[Prompt]]:
+    """The prompts of a file: one a line of a .txt file, else one a row.
+
+    Args:
+        source: as `read_table` takes.
+        column: which. Default: prompt, messages, or the one with text.
+
+    Returns:
+        (table, prompts). A chat that ends with the assistant's turn, as training data do, is cut before it.
+
+    Raises:
+        InputError: the file cannot be read, or a row holds no prompt.
+    """
+    table = read_table(source)
+    column = column or next((name for name in PROMPT_NAMES if name in table.columns), None)
+    if column is None or column not in table.columns:
+        column = choose_text_column(table, column)
+    return table, [_prompt(table, index, value) for index, value in enumerate(table.columns[column])]
+
+
+def read_stdin() -> str:
+    """All of standard input as one prompt.
+
+    Raises:
+        InputError: nothing is piped in, or it is not UTF-8 text.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError("there is nothing to generate from: name a --prompt or --prompts, or pipe a text in")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
+    except UnicodeDecodeError:
+        raise InputError("standard input is not UTF-8 text") from None
+
+
+def _prompt(table: Table, index: int, value: Any) -> Prompt:
+    where = f"{table.source}, {table.row_name(index)}"
+    if isinstance(value, list):
+        return _chat(where, value)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: the prompt is empty or no text")
+    return value
+
+
+def _chat(where: str, turns: Sequence[Any]) -> Prompt:
+    if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
+        raise InputError(f'{where}: a chat is a list of {{"role": …, "content": …}} messages')
+    if turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise InputError(f"{where}: the chat has no turn to answer")
+    return list(turns)
+
+
+def shown(prompt: Prompt) -> str:
+    """A prompt as a reader would see it: a chat by its last turn."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+
+
+def check_target(output: str, *, overwrite: bool) -> Path:
+    """Where completions are to be written.
+
+    Raises:
+        InputError: not a .jsonl file, there already, or in no folder.
+    """
+    target = Path(output)
+    if target.suffix != ".jsonl":
+        raise InputError(f"--output {output} must end in .jsonl")
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise InputError(f"{output} exists; name another file or pass --overwrite")
+    if not target.parent.is_dir():
+        raise InputError(f"there is no folder {target.parent} to write {target.name} to")
+    return target
