@@ -116,6 +116,8 @@ def train_command(config: TrainConfig) -> str:
         value, flag = getattr(config, spec.name), "--" + spec.name.replace("_", "-")
         if value is True:
             words.append(flag)
+        elif value is False and spec.default is not False:
+            words.append("--no-" + flag.removeprefix("--"))
         elif spec.name in ("lr", "lr_ratio") or value != spec.default:
             words += [flag, str(value)]
     return shlex.join(words)

@@ -6,6 +6,7 @@ with the adapter. Anywhere else it means that the weights are not those of this 
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,13 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from loraplus.errors import InputError
 from loraplus.tasks.config import TaskConfig
@@ -31,6 +38,8 @@ _POSITIONS_AFTER_PADDING = frozenset({
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 })  # fmt: skip
 _NAMED_IN_MESSAGE = 3
+_NO_LIMIT = 10**9  # a tokenizer without a length says 10³⁰
+_FAST_MULTIPLE = 8
 
 
 def resolve_model(model: str) -> str:
@@ -126,17 +135,57 @@ def load_base(model: str, **options: Any) -> tuple[Any, list[str]]:
     )  # fmt: skip
     other_size = {key for key, *_ in info["mismatched_keys"]}
     unset = set(info["missing_keys"]) | other_size
-    foreign = sorted(key for key in unset if head_of(loaded, key) is None)
-    if foreign:
-        what = (
-            "has weights of another size than the configuration says" if foreign[0] in other_size else "lacks weights"
-        )
-        more = f" and {len(foreign) - _NAMED_IN_MESSAGE} more" if len(foreign) > _NAMED_IN_MESSAGE else ""
+    _refuse(model, loaded, sorted(key for key in unset if head_of(loaded, key) is None), other_size)
+    return loaded, sorted({head for key in unset if (head := head_of(loaded, key)) is not None})
+
+
+def load_decoder(model: str, **options: Any) -> Any:
+    """Loads a causal language model whose checkpoint holds every weight (an output layer may be tied to the input).
+
+    Args:
+        model: folder or hub name.
+        **options: of `from_pretrained`.
+
+    Raises:
+        InputError: it cannot be loaded, is no causal language model, or lacks weights.
+    """
+    loaded, info = from_pretrained(
+        AutoModelForCausalLM, resolve_model(model), output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    other_size = {key for key, *_ in info["mismatched_keys"]}
+    _refuse(model, loaded, sorted(set(info["missing_keys"]) | other_size), other_size)
+    return loaded
+
+
+def _refuse(model: str, loaded: Any, unset: list[str], other_size: set[str]) -> None:
+    """Refuses weights that the checkpoint did not set."""
+    if unset:
+        what = "has weights of another size than the configuration says" if unset[0] in other_size else "lacks weights"
+        more = f" and {len(unset) - _NAMED_IN_MESSAGE} more" if len(unset) > _NAMED_IN_MESSAGE else ""
         raise InputError(
-            f"{model} {what}: {', '.join(foreign[:_NAMED_IN_MESSAGE])}{more}; these are not the weights of a "
+            f"{model} {what}: {', '.join(unset[:_NAMED_IN_MESSAGE])}{more}; these are not the weights of a "
             f"{loaded.config.model_type} of this shape"
         )
-    return loaded, sorted({head for key in unset if (head := head_of(loaded, key)) is not None})
+
+
+def checked_length(config: TaskConfig, default: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The length in tokens that examples are held to: --max-length, else the default.
+
+    Raises:
+        InputError: shorter than 2, or longer than the model takes.
+    """
+    length = default if config.max_length is None else config.max_length
+    if not 2 <= length <= tokenizer.model_max_length:
+        limited = tokenizer.model_max_length < _NO_LIMIT
+        span = f"lie between 2 and the {tokenizer.model_max_length} tokens that {config.model} takes"
+        raise InputError(f"--max-length must {span if limited else 'be at least 2'}, got {length}")
+    return length
+
+
+def padding_multiple(max_length: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """8, which is fast, unless a longest example would be padded beyond the positions that the model has."""
+    fits = math.ceil(max_length / _FAST_MULTIPLE) * _FAST_MULTIPLE <= tokenizer.model_max_length
+    return _FAST_MULTIPLE if fits else None
 
 
 def head_of(model: Any, key: str) -> str | None:
