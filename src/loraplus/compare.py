@@ -20,6 +20,7 @@ from loraplus.study.store import StudyStore
 from loraplus.study.summary import runs_csv_rows, summarise
 from loraplus.study.trial import data_facts, run_trial
 from loraplus.tasks.config import ADDED, DEFAULT_ARMS, CompareConfig
+from loraplus.tasks.measures import measures_of
 from loraplus.tasks.output import (
     CONFIG_FILE,
     NOT_COMPARED,
@@ -141,6 +142,6 @@ def _check(config: CompareConfig) -> None:
 
 def _write(folder: Path, summary: dict[str, Any], records: list[Any]) -> None:
     page = render(summary, records)
-    write_csv(folder / RUNS_FILE, runs_csv_rows(records))
+    write_csv(folder / RUNS_FILE, runs_csv_rows(records, measures_of(summary["config"])))
     write_atomically(folder / REPORT_FILE, page)
     write_json(folder / SUMMARY_FILE, summary)  # last: who sees it knows that the rest is there

@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 from loraplus.report import plots
 from loraplus.study.arms import ALL
 from loraplus.study.records import ARMS, Record
+from loraplus.tasks.measures import ACCURACY, measures_of, perplexity
 
 _TEMPLATE = "compare.html.jinja"
 
@@ -33,7 +34,7 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
     )  # fmt: skip
     environment.filters |= {
         "rate": rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
-        "ratio": ratio,
+        "ratio": ratio, "factor": factor, "perplexity": perplexity,
     }  # fmt: skip
     summary = {"untuned": None, "config": {}, "cost": {"seconds_per_step_ratio": None}, **summary}
     best = {arm: row["best"] for arm, row in summary["arms"].items() if ALL[arm].tuned}
@@ -47,6 +48,7 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
         info=ALL,
         titles={arm: info.title for arm, info in ALL.items()},
         classes=_classes(summary["data"]),
+        has_accuracy=ACCURACY in measures_of(summary["config"]),
         plotly_js=Markup(get_plotlyjs()),
         curves=Markup(plots.as_json(plots.curves(records))),
         rates=Markup(plots.as_json(plots.rates(records, best))),
@@ -56,7 +58,9 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
 def _classes(data: dict[str, Any]) -> list[str]:
     """The labels, each with the number of its training examples where that is known."""
     counts = {str(label): count for label, count in (data.get("train_class_counts") or {}).items()}
-    return [f"{label} ({counts[str(label)]})" if str(label) in counts else str(label) for label in data["labels"]]
+    return [
+        f"{label} ({counts[str(label)]})" if str(label) in counts else str(label) for label in data.get("labels", ())
+    ]
 
 
 def rate(value: float | None) -> str:
@@ -94,6 +98,11 @@ def points(value: float | None) -> str:
 def signed(value: float | None) -> str:
     """A difference with three digits and its sign."""
     return f"{value:+.3f}" if value is not None and _finite(value) else "–"
+
+
+def factor(difference: float | None) -> str:
+    """What a difference in loss makes of perplexity: ×0.979."""
+    return f"×{perplexity(difference):.3f}" if difference is not None and _finite(difference) else "–"
 
 
 def p_value(value: float | None) -> str:

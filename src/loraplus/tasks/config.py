@@ -18,8 +18,6 @@ DEFAULT_LR_HEAD = 2e-3
 DEFAULT_TUNING_RUNS = 4
 DEFAULT_ARMS = "lora,loraplus"
 CLASSIFICATION = "classification"
-MEASURES = {CLASSIFICATION: ("loss", "accuracy"), "sft": ("loss", "perplexity"), "lm": ("loss", "perplexity")}
-"""The tasks, each with what its models are judged by."""
 # Settings that came later, with the value that runs without them had.
 ADDED = {
     "task": CLASSIFICATION, "loss_on": None, "packing": None, "long_examples": None, "chat_template": None,

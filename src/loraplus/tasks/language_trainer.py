@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from loraplus.integrations.transformers import LoraPlusTrainingArguments
 from loraplus.tasks.data_parallel import DataParallelTrainer
 from loraplus.tasks.encoding import IGNORED
+from loraplus.tasks.measures import perplexity
 from loraplus.tasks.packing import PackingCollator
 
 _SAME_PASS = 1e-6  # the number of passes done is a float
@@ -24,19 +24,6 @@ _SAME_PASS = 1e-6  # the number of passes done is a float
 @dataclass
 class LanguageTrainingArguments(LoraPlusTrainingArguments, SFTConfig):
     """SFTConfig with the rates of LoRA+; what both have and nobody sets is as in TrainingArguments."""
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss) of a mean loss a token; infinite where a float cannot hold it.
-
-    Example:
-        >>> perplexity(0.0)
-        1.0
-    """
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def token_metrics(prediction: Any) -> dict[str, float]:

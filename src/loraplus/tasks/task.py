@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplus.errors import InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
-from loraplus.tasks.config import CLASSIFICATION, MEASURES, TaskConfig
+from loraplus.tasks.config import CLASSIFICATION, TaskConfig
+from loraplus.tasks.measures import MEASURES
 
 
 class TaskData(Protocol):
