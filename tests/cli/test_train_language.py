@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 from language import chat_rows, text_rows, write_lines
+from markupsafe import escape
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from loraplus.cli import main
 from loraplus.errors import InterruptedRun
@@ -53,6 +54,20 @@ def test_train_on_chats_writes_an_adapter_with_its_loss_and_perplexity(trained):
     assert metrics["packing"] and metrics["data"]["train_examples"] == 180 and metrics["data"]["loss_on"] == "all"
 
 
+def test_the_report_shows_answers_of_the_base_and_of_the_adapter(trained, decoder_folder):
+    output, _ = trained
+    samples = json.loads((output / "samples.json").read_text())
+    assert len(samples) == 3 and all(sample["reference"].endswith(".") for sample in samples)
+    assert all(sample["base"] != sample["adapted"] for sample in samples)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    base = AutoModelForCausalLM.from_pretrained(decoder_folder)
+    ids = tokenizer(samples[0]["prompt"], return_tensors="pt")
+    answer = base.generate(**ids, max_new_tokens=64, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == samples[0]["base"]
+    page = (output / "report.html").read_text()
+    assert "Answers before and after" in page and escape(samples[0]["adapted"]) in page
+
+
 def test_the_adapter_loads_with_peft_alone(trained):
     output, _ = trained
     model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
@@ -85,11 +100,13 @@ def test_texts_with_automatic_rates(loraplus_command, tmp_path, decoder_folder):
     data = write_lines(tmp_path / "texts.jsonl", text_rows(60))
     outcome = loraplus_command(
         "train", "--task", "lm", "--model", decoder_folder, "--data", data, "--output", tmp_path / "out",
-        "--lr", "auto", "--max-steps", 20, "--batch-size", 8, "--max-length", 24, "--no-packing", "--plain",
+        "--lr", "auto", "--max-steps", 20, "--batch-size", 8, "--max-length", 24, "--no-packing", "--samples", 0,
+        "--plain",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["auto"] and metrics["lr"] > 0 and not metrics["packing"]
+    assert not (tmp_path / "out" / "samples.json").exists()
     longer = metrics["data"]["longer_than_context"]
     assert longer > 0 and f"{longer} longer ones split into parts, nothing lost; padded batches" in outcome.out
 

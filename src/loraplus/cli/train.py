@@ -11,7 +11,7 @@ from rich.console import Console
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.tasks.config import TrainConfig
+from loraplus.tasks.config import CLASSIFICATION, TrainConfig
 
 
 @config_command(app, "train", TrainConfig)
@@ -26,14 +26,19 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
     if not is_main_process():
         train(config, overwrite=overwrite, resume=resume)
         return
+    from loraplus.report.training import write_report
+
     console = Console(stderr=json, no_color=plain, highlight=False)
     with TrainingProgress(console, plain=plain) as progress:
         metrics = train(config, overwrite=overwrite, resume=resume, callbacks=[progress])
+    report = write_report(config.output) if config.task != CLASSIFICATION else None
     if json:
         json_format.dump(metrics, sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
         _print_result(console, config.output, metrics)
+        if report:
+            console.print(f"report: {report}", soft_wrap=True)
 
 
 def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> None:

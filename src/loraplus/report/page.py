@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -28,18 +28,10 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
     Returns:
         HTML; text that came from data is escaped, and nothing is loaded from elsewhere.
     """
-    environment = Environment(
-        loader=PackageLoader("loraplus.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "rate": rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
-        "ratio": ratio, "factor": factor, "perplexity": perplexity,
-    }  # fmt: skip
     summary = {"untuned": None, "config": {}, "cost": {"seconds_per_step_ratio": None}, **summary}
     best = {arm: row["best"] for arm, row in summary["arms"].items() if ALL[arm].tuned}
     arms = [arm for arm in ALL if arm in summary["arms"]]
-    return environment.get_template(_TEMPLATE).render(
+    return template(_TEMPLATE).render(
         summary=summary,
         records=records,
         arms=arms,
@@ -53,6 +45,19 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
         curves=Markup(plots.as_json(plots.curves(records))),
         rates=Markup(plots.as_json(plots.rates(records, best))),
     )
+
+
+def template(name: str) -> Template:
+    """A page of this package; what is put into it is escaped."""
+    environment = Environment(
+        loader=PackageLoader("loraplus.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "rate": rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
+        "ratio": ratio, "factor": factor, "perplexity": perplexity,
+    }  # fmt: skip
+    return environment.get_template(name)
 
 
 def _classes(data: dict[str, Any]) -> list[str]:

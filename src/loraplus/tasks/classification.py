@@ -232,6 +232,12 @@ class Classification:
         correct = logits.argmax(axis=-1) == labels
         return tuple(round(float(loss), 6) for loss in losses), tuple(bool(value) for value in correct)
 
+    def samples(
+        self, count: int, model: PeftModel, data: ClassificationData, tokenizer: PreTrainedTokenizerBase
+    ) -> list[dict[str, str]]:
+        """None: a classifier says a label."""
+        return []
+
     def save_beside_adapter(
         self, model: PeftModel, data: ClassificationData, tokenizer: PreTrainedTokenizerBase, folder: Path
     ) -> None:

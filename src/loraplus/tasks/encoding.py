@@ -95,15 +95,21 @@ class Encoder:
             return [_encoded(row, [1] * len(row)) for row in ids]
         return [self._conversation(row) if row.messages else self._pair(row) for row in rows]
 
-    def prompt(self, example: Example) -> list[int]:
-        """What the model is given to go on from: all before the last assistant turn, the prompt, or half of a text."""
+    def prompt(self, example: Example) -> tuple[list[int], list[int]]:
+        """(what a model is given, how the example goes on).
+
+        Given is all before the last assistant turn, the prompt, or the first half of a text.
+        """
+        whole = self([example])[0].ids
         if example.messages:
             last = max(i for i, turn in enumerate(example.messages) if turn["role"] == "assistant")
-            return self._chat(example, example.messages[:last], add_generation_prompt=True)["input_ids"]
-        if example.text:
-            ids = self._tokenizer(example.text, verbose=False)["input_ids"]
-            return ids[: max(1, len(ids) // 2)]
-        return self._prompt_ids(example)
+            given = self._chat(example, example.messages[:last], add_generation_prompt=True)["input_ids"]
+            whole = self._chat(example, example.messages[: last + 1])["input_ids"]
+        elif example.text:
+            given = whole[: max(1, len(whole) // 2)]
+        else:
+            given = self._prompt_ids(example)
+        return given, whole[_shared(given, whole) :]
 
     def _ended(self, text: str) -> str:
         end = self._tokenizer.eos_token
@@ -142,12 +148,14 @@ class Encoder:
             ids = self._tokenizer(example.prompt + self._ended(example.completion), verbose=False)["input_ids"]
         else:
             ids = self._chat(example, [*example.prompt, *example.completion])["input_ids"]
-        start = 0
-        if self._on == ON_COMPLETION:  # it starts where prompt, and prompt with completion, differ
-            prompt = self._prompt_ids(example)
-            same = (a == b for a, b in zip(prompt, ids, strict=False))
-            start = next((i for i, equal in enumerate(same) if not equal), min(len(prompt), len(ids)))
+        start = _shared(self._prompt_ids(example), ids) if self._on == ON_COMPLETION else 0
         return _encoded(ids, [0] * start + [1] * (len(ids) - start))
+
+
+def _shared(prompt: Sequence[int], whole: Sequence[int]) -> int:
+    """Where a completion starts: where its prompt, and prompt with completion, first differ."""
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
 
 
 def _encoded(ids: Sequence[int], mask: Sequence[int]) -> Encoded:

@@ -23,6 +23,7 @@ from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArg
 from loraplus.tasks.model import load_language_model
 from loraplus.tasks.packing import PackingCollator, keeps_apart
 from loraplus.tasks.pretrained import checked_length, load_tokenizer, padding_multiple
+from loraplus.tasks.samples import answers
 from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
 from loraplus.tasks.table import read_table
 
@@ -240,6 +241,12 @@ class LanguageModelling:
         output = trainer.predict(data.test)
         losses = output.predictions / output.label_ids.mean()
         return tuple(round(float(loss), 6) for loss in losses), ()
+
+    def samples(
+        self, count: int, model: PeftModel, data: LanguageData, tokenizer: PreTrainedTokenizerBase
+    ) -> list[dict[str, str]]:
+        """As `answers`, for the first validation examples."""
+        return answers(model, tokenizer, data.encoder, data.held_out, count)
 
     def save_beside_adapter(
         self, model: PeftModel, data: LanguageData, tokenizer: PreTrainedTokenizerBase, folder: Path

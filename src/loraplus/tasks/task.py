@@ -62,6 +62,12 @@ class Task(Protocol):
         """Loss of every test example, and whether it was answered rightly if that can be said."""
         ...
 
+    def samples(
+        self, count: int, model: PeftModel, data: Any, tokenizer: PreTrainedTokenizerBase
+    ) -> list[dict[str, str]]:
+        """What base and adapted model answer to so many validation prompts; empty if they do not answer in words."""
+        ...
+
     def save_beside_adapter(self, model: PeftModel, data: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Any:
         """Writes what else is needed to use the adapter."""
         ...

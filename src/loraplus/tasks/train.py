@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from loraplus.errors import InterruptedRun, LostProcessError
+from loraplus.errors import InputError, InterruptedRun, LostProcessError
 from loraplus.groups import explain
 from loraplus.integrations.checkpoints import write_rates
 from loraplus.integrations.transformers import LoraPlusTrainer
@@ -26,6 +26,7 @@ from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, r
 DATA_FILE = "data_facts.json"
 METRICS_FILE = "metrics.json"
 CURVES_FILE = "curves.csv"
+SAMPLES_FILE = "samples.json"
 
 
 class StopOnSignal(TrainerCallback):
@@ -95,6 +96,8 @@ def train(
     if resume and finished.is_file():
         return read_json(finished)
     rates = rates_of(config, config.lr, config.lr_ratio)
+    if config.samples < 0:
+        raise InputError(f"--samples must be 0 or more, got {config.samples}")
     task = task_of(config)
     tokenizer = task.load_tokenizer(config)
     data = task.load_data(config, tokenizer)
@@ -151,6 +154,8 @@ def train(
         }
         if main:
             _save_adapter(task, trainer, data, tokenizer, output)
+            if samples := task.samples(config.samples, trainer.model, data, tokenizer):
+                write_json(output / SAMPLES_FILE, samples)
             write_json(output / METRICS_FILE, metrics)
         wait_for_all()
         return metrics
