@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from language import save_decoder
 from matrix import (  # noqa: F401  (hooks: how work is shared out, and what ran, as a table)
     pytest_runtest_logreport,
     pytest_terminal_summary,
@@ -86,3 +87,9 @@ def reviews_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(f"{review(rng, label)} {index % 7},{label}")
     path.write_text("\n".join(rows) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a byte-level tokenizer and a chat template that marks assistant turns."""
+    return save_decoder(tmp_path_factory.mktemp("decoder"))

@@ -19,7 +19,8 @@ from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers
 from loraplus.study.store import StudyStore
 from loraplus.study.summary import runs_csv_rows, summarise
 from loraplus.study.trial import data_facts, run_trial
-from loraplus.tasks.config import DEFAULT_ARMS, CompareConfig
+from loraplus.tasks.config import ADDED, DEFAULT_ARMS, CompareConfig
+from loraplus.tasks.measures import measures_of
 from loraplus.tasks.output import (
     CONFIG_FILE,
     NOT_COMPARED,
@@ -101,7 +102,10 @@ def compare(
 
 def fingerprint(settings: dict[str, Any]) -> str:
     """Short hash of all settings that change what a run computes."""
-    compared = {key: value for key, value in settings.items() if key not in MAY_DIFFER}
+    # A setting that came later counts only where it is used, so that earlier comparisons can be gone on with.
+    compared = {
+        key: value for key, value in settings.items() if key not in MAY_DIFFER and (key, value) not in ADDED.items()
+    }
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -138,6 +142,6 @@ def _check(config: CompareConfig) -> None:
 
 def _write(folder: Path, summary: dict[str, Any], records: list[Any]) -> None:
     page = render(summary, records)
-    write_csv(folder / RUNS_FILE, runs_csv_rows(records))
+    write_csv(folder / RUNS_FILE, runs_csv_rows(records, measures_of(summary["config"])))
     write_atomically(folder / REPORT_FILE, page)
     write_json(folder / SUMMARY_FILE, summary)  # last: who sees it knows that the rest is there

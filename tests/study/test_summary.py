@@ -194,3 +194,47 @@ def test_runs_csv_has_one_row_a_run_with_both_rates():
     assert rows[5]["eval_loss"] is None
     assert rows[0]["test_accuracy"] is None
     assert 0.7 < rows[6]["test_accuracy"] < 0.9
+
+
+def language_study(difference, *arms):
+    """Final and untuned runs of LoRA, and of other arms whose test losses differ from its own by so much."""
+
+    def losses(arm):
+        return tuple(1.0 + 0.01 * i + (difference if arm != "lora" else 0) * (1 + i % 3) for i in range(40))
+
+    found = [record("tuning", arm, 1e-3, 1, 0, 2.0) for arm in ("lora", "loraplus")]
+    for arm in ("lora", "loraplus", *arms):
+        found += [record("final", arm, 1e-3, 1, seed, 2.0) for seed in (1, 2)]
+    found += [record("untuned", arm, 3e-4, 1, 1, 2.0) for arm in ("lora", "loraplus")]
+    return [
+        replace(
+            run, eval_accuracy=None, test_correct=(), curve=(CurvePoint(100, 2.0),),
+            test_losses=losses(run.trial.arm),
+        )
+        for run in found
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("difference", "says"),
+    [
+        (-0.01, "LoRA+ is better than LoRA in test loss: -0.0198 a token"),
+        (0.01, "LoRA+ is worse than LoRA in test loss: +0.0198 a token"),
+        (0.0, "no difference found between LoRA+ and LoRA: +0.0000 a token"),
+    ],
+)
+def test_language_models_are_judged_by_loss_and_perplexity(difference, says):
+    records = language_study(difference, "auto")
+    summary = summarise(records, config={"task": "sft"}, data_facts={})
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert says in summary["verdict"] and "accuracy" not in json.dumps(summary)
+    sign = (difference > 0) - (difference < 0)
+    words = {-1: "is better than tuned LoRA", 0: "no difference found to tuned LoRA", 1: "is worse than tuned LoRA"}[
+        sign
+    ]
+    assert f"LoRA+ auto (0 tuning runs){':' if not sign else ''} {words}" in summary["verdict"]
+    for arm in ("lora", "loraplus", "auto"):
+        test = summary["arms"][arm]["test"]
+        assert test["perplexity"]["mean"] == pytest.approx(math.exp(test["loss"]["mean"]))
+    rows = runs_csv_rows(records, ("loss", "perplexity"))
+    assert rows[2]["test_perplexity"] == pytest.approx(math.exp(rows[2]["test_loss"]))

@@ -13,6 +13,7 @@ from loraplus.cli.app import app
 from loraplus.cli.options import config_command
 from loraplus.study.arms import ALL
 from loraplus.tasks.config import CompareConfig
+from loraplus.tasks.measures import ACCURACY, LOSS, measures_of
 
 WIDTH_OF_FILES = 120
 
@@ -49,7 +50,8 @@ def results_table(summary: dict[str, Any]) -> Table:
 
     table = Table(box=None, pad_edge=False, collapse_padding=True)  # fits 80 columns
     table.add_column("arm", no_wrap=True)
-    for title in ("η_A", "η_B", "λ", "test accuracy", "test loss", "s/step"):
+    second = next(measure for measure in measures_of(summary["config"]) if measure != LOSS)
+    for title in ("η_A", "η_B", "λ", f"test {second}", "test loss", "s/step"):
         table.add_column(title, justify="right")
     for group, suffix in (("arms", ""), ("untuned", " untuned")):
         for arm, info in ALL.items():
@@ -66,7 +68,7 @@ def results_table(summary: dict[str, Any]) -> Table:
                 "–" if lr is None else rate(lr),
                 "–" if lr is None else rate(lr * lr_ratio),
                 "–" if lr is None else f"{lr_ratio if info.tuned else float(f'{lr_ratio:.2g}'):g}",
-                _interval(test.get("accuracy"), percent=True),
+                _interval(test.get(second), percent=second == ACCURACY),
                 _interval(test.get("loss")),
                 _number(row.get("seconds_per_step"), "{:.3g}"),
             )

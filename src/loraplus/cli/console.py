@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+_SHOWN = ("eval_loss", "eval_accuracy", "eval_perplexity")
+
 
 def quiet_libraries() -> None:
     """Keeps the libraries' notices (fresh heads, download bars, deprecations) out of the command's own output."""
@@ -95,7 +97,7 @@ class TrainingProgress(TrainerCallback):
         parts = [f"step {state.global_step}/{state.max_steps}"]
         if self._train_loss is not None:
             parts.append(f"loss {self._train_loss:.4f}")
-        parts += [f"eval_loss {logs['eval_loss']:.4f}", f"eval_accuracy {logs['eval_accuracy']:.4f}"]
+        parts += [f"{name} {logs[name]:.4f}" for name in _SHOWN if name in logs]
         done = state.global_step - self._first_step
         if not self._progress and done > 0 and state.global_step < state.max_steps:
             left = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)

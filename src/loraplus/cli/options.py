@@ -65,7 +65,9 @@ def _fill_default_map(context: typer.Context, path: str | None) -> str | None:
 def _parameter(spec: Field[Any], annotation: Any) -> inspect.Parameter:
     name = spec.name.replace("_", "-")
     # The negative form lets a flag win over `true` in the file.
-    flags = spec.metadata.get("flags") or (f"--{name}/--no-{name}" if annotation is bool else f"--{name}",)
+    flags = spec.metadata.get("flags") or (
+        f"--{name}/--no-{name}" if annotation in (bool, bool | None) else f"--{name}",
+    )
     parser = spec.metadata.get("parser")
     option = typer.Option(
         *flags, help=spec.metadata["help"], show_default=spec.default not in ("", None), parser=parser,

@@ -12,6 +12,7 @@ from rich.text import Text
 from loraplus.study.arms import ALL
 from loraplus.study.records import Record, Trial
 from loraplus.study.runner import Event
+from loraplus.tasks.measures import perplexity
 
 MINIMAL_SECONDS_FOR_ESTIMATE = 2.0
 
@@ -49,7 +50,9 @@ def outcome(event: Event, record: Record) -> str:
     if record.status == "diverged":
         result = f"diverged at step {record.steps}"
     else:
-        result = f"eval loss {record.eval_loss:.4f}, accuracy {record.eval_accuracy:.2%}"
+        accuracy = record.eval_accuracy
+        measure = f"perplexity {perplexity(record.eval_loss):.4g}" if accuracy is None else f"accuracy {accuracy:.2%}"
+        result = f"eval loss {record.eval_loss:.4f}, {measure}"
     if record.found:
         lr_a, lr_b = record.found
         result += f", came to η_A {rate(lr_a)} η_B {rate(lr_b)}"

@@ -11,12 +11,12 @@ from rich.console import Console
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.tasks.config import TrainConfig
+from loraplus.tasks.config import CLASSIFICATION, TrainConfig
 
 
 @config_command(app, "train", TrainConfig)
 def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
-    """Train a text classifier with LoRA+ and write a PEFT-format adapter."""
+    """Train a text classifier or a language model (--task) with LoRA+ and write a PEFT-format adapter."""
     from loraplus.cli.console import TrainingProgress, quiet_libraries
 
     quiet_libraries()
@@ -26,28 +26,58 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
     if not is_main_process():
         train(config, overwrite=overwrite, resume=resume)
         return
+    from loraplus.report.training import write_report
+
     console = Console(stderr=json, no_color=plain, highlight=False)
     with TrainingProgress(console, plain=plain) as progress:
         metrics = train(config, overwrite=overwrite, resume=resume, callbacks=[progress])
+    report = write_report(config.output) if config.task != CLASSIFICATION else None
     if json:
         json_format.dump(metrics, sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
         _print_result(console, config.output, metrics)
+        if report:
+            console.print(f"report: {report}", soft_wrap=True)
 
 
 def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> None:
-    data = metrics["data"]
+    measure = next(name for name in ("eval_accuracy", "eval_perplexity") if name in metrics)
     console.print(
-        f"eval_loss {metrics['eval_loss']:.4f} · eval_accuracy {metrics['eval_accuracy']:.4f} after "
+        f"eval_loss {metrics['eval_loss']:.4f} · {measure} {metrics[measure]:.4f} after "
         f"{metrics['steps']} steps (best at {metrics['best_step']}), {metrics['seconds_per_step']:.3g} s a step"
     )
     ratio = metrics["lr_ratio"] or 0.0
     how = "; automatic, as last measured" if metrics["auto"] else ""
     console.print(f"rates: η_A {metrics['lr']:.3g} · η_B {metrics['lr'] * ratio:.3g} (λ = {ratio:.3g}{how})")
+    data = metrics["data"]
+    about = _about_classes(data) if "labels" in data else _about_tokens(data, metrics["packing"])
     console.print(
-        f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, "
+        f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, {about}",
+        soft_wrap=True,
+    )
+    console.print(f"adapter: {Path(output)}", soft_wrap=True)
+
+
+def _about_classes(data: dict[str, Any]) -> str:
+    return (
         f"{len(data['labels'])} classes, {data['duplicates_removed']} duplicates removed, "
         f"max length {data['max_length']} ({data['truncated_train_examples']} texts cut)"
     )
-    console.print(f"adapter: {Path(output)}", soft_wrap=True)
+
+
+def _about_tokens(data: dict[str, Any], packing: bool) -> str:
+    done = {
+        "cut": f"cut, {data['tokens_cut']} tokens lost",
+        "drop": "dropped",
+        "split": "split into parts, nothing lost",
+    }
+    long = f"{data['longer_than_context']} longer ones"
+    if data["longer_than_context"]:
+        long += f" {done[data['long_examples']]}"
+    left_out = f", {data['examples_dropped']} left without a token to learn" if data["examples_dropped"] else ""
+    return (
+        f"{data['duplicates_removed']} duplicates removed; {data['train_target_tokens']} of {data['train_tokens']} "
+        f"training tokens learnt (loss on {data['loss_on']}); max length {data['max_length']}, {long}{left_out}; "
+        f"{'packed' if packing else 'padded'} batches"
+    )

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from loraplus.report import plots
 from loraplus.study.arms import ALL
 from loraplus.study.records import ARMS, Record
+from loraplus.tasks.measures import ACCURACY, measures_of, perplexity
 
 _TEMPLATE = "compare.html.jinja"
 
@@ -27,18 +28,10 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
     Returns:
         HTML; text that came from data is escaped, and nothing is loaded from elsewhere.
     """
-    environment = Environment(
-        loader=PackageLoader("loraplus.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "rate": rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
-        "ratio": ratio,
-    }  # fmt: skip
     summary = {"untuned": None, "config": {}, "cost": {"seconds_per_step_ratio": None}, **summary}
     best = {arm: row["best"] for arm, row in summary["arms"].items() if ALL[arm].tuned}
     arms = [arm for arm in ALL if arm in summary["arms"]]
-    return environment.get_template(_TEMPLATE).render(
+    return template(_TEMPLATE).render(
         summary=summary,
         records=records,
         arms=arms,
@@ -47,16 +40,32 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
         info=ALL,
         titles={arm: info.title for arm, info in ALL.items()},
         classes=_classes(summary["data"]),
+        has_accuracy=ACCURACY in measures_of(summary["config"]),
         plotly_js=Markup(get_plotlyjs()),
         curves=Markup(plots.as_json(plots.curves(records))),
         rates=Markup(plots.as_json(plots.rates(records, best))),
     )
 
 
+def template(name: str) -> Template:
+    """A page of this package; what is put into it is escaped."""
+    environment = Environment(
+        loader=PackageLoader("loraplus.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "rate": rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
+        "ratio": ratio, "factor": factor, "perplexity": perplexity,
+    }  # fmt: skip
+    return environment.get_template(name)
+
+
 def _classes(data: dict[str, Any]) -> list[str]:
     """The labels, each with the number of its training examples where that is known."""
     counts = {str(label): count for label, count in (data.get("train_class_counts") or {}).items()}
-    return [f"{label} ({counts[str(label)]})" if str(label) in counts else str(label) for label in data["labels"]]
+    return [
+        f"{label} ({counts[str(label)]})" if str(label) in counts else str(label) for label in data.get("labels", ())
+    ]
 
 
 def rate(value: float | None) -> str:
@@ -94,6 +103,11 @@ def points(value: float | None) -> str:
 def signed(value: float | None) -> str:
     """A difference with three digits and its sign."""
     return f"{value:+.3f}" if value is not None and _finite(value) else "–"
+
+
+def factor(difference: float | None) -> str:
+    """What a difference in loss makes of perplexity: ×0.979."""
+    return f"×{perplexity(difference):.3f}" if difference is not None and _finite(difference) else "–"
 
 
 def p_value(value: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -65,6 +65,23 @@ def curves(records: Sequence[Record]) -> go.Figure:
                 hovertemplate=f"{name}<br>step %{{x}}<br>validation loss %{{y:.4f}}<extra></extra>",
             )  # fmt: skip
     return _layout(figure, "step", "validation loss", 400)
+
+
+def training(rows: Sequence[Mapping[str, float | None]]) -> go.Figure:
+    """Training and validation loss of one run over its steps.
+
+    Args:
+        rows: of curves.csv, as numbers.
+    """
+    figure = go.Figure()
+    for name, title, colour in (("train_loss", "training", _NEUTRAL), ("eval_loss", "validation", _PALETTE[1])):
+        points = [(row["step"], loss) for row in rows if (loss := row.get(name)) is not None]
+        figure.add_scatter(
+            x=[step for step, _ in points], y=[loss for _, loss in points], mode="lines+markers", name=title,
+            line={"color": colour, "width": 2.5 if name == "eval_loss" else 1.2}, marker={"size": 6},
+            hovertemplate=f"{title}<br>step %{{x}}<br>loss %{{y:.4f}}<extra></extra>",
+        )  # fmt: skip
+    return _layout(figure, "step", "loss a token", 360)
 
 
 def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Figure:

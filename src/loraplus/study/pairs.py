@@ -11,6 +11,9 @@ from typing import Any
 from loraplus.study.arms import REFERENCE
 from loraplus.study.records import Phase, Record
 from loraplus.study.statistics import PairedDifference, bootstrap_mean, paired_difference, steps_to_target
+from loraplus.tasks.measures import ACCURACY, LOSS, PERPLEXITY, perplexity
+
+_OF_ACCURACY = ("accuracy_difference", "p_value", "p_value_over_seeds")
 
 
 def runs_of(records: Sequence[Record], phase: Phase, arm: str) -> list[Record]:
@@ -30,9 +33,18 @@ def diverged(records: Sequence[Record], phase: Phase, arm: str) -> set[int]:
     return {record.trial.seed for record in runs_of(records, phase, arm) if not finished(record)}
 
 
-def estimates(runs: Sequence[Record]) -> dict[str, Any]:
-    """Loss and accuracy on the test split, with their intervals."""
-    return {kind: bootstrap_mean(_scores(runs, kind)).to_dict() for kind in ("loss", "accuracy")}
+def estimates(runs: Sequence[Record], measures: Sequence[str]) -> dict[str, Any]:
+    """The measures on the test split, with their intervals; perplexity is that of the mean loss."""
+    found = {kind: bootstrap_mean(_scores(runs, kind)).to_dict() for kind in measures if kind != PERPLEXITY}
+    if PERPLEXITY in measures:
+        found[PERPLEXITY] = {name: finite_perplexity(value) for name, value in found[LOSS].items()}
+    return found
+
+
+def finite_perplexity(loss: float) -> float | None:
+    """Perplexity, or None where a float cannot hold it."""
+    value = perplexity(loss)
+    return value if math.isfinite(value) else None
 
 
 def seconds_per_step(records: Sequence[Record], arm: str) -> float | None:
@@ -43,9 +55,13 @@ def seconds_per_step(records: Sequence[Record], arm: str) -> float | None:
 
 @dataclass(frozen=True)
 class Pair:
-    """The runs of an arm and of LoRA in one phase, on the seeds that both finished."""
+    """The runs of an arm and of LoRA in one phase, on the seeds that both finished.
+
+    `accuracy` is None without a seed, and where accuracy is no measure of the task.
+    """
 
     arm: str
+    measures: tuple[str, ...]
     runs: tuple[Record, ...]
     reference: tuple[Record, ...]
     accuracy: PairedDifference | None
@@ -53,23 +69,22 @@ class Pair:
     diverged_seeds: int
 
     @classmethod
-    def of(cls, records: Sequence[Record], phase: Phase, arm: str) -> Pair:
+    def of(cls, records: Sequence[Record], phase: Phase, arm: str, measures: tuple[str, ...]) -> Pair:
         """The arm − LoRA; without differences if no seed is left."""
         done = {name: [r for r in runs_of(records, phase, name) if finished(r)] for name in (REFERENCE, arm)}
         common = set.intersection(*({r.trial.seed for r in done[name]} for name in done))
         reference, runs = (tuple(r for r in done[name] if r.trial.seed in common) for name in (REFERENCE, arm))
-        accuracy = loss = None
-        if runs:
-            accuracy, loss = (
-                paired_difference(_scores(reference, kind), _scores(runs, kind)) for kind in ("accuracy", "loss")
-            )
+        accuracy, loss = (
+            paired_difference(_scores(reference, kind), _scores(runs, kind)) if runs and kind in measures else None
+            for kind in (ACCURACY, LOSS)
+        )
         lost = diverged(records, phase, REFERENCE) | diverged(records, phase, arm)
-        return cls(arm, runs, reference, accuracy, loss, len(lost))
+        return cls(arm, measures, runs, reference, accuracy, loss, len(lost))
 
     def to_dict(self) -> dict[str, Any]:
         """The differences and p-values, as under "paired" in summary.json."""
         accuracy, loss = self.accuracy, self.loss
-        return {
+        fields = {
             "accuracy_difference": accuracy.difference.to_dict() if accuracy else None,
             "loss_difference": loss.difference.to_dict() if loss else None,
             "p_value": accuracy.p_value if accuracy else None,
@@ -78,6 +93,8 @@ class Pair:
             "loss_p_value_over_seeds": loss.p_value_over_seeds if loss else None,
             "diverged_seeds": self.diverged_seeds,
         }
+        left_out = () if ACCURACY in self.measures else _OF_ACCURACY
+        return {name: value for name, value in fields.items() if name not in left_out}
 
     def steps_to_target(self) -> dict[str, Any]:
         """Steps until either arm is down to the final loss of the other, as in summary.json."""
@@ -99,7 +116,7 @@ def cost_ratio(records: Sequence[Record], arm: str) -> float | None:
 
 
 def _scores(runs: Sequence[Record], kind: str) -> list[list[float]]:
-    return [[float(value) for value in (r.test_correct if kind == "accuracy" else r.test_losses)] for r in runs]
+    return [[float(value) for value in (r.test_correct if kind == ACCURACY else r.test_losses)] for r in runs]
 
 
 def _mean_curve(runs: Sequence[Record]) -> tuple[list[int], list[float]]:

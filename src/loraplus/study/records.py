@@ -38,11 +38,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One evaluation on the validation split during training."""
+    """One evaluation on the validation split during training; a language model has no accuracy."""
 
     step: int
     eval_loss: float
-    eval_accuracy: float
+    eval_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,15 @@ class Record:
     """The outcome of one trial. A diverged run has eval_loss = inf and no test results.
 
     `test_losses` and `test_correct` hold one entry per test example, in the order of the test split;
-    they are filled for the phases final and untuned only: tuning never sees the test split.
+    they are filled for the phases final and untuned only: tuning never sees the test split. Records of a language model
+    have no accuracy and no `test_correct`; their test losses are such that the mean over examples is that over tokens.
     """
 
     trial: Trial
     status: Literal["done", "diverged"]
     steps: int
     eval_loss: float
-    eval_accuracy: float
+    eval_accuracy: float | None
     seconds_per_step: float
     curve: tuple[CurvePoint, ...] = ()
     test_losses: tuple[float, ...] = field(default=(), repr=False)

@@ -205,7 +205,8 @@ class StudyStore:
             self.progress(record.trial, point.step, point.eval_loss)
         trial_id = self._running[record.trial.key]
         with self._reachable():
-            self._storage.set_trial_user_attr(trial_id, "eval_accuracy", record.eval_accuracy)
+            if record.eval_accuracy is not None:
+                self._storage.set_trial_user_attr(trial_id, "eval_accuracy", record.eval_accuracy)
             self._storage.set_trial_user_attr(trial_id, "seconds_per_step", record.seconds_per_step)
             self._storage.set_trial_user_attr(trial_id, RECORD, record.to_dict())
             self._tell(trial_id, record)

@@ -12,9 +12,19 @@ from typing import Any
 
 from loraplus.errors import DivergedError
 from loraplus.study.arms import ALL, REFERENCE
-from loraplus.study.pairs import Pair, cost_ratio, diverged, estimates, finished, runs_of, seconds_per_step
+from loraplus.study.pairs import (
+    Pair,
+    cost_ratio,
+    diverged,
+    estimates,
+    finished,
+    finite_perplexity,
+    runs_of,
+    seconds_per_step,
+)
 from loraplus.study.records import ARMS, Phase, Record, Trial
 from loraplus.study.statistics import PairedDifference
+from loraplus.tasks.measures import ACCURACY, LOSS, PERPLEXITY, measures_of, perplexity
 
 SCHEMA_VERSION = 1
 _FEW_SEEDS = 5
@@ -39,8 +49,9 @@ def summarise(records: Sequence[Record], *, config: dict[str, Any], data_facts: 
     there = {record.trial.arm for record in records}
     arms = [arm for arm in ALL if arm in there]
     best = {arm: _best(arm, records) for arm in arms if ALL[arm].tuned}
-    main, untuned = Pair.of(records, "final", _MAIN), Pair.of(records, "untuned", _MAIN)
-    others = [Pair.of(records, "final", arm) for arm in arms if arm not in ARMS]
+    measures = measures_of(config)
+    main, untuned = (Pair.of(records, phase, _MAIN, measures) for phase in ("final", "untuned"))
+    others = [Pair.of(records, "final", arm, measures) for arm in arms if arm not in ARMS]
     if not (main.runs if _MAIN in arms else any(pair.runs for pair in others)):
         lost = _divergence(records, "final", ARMS if _MAIN in arms else arms)
         raise DivergedError(
@@ -54,7 +65,7 @@ def summarise(records: Sequence[Record], *, config: dict[str, Any], data_facts: 
         runs[REFERENCE] = tuple(record for record in runs_of(records, "final", REFERENCE) if finished(record))
     summary = {
         "schema_version": SCHEMA_VERSION,
-        "arms": {arm: _arm(arm, best.get(arm), records, runs[arm]) for arm in arms},
+        "arms": {arm: _arm(arm, best.get(arm), records, runs[arm], measures) for arm in arms},
         "untuned": _untuned(untuned, records),
         "paired": main.to_dict(),
         "steps_to_target": {**main.steps_to_target(), "steps": runs[REFERENCE][0].steps},
@@ -104,7 +115,9 @@ def _at_edge(best: float, tried: Sequence[float]) -> bool:
     return low != high
 
 
-def _arm(arm: str, best: Record | None, records: Sequence[Record], runs: Sequence[Record]) -> dict[str, Any]:
+def _arm(
+    arm: str, best: Record | None, records: Sequence[Record], runs: Sequence[Record], measures: Sequence[str]
+) -> dict[str, Any]:
     tuning = runs_of(records, "tuning", arm)
     tried = [record.trial.geometric_mean_lr for record in tuning]
     return {
@@ -113,13 +126,17 @@ def _arm(arm: str, best: Record | None, records: Sequence[Record], runs: Sequenc
         "diverged_runs": sum(not finished(record) for record in tuning),
         "best_at_edge": best is not None and _at_edge(best.trial.geometric_mean_lr, tried),
         "seeds": [record.trial.seed for record in runs],
-        "test": estimates(runs) if runs else None,
-        "eval": {
-            "loss": fmean(r.eval_loss for r in runs) if runs else None,
-            "accuracy": fmean(r.eval_accuracy for r in runs) if runs else None,
-        },
+        "test": estimates(runs, measures) if runs else None,
+        "eval": {measure: _on_validation(runs, measure) if runs else None for measure in measures},
         "seconds_per_step": seconds_per_step(records, arm),
     }
+
+
+def _on_validation(runs: Sequence[Record], measure: str) -> float | None:
+    if measure == ACCURACY:
+        return fmean(record.eval_accuracy or 0.0 for record in runs)
+    loss = fmean(record.eval_loss for record in runs)
+    return finite_perplexity(loss) if measure == PERPLEXITY else loss
 
 
 def _rates_found(runs: Sequence[Record]) -> dict[str, float | None]:
@@ -139,10 +156,10 @@ def _untuned(pair: Pair, records: Sequence[Record]) -> dict[str, Any]:
             "lr": rates.lr if rates else None,
             "lr_ratio": rates.lr_ratio if rates else None,
             "seeds": [record.trial.seed for record in runs],
-            "test": estimates(runs) if runs else None,
+            "test": estimates(runs, pair.measures) if runs else None,
         }
-    differences = pair.to_dict()
-    return section | {name: differences[name] for name in ("accuracy_difference", "loss_difference", "p_value")}
+    kept = ("accuracy_difference", "loss_difference", "p_value" if ACCURACY in pair.measures else "loss_p_value")
+    return section | {name: value for name, value in pair.to_dict().items() if name in kept}
 
 
 def _signed(value: float, digits: int) -> str:
@@ -161,11 +178,13 @@ def _verdict(main: Pair, untuned: Pair, others: Sequence[Pair], records: Sequenc
     sentences = []
     if main.accuracy and main.loss:
         sentences.append(_main_sentence(main.accuracy, main.loss))
+    elif main.loss:
+        sentences.append(_main_loss_sentence(main.loss))
     if lost := _divergence(records, "final"):
         sentences.append(f"In these runs {lost}; seeds that an arm diverged on are left out of both.")
     sentences += [_other_sentence(pair, records) for pair in others]
     if trials := {arm: runs[0].trial for arm in ARMS if (runs := runs_of(records, "untuned", arm))}:
-        sentences.append(_untuned_sentence(untuned.accuracy, trials, _divergence(records, "untuned")))
+        sentences.append(_untuned_sentence(untuned, trials, _divergence(records, "untuned")))
     if seeds < _FEW_SEEDS:
         sentences.append(
             f"This rests on {_seeds(seeds)} an arm, which says little about how results "
@@ -177,6 +196,22 @@ def _verdict(main: Pair, untuned: Pair, others: Sequence[Pair], records: Sequenc
 def _loss_words(loss: PairedDifference) -> str:
     d = loss.difference
     return f"test loss {_signed(d.mean, 3)} ({_signed(d.low, 3)} to {_signed(d.high, 3)})"
+
+
+def _token_loss_words(loss: PairedDifference) -> str:
+    d = loss.difference
+    return (
+        f"{_signed(d.mean, 4)} a token (95% interval {_signed(d.low, 4)} to {_signed(d.high, 4)}), "
+        f"perplexity ×{perplexity(d.mean):.4g}"
+    )
+
+
+def _main_loss_sentence(loss: PairedDifference) -> str:
+    """LoRA+ against LoRA where loss is what counts."""
+    if not loss.found:
+        return f"Tuned with equal budgets, no difference found between LoRA+ and LoRA: {_token_loss_words(loss)}."
+    word = "better" if loss.difference.mean < 0 else "worse"
+    return f"Tuned with equal budgets, LoRA+ is {word} than LoRA in test loss: {_token_loss_words(loss)}."
 
 
 def _main_sentence(accuracy: PairedDifference, loss: PairedDifference) -> str:
@@ -204,8 +239,14 @@ def _other_sentence(pair: Pair, records: Sequence[Record]) -> str:
     title, tuning_runs = ALL[pair.arm].title, len(runs_of(records, "tuning", pair.arm))
     who = f"{title} ({tuning_runs} tuning run{'' if tuning_runs == 1 else 's'})"
     lost = _divergence(records, "final", [pair.arm])
-    if pair.accuracy is None or pair.loss is None:
+    if pair.loss is None:
         return f"{who} leaves no seed to compare with LoRA: {lost or 'LoRA diverged'}."
+    if pair.accuracy is None:
+        differences = _token_loss_words(pair.loss) + (f"; {lost}" if lost else "")
+        if not pair.loss.found:
+            return f"{who}: no difference found to tuned LoRA: {differences}."
+        word = "better" if pair.loss.difference.mean < 0 else "worse"
+        return f"{who} is {word} than tuned LoRA in test loss: {differences}."
     differences = f"{_points(pair.accuracy)}, {_loss_words(pair.loss)}" + (f"; {lost}" if lost else "")
     if pair.accuracy.found:
         word = "better" if pair.accuracy.difference.mean > 0 else "worse"
@@ -216,22 +257,26 @@ def _other_sentence(pair: Pair, records: Sequence[Record]) -> str:
     return f"{who}: no difference found to tuned LoRA: {differences}."
 
 
-def _untuned_sentence(accuracy: PairedDifference | None, trials: Mapping[str, Trial], diverged: str) -> str:
+def _untuned_sentence(pair: Pair, trials: Mapping[str, Trial], diverged: str) -> str:
     """How the arms stand without a search; an arm that diverged there is part of that picture."""
     rate = next(iter(trials.values())).lr
     ratio = f" (λ = {trials['loraplus'].lr_ratio:g})" if "loraplus" in trials else ""
     at = f"Untuned, at a usual rate of {rate:g}{ratio}"
-    if accuracy is None:
+    if pair.loss is None:
         return f"{at}, {diverged or 'one arm was not run'}: no seed is left to compare."
     left = f" on the seeds that are left, since {diverged}" if diverged else ""
-    if not accuracy.found:
-        return f"{at}, no difference found{left}: {_points(accuracy)}."
-    ahead = "ahead of" if accuracy.difference.mean > 0 else "behind"
-    return f"{at}, LoRA+ is {ahead} LoRA{left}: {_points(accuracy)}."
+    if pair.accuracy is None:
+        judged, words, better = pair.loss, _token_loss_words(pair.loss), pair.loss.difference.mean < 0
+    else:
+        judged, words, better = pair.accuracy, _points(pair.accuracy), pair.accuracy.difference.mean > 0
+    if not judged.found:
+        return f"{at}, no difference found{left}: {words}."
+    return f"{at}, LoRA+ is {'ahead of' if better else 'behind'} LoRA{left}: {words}."
 
 
-def runs_csv_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+def runs_csv_rows(records: Sequence[Record], measures: Sequence[str] = (LOSS, ACCURACY)) -> list[dict[str, Any]]:
     """One row a run, for runs.csv."""
+    other = PERPLEXITY if PERPLEXITY in measures else ACCURACY
     return [
         {
             "phase": record.trial.phase,
@@ -243,10 +288,14 @@ def runs_csv_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             "status": record.status,
             "steps": record.steps,
             "eval_loss": record.eval_loss if math.isfinite(record.eval_loss) else None,
-            "eval_accuracy": record.eval_accuracy if record.status == "done" else None,
+            f"eval_{other}": _on_validation([record], other) if record.status == "done" else None,
             "test_loss": fmean(record.test_losses) if record.test_losses and finished(record) else None,
-            "test_accuracy": fmean(record.test_correct) if record.test_correct and finished(record) else None,
+            f"test_{other}": _on_test(record, other) if record.test_losses and finished(record) else None,
             "seconds_per_step": record.seconds_per_step,
         }
         for record in records
     ]
+
+
+def _on_test(record: Record, measure: str) -> float | None:
+    return finite_perplexity(fmean(record.test_losses)) if measure == PERPLEXITY else fmean(record.test_correct)

@@ -11,17 +11,15 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from loraplus.errors import DivergedError
 from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.study.arms import ALL, Arm
 from loraplus.study.records import CurvePoint, Record, Trial
-from loraplus.tasks.classification import ClassificationData, load_classification
 from loraplus.tasks.config import TaskConfig
+from loraplus.tasks.measures import ACCURACY, MEASURES
 from loraplus.tasks.methods import Method, rates_arrived_at
-from loraplus.tasks.model import load_classifier
-from loraplus.tasks.pretrained import load_tokenizer
+from loraplus.tasks.task import task_of
 from loraplus.tasks.training import (
     DivergenceGuard,
     StepClock,
@@ -33,19 +31,20 @@ from loraplus.tasks.training import (
 
 
 @functools.lru_cache(maxsize=1)
-def _load(kind: type[TaskConfig], config_json: str) -> tuple[PreTrainedTokenizerBase, ClassificationData]:
+def _load(kind: type[TaskConfig], config_json: str) -> tuple[Any, Any]:
     config = kind(**json.loads(config_json))
-    tokenizer = load_tokenizer(config)
-    return tokenizer, load_classification(config, tokenizer)
+    task = task_of(config)
+    tokenizer = task.load_tokenizer(config)
+    return tokenizer, task.load_data(config, tokenizer)
 
 
-def _load_once(config: TaskConfig) -> tuple[PreTrainedTokenizerBase, ClassificationData]:
+def _load_once(config: TaskConfig) -> tuple[Any, Any]:
     """The tokenised data, kept for the later trials of this process."""
     return _load(type(config), json.dumps(asdict(config)))
 
 
 def data_facts(config: TaskConfig, lr: float, lr_ratio: float, arms: Sequence[str] = ("loraplus",)) -> dict[str, Any]:
-    """Sizes, columns, labels and what was removed, plus the steps of a run.
+    """Sizes, columns, labels and what was removed, what the model decides, and the steps of a run.
 
     Every bad input shows here, before an output folder is touched: rates, data, model, target modules, schedule, and
     what an arm cannot train.
@@ -53,12 +52,16 @@ def data_facts(config: TaskConfig, lr: float, lr_ratio: float, arms: Sequence[st
     rates_of(config, lr, lr_ratio)
     tokenizer, data = _load_once(config)
     steps = total_steps(config, len(data.train))
-    model = load_classifier(config, data.label_names, tokenizer, config.seed)
+    task = task_of(config)
+    model = task.load_model(config, data, tokenizer, config.seed)
+    facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
         for arm in arms:
             method = ALL[arm].method(config, lr, lr_ratio, model, steps)
-            _trainer(config, method, data, model, tokenizer, seed=config.seed, output=scratch).create_optimizer()
-    return {**data.facts, "steps": steps}
+            trainer = _trainer(config, method, data, model, tokenizer, seed=config.seed, output=scratch)
+            trainer.create_optimizer()
+            facts = task.facts_of_run(trainer)
+    return {**data.facts, **facts, "steps": steps}
 
 
 def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], None]) -> Record:
@@ -77,9 +80,9 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
     """
     tokenizer, data = _load_once(config)
     config = _of_length(config, trial.steps, total_steps(config, len(data.train)))
-    arm = ALL[trial.arm]
+    arm, task = ALL[trial.arm], task_of(config)
     started = time.perf_counter()
-    model = load_classifier(config, data.label_names, tokenizer, trial.seed)
+    model = task.load_model(config, data, tokenizer, trial.seed)
     method = arm.method(config, trial.lr, trial.lr_ratio, model, total_steps(config, len(data.train)))
     clock = StepClock(on_step)
     with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
@@ -94,10 +97,10 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
                 trainer.evaluate()
                 curve = _curve(trainer.state.log_history)
         except DivergedError:
-            return Record(trial, "diverged", clock.steps, float("inf"), 0.0, clock.seconds_per_step,
+            return Record(trial, "diverged", clock.steps, float("inf"), _no_accuracy(config), clock.seconds_per_step,
                           _curve(trainer.state.log_history), seconds=time.perf_counter() - started,
                           found=_found(arm, trainer))  # fmt: skip
-        losses, correct = ((), ()) if trial.phase == "tuning" else _test(trainer, data)
+        losses, correct = ((), ()) if trial.phase == "tuning" else task.test(trainer, data)
     return Record(
         trial=trial,
         status="done",
@@ -122,6 +125,11 @@ def _trainer(config: TaskConfig, method: Method, *parts: Any, **options: Any) ->
     )
 
 
+def _no_accuracy(config: TaskConfig) -> float | None:
+    """What a diverged run has as accuracy."""
+    return 0.0 if ACCURACY in MEASURES[config.task] else None
+
+
 def _found(arm: Arm, trainer: LoraPlusTrainer) -> tuple[float, float] | None:
     """The rates that a method which sets its own has come to."""
     return None if arm.tuned else rates_arrived_at(trainer.optimizer)
@@ -136,18 +144,7 @@ def _of_length(config: TaskConfig, steps: int | None, full_steps: int) -> TaskCo
 
 def _curve(log_history: list[dict[str, Any]]) -> tuple[CurvePoint, ...]:
     return tuple(
-        CurvePoint(row["step"], row["eval_loss"], row["eval_accuracy"])
+        CurvePoint(row["step"], row["eval_loss"], row.get("eval_accuracy"))
         for row in log_history
         if np.isfinite(row.get("eval_loss", np.nan))
     )
-
-
-def _test(trainer: Any, data: ClassificationData) -> tuple[tuple[float, ...], tuple[bool, ...]]:
-    """Cross-entropy and correctness of every test example."""
-    output = trainer.predict(data.test)
-    logits = np.asarray(output.predictions, dtype=np.float64)
-    labels = np.asarray(output.label_ids)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(labels)), labels]
-    correct = logits.argmax(axis=-1) == labels
-    return tuple(round(float(loss), 6) for loss in losses), tuple(bool(value) for value in correct)

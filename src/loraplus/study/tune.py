@@ -12,6 +12,7 @@ from typing import Any
 
 from loraplus.errors import DivergedError, InputError
 from loraplus.study.halving import RATIO
+from loraplus.study.pairs import finite_perplexity
 from loraplus.study.records import Record
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, run_all
 from loraplus.study.search import START_GEOMETRIC_MEAN_LR, Point
@@ -116,6 +117,8 @@ def train_command(config: TrainConfig) -> str:
         value, flag = getattr(config, spec.name), "--" + spec.name.replace("_", "-")
         if value is True:
             words.append(flag)
+        elif value is False and spec.default is not False:
+            words.append("--no-" + flag.removeprefix("--"))
         elif spec.name in ("lr", "lr_ratio") or value != spec.default:
             words += [flag, str(value)]
     return shlex.join(words)
@@ -166,7 +169,7 @@ def _result(
             "lr": best.trial.lr,
             "lr_ratio": best.trial.lr_ratio,
             "eval_loss": best.eval_loss,
-            "eval_accuracy": best.eval_accuracy,
+            **_beside_loss(best),
             "at_edge": best.trial.geometric_mean_lr in (min(rates), max(rates)),
         },
         "cost": {
@@ -183,6 +186,14 @@ def _result(
     }
 
 
+def _beside_loss(record: Record) -> dict[str, float | None]:
+    """Accuracy, or of a language model perplexity."""
+    done = record.status == "done"
+    if record.eval_accuracy is None:
+        return {"eval_perplexity": finite_perplexity(record.eval_loss) if done else None}
+    return {"eval_accuracy": record.eval_accuracy if done else None}
+
+
 def _rows(records: Sequence[Record], full_steps: int) -> list[dict[str, Any]]:
     """One row a run, short runs first and in each rung the best first."""
     rows = [
@@ -195,7 +206,7 @@ def _rows(records: Sequence[Record], full_steps: int) -> list[dict[str, Any]]:
             "geometric_mean_lr": record.trial.geometric_mean_lr,
             "status": record.status,
             "eval_loss": record.eval_loss if math.isfinite(record.eval_loss) else None,
-            "eval_accuracy": record.eval_accuracy if record.status == "done" else None,
+            **_beside_loss(record),
             "seed": record.trial.seed,
             "seconds": round(record.seconds, 3),
         }

@@ -1,4 +1,4 @@
-"""Text classification: labelled text → splits → token ids, in one place for training, comparison and prediction."""
+"""Text classification: labelled text → splits → token ids → trainer, for training and comparison alike."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from loraplus.errors import InputError
+from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.tasks.columns import Examples, choose_columns, examples, label_names
-from loraplus.tasks.config import CompareConfig, TaskConfig
-from loraplus.tasks.splits import stratified_sample, stratified_split, without_duplicates
+from loraplus.tasks.config import ADDED, CompareConfig, TaskConfig
+from loraplus.tasks.data_parallel import DataParallelTrainer
+from loraplus.tasks.model import load_classifier
+from loraplus.tasks.pretrained import checked_length, load_tokenizer, padding_multiple
+from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
 from loraplus.tasks.table import read_table
 
 _LENGTH_QUANTILE = 0.99
 _LENGTH_CAP = 512
-_LARGEST_SEED = 2**32 - 1  # numpy's
-_NO_LIMIT = 10**9  # a tokenizer without a length says 10³⁰
+_OF_OTHER_TASKS = ("loss_on", "packing", "long_examples", "chat_template", "load_in_4bit")
 
 Encoded = list[dict[str, Any]]
 
@@ -54,10 +59,7 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         InputError: data that cannot be used; the message names the file, column or row.
     """
-    last_seed = config.seed + (config.seeds if isinstance(config, CompareConfig) else 0)
-    if config.seed < 0 or last_seed > _LARGEST_SEED:
-        most = _LARGEST_SEED - (last_seed - config.seed)
-        raise InputError(f"--seed must lie between 0 and {most}, got {config.seed}")
+    check_seed(config)
     table = read_table(config.data)
     text_column, label_column = choose_columns(table, config.text_column, config.label_column)
     train = examples(table, text_column, label_column)
@@ -75,13 +77,7 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
         raise InputError(f"{config.data}: nothing is left to train on after texts of the held-out data were removed")
 
     token_ids = tokenizer(train.texts, truncation=False, verbose=False)["input_ids"]
-    max_length = (
-        config.max_length if config.max_length is not None else _max_length([len(ids) for ids in token_ids], tokenizer)
-    )
-    if not 2 <= max_length <= tokenizer.model_max_length:
-        limited = tokenizer.model_max_length < _NO_LIMIT
-        span = f"lie between 2 and the {tokenizer.model_max_length} tokens that {config.model} takes"
-        raise InputError(f"--max-length must {span if limited else 'be at least 2'}, got {max_length}")
+    max_length = checked_length(config, _max_length([len(ids) for ids in token_ids], tokenizer), tokenizer)
     facts = {
         "source": config.data,
         "text_column": text_column,
@@ -169,3 +165,83 @@ def classification_metrics(prediction: Any) -> dict[str, float]:
         "accuracy": float(np.mean(guess == labels)),
         "macro_f1": float(f1_score(labels, guess, average="macro")),
     }
+
+
+class Classification:
+    """The task of `load_classification`."""
+
+    metrics = ("eval_accuracy", "eval_macro_f1")
+
+    def load_tokenizer(self, config: TaskConfig) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return load_tokenizer(config)
+
+    def load_data(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> ClassificationData:
+        """As `load_classification`; settings of other tasks are refused."""
+        for name in _OF_OTHER_TASKS:
+            if getattr(config, name) != ADDED[name]:
+                raise InputError(f"--{name.replace('_', '-')} is for --task sft and lm, not for classification")
+        return load_classification(config, tokenizer)
+
+    def load_model(
+        self, config: TaskConfig, data: ClassificationData, tokenizer: PreTrainedTokenizerBase, seed: int
+    ) -> PeftModel:
+        """As `load_classifier`."""
+        return load_classifier(config, data.label_names, tokenizer, seed)
+
+    def arguments(self, **options: Any) -> LoraPlusTrainingArguments:
+        """Trainer's arguments."""
+        return LoraPlusTrainingArguments(**options)
+
+    def trainer(
+        self,
+        config: TaskConfig,
+        data: ClassificationData,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        **options: Any,
+    ) -> LoraPlusTrainer:
+        """transformers' Trainer, with padded batches."""
+        trainer = DataParallelTrainer(
+            model=model,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=DataCollatorWithPadding(
+                tokenizer, pad_to_multiple_of=padding_multiple(data.max_length, tokenizer)
+            ),
+            processing_class=tokenizer,
+            compute_metrics=classification_metrics,
+            **options,
+        )
+        # transformers takes PEFT's **kwargs for a model that divides its loss by num_items_in_batch, and leaves out its
+        # own division by the number of parts; no classifier does the former.
+        trainer.model_accepts_loss_kwargs = False
+        return trainer
+
+    def facts_of_run(self, trainer: Any) -> dict[str, Any]:
+        """Nothing is decided by the model."""
+        return {}
+
+    def test(self, trainer: Any, data: ClassificationData) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+        """Cross-entropy and correctness of every test example."""
+        output = trainer.predict(data.test)
+        logits = np.asarray(output.predictions, dtype=np.float64)
+        labels = np.asarray(output.label_ids)
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        losses = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(labels)), labels]
+        correct = logits.argmax(axis=-1) == labels
+        return tuple(round(float(loss), 6) for loss in losses), tuple(bool(value) for value in correct)
+
+    def samples(
+        self, count: int, model: PeftModel, data: ClassificationData, tokenizer: PreTrainedTokenizerBase
+    ) -> list[dict[str, str]]:
+        """None: a classifier says a label."""
+        return []
+
+    def save_beside_adapter(
+        self, model: PeftModel, data: ClassificationData, tokenizer: PreTrainedTokenizerBase, folder: Path
+    ) -> None:
+        """The label names (config.json), and the tokenizer with the length that it cut to."""
+        model.config.save_pretrained(str(folder))
+        tokenizer.model_max_length = data.max_length
+        tokenizer.save_pretrained(str(folder))

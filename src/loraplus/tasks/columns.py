@@ -89,7 +89,7 @@ def choose_columns(table: Table, text_column: str | None = None, label_column: s
     return text, label
 
 
-def _strings(table: Table, kind: str, column: str) -> list[str]:
+def strings(table: Table, kind: str, column: str) -> list[str]:
     """A column as strings; refuses lists and objects, and cells that are missing or blank."""
     strings = []
     for index, value in enumerate(table.columns[column]):
@@ -110,7 +110,7 @@ def _strings(table: Table, kind: str, column: str) -> list[str]:
 
 
 def _labels(table: Table, column: str) -> list[str]:
-    labels = [label.strip() for label in _strings(table, "label", column)]
+    labels = [label.strip() for label in strings(table, "label", column)]
     all_numbers = all(map(_NUMBER.fullmatch, labels))
     for index, value in enumerate(table.columns[column]):
         if isinstance(value, float) or (all_numbers and not _INTEGER.fullmatch(labels[index])):
@@ -141,7 +141,7 @@ def examples(table: Table, text_column: str | None = None, label_column: str | N
     """
     text_column, label_column = choose_columns(table, text_column, label_column)
     labels = _labels(table, label_column)
-    texts = _strings(table, "text", text_column)
+    texts = strings(table, "text", text_column)
     if len(set(labels)) < 2:
         raise InputError(
             f"{table.source}: column {label_column!r} has one class only ({labels[0]!r}); classification needs two"

@@ -17,6 +17,12 @@ AUTO = "auto"
 DEFAULT_LR_HEAD = 2e-3
 DEFAULT_TUNING_RUNS = 4
 DEFAULT_ARMS = "lora,loraplus"
+CLASSIFICATION = "classification"
+# Settings that came later, with the value that runs without them had.
+ADDED = {
+    "task": CLASSIFICATION, "loss_on": None, "packing": None, "long_examples": None, "chat_template": None,
+    "load_in_4bit": False, "samples": 3,
+}  # fmt: skip
 
 
 def _option(default: Any, help: str, *flags: str, parser: Callable[[str], Any] | None = None) -> Any:
@@ -41,11 +47,34 @@ def learning_rate(text: str) -> float | str:
 class TaskConfig:
     """Data, model, adapter and training length: all that a run needs but its rates."""
 
+    task: str = _option(
+        CLASSIFICATION,
+        "classification; sft: chats, prompts with completions, or texts; lm: texts. The last two train a decoder.",
+    )
     model: str = _option("", "Model folder, or a name on the hub.")
     data: str = _option("", "CSV, TSV, JSON Lines or Parquet file, `datasets` folder, or hub dataset.")
-    eval_data: str | None = _option(None, "Validation data; without it a stratified part of --data is kept aside.")
+    eval_data: str | None = _option(
+        None, "Validation data; without it a part of --data is kept aside, stratified by class."
+    )
     text_column: str | None = _option(None, "Column with the text; guessed if not given.")
     label_column: str | None = _option(None, "Column with the label; guessed if not given.")
+    loss_on: str | None = _option(
+        None,
+        "sft: the tokens to learn: all, completion (of prompt/completion data) or assistant (turns of a chat). "
+        "Default: completion where there is one, else all.",
+    )
+    packing: bool | None = _option(
+        None,
+        "sft and lm: put several examples of a batch into one row, kept apart. Default: where the model can keep them "
+        "apart.",
+    )
+    long_examples: str | None = _option(
+        None, "sft and lm: cut, drop or (lm) split what is longer than --max-length. Default: sft cut, lm split."
+    )
+    chat_template: str | None = _option(
+        None, "sft: Jinja file to use instead of the tokenizer's own chat template; saved with the adapter."
+    )
+    load_in_4bit: bool = _option(False, "sft and lm: keep the base model in 4 bits (bitsandbytes).")
     output: str = _option("", "Folder to write to.")
     rank: int = _option(8, "Rank r of the adapter.")
     alpha: float = _option(16.0, "α of the adapter; its output is scaled by α / r.")
@@ -60,7 +89,9 @@ class TaskConfig:
     weight_decay: float = _option(0.0, "Decoupled weight decay, not on biases and norms.")
     warmup_ratio: float = _option(0.06, "Part of the steps over which the rate rises linearly.")
     lr_scheduler_type: str = _option("linear", "Schedule after warm-up, any of transformers' names.")
-    max_length: int | None = _option(None, "Tokens a text is cut to. Default: covers 99% of the training texts.")
+    max_length: int | None = _option(
+        None, "Tokens of the longest example. Default: covers 99% of the texts; sft and lm: all, up to 1024."
+    )
     max_steps: int | None = _option(None, "Optimizer steps; overrides --epochs.")
     epochs: float = _option(3.0, "Passes over the training data.")
     batch_size: int = _option(32, "Examples a step, over all processes.")
@@ -80,6 +111,7 @@ class TrainConfig(TaskConfig):
 
     lr: float | str = _option(DEFAULT_LR, "η_A, the rate of A, or auto: it sets both rates.", parser=learning_rate)
     lr_ratio: float = _option(DEFAULT_LR_RATIO, "λ = η_B / η_A; 1 is plain LoRA. Not used with --lr auto.")
+    samples: int = _option(3, "sft and lm: validation prompts that base and adapter answer in the report; 0 for none.")
 
 
 @dataclass(kw_only=True)

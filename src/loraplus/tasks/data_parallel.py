@@ -106,13 +106,22 @@ class DataParallelTrainer(LoraPlusTrainer):
             return super().get_train_dataloader()
         rows: Any = self.train_dataset
         batch_size = self._train_batch_size * ranks
-        order = LengthGroupedSampler(batch_size * self.args.gradient_accumulation_steps, dataset=rows)
+        order = self.order(rows, batch_size * self.args.gradient_accumulation_steps)
+        collator = self.data_collator
 
         def collate(part: list[tuple[Any, float]]) -> dict[str, Any]:
-            return {**self.data_collator([row for row, _ in part]), _WEIGHT: part[0][1]}
+            return self.weighted(collator([row for row, _ in part]), part[0][1])
 
         parts = PartsOfBatches(order, batch_size, self.args.process_index, ranks)
         return DataLoader(_Weighted(rows), batch_sampler=parts, collate_fn=collate)
+
+    def order(self, rows: Any, batch_size: int) -> LengthGroupedSampler:
+        """The order of one pass over the training rows."""
+        return LengthGroupedSampler(batch_size, dataset=rows)
+
+    def weighted(self, part: dict[str, Any], weight: float) -> dict[str, Any]:
+        """A part of a batch as it counts in the mean over the processes."""
+        return {**part, _WEIGHT: weight}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All of the validation data in every process: Trainer's mean over uneven shares is not that of one process."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from loraplus.errors import InputError
 from loraplus.tasks.config import TaskConfig
-from loraplus.tasks.pretrained import first_line, head_modules, load_base
+from loraplus.tasks.pretrained import first_line, head_modules, load_base, load_decoder
 
 _ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
 
@@ -46,18 +49,75 @@ def load_classifier(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     head = head_modules(model, fresh)
-    lora = LoraConfig(
+    return _adapted(
+        config,
+        model,
         task_type=TaskType.SEQ_CLS,
+        modules_to_save=head,
+        # PEFT would put factors on layers of the head, which are trained in full, and then fail or lose one of the two.
+        exclude_modules=rf"(?:{'|'.join(map(re.escape, head))})(?:\..*)?" if head else None,
+    )
+
+
+def load_language_model(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PeftModel:
+    """Loads a causal language model, in 4 bits if asked to, with a fresh adapter initialised from `seed`.
+
+    Args:
+        config: model, adapter and targets.
+        tokenizer: every token of which the model must know.
+        seed: of A; runs with one seed start from one point.
+
+    Returns:
+        A PEFT model; only the adapter trains.
+
+    Raises:
+        InputError: the model cannot be loaded, is not whole, does not fit the tokenizer, or has none of the target
+            modules, or the output layer is one of these.
+    """
+    set_seed(seed)
+    options: dict[str, Any] = {"quantization_config": four_bits(config)} if config.load_in_4bit else {}
+    model = load_decoder(config.model, trust_remote_code=config.trust_remote_code, **options)
+    known = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > known:
+        raise InputError(
+            f"the tokenizer of {config.model} has {len(tokenizer)} tokens and the model knows {known}; they do not "
+            "belong together"
+        )
+    adapted = _adapted(config, model, task_type=TaskType.CAUSAL_LM)
+    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
+        raise InputError("--target-modules: the output layer cannot be adapted, since TRL computes its loss in parts")
+    return adapted
+
+
+def four_bits(config: TaskConfig) -> BitsAndBytesConfig:
+    """NF4 with its scales quantised once more, as in QLoRA.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "--load-in-4bit needs the package bitsandbytes, which is not installed: "
+            "pip install 'loraplus[bitsandbytes]'"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if config.bf16 else torch.float32,
+    )
+
+
+def _adapted(config: TaskConfig, model: Any, **options: Any) -> PeftModel:
+    lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         target_modules=target_modules(config, model),
-        modules_to_save=head,
-        # PEFT would put factors on layers of the head, which are trained in full, and then fail or lose one of the two.
-        exclude_modules=rf"(?:{'|'.join(map(re.escape, head))})(?:\..*)?" if head else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        **options,
     )
     try:
         return get_peft_model(model, lora)  # type: ignore[return-value]

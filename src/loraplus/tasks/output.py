@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from loraplus.errors import InputError
+from loraplus.tasks.config import ADDED
 
 CONFIG_FILE = "config.yaml"
 # Where to write and how many processes to use do not change what is computed.
@@ -28,7 +29,7 @@ WRITTEN = (
     "data_facts.json", "metrics.json", "curves.csv", "adapter_config.json", "adapter_model.safetensors", "README.md",
     "loraplus.json", "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tokenizer.model", "chat_template.jinja",
+    "tokenizer.model", "chat_template.jinja", "samples.json",
     # compare
     "study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv", "report.html",
     # tune, beside the study
@@ -257,6 +258,7 @@ def saved_config(folder: Path) -> dict[str, Any] | None:
 
 def _check_same(folder: Path, saved: Mapping[str, Any], config: Mapping[str, Any], ignore: Sequence[str]) -> None:
     now = yaml.safe_load(yaml.safe_dump(dict(config), sort_keys=False))
+    saved = {key: value for key, value in ADDED.items() if key in now} | dict(saved)
     keys = [key for key in dict.fromkeys([*now, *saved]) if key not in ignore]
     differing = [key for key in keys if saved.get(key) != now.get(key) or (key in saved) != (key in now)]
     if differing:

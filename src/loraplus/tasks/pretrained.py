@@ -6,6 +6,7 @@ with the adapter. Anywhere else it means that the weights are not those of this 
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,6 +38,8 @@ _POSITIONS_AFTER_PADDING = frozenset({
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 })  # fmt: skip
 _NAMED_IN_MESSAGE = 3
+_NO_LIMIT = 10**9  # a tokenizer without a length says 10³⁰
+_FAST_MULTIPLE = 8
 
 
 def resolve_model(model: str) -> str:
@@ -163,6 +166,26 @@ def _refuse(model: str, loaded: Any, unset: list[str], other_size: set[str]) -> 
             f"{model} {what}: {', '.join(unset[:_NAMED_IN_MESSAGE])}{more}; these are not the weights of a "
             f"{loaded.config.model_type} of this shape"
         )
+
+
+def checked_length(config: TaskConfig, default: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The length in tokens that examples are held to: --max-length, else the default.
+
+    Raises:
+        InputError: shorter than 2, or longer than the model takes.
+    """
+    length = default if config.max_length is None else config.max_length
+    if not 2 <= length <= tokenizer.model_max_length:
+        limited = tokenizer.model_max_length < _NO_LIMIT
+        span = f"lie between 2 and the {tokenizer.model_max_length} tokens that {config.model} takes"
+        raise InputError(f"--max-length must {span if limited else 'be at least 2'}, got {length}")
+    return length
+
+
+def padding_multiple(max_length: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """8, which is fast, unless a longest example would be padded beyond the positions that the model has."""
+    fits = math.ceil(max_length / _FAST_MULTIPLE) * _FAST_MULTIPLE <= tokenizer.model_max_length
+    return _FAST_MULTIPLE if fits else None
 
 
 def head_of(model: Any, key: str) -> str | None:

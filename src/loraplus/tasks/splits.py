@@ -7,6 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from loraplus.errors import InputError
+from loraplus.tasks.config import CompareConfig, TaskConfig
+
+_LARGEST_SEED = 2**32 - 1  # numpy's
+
+
+def check_seed(config: TaskConfig) -> None:
+    """Makes sure that numpy takes every seed of a run or comparison.
+
+    Raises:
+        InputError: it does not.
+    """
+    last_seed = config.seed + (config.seeds if isinstance(config, CompareConfig) else 0)
+    if config.seed < 0 or last_seed > _LARGEST_SEED:
+        most = _LARGEST_SEED - (last_seed - config.seed)
+        raise InputError(f"--seed must lie between 0 and {most}, got {config.seed}")
 
 
 def _shuffled_classes(labels: Sequence[str], seed: int) -> list[np.ndarray]:

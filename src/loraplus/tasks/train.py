@@ -13,21 +13,20 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from loraplus.errors import InterruptedRun, LostProcessError
+from loraplus.errors import InputError, InterruptedRun, LostProcessError
 from loraplus.groups import explain
 from loraplus.integrations.checkpoints import write_rates
 from loraplus.integrations.transformers import LoraPlusTrainer
-from loraplus.tasks.classification import load_classification
 from loraplus.tasks.config import AUTO, TrainConfig
 from loraplus.tasks.data_parallel import any_process, is_lost_process, is_main_process, processes, wait_for_all
-from loraplus.tasks.model import load_classifier
 from loraplus.tasks.output import check_output, hold_output, note_data, prepare_output, read_json, write_csv, write_json
-from loraplus.tasks.pretrained import load_tokenizer
+from loraplus.tasks.task import Task, task_of
 from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, rates_of, total_steps
 
 DATA_FILE = "data_facts.json"
 METRICS_FILE = "metrics.json"
 CURVES_FILE = "curves.csv"
+SAMPLES_FILE = "samples.json"
 
 
 class StopOnSignal(TrainerCallback):
@@ -70,7 +69,7 @@ class StopOnSignal(TrainerCallback):
 def train(
     config: TrainConfig, *, overwrite: bool = False, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, Any]:
-    """Trains a classifier's adapter and writes it with its metrics, curves and configuration.
+    """Trains an adapter for a task and writes it with its metrics, curves and configuration.
 
     Everything that can be wrong with the input is found before the output folder is touched. Under torchrun or
     accelerate launch the processes share out each batch, and the main one writes.
@@ -97,10 +96,13 @@ def train(
     if resume and finished.is_file():
         return read_json(finished)
     rates = rates_of(config, config.lr, config.lr_ratio)
-    tokenizer = load_tokenizer(config)
-    data = load_classification(config, tokenizer)
+    if config.samples < 0:
+        raise InputError(f"--samples must be 0 or more, got {config.samples}")
+    task = task_of(config)
+    tokenizer = task.load_tokenizer(config)
+    data = task.load_data(config, tokenizer)
     total_steps(config, len(data.train))
-    model = load_classifier(config, data.label_names, tokenizer, config.seed)
+    model = task.load_model(config, data, tokenizer, config.seed)
 
     clock, stop = StepClock(), StopOnSignal()
     trainer = build_trainer(
@@ -125,7 +127,7 @@ def train(
                 raise _lost_process(trainer.state.global_step, output) from None
         step = trainer.state.global_step
         if main:
-            write_csv(output / CURVES_FILE, _curves(trainer.state.log_history))
+            write_csv(output / CURVES_FILE, _curves(trainer.state.log_history, task.metrics))
         if stop.stopped.is_set() and step < trainer.state.max_steps:
             wait_for_all()  # each writes its part of the checkpoint
             raise InterruptedRun(
@@ -137,13 +139,13 @@ def train(
         best = trainer.state.best_global_step
         metrics = {
             "eval_loss": evaluation["eval_loss"],
-            "eval_accuracy": evaluation["eval_accuracy"],
-            "eval_macro_f1": evaluation["eval_macro_f1"],
+            **{name: evaluation[name] for name in task.metrics},
             "steps": step,
             "best_step": best if best is not None else step,
             **_rates_in_use(trainer),
             "batch_size": config.batch_size,  # over all processes
             "processes": processes(),
+            **task.facts_of_run(trainer),
             "train_loss": result.metrics["train_loss"],
             "train_seconds": result.metrics["train_runtime"],
             "seconds_per_step": clock.seconds_per_step,
@@ -151,7 +153,9 @@ def train(
             "data": data.facts,
         }
         if main:
-            _save_adapter(trainer, tokenizer, data.max_length, output)
+            _save_adapter(task, trainer, data, tokenizer, output)
+            if samples := task.samples(config.samples, trainer.model, data, tokenizer):
+                write_json(output / SAMPLES_FILE, samples)
             write_json(output / METRICS_FILE, metrics)
         wait_for_all()
         return metrics
@@ -175,23 +179,21 @@ def _rates_in_use(trainer: LoraPlusTrainer) -> dict[str, Any]:
     return {"lr": auto.lr_a, "lr_ratio": auto.lr_b / auto.lr_a if auto.lr_a else None, "auto": True}
 
 
-def _save_adapter(trainer: LoraPlusTrainer, tokenizer: Any, max_length: int, output: Path) -> None:
-    """Adapter in PEFT's format; beside it the label names (config.json), the tokenizer with its length, the rates."""
+def _save_adapter(task: Task, trainer: LoraPlusTrainer, data: Any, tokenizer: Any, output: Path) -> None:
+    """Adapter in PEFT's format; beside it what the task needs, and the rates."""
     trainer.model.save_pretrained(str(output), safe_serialization=True)
-    trainer.model.config.save_pretrained(str(output))
-    tokenizer.model_max_length = max_length
-    tokenizer.save_pretrained(str(output))
+    task.save_beside_adapter(trainer.model, data, tokenizer, output)
     write_rates(output, trainer.loraplus_rates, trainer.model, trainer.loraplus_auto)
 
 
-def _curves(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _curves(log_history: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """One row a logged step: training loss and rates, and the evaluation where there was one."""
     rows: dict[int, dict[str, Any]] = {}
     for entry in log_history:
         if "loss" not in entry and "eval_loss" not in entry:
             continue
         row = rows.setdefault(entry["step"], {"step": entry["step"], "epoch": entry.get("epoch")})
-        for name in ("loss", "eval_loss", "eval_accuracy", "eval_macro_f1", "grad_norm"):
+        for name in ("loss", "eval_loss", *metrics, "grad_norm"):
             if name in entry:
                 row["train_loss" if name == "loss" else name] = entry[name]
         row |= {name: value for name, value in entry.items() if name.startswith(("lr/", "updates/"))}

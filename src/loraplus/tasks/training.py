@@ -8,20 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.optimization import get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from loraplus.errors import DivergedError, InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.rates import Rates
-from loraplus.tasks.classification import ClassificationData, classification_metrics
 from loraplus.tasks.config import DEFAULT_LR, TaskConfig
-from loraplus.tasks.data_parallel import DataParallelTrainer, processes
+from loraplus.tasks.data_parallel import processes
+from loraplus.tasks.task import TaskData, task_of
 
 _EVALUATIONS_PER_RUN = 10
 _LOGS_PER_EVALUATION = 2
-_FAST_MULTIPLE = 8
 
 
 def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float) -> Rates:
@@ -131,7 +130,7 @@ class StepClock(TrainerCallback):
 def build_trainer(
     config: TaskConfig,
     rates: Rates,
-    data: ClassificationData,
+    data: TaskData,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -142,14 +141,14 @@ def build_trainer(
     optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> LoraPlusTrainer:
-    """A LoraPlusTrainer with the library's own levers on: length-grouped batches and fused AdamW.
+    """The task's trainer with the library's own levers on: length-grouped batches and fused AdamW.
 
     Args:
         config: training length, batch, schedule.
         rates: of A, B, head and embeddings.
         data: tokenised splits.
         model: the adapted model.
-        tokenizer: pads the batches.
+        tokenizer: of the model.
         seed: of data order and dropout.
         output: folder of the checkpoints.
         checkpoints: keep the best and the last checkpoint and load the best at the end.
@@ -165,8 +164,9 @@ def build_trainer(
     """
     steps = total_steps(config, len(data.train))
     eval_steps = min(steps, config.eval_steps or steps_between_evaluations(steps))
+    task = task_of(config)
     try:
-        args = LoraPlusTrainingArguments(
+        args = task.arguments(
             output_dir=output,
             learning_rate=rates.lr,
             loraplus_lr_ratio=rates.lr_ratio,
@@ -202,22 +202,9 @@ def build_trainer(
     except ValueError as error:
         raise InputError(str(error).strip().splitlines()[0]) from None
     _check_schedule(args, steps)
-    # A longest text is not padded beyond the positions that the model has.
-    fits = math.ceil(data.max_length / _FAST_MULTIPLE) * _FAST_MULTIPLE <= tokenizer.model_max_length
-    trainer = DataParallelTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=_FAST_MULTIPLE if fits else None),
-        processing_class=tokenizer,
-        compute_metrics=classification_metrics,
-        callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=optimizer,
+    trainer = task.trainer(
+        config, data, model, tokenizer, args=args, callbacks=list(callbacks), optimizer_cls_and_kwargs=optimizer
     )
-    # transformers takes PEFT's **kwargs for a model that divides its loss by num_items_in_batch, and leaves out its own
-    # division by the number of parts; no classifier does the former.
-    trainer.model_accepts_loss_kwargs = False
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
     return trainer

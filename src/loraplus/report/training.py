@@ -1,0 +1,54 @@
+"""The page of one training run of a language model: losses, what was counted, and answers before and after."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from loraplus.errors import InputError
+from loraplus.report import plots
+from loraplus.report.page import template
+from loraplus.tasks.output import read_json, saved_config, write_atomically
+from loraplus.tasks.train import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
+
+REPORT_FILE = "report.html"
+_TEMPLATE = "training.html.jinja"
+
+
+def write_report(folder: str | Path) -> Path:
+    """Writes report.html from the files that `train` left in a folder.
+
+    Args:
+        folder: output of a finished run with task sft or lm.
+
+    Returns:
+        The page's path: one HTML file that loads nothing from elsewhere; text from data is escaped.
+
+    Raises:
+        InputError: the folder holds no finished run of such a task.
+    """
+    folder = Path(folder)
+    metrics, config = read_json(folder / METRICS_FILE), saved_config(folder)
+    if config is None or "eval_perplexity" not in metrics:
+        raise InputError(f"{folder} holds no run with --task sft or lm")
+    samples = read_json(folder / SAMPLES_FILE) if (folder / SAMPLES_FILE).exists() else []
+    with (folder / CURVES_FILE).open(encoding="utf-8", newline="") as file:
+        curves = [_numbers(row) for row in csv.DictReader(file)]
+    page = template(_TEMPLATE).render(
+        config=config,
+        metrics=metrics,
+        data=metrics["data"],
+        samples=samples,
+        plotly_js=Markup(get_plotlyjs()),
+        curves=Markup(plots.as_json(plots.training(curves))),
+    )
+    return write_atomically(folder / REPORT_FILE, page)
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, Any]:
+    return {name: float(value) if value else None for name, value in row.items()}

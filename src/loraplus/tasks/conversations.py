@@ -1,0 +1,192 @@
+"""From a table to conversations, prompts with completions, or texts: which of them it holds, and whether each is whole.
+
+The columns are those of TRL: `messages`, a list of {"role", "content"}; `prompt` and `completion`, both strings or both
+lists of messages; or a text. `conversations`, with "from" and "value" too, is read as `messages`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loraplus.errors import InputError
+from loraplus.tasks.columns import TEXT_NAMES, choose_text_column, strings
+from loraplus.tasks.table import Table
+
+CONVERSATION, COMPLETION, TEXT = "conversation", "prompt and completion", "text"
+MESSAGES_NAMES = ("messages", "conversations")
+_PAIR = ("prompt", "completion")
+_ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example: a list of messages, a prompt with its completion, or a text; `where` names its file and line."""
+
+    where: str
+    messages: Sequence[Message] = ()
+    prompt: str | Sequence[Message] = ""
+    completion: str | Sequence[Message] = ""
+    text: str = ""
+    tools: Any = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template is needed."""
+        return bool(self.messages) or not isinstance(self.prompt, str)
+
+    @property
+    def content(self) -> str:
+        """All of its text, for finding examples that stand in the data twice."""
+        parts = [*self.messages, self.prompt, self.completion, self.text]
+        return "\n".join(_content(part) for part in parts if part)
+
+
+def _content(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping):
+        return f"{part['role']}: {part.get('content') or part.get('tool_calls')}"
+    return "\n".join(map(_content, part))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples of one kind."""
+
+    kind: str
+    rows: list[Example]
+
+
+def read_examples(table: Table, task: str, text_column: str | None = None) -> Examples:
+    """The examples of a table, checked one by one.
+
+    Args:
+        table: from `read_table`.
+        task: sft takes conversations, prompts with completions, or texts; lm takes texts.
+        text_column: takes the texts of this column, whatever else there is.
+
+    Raises:
+        InputError: columns are missing, hold two kinds, or a row is not whole; the message names its line.
+
+    Example:
+        >>> table = Table("chat.jsonl", {"prompt": ["2 + 2 ="], "completion": [" 4"]}, lines=[1])
+        >>> read_examples(table, "sft").rows[0].completion
+        ' 4'
+    """
+    kind = TEXT if task == "lm" or text_column is not None else _kind(table)
+    if kind == TEXT:
+        column = choose_text_column(table, text_column)
+        texts = strings(table, "text", column)
+        return Examples(kind, [Example(where=_where(table, i), text=text) for i, text in enumerate(texts)])
+    build = _conversation if kind == CONVERSATION else _pair
+    tools = table.columns.get("tools", [None] * len(table))
+    return Examples(kind, [build(table, i, tools[i]) for i in range(len(table))])
+
+
+def _where(table: Table, index: int) -> str:
+    return f"{table.source}, {table.row_name(index)}"
+
+
+def _messages_column(table: Table) -> str | None:
+    """The column that holds conversations, if one does."""
+    return next((name for name in MESSAGES_NAMES if any(v is not None for v in table.columns.get(name, ()))), None)
+
+
+def _kind(table: Table) -> str:
+    columns = table.columns
+    there = {name for name, values in columns.items() if any(value is not None for value in values)}
+    chats = _messages_column(table)
+    if chats and there.intersection(_PAIR):
+        first = {
+            name: next(i for i, value in enumerate(columns[name]) if value is not None)
+            for name in (chats, *_PAIR)
+            if name in there
+        }
+        places = ", ".join(f"{name!r} first in {table.row_name(i)}" for name, i in first.items())
+        raise InputError(
+            f"{table.source} mixes conversations with prompts and completions ({places}); give each a file of its own"
+        )
+    if chats:
+        return CONVERSATION
+    if missing := [name for name in _PAIR if name not in there]:
+        if len(missing) == 1:
+            (other,) = set(_PAIR) - set(missing)
+            raise InputError(f"{table.source} has a column {other!r} but nothing in a column {missing[0]!r}")
+        if any(name.lower() in TEXT_NAMES for name in there):
+            return TEXT
+        raise InputError(
+            f"{table.source}: --task sft needs a column 'messages', or 'prompt' and 'completion', or a text "
+            f"(--text-column); it has {', '.join(map(repr, columns))}"
+        )
+    return COMPLETION
+
+
+def _conversation(table: Table, index: int, tools: Any) -> Example:
+    where = _where(table, index)
+    name = _messages_column(table) or MESSAGES_NAMES[0]
+    messages = _messages(table.columns[name][index], where, name)
+    _check_assistant(messages, where, "the conversation")
+    return Example(where=where, messages=messages, tools=tools)
+
+
+def _pair(table: Table, index: int, tools: Any) -> Example:
+    where = _where(table, index)
+    prompt, completion = (table.columns[name][index] for name in _PAIR)
+    for name, value in zip(_PAIR, (prompt, completion), strict=True):
+        if value is None or (
+            isinstance(value, (str, list)) and not (value.strip() if isinstance(value, str) else value)
+        ):
+            raise InputError(f"{where}: the {name} is empty; fill or remove the line")
+        if not isinstance(value, (str, list)):
+            raise InputError(
+                f"{where}: the {name} is a {type(value).__name__}, expected a string or a list of messages"
+            )
+    if isinstance(prompt, str) != isinstance(completion, str):
+        raise InputError(f"{where}: prompt and completion must both be strings or both be lists of messages")
+    if not isinstance(prompt, str):
+        prompt, completion = _messages(prompt, where, "prompt"), _messages(completion, where, "completion")
+        _check_assistant(completion, where, "the completion")
+    return Example(where=where, prompt=prompt, completion=completion, tools=tools)
+
+
+def _messages(value: Any, where: str, name: str) -> list[Message]:
+    """A cell as messages, without the empty fields that columnar files fill in."""
+    if value is None:
+        raise InputError(f"{where}: there are no {name}; fill or remove the line")
+    if not isinstance(value, (list, tuple)):
+        raise InputError(
+            f'{where}: {name} is a {type(value).__name__}, expected a list like [{{"role": "user", "content": …}}, …]'
+        )
+    if not value:
+        raise InputError(f"{where}: {name} is an empty list; fill or remove the line")
+    return [_message(turn, f"{where}, message {number}") for number, turn in enumerate(value, start=1)]
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise InputError(f'{where}: expected {{"role": …, "content": …}}, found a {type(turn).__name__}')
+    message = {key: value for key, value in turn.items() if value is not None}
+    if "from" in message and "role" not in message:
+        message = {"role": _ROLES.get(message["from"], message["from"]), "content": message.get("value")}
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise InputError(f"{where}: it has no role (user, assistant, system, …)")
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        what = "missing" if content is None else f"a {type(content).__name__}, expected a string"
+        raise InputError(f"{where}: the content is {what}")
+    return message
+
+
+def _check_assistant(messages: Sequence[Message], where: str, what: str) -> None:
+    turns = [(number, turn) for number, turn in enumerate(messages, start=1) if turn["role"] == "assistant"]
+    if not turns:
+        raise InputError(
+            f"{where}: {what} has no assistant turn, so there is nothing to learn; add one or remove the line"
+        )
+    for number, turn in turns:
+        if not (turn.get("content") or "").strip() and not turn.get("tool_calls"):
+            raise InputError(f"{where}, message {number}: the assistant turn is empty; fill or remove it")

@@ -1,0 +1,107 @@
+"""TRL's SFTTrainer with LoRA+, packed batches, and an evaluation that counts every token once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl import SFTConfig, SFTTrainer
+
+from loraplus.integrations.transformers import LoraPlusTrainingArguments
+from loraplus.tasks.data_parallel import DataParallelTrainer
+from loraplus.tasks.encoding import IGNORED
+from loraplus.tasks.measures import perplexity
+from loraplus.tasks.packing import PackingCollator
+
+_SAME_PASS = 1e-6  # the number of passes done is a float
+
+
+@dataclass
+class LanguageTrainingArguments(LoraPlusTrainingArguments, SFTConfig):
+    """SFTConfig with the rates of LoRA+; what both have and nobody sets is as in TrainingArguments."""
+
+
+def token_metrics(prediction: Any) -> dict[str, float]:
+    """Mean loss over all target tokens, and its perplexity.
+
+    Args:
+        prediction: EvalPrediction with each example's summed loss, and as label its number of target tokens.
+    """
+    loss = float(np.sum(prediction.predictions, dtype=np.float64) / np.sum(prediction.label_ids))
+    return {"loss": loss, "perplexity": perplexity(loss)}
+
+
+class OrderByPass(LengthGroupedSampler):
+    """Batches of like length, in an order that a seed fixes.
+
+    Args:
+        rows: with `input_ids`.
+        batch_size: of an optimizer step.
+        seed: asked for when a pass begins.
+    """
+
+    def __init__(self, rows: Any, batch_size: int, seed: Callable[[], int]) -> None:
+        super().__init__(batch_size, lengths=[len(ids) for ids in rows["input_ids"]])
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self._seed())
+        return super().__iter__()
+
+
+class LanguageTrainer(DataParallelTrainer, SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer over tokenised rows.
+
+    The loss of a step is the mean over the target tokens of the whole batch, in whatever rows, parts and processes they
+    are. Evaluation sums over tokens and examples, where Trainer takes the mean of batches' means.
+
+    Args:
+        packing: how to pack training batches; None pads them.
+        **options: of SFTTrainer.
+    """
+
+    def __init__(self, *, packing: PackingCollator | None, **options: Any) -> None:
+        super().__init__(compute_metrics=token_metrics, **options)
+        self.packing = packing
+        self.model_accepts_loss_kwargs = True  # SFTTrainer divides by the number of target tokens, whatever the model
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches that are packed, if they are to be; those of evaluation never are."""
+        padding = self.data_collator
+        self.data_collator = self.packing or padding
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padding
+
+    def order(self, rows: Any, batch_size: int) -> LengthGroupedSampler:
+        """An order for each pass by the seed alone, so that a run that goes on within a pass finds it again."""
+        return OrderByPass(rows, batch_size, lambda: self.args.seed + int((self.state.epoch or 0.0) + _SAME_PASS))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return self.order(rows, self.args.train_batch_size * self.args.gradient_accumulation_steps)
+
+    def weighted(self, part: dict[str, Any], weight: float) -> dict[str, Any]:
+        """A part counts by its target tokens; one that only fills a process's place has none."""
+        return part if weight else {**part, "labels": torch.full_like(part["labels"], IGNORED)}
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Each example's summed loss, and its number of target tokens."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        return None, -outputs.log_probs.float().sum(dim=-1), outputs.label_mask.sum(dim=-1)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """PEFT writes the adapter's card."""
+
+    def _send_telemetry(self) -> None:
+        """TRL would report each of a study's many runs to its makers."""

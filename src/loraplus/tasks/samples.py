@@ -1,0 +1,83 @@
+"""What the base model and the adapted one answer to a few validation prompts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from loraplus.errors import InputError
+from loraplus.tasks.conversations import Example
+from loraplus.tasks.encoding import Encoder
+
+_NEW_TOKENS = 64
+
+
+def answers(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    count: int,
+) -> list[dict[str, str]]:
+    """One row an example, with the most likely answer of each model (greedy decoding).
+
+    Args:
+        model: trained; its base is what is left without the adapter.
+        tokenizer: of the model.
+        encoder: that made the training tokens.
+        examples: validation examples; those whose beginning is no prompt to the chat template are passed over.
+        count: most rows.
+
+    Returns:
+        {"source", "prompt", "reference", "base", "adapted"}: where the example stands, what the model was given, what
+        the example says next, and what either model says.
+    """
+    training = model.training
+    model.eval()
+    try:
+        return [
+            {"source": example.where, **_answers(model, tokenizer, prompt, rest)}
+            for example, prompt, rest in itertools.islice(_prompts(encoder, examples), count)
+        ]
+    finally:
+        model.train(training)
+
+
+def _prompts(encoder: Encoder, examples: Sequence[Example]) -> Iterator[tuple[Example, list[int], list[int]]]:
+    for example in examples:
+        try:
+            prompt, rest = encoder.prompt(example)
+        except InputError:
+            continue
+        yield example, prompt, rest
+
+
+def _answers(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], rest: list[int]
+) -> dict[str, str]:
+    new = max(1, min(_NEW_TOKENS, tokenizer.model_max_length // 2))
+    prompt = prompt[-(tokenizer.model_max_length - new) :]  # its end, so that prompt and answer fit
+    with model.disable_adapter():
+        base = _answer(model, tokenizer, prompt, new)
+    return {
+        "prompt": tokenizer.decode(prompt),
+        "reference": tokenizer.decode(rest, skip_special_tokens=True),
+        "base": base,
+        "adapted": _answer(model, tokenizer, prompt, new),
+    }
+
+
+@torch.inference_mode()
+def _answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: int) -> str:
+    ids = torch.tensor([prompt], device=model.device)
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    found = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )  # fmt: skip
+    return tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)

@@ -1,0 +1,97 @@
+"""What training, tuning and comparing need to know of a task; all else is the same for every task."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from loraplus.errors import InputError
+from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
+from loraplus.tasks.config import CLASSIFICATION, TaskConfig
+from loraplus.tasks.measures import MEASURES
+
+
+class TaskData(Protocol):
+    """Tokenised splits; `test` is empty unless a comparison asked for it. `facts` tells what is in them."""
+
+    @property
+    def train(self) -> Sequence[Any]: ...
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+
+class Task(Protocol):
+    """One kind of data and model. Every method raises `InputError` for what cannot be used."""
+
+    metrics: tuple[str, ...]
+    """What an evaluation tells beside `eval_loss`."""
+
+    def load_tokenizer(self, config: TaskConfig) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, with all that the data needs."""
+        ...
+
+    def load_data(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """`TaskData`, read, checked, split and tokenised."""
+        ...
+
+    def load_model(self, config: TaskConfig, data: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> PeftModel:
+        """The base model with a fresh adapter."""
+        ...
+
+    def arguments(self, **options: Any) -> LoraPlusTrainingArguments:
+        """The trainer's arguments, from those that every task has."""
+        ...
+
+    def trainer(
+        self, config: TaskConfig, data: Any, model: PeftModel, tokenizer: PreTrainedTokenizerBase, **options: Any
+    ) -> LoraPlusTrainer:
+        """A trainer of the data; `options` are its arguments, callbacks and optimizer."""
+        ...
+
+    def facts_of_run(self, trainer: Any) -> dict[str, Any]:
+        """What was decided for this model, for the metrics."""
+        ...
+
+    def test(self, trainer: Any, data: Any) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+        """Loss of every test example, and whether it was answered rightly if that can be said."""
+        ...
+
+    def samples(
+        self, count: int, model: PeftModel, data: Any, tokenizer: PreTrainedTokenizerBase
+    ) -> list[dict[str, str]]:
+        """What base and adapted model answer to so many validation prompts; empty if they do not answer in words."""
+        ...
+
+    def save_beside_adapter(self, model: PeftModel, data: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Any:
+        """Writes what else is needed to use the adapter."""
+        ...
+
+
+def task_of(config: TaskConfig) -> Task:
+    """The task that --task names.
+
+    Raises:
+        InputError: there is none of that name, or it needs a package that is not installed.
+    """
+    if config.task not in MEASURES:
+        (near,) = difflib.get_close_matches(config.task, MEASURES, n=1, cutoff=0.0)
+        raise InputError(
+            f"--task: there is no task {config.task!r}; the nearest is {near!r}, all are {', '.join(MEASURES)}"
+        )
+    if config.task == CLASSIFICATION:
+        from loraplus.tasks.classification import Classification
+
+        return Classification()
+    if importlib.util.find_spec("trl") is None:
+        raise InputError(
+            f"--task {config.task} needs the package trl, which is not installed: pip install 'loraplus[trl]'"
+        )
+    from loraplus.tasks.language import LanguageModelling  # here, since TRL takes seconds to import
+
+    return LanguageModelling()
