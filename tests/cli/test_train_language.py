@@ -131,3 +131,8 @@ def test_a_chat_without_an_assistant_is_one_line(refused, tmp_path, decoder_fold
     assert f"{data}, line 4: the conversation has no assistant turn" in refused(
         *flags(decoder_folder, data, tmp_path / "o")
     )
+
+
+def test_without_trl_it_is_named(refused, tmp_path, decoder_folder, chats, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'loraplus[trl]'" in refused(*flags(decoder_folder, chats, tmp_path / "out"))

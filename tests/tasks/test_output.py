@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loraplus.compare import fingerprint
 from loraplus.errors import InputError
 from loraplus.tasks.output import (
     check_output,
@@ -95,6 +96,17 @@ def test_resume_wants_the_same_configuration_and_names_what_differs(used: Path):
     before = (used / "config.yaml").read_text()
     prepare(used, {**CONFIG, "workers": 2, "output": "./o"}, resume=True)
     assert (used / "config.yaml").read_text() == before
+
+
+def test_resume_takes_settings_that_came_later_at_what_they_were(used: Path):
+    prepare(used, {**CONFIG, "task": "classification", "packing": None}, resume=True)
+    with pytest.raises(InputError, match="task was classification, now sft"):
+        prepare(used, {**CONFIG, "task": "sft"}, resume=True)
+
+
+def test_a_comparison_is_known_by_what_earlier_versions_knew_it_by():
+    assert fingerprint({**CONFIG, "task": "classification", "packing": None}) == fingerprint(CONFIG)
+    assert fingerprint({**CONFIG, "task": "sft"}) != fingerprint(CONFIG)
 
 
 def test_resume_with_nothing_there_just_starts(tmp_path: Path):

@@ -86,7 +86,18 @@ def load_language_model(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, 
     adapted = _adapted(config, model, task_type=TaskType.CAUSAL_LM)
     if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
         raise InputError("--target-modules: the output layer cannot be adapted, since TRL computes its loss in parts")
+    if config.load_in_4bit:
+        _check_runs(config, adapted)
     return adapted
+
+
+@torch.no_grad()
+def _check_runs(config: TaskConfig, model: PeftModel) -> None:
+    """4-bit kernels ask for certain widths, which shows at the first step only."""
+    try:
+        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise InputError(f"--load-in-4bit: {config.model} does not run in 4 bits here ({first_line(error)})") from None
 
 
 def four_bits(config: TaskConfig) -> BitsAndBytesConfig:
