@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from loraplus.cli import compare, inspect, predict, train, tune  # noqa: F401  (each registers its command on `app`)
+from loraplus.cli import compare, inspect, predict, reproduce, train, tune  # noqa: F401  (each registers its command)
 from loraplus.cli.app import app
 from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning, LostProcessError
 

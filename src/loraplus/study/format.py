@@ -1,6 +1,6 @@
 """How a study's runs are written into an Optuna storage and read back: what the store must know of them.
 
-`Training` is that of training runs (`Trial`, `Record`). Anything that has a key and an outcome can be kept the same way.
+`Training` is that of training runs (`Trial`, `Record`). Whatever has a key and an outcome can be kept the same way.
 """
 
 from __future__ import annotations
