@@ -9,7 +9,10 @@ from loraplus.errors import InputError
 from loraplus.reproduce.experiment import Experiment
 
 # Imported when asked for: some need packages that others do not.
-EXPERIMENTS: dict[str, str] = {}
+EXPERIMENTS = {
+    "toy": "loraplus.reproduce.toy:Toy",
+    "coordinates": "loraplus.reproduce.coordinates:Coordinates",
+}
 
 
 def experiment_class(name: str) -> type[Experiment]:
