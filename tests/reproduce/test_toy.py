@@ -169,6 +169,20 @@ def test_the_toy_experiment_from_first_run_to_report(small):
     assert len(report.figures) == len(FAMILIES) + 2
 
 
+def test_what_comes_next_does_not_depend_on_the_order_in_which_runs_finish(small):
+    experiment, results = small
+    planned = set()
+    done: dict = {}
+    while runs := experiment.next_runs(done):
+        planned |= {run.key for run in runs}
+        last = runs[-1].key  # one run at a time, the last first: seeds of one block apart
+        done[last] = results[last]
+    assert planned == set(done) == set(results)
+    assert any(
+        run.key.count("rectangle") and run["a_to"] - run["a_from"] < 8 for run in (r.run for r in results.values())
+    )
+
+
 def test_a_run_of_the_toy_depends_on_its_seed_and_nothing_else(small):
     experiment, results = small
     run = next(iter(results.values())).run

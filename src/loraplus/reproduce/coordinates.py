@@ -201,9 +201,8 @@ def _figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
         for place, (delta, symbol) in enumerate(DELTAS.items()):
             at = [found["widths"][str(width)][delta] for width in widths]
             name = f"{symbol} ∝ n^{found['exponents'][str(FITTED_AT)][delta]['mean']:.2f}"
-            series.append(
-                Series(name, widths, *([row[key] for row in at] for key in ("mean", "low", "high")), colour=place)
-            )
+            values, low, high = ([row[key] for row in at] for key in ("mean", "low", "high"))
+            series.append(Series(name, widths, values, low, high, colour=place))
         plots.append(LinePlot(found["title"], "width n", "RMS of the change", series, log_x=True, log_y=True))
     return Figure(
         "deltas", f"What step {FITTED_AT} does to the layer's output", plots,
