@@ -10,7 +10,7 @@ import loraplus
 # Left to right, as in the picture.
 ORDER = (
     "errors layouts roles rates existing_groups groups paper optimizer movement feature_updates auto integrations "
-    "tasks inspection study report compare cli"
+    "tasks inspection study report compare reproduce cli"
 ).split()
 
 

@@ -17,6 +17,7 @@ from loraplus.cli import (  # noqa: F401  (each registers its command on `app`)
     inspect,
     merge,
     predict,
+    reproduce,
     train,
     tune,
 )

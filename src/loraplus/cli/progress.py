@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -22,20 +22,57 @@ class StudyProgress(Protocol):
 
     def __enter__(self) -> StudyProgress: ...
     def __exit__(self, *exception: object) -> None: ...
-    def __call__(self, event: Event) -> None: ...
+    def __call__(self, event: Event[Any, Any]) -> None: ...
 
 
-def study_progress(console: Console, *, plain: bool) -> StudyProgress:
-    """The display that suits the console: bars on a terminal, lines otherwise or if `plain`."""
-    return PlainProgress(console) if plain or not console.is_terminal else BarProgress(console)
+class Words(Protocol):
+    """How a display calls what is run."""
+
+    def describe(self, trial: Any) -> str:
+        """What is run, in a few words."""
+        ...
+
+    def outcome(self, record: Any) -> str:
+        """What it came to."""
+        ...
 
 
-def describe(trial: Trial) -> str:
-    """One trial in words: `tuning LoRA+ η_A 2.5e-4 λ 16 seed 0`; without rates if the method sets them itself."""
-    arm = ALL[trial.arm]
-    rates = f" η_A {rate(trial.lr)} λ {trial.lr_ratio:g}" if arm.tuned else ""
-    length = f" {trial.steps} steps" if trial.steps else ""
-    return f"{trial.phase} {arm.title}{rates} seed {trial.seed}{length}"
+def study_progress(console: Console, *, plain: bool, words: Words | None = None) -> StudyProgress:
+    """The display that suits the console: bars on a terminal, lines otherwise or if `plain`.
+
+    Args:
+        console: Where to show it.
+        plain: Lines even on a terminal.
+        words: Of other runs than training runs.
+    """
+    words = words or TrainingWords()
+    moving = console.is_terminal and not plain
+    return BarProgress(console, words) if moving else PlainProgress(console, words)
+
+
+class TrainingWords:
+    """Of training runs: rates, seed, and the loss that came out."""
+
+    def describe(self, trial: Trial) -> str:
+        """`tuning LoRA+ η_A 2.5e-4 λ 16 seed 0`; without rates if the method sets them itself."""
+        arm = ALL[trial.arm]
+        rates = f" η_A {rate(trial.lr)} λ {trial.lr_ratio:g}" if arm.tuned else ""
+        length = f" {trial.steps} steps" if trial.steps else ""
+        return f"{trial.phase} {arm.title}{rates} seed {trial.seed}{length}"
+
+    def outcome(self, record: Record) -> str:
+        if record.status == "diverged":
+            result = f"diverged at step {record.steps}"
+        else:
+            accuracy = record.eval_accuracy
+            measure = (
+                f"perplexity {perplexity(record.eval_loss):.4g}" if accuracy is None else f"accuracy {accuracy:.2%}"
+            )
+            result = f"eval loss {record.eval_loss:.4f}, {measure}"
+        if record.found:
+            lr_a, lr_b = record.found
+            result += f", came to η_A {rate(lr_a)} η_B {rate(lr_b)}"
+        return result
 
 
 def rate(value: float) -> str:
@@ -45,19 +82,10 @@ def rate(value: float) -> str:
     return f"{digits}e{int(exponent)}"
 
 
-def outcome(event: Event, record: Record) -> str:
+def outcome(event: Event[Any, Any], words: Words) -> str:
     """What a finished run came to, in one line."""
-    if record.status == "diverged":
-        result = f"diverged at step {record.steps}"
-    else:
-        accuracy = record.eval_accuracy
-        measure = f"perplexity {perplexity(record.eval_loss):.4g}" if accuracy is None else f"accuracy {accuracy:.2%}"
-        result = f"eval loss {record.eval_loss:.4f}, {measure}"
-    if record.found:
-        lr_a, lr_b = record.found
-        result += f", came to η_A {rate(lr_a)} η_B {rate(lr_b)}"
     source = " (same run as before)" if event.reused else " (another process)" if event.elsewhere else ""
-    return f"{describe(record.trial)}: {result}{source}"
+    return f"{words.describe(event.trial)}: {words.outcome(event.record)}{source}"
 
 
 def count(runs: float) -> str:
@@ -83,7 +111,7 @@ class Pace:
         self._done_at_start = 0.0
         self._started = time.monotonic()
 
-    def take(self, event: Event) -> None:
+    def take(self, event: Event[Any, Any]) -> None:
         self.planned, self.done = event.planned, event.done
         if event.kind == "planned":
             self._done_at_start, self._started = event.done, time.monotonic()
@@ -116,8 +144,9 @@ class Pace:
 class PlainProgress:
     """One line for each finished run."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, words: Words) -> None:
         self._console = console
+        self._words = words
         self._pace = Pace()
 
     def __enter__(self) -> PlainProgress:
@@ -126,7 +155,7 @@ class PlainProgress:
     def __exit__(self, *exception: object) -> None:
         return None
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event[Any, Any]) -> None:
         self._pace.take(event)
         if event.kind == "planned":
             stored = f", {count(event.done)} of them already done" if event.done else ""
@@ -134,7 +163,7 @@ class PlainProgress:
         elif event.kind == "finished" and event.record is not None:
             left = self._pace.seconds_left
             about = f", {time_left(left)}" if left and event.done < event.planned else ""
-            self._print(f"{count(event.done)}/{count(event.planned)} runs{about} · {outcome(event, event.record)}")
+            self._print(f"{count(event.done)}/{count(event.planned)} runs{about} · {outcome(event, self._words)}")
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -155,7 +184,8 @@ class _TimeLeft(ProgressColumn):
 class BarProgress:
     """A bar over all optimizer steps of the study, and one line for each run under way."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, words: Words) -> None:
+        self._words = words
         self._pace = Pace()
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -175,7 +205,7 @@ class BarProgress:
     def __exit__(self, *exception: object) -> None:
         self._bars.stop()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event[Any, Any]) -> None:
         self._pace.take(event)
         if event.trial is not None:
             self._show_run(event, event.trial)
@@ -186,9 +216,11 @@ class BarProgress:
             count=f"{count(event.done)}/{count(event.planned)} runs",
         )
 
-    def _show_run(self, event: Event, trial: Trial) -> None:
+    def _show_run(self, event: Event[Any, Any], trial: Any) -> None:
         if event.kind == "started":
-            self._runs[trial.key] = self._bars.add_task(describe(trial), total=None, count="loading", overall=False)
+            self._runs[trial.key] = self._bars.add_task(
+                self._words.describe(trial), total=None, count="loading", overall=False
+            )
         elif event.kind == "step" and trial.key in self._runs:
             self._bars.update(
                 self._runs[trial.key],
@@ -199,4 +231,4 @@ class BarProgress:
         elif event.kind == "finished" and event.record is not None:
             if trial.key in self._runs:
                 self._bars.remove_task(self._runs.pop(trial.key))
-            self._bars.console.print(Text(outcome(event, event.record)))
+            self._bars.console.print(Text(outcome(event, self._words)))

@@ -1,4 +1,4 @@
-"""The two pictures of a comparison: validation loss over steps, and the tried rates in the (η_A, η_B) plane."""
+"""The pictures of a comparison and of a training run: validation loss over steps, and the tried rates in the (η_A, η_B) plane."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from loraplus.study.arms import ALL
 from loraplus.study.records import Record
 
 # Okabe and Ito's palette: told apart with any colour vision, and readable on white and on near black.
-_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("circle", "diamond", "square", "triangle-up", "pentagon", "star")
-COLOURS = {arm: _PALETTE[i % len(_PALETTE)] for i, arm in enumerate(ALL)}
+COLOURS = {arm: PALETTE[i % len(PALETTE)] for i, arm in enumerate(ALL)}
 SYMBOLS = {arm: _MARKERS[i % len(_MARKERS)] for i, arm in enumerate(ALL)}
-_NEUTRAL = "#7f8790"
+NEUTRAL = "#7f8790"
 _GRID = "rgba(127,135,144,0.22)"
 
 
-def _layout(figure: go.Figure, x: str, y: str, height: int) -> go.Figure:
-    axis = {"gridcolor": _GRID, "linecolor": _NEUTRAL, "zeroline": False, "ticks": "outside", "tickcolor": _NEUTRAL}
+def laid_out(figure: go.Figure, x: str, y: str, height: int) -> go.Figure:
+    axis = {"gridcolor": _GRID, "linecolor": NEUTRAL, "zeroline": False, "ticks": "outside", "tickcolor": NEUTRAL}
     figure.update_layout(
         height=height,
         margin={"l": 64, "r": 16, "t": 12, "b": 52},
@@ -31,7 +31,7 @@ def _layout(figure: go.Figure, x: str, y: str, height: int) -> go.Figure:
         font={
             "family": "system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif",
             "size": 13,
-            "color": _NEUTRAL,
+            "color": NEUTRAL,
         },
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         hoverlabel={"font": {"size": 12}},
@@ -64,7 +64,7 @@ def curves(records: Sequence[Record]) -> go.Figure:
                 line={"color": colour, "width": 2.5, "dash": dash}, marker={"symbol": SYMBOLS[arm], "size": 7},
                 hovertemplate=f"{name}<br>step %{{x}}<br>validation loss %{{y:.4f}}<extra></extra>",
             )  # fmt: skip
-    return _layout(figure, "step", "validation loss", 400)
+    return laid_out(figure, "step", "validation loss", 400)
 
 
 def training(rows: Sequence[Mapping[str, float | None]]) -> go.Figure:
@@ -74,14 +74,14 @@ def training(rows: Sequence[Mapping[str, float | None]]) -> go.Figure:
         rows: of curves.csv, as numbers.
     """
     figure = go.Figure()
-    for name, title, colour in (("train_loss", "training", _NEUTRAL), ("eval_loss", "validation", _PALETTE[1])):
+    for name, title, colour in (("train_loss", "training", NEUTRAL), ("eval_loss", "validation", PALETTE[1])):
         points = [(row["step"], loss) for row in rows if (loss := row.get(name)) is not None]
         figure.add_scatter(
             x=[step for step, _ in points], y=[loss for _, loss in points], mode="lines+markers", name=title,
             line={"color": colour, "width": 2.5 if name == "eval_loss" else 1.2}, marker={"size": 6},
             hovertemplate=f"{title}<br>step %{{x}}<br>loss %{{y:.4f}}<extra></extra>",
         )  # fmt: skip
-    return _layout(figure, "step", "loss a token", 360)
+    return laid_out(figure, "step", "loss a token", 360)
 
 
 def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Figure:
@@ -101,7 +101,7 @@ def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Fi
         low = min(lr for r in shown if (lr := r.lr)) / 3
         high = max(lr for r in shown if (lr := r.lr_b)) * 3
         figure.add_scatter(
-            x=[low, high], y=[low, high], mode="lines", line={"color": _NEUTRAL, "dash": "dot", "width": 1.2},
+            x=[low, high], y=[low, high], mode="lines", line={"color": NEUTRAL, "dash": "dot", "width": 1.2},
             name="λ = 1", hoverinfo="skip",
         )  # fmt: skip
     for arm, info in ALL.items():
@@ -112,7 +112,7 @@ def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Fi
             x=[r.lr for r in runs], y=[r.lr_b for r in runs], mode="markers+text",
             showlegend=not info.tuned,
             name=info.title, text=[f"\u2003{r.eval_loss:.3f}" for r in runs], textposition="middle right",
-            textfont={"size": 11, "color": _NEUTRAL}, cliponaxis=False,
+            textfont={"size": 11, "color": NEUTRAL}, cliponaxis=False,
             marker={"symbol": SYMBOLS[arm], "size": 15, "color": [r.eval_loss for r in runs], "coloraxis": "coloraxis",
                     "line": {"width": 1, "color": COLOURS[arm]}},
             customdata=[[r.lr_ratio, r.eval_loss] for r in runs],
@@ -129,14 +129,14 @@ def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Fi
     if diverged:
         figure.add_scatter(
             x=[r.lr for r in diverged], y=[r.lr_b for r in diverged], mode="markers",
-            name="diverged", marker={"symbol": "x", "size": 11, "color": _NEUTRAL},
+            name="diverged", marker={"symbol": "x", "size": 11, "color": NEUTRAL},
         )  # fmt: skip
     figure.update_layout(
         coloraxis={"colorscale": "Viridis", "reversescale": True, "cmin": min(finite, default=0),
                    "cmax": max(finite, default=1),
                    "colorbar": {"title": {"text": "loss"}, "thickness": 12, "outlinewidth": 0}},
     )  # fmt: skip
-    _layout(figure, "η<sub>A</sub>", "η<sub>B</sub>", 460)
+    laid_out(figure, "η<sub>A</sub>", "η<sub>B</sub>", 460)
     figure.update_xaxes(type="log", exponentformat="power", dtick=1)
     figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     return figure

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loraplus.errors import DivergedError
 from loraplus.study.arms import ALL, chosen
@@ -75,6 +75,12 @@ class Plan:
             if trial.key not in records and trial.key not in busy and same_training(trial) not in twins:
                 return trial
         return None
+
+    def known(self, records: Mapping[str, Record], trial: Trial) -> Record | None:
+        """The outcome of a run if a finished one of another name was the same training."""
+        wanted = same_training(trial)
+        twin = next((record for record in records.values() if same_training(record.trial) == wanted), None)
+        return None if twin is None else replace(twin, trial=trial)
 
     @property
     def _tuned_arms(self) -> list[str]:

@@ -17,16 +17,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Protocol
 
 import torch
 
 from loraplus.errors import InterruptedRun, LoraPlusError
-from loraplus.study.plan import same_training
-from loraplus.study.records import Record, Trial
+from loraplus.study.format import RecordT, TrialT
 from loraplus.study.store import StudyStore
-from loraplus.study.worker import RunTrial, perform, set_up
+from loraplus.study.worker import OnStep, perform, set_up
 
 JOURNAL_FILE = "study.journal"
 LOG_FILE = "workers.log"
@@ -36,7 +35,7 @@ SECONDS_BETWEEN_REFRESHES = 1.0
 SECONDS_TO_TERMINATE = 3.0
 
 
-class Plan(Protocol):
+class Plan(Protocol[TrialT, RecordT]):
     """What a study consists of; it holds no state, so that everything follows from the records."""
 
     @property
@@ -44,17 +43,21 @@ class Plan(Protocol):
         """Steps of a run of full length, where runs differ in length."""
         ...
 
-    def done(self, records: Mapping[str, Record]) -> tuple[float, float]:
+    def done(self, records: Mapping[str, RecordT]) -> tuple[float, float]:
         """How much is done and how much there is in all, in runs of full length."""
         ...
 
-    def next(self, records: Mapping[str, Record], running: Iterable[Trial]) -> Trial | None:
+    def next(self, records: Mapping[str, RecordT], running: Iterable[TrialT]) -> TrialT | None:
         """The run to start next, or None if nothing can start before one under way has finished."""
+        ...
+
+    def known(self, records: Mapping[str, RecordT], trial: TrialT) -> RecordT | None:
+        """The outcome of a run if a finished one of another name was the same training."""
         ...
 
 
 @dataclass(frozen=True)
-class Event:
+class Event(Generic[TrialT, RecordT]):
     """Something that a progress display may want to show.
 
     `planned` comes first, without a trial; then `started`, any number of `step`, and `finished` for every run. A run
@@ -64,17 +67,17 @@ class Event:
     kind: Literal["planned", "started", "step", "finished"]
     done: float
     planned: float
-    trial: Trial | None = None
+    trial: TrialT | None = None
     step: int = 0
     total_steps: int = 0
     eval_loss: float | None = None
-    record: Record | None = None
+    record: RecordT | None = None
     reused: bool = False
     elsewhere: bool = False
     full_steps: int | None = None
 
 
-OnEvent = Callable[[Event], None]
+OnEvent = Callable[[Event[Any, Any]], None]
 
 
 def available_cores() -> int:
@@ -91,14 +94,14 @@ def default_workers() -> int:
 
 
 def run_all(
-    plan: Plan,
-    store: StudyStore,
-    run: RunTrial,
+    plan: Plan[TrialT, RecordT],
+    store: StudyStore[TrialT, RecordT],
+    run: Callable[[TrialT, OnStep], RecordT],
     *,
     workers: int = 1,
     on_event: OnEvent | None = None,
     log: str | os.PathLike[str] | None = None,
-) -> dict[str, Record]:
+) -> dict[str, RecordT]:
     """Does every run of the plan that the store does not hold yet; of a shared store, together with others.
 
     Args:
@@ -120,12 +123,12 @@ def run_all(
     return _Coordinator(plan, store, run, workers, on_event or (lambda event: None), log).work()
 
 
-class _Coordinator:
+class _Coordinator(Generic[TrialT, RecordT]):
     def __init__(
         self,
-        plan: Plan,
-        store: StudyStore,
-        run: RunTrial,
+        plan: Plan[TrialT, RecordT],
+        store: StudyStore[TrialT, RecordT],
+        run: Callable[[TrialT, OnStep], RecordT],
         workers: int,
         on_event: OnEvent,
         log: str | os.PathLike[str] | None,
@@ -133,7 +136,7 @@ class _Coordinator:
         self.plan, self.store, self.workers, self.on_event = plan, store, workers, on_event
         self.records = store.records()
         self.looked = 0.0
-        self.running: dict[Future[Record], Trial] = {}
+        self.running: dict[Future[RecordT], TrialT] = {}
         self.stop = threading.Event()
         self.siblings = {process.pid for process in multiprocessing.active_children()}
         context = multiprocessing.get_context("spawn")
@@ -143,7 +146,7 @@ class _Coordinator:
         for_workers = (run, self.messages, threads, None if log is None else os.fspath(log), self.scratch.name)
         self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=set_up, initargs=for_workers)
 
-    def work(self) -> dict[str, Record]:
+    def work(self) -> dict[str, RecordT]:
         with self.scratch, _signals_set(self.stop):
             try:
                 self.emit("planned")
@@ -201,9 +204,9 @@ class _Coordinator:
 
     def start_runs(self) -> None:
         while (trial := self.plan.next(self.records, [*self.running.values(), *self.store.elsewhere()])) is not None:
-            twin = next((r for r in self.records.values() if same_training(r.trial) == same_training(trial)), None)
-            if twin is not None:
-                self.keep(replace(twin, trial=trial), reused=True)
+            known = self.plan.known(self.records, trial)
+            if known is not None:
+                self.keep(known, reused=True)
             elif len(self.running) < self.workers:
                 if not self.store.start(trial):  # another process was faster
                     self.take_news()
@@ -214,13 +217,13 @@ class _Coordinator:
             else:
                 return
 
-    def submit(self, trial: Trial) -> Future[Record]:
+    def submit(self, trial: TrialT) -> Future[RecordT]:
         try:
             return self.pool.submit(perform, trial)
         except BrokenProcessPool:
             raise self.killed([trial]) from None
 
-    def take(self, future: Future[Record]) -> None:
+    def take(self, future: Future[RecordT]) -> None:
         try:
             record = future.result()
         except BrokenProcessPool:
@@ -228,14 +231,14 @@ class _Coordinator:
         self.keep(record)
         del self.running[future]
 
-    def keep(self, record: Record, reused: bool = False) -> None:
+    def keep(self, record: RecordT, reused: bool = False) -> None:
         key = record.trial.key
         self.store.finish(record)
         self.records[key] = record = self.store.records()[key]
         self.emit("finished", trial=record.trial, record=record, reused=reused)
         self.take_news()
 
-    def killed(self, trials: list[Trial]) -> LoraPlusError:
+    def killed(self, trials: list[TrialT]) -> LoraPlusError:
         names = ", ".join(trial.key for trial in trials)
         return LoraPlusError(
             f"a training process was killed (out of memory?) after {self.progress} runs, "

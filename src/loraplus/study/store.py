@@ -1,8 +1,9 @@
 """Keeps the runs of a study in an Optuna storage, so that a killed study goes on where it was.
 
-Each run is one Optuna trial: η_A and λ are its parameters, the validation loss its value, the curve its intermediate
-values, and the whole `Record` a user attribute. `optuna-dashboard study.journal` shows the study as any other.
-A diverged run is a failed trial that has a record; a run that was cut short is a failed trial that has none.
+Each run is one Optuna trial: of a training run, η_A and λ are its parameters, the validation loss its value, the curve
+its intermediate values, and the whole `Record` a user attribute; `format.py` says so, and what else can be kept.
+`optuna-dashboard study.journal` shows the study as any other. A diverged run is a failed trial that has a record; a run
+that was cut short is a failed trial that has none.
 
 Several processes may work on one study. To claim a run, a process adds a trial that is under way from the start, with
 the run's key. Storages number trials in order, so of two with one key all see the same one first: that one counts, the
@@ -16,17 +17,16 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Generic
 
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from loraplus.errors import InputError, LoraPlusError
+from loraplus.study.format import TRAINING, Format, RecordT, TrialT
 from loraplus.study.lease import LEASE_SECONDS, Leases
-from loraplus.study.records import Record, Trial
 from loraplus.study.storage import open_study, reason, without_password
 from loraplus.tasks.output import data_changes
 
@@ -35,17 +35,14 @@ DATA = "data"
 SETTINGS = "settings"
 KEY = "key"
 BEAT = "beat"
-DISTRIBUTIONS: dict[str, BaseDistribution] = {
-    "lr": FloatDistribution(1e-12, 1e4, log=True),
-    "lr_ratio": FloatDistribution(1.0, 1e9, log=True),
-}
 
 
-class StudyStore:
+class StudyStore(Generic[TrialT, RecordT]):
     """The records of one study, and who has which run under way.
 
     Args:
         study: As `open_study` gives it.
+        format: How runs and their outcomes are written.
         location: Where it is, for error messages.
         shared: Other processes may work on the study too. Otherwise this is the only one, and what an earlier process
             left under way is closed at once.
@@ -53,9 +50,16 @@ class StudyStore:
     """
 
     def __init__(
-        self, study: optuna.Study, location: str = "", *, shared: bool = False, lease_seconds: float = LEASE_SECONDS
+        self,
+        study: optuna.Study,
+        format: Format[TrialT, RecordT],
+        location: str = "",
+        *,
+        shared: bool = False,
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self._study = study
+        self._format = format
         self._location = location
         self.shared = shared
         self._storage: BaseStorage = study._storage
@@ -64,8 +68,8 @@ class StudyStore:
         self._running: dict[str, int] = {}  # trial ids
         self._beats = 0
         self._reported: dict[str, set[int]] = {}
-        self._elsewhere: list[Trial] = []
-        self._records: dict[str, Record] = {}
+        self._elsewhere: list[TrialT] = []
+        self._records: dict[str, RecordT] = {}
         if not shared:
             self._close_unfinished()
         self.refresh()
@@ -75,15 +79,17 @@ class StudyStore:
         cls,
         location: str | os.PathLike[str],
         name: str,
+        format: Format[Any, Any] = TRAINING,
         *,
         shared: bool = False,
         lease_seconds: float = LEASE_SECONDS,
-    ) -> StudyStore:
+    ) -> StudyStore[Any, Any]:
         """Opens a study, or creates it; runs that a dead process left unfinished will be done again.
 
         Args:
             location: A journal file, or a storage URL as Optuna takes it (`postgresql://…`, `sqlite:///…`).
             name: Name of the study within the storage.
+            format: How runs and their outcomes are written.
             shared, lease_seconds: See the class.
 
         Raises:
@@ -92,17 +98,17 @@ class StudyStore:
         location = os.fspath(location)
         study = open_study(location, name)
         try:
-            return cls(study, location, shared=shared, lease_seconds=lease_seconds)
+            return cls(study, format, location, shared=shared, lease_seconds=lease_seconds)
         except LoraPlusError as error:
             raise InputError(str(error)) from None
         except Exception as error:
             raise InputError(f"cannot open the study {without_password(location)}: {reason(error, location)}") from None
 
-    def records(self) -> dict[str, Record]:
+    def records(self) -> dict[str, RecordT]:
         """Finished runs by the key of their trial, diverged ones included, as of the last `refresh`."""
         return dict(self._records)
 
-    def elsewhere(self) -> list[Trial]:
+    def elsewhere(self) -> list[TrialT]:
         """Runs that other processes had under way at the last `refresh`."""
         return list(self._elsewhere)
 
@@ -111,13 +117,13 @@ class StudyStore:
         with self._reachable():
             if self.shared and self._leases.beat_is_due():
                 self._beat()
-            elsewhere: dict[int, Trial] = {}
+            elsewhere: dict[int, TrialT] = {}
             own = set(self._running.values())
             for frozen in self._trials():
                 if frozen.state.is_finished():
                     self._take(frozen)
                 elif frozen._trial_id not in own and not self._closed_as_dead(frozen):
-                    elsewhere[frozen.number] = _trial_of(frozen)
+                    elsewhere[frozen.number] = self._format.trial(frozen)
             self._leases.forget_all_but(elsewhere)
             self._elsewhere = [trial for trial in elsewhere.values() if trial.key not in self._records]
 
@@ -138,20 +144,17 @@ class StudyStore:
         where = f"the study {self._study.study_name!r} in {without_password(self._location)}"
         self._check(SETTINGS, settings, f"{where} was started with other settings; choose another --study")
 
-    def start(self, trial: Trial) -> bool:
+    def start(self, trial: TrialT) -> bool:
         """Claims a run for this process and notes that it is under way.
 
         Returns:
             False if another process has the run under way or has finished it.
         """
-        attributes = {
-            "phase": trial.phase, "arm": trial.arm, "seed": trial.seed, "steps": trial.steps, KEY: trial.key, BEAT: 0,
-        }  # fmt: skip
         template = create_trial(
             state=TrialState.RUNNING,
-            params={"lr": trial.lr, "lr_ratio": trial.lr_ratio},
-            distributions=DISTRIBUTIONS,
-            user_attrs=attributes,
+            params=dict(self._format.params(trial)),
+            distributions=dict(self._format.distributions(trial)),
+            user_attrs={**self._format.attributes(trial), KEY: trial.key, BEAT: 0},
         )
         with self._reachable():
             self._running[trial.key] = self._storage.create_new_trial(self._study_id, template_trial=template)
@@ -164,7 +167,7 @@ class StudyStore:
             return False
         return True
 
-    def progress(self, trial: Trial, step: int, value: float) -> None:
+    def progress(self, trial: TrialT, step: int, value: float) -> None:
         """Adds one evaluation of a run under way to its curve."""
         reported = self._reported.get(trial.key)
         if reported is not None and step not in reported:
@@ -172,7 +175,7 @@ class StudyStore:
                 self._storage.set_trial_intermediate_value(self._running[trial.key], step, value)
             reported.add(step)
 
-    def finish(self, record: Record) -> None:
+    def finish(self, record: RecordT) -> None:
         """Stores the outcome of a run; from here on it will not be done again."""
         trial = record.trial
         if self.shared:
@@ -193,27 +196,27 @@ class StudyStore:
         self._reported.pop(trial.key, None)
         self._records.setdefault(trial.key, record)
 
-    def abandon(self, trial: Trial) -> None:
+    def abandon(self, trial: TrialT) -> None:
         """Marks a run under way as cut short; it will be done again."""
         trial_id = self._running.pop(trial.key, None)
         self._reported.pop(trial.key, None)
         if trial_id is not None:
             self._fail(trial_id)
 
-    def _close(self, record: Record) -> None:
-        for point in record.curve:
-            self.progress(record.trial, point.step, point.eval_loss)
+    def _close(self, record: RecordT) -> None:
+        for step, value in self._format.points(record):
+            self.progress(record.trial, step, value)
         trial_id = self._running[record.trial.key]
         with self._reachable():
-            if record.eval_accuracy is not None:
-                self._storage.set_trial_user_attr(trial_id, "eval_accuracy", record.eval_accuracy)
-            self._storage.set_trial_user_attr(trial_id, "seconds_per_step", record.seconds_per_step)
-            self._storage.set_trial_user_attr(trial_id, RECORD, record.to_dict())
+            for name, value in self._format.measured(record).items():
+                self._storage.set_trial_user_attr(trial_id, name, value)
+            self._storage.set_trial_user_attr(trial_id, RECORD, self._format.to_dict(record))
             self._tell(trial_id, record)
 
-    def _tell(self, trial_id: int, record: Record) -> None:
-        if record.status == "done":
-            self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [record.eval_loss])
+    def _tell(self, trial_id: int, record: RecordT) -> None:
+        value = self._format.value(record)
+        if value is not None:
+            self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
         else:
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
@@ -227,7 +230,7 @@ class StudyStore:
     def _take(self, frozen: FrozenTrial) -> None:
         """Keeps the record of a finished trial, if there is one and no other trial of its key had one before."""
         if RECORD in frozen.user_attrs and frozen.user_attrs.get(KEY) not in self._records:
-            record = Record.from_dict(frozen.user_attrs[RECORD])
+            record = self._format.from_dict(frozen.user_attrs[RECORD])
             self._records.setdefault(record.trial.key, record)
 
     def _is_claimed_before(self, key: str) -> bool:
@@ -256,7 +259,7 @@ class StudyStore:
         """Ends what a killed process left open: with its record if that had been written, as failed otherwise."""
         with contextlib.suppress(UpdateFinishedTrialError):
             if RECORD in frozen.user_attrs:
-                self._tell(frozen._trial_id, Record.from_dict(frozen.user_attrs[RECORD]))
+                self._tell(frozen._trial_id, self._format.from_dict(frozen.user_attrs[RECORD]))
             else:
                 self._storage.set_trial_state_values(frozen._trial_id, TrialState.FAIL)
 
@@ -280,15 +283,3 @@ class StudyStore:
                 f"lost the study in {without_password(self._location)}: {reason(error, self._location)}; "
                 "finished runs are stored: go on with the same command and --resume"
             ) from error
-
-
-def _trial_of(frozen: FrozenTrial) -> Trial:
-    attributes = frozen.user_attrs
-    return Trial(
-        phase=attributes["phase"],
-        arm=attributes["arm"],
-        lr=frozen.params["lr"],
-        lr_ratio=frozen.params["lr_ratio"],
-        seed=attributes["seed"],
-        steps=attributes.get("steps"),
-    )

@@ -37,6 +37,10 @@ class TuningPlan:
         runs = next_runs(losses(records), self.full_steps, self.budget(records) or self._least)
         return next((trial for trial in map(self.trial, runs) if trial.key not in busy), None)
 
+    def known(self, records: Mapping[str, Record], trial: Trial) -> None:
+        """No two candidates of a search are the same training."""
+        return None
+
     def done(self, records: Mapping[str, Record]) -> tuple[float, float]:
         """What the finished runs have cost, and what the search may cost, in runs of full length."""
         return cost(losses(records), self.full_steps), self.budget(records) or self._least

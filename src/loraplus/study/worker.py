@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing import connection, parent_process
 from typing import Any, NamedTuple, Protocol
 
-from loraplus.study.records import Record, Trial
+from loraplus.study.format import Keyed
 
 SECONDS_BETWEEN_MESSAGES = 0.1
 
@@ -23,7 +23,8 @@ class OnStep(Protocol):
     def __call__(self, step: int, total_steps: int, eval_loss: float | None = None) -> None: ...
 
 
-RunTrial = Callable[[Trial, OnStep], Record]
+RunTrial = Callable[[Any, OnStep], Any]
+"""Does one run and gives back its outcome; `format.py` says what both must have."""
 
 
 class Message(NamedTuple):
@@ -67,7 +68,7 @@ def set_up(run: RunTrial, messages: Any, threads: int, log: str | None, scratch:
     _worker[:] = [_Worker(run, messages)]
 
 
-def perform(trial: Trial) -> Record:
+def perform(trial: Keyed) -> Any:
     """Does one run and tells the parent how far it is."""
     (worker,) = _worker
     last = 0.0

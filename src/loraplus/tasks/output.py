@@ -19,6 +19,7 @@ from loraplus.errors import InputError
 from loraplus.tasks.config import ADDED
 
 CONFIG_FILE = "config.yaml"
+PLOTS_FOLDER = "plots"
 # Where to write and how many processes to use do not change what is computed.
 NOT_COMPARED = ("workers", "output")
 # All that `--overwrite` may delete; anything else in the folder is the user's.
@@ -34,6 +35,8 @@ WRITTEN = (
     "study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv", "report.html",
     # tune, beside the study
     "tune.json", "trials.csv", "best.yaml",
+    # reproduce, beside the study
+    "index.html", PLOTS_FOLDER,
 )  # fmt: skip
 WRITTEN_PATTERNS = ("checkpoint-*",)
 
@@ -248,12 +251,13 @@ def saved_config(folder: Path) -> dict[str, Any] | None:
         data = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    is_ours = (
-        isinstance(data, dict)
-        and {"model", "data", "output"} <= set(data)
-        and not {"lr_ratio", "tuning_runs"}.isdisjoint(data)
-    )
-    return data if is_ours else None
+    return data if isinstance(data, dict) and _is_ours(set(data)) else None
+
+
+def _is_ours(keys: set[str]) -> bool:
+    """Whether the keys of a configuration are those of a run, or of an experiment of the paper."""
+    is_run = {"model", "data", "output"} <= keys and not {"lr_ratio", "tuning_runs"}.isdisjoint(keys)
+    return is_run or {"experiment", "scale", "seeds"} <= keys
 
 
 def _check_same(folder: Path, saved: Mapping[str, Any], config: Mapping[str, Any], ignore: Sequence[str]) -> None:

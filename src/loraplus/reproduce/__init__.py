@@ -1,0 +1,1 @@
+"""The paper's experiments by name: `loraplus reproduce`, or `reproduce` in `command.py`."""

@@ -1,0 +1,259 @@
+"""One experiment from first to last: checks, assets, runs, and the files that say what was found."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loraplus.errors import InputError
+from loraplus.reproduce.experiment import Experiment, Result, Results, Run
+from loraplus.reproduce.files import RUNS_FILE, SUMMARY_FILE, columns_of, read_runs, write_runs
+from loraplus.reproduce.format import RunFormat
+from loraplus.reproduce.page import PAGE_FILE, render
+from loraplus.reproduce.plan import ExperimentPlan, timed_run
+from loraplus.reproduce.registry import experiment_class
+from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, OnEvent, default_workers, run_all
+from loraplus.study.storage import without_password
+from loraplus.study.store import StudyStore
+from loraplus.tasks.assets import obtain
+from loraplus.tasks.output import (
+    PLOTS_FOLDER,
+    check_output,
+    hold_output,
+    prepare_output,
+    read_json,
+    write_atomically,
+    write_json,
+)
+
+SCHEMA_VERSION = 1
+# Where a process works and writes is its own affair; all else it shares with the others of its study.
+MAY_DIFFER = ("output", "workers", "storage", "data")
+PACKAGES = ("torch", "transformers", "peft", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How an experiment is run; `scale` and `seeds` change its results, the rest does not."""
+
+    name: str
+    output: str
+    scale: str = "cpu"
+    seeds: int = 3
+    data: str = "data"
+    storage: str | None = None
+    workers: int | None = None
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment that is asked for.
+
+        Raises:
+            InputError: there is none of that name, or not at that scale.
+        """
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"--workers must be at least 1, got {self.workers}")
+        return experiment_class(self.name).at(self.scale, self.seeds, self.data)
+
+    @property
+    def command(self) -> str:
+        """The command line that gives these results."""
+        return shlex.join(["loraplus", "reproduce", self.name, "--scale", self.scale, "--seeds", str(self.seeds)])
+
+
+def reproduce(
+    options: Options,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: OnEvent | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Runs what is missing of an experiment, and writes its results, plots and page.
+
+    Several processes, on one machine or on many, share the runs if they are called with the same `storage`, each with
+    an output folder of its own. Each of them writes the whole result.
+
+    Runs train in processes of their own, so a script that calls this needs `if __name__ == "__main__":`.
+
+    Args:
+        options: What to run, and where.
+        overwrite: Replace an earlier run's output; a study in a storage of its own stays.
+        resume: Go on with an earlier run of the same settings; finished runs are not done again.
+        progress: Called with every `Event` of the study.
+        say: Told about assets that are obtained.
+
+    Returns:
+        The content of summary.json. The folder also holds runs.csv, plots/*.png, index.html, config.yaml and, without
+        a storage of its own, study.journal.
+
+    Raises:
+        InputError: a name, a setting, the storage, the data or the output folder cannot be used.
+        InterruptedRun: SIGINT or SIGTERM came; `resume=True` goes on.
+
+    Example:
+        >>> reproduce(Options(name="toy", output="runs/toy"))["figures"]  # doctest: +SKIP
+    """
+    experiment = options.experiment
+    settings = all_settings(experiment)
+    saved = _saved(options, settings)
+    check_output(options.output, saved, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
+    if problem := experiment.problem():
+        raise InputError(f"{experiment.name}: {problem}")
+    for asset in experiment.assets:
+        obtain(asset, Path(options.data), say=say)
+    store = None if options.storage is None else _open(options.storage, experiment, settings, shared=True)
+    with hold_output(options.output):
+        folder = prepare_output(options.output, saved, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
+        results = run_all(
+            ExperimentPlan(experiment),
+            store or _open(str(folder / JOURNAL_FILE), experiment, settings, shared=False),
+            partial(timed_run, experiment),
+            workers=options.workers or default_workers(),
+            on_event=progress,
+            log=folder / LOG_FILE,
+        )
+        return write_results(folder, experiment, results, command=options.command, versions=_versions())
+
+
+def redraw(options: Options, source: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Any]:
+    """Works out figures, plots and page again from runs.csv and summary.json of an earlier run; trains nothing.
+
+    Args:
+        options: The experiment's name and the output folder; scale and seeds are those of the earlier run.
+        source: Folder of the earlier run.
+        overwrite: Replace an earlier run's output.
+
+    Returns:
+        The content of the new summary.json.
+
+    Raises:
+        InputError: the folder holds no results of this experiment, or the output folder cannot be used.
+    """
+    source = Path(source)
+    summary = read_json(source / SUMMARY_FILE)
+    try:
+        settings, columns = summary["settings"], summary["columns"]
+        name, scale, seeds = summary["experiment"], settings["scale"], settings["seeds"]
+    except (KeyError, TypeError):
+        raise InputError(f"--redraw: {source / SUMMARY_FILE} is no summary of an experiment") from None
+    if name != options.name:
+        raise InputError(f"--redraw: {source} holds results of {name}, not {options.name}")
+    options = replace(options, scale=scale, seeds=seeds)
+    experiment = options.experiment
+    results = read_runs(source / RUNS_FILE, columns)
+    saved = _saved(options, all_settings(experiment))
+    with hold_output(options.output):
+        folder = prepare_output(options.output, saved, overwrite=overwrite, resume=False, ignore=MAY_DIFFER)
+        return write_results(
+            folder, experiment, results, command=summary["command"], versions=summary["versions"], settings=settings
+        )
+
+
+def dry_run(options: Options) -> dict[str, Any]:
+    """What would be run: settings, what it needs, and the runs known before the first result.
+
+    Raises:
+        InputError: see `reproduce`; nothing is written.
+    """
+    experiment = options.experiment
+    runs = experiment.next_runs({})
+    return {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "claims": list(experiment.claims),
+        "settings": all_settings(experiment),
+        "needs": [*experiment.needs(), *(f"{name} (in {options.data})" for name in experiment.assets)],
+        "runs_known": len(runs),
+        "first_runs": [experiment.describe(run) for run in runs[:10]],
+        "output": options.output,
+    }
+
+
+def write_results(
+    folder: Path,
+    experiment: Experiment,
+    results: Results,
+    *,
+    command: str,
+    versions: Mapping[str, str],
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes runs.csv, the plots, the page and, last, summary.json, whose content it returns."""
+    from loraplus.reproduce.png import draw
+
+    in_order = sorted(results.values(), key=lambda result: [_sortable(value) for value in result.params.values()])
+    results = {result.run.key: result for result in in_order}
+    figures = experiment.figures(results)
+    report = experiment.report(results, figures)
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "claims": list(experiment.claims),
+        "verdict": list(report.verdict),
+        "figures": figures,
+        "runs": len(results),
+        "diverged": sum(result.status == "diverged" for result in in_order),
+        "training_seconds": round(sum(result.seconds for result in in_order), 1),
+        "command": command,
+        "versions": dict(versions),
+        "settings": dict(settings or all_settings(experiment)),
+        "columns": columns_of(in_order),
+    }
+    write_runs(folder / RUNS_FILE, in_order)
+    plots = folder / PLOTS_FOLDER
+    plots.mkdir(exist_ok=True)
+    for figure in report.figures:
+        draw(figure, plots / f"{figure.name}.png")
+    write_atomically(folder / PAGE_FILE, render(summary, report))
+    write_json(folder / SUMMARY_FILE, summary)  # last: who sees it knows that the rest is there
+    return summary
+
+
+def all_settings(experiment: Experiment) -> dict[str, Any]:
+    """What changes the results, as it is saved and compared."""
+    settings = {"scale": experiment.scale, "seeds": experiment.seeds, **experiment.settings()}
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def _saved(options: Options, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.yaml holds."""
+    own = {key: value for key, value in asdict(options).items() if key not in ("name", "scale", "seeds")}
+    own["storage"] = options.storage and without_password(options.storage)
+    return {"experiment": options.name, **settings, **own}
+
+
+def _open(
+    location: str, experiment: Experiment, settings: Mapping[str, Any], *, shared: bool
+) -> StudyStore[Run, Result]:
+    """The study of these settings; others may be in the same storage."""
+    print_of_settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    name = f"loraplus-reproduce-{experiment.name}-{print_of_settings}"
+    store = StudyStore.open(location, name, RunFormat(experiment), shared=shared)
+    store.check_settings(settings)
+    return store
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that results may depend on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sortable(value: Any) -> tuple[bool, Any]:
+    return isinstance(value, str), value

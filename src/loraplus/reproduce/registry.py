@@ -1,0 +1,30 @@
+"""The experiments by name. A new one is a class in a file of its own, and a line here."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+
+from loraplus.errors import InputError
+from loraplus.reproduce.experiment import Experiment
+
+# Imported when asked for: some need packages that others do not.
+EXPERIMENTS = {
+    "toy": "loraplus.reproduce.toy:Toy",
+    "coordinates": "loraplus.reproduce.coordinates:Coordinates",
+}
+
+
+def experiment_class(name: str) -> type[Experiment]:
+    """The class of an experiment.
+
+    Raises:
+        InputError: there is none of that name; the nearest is named.
+    """
+    if name not in EXPERIMENTS:
+        near = difflib.get_close_matches(name, EXPERIMENTS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}"
+        raise InputError(f"there is no experiment {name!r}; {hint} (loraplus reproduce --list)")
+    module, attribute = EXPERIMENTS[name].split(":")
+    found: type[Experiment] = getattr(import_module(module), attribute)
+    return found

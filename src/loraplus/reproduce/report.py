@@ -1,0 +1,108 @@
+"""What an experiment reports: sentences, tables and plots as plain data, drawn twice from the same numbers.
+
+`page.py` draws them into an offline page (plotly), `png.py` into pictures for documents (matplotlib).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text and numbers; numbers are shown with four significant digits."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: points, and where `low` and `high` are given their interval as a band.
+
+    `colour` is a place in the palette; default: the series' own place in the plot.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    dashed: bool = False
+    markers: bool = True
+    colour: int | None = None
+
+
+@dataclass(frozen=True)
+class LinePlot:
+    """Lines over a common axis."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    log_x: bool = False
+    log_y: bool = False
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Values over (x, y) on logarithmic axes, with the diagonal x = y and points to mark.
+
+    Args:
+        x, y: Where the columns and rows of `z` stand.
+        z: z[row][column]; None where the run diverged or there was none.
+        marks: (name, x, y) of points worth seeing, such as the best; at most four.
+        diagonal: Name of the line x = y, or None for no line.
+        z_max: Values above share the darkest colour.
+        log_z: Colours go by the logarithm.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    z_label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    z: Sequence[Sequence[float | None]]
+    marks: Sequence[tuple[str, float, float]] = ()
+    diagonal: str | None = "λ = 1"
+    z_max: float | None = None
+    log_z: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One picture, NAME.png: a plot or several side by side."""
+
+    name: str
+    title: str
+    plots: Sequence[LinePlot | HeatMap]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it, in the order in which it is read.
+
+    Args:
+        verdict: What was found, in sentences with figures.
+        parts: Tables and figures.
+        limits: What it does not tell.
+        method: How it was done, in sentences.
+    """
+
+    verdict: Sequence[str]
+    parts: Sequence[Table | Figure]
+    method: Sequence[str] = ()
+    limits: Sequence[str] = ()
+
+    @property
+    def figures(self) -> list[Figure]:
+        """The parts that are pictures."""
+        return [part for part in self.parts if isinstance(part, Figure)]
