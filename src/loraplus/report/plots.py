@@ -1,4 +1,4 @@
-"""The pictures of a comparison and of a training run: validation loss over steps, and the tried rates in the (η_A, η_B) plane."""
+"""The pictures of a comparison and of a training run: losses over steps, tried rates in the (η_A, η_B) plane."""
 
 from __future__ import annotations
 
