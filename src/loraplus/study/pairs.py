@@ -35,7 +35,9 @@ def diverged(records: Sequence[Record], phase: Phase, arm: str) -> set[int]:
 
 def estimates(runs: Sequence[Record], measures: Sequence[str]) -> dict[str, Any]:
     """The measures on the test split, with their intervals; perplexity is that of the mean loss."""
-    found = {kind: bootstrap_mean(_scores(runs, kind)).to_dict() for kind in measures if kind != PERPLEXITY}
+    found: dict[str, Any] = {
+        kind: bootstrap_mean(_scores(runs, kind)).to_dict() for kind in measures if kind != PERPLEXITY
+    }
     if PERPLEXITY in measures:
         found[PERPLEXITY] = {name: finite_perplexity(value) for name, value in found[LOSS].items()}
     return found

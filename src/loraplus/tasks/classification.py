@@ -170,7 +170,7 @@ def classification_metrics(prediction: Any) -> dict[str, float]:
 class Classification:
     """The task of `load_classification`."""
 
-    metrics = ("eval_accuracy", "eval_macro_f1")
+    metrics: tuple[str, ...] = ("eval_accuracy", "eval_macro_f1")
 
     def load_tokenizer(self, config: TaskConfig) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""

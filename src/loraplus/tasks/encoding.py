@@ -112,7 +112,7 @@ class Encoder:
         return given, whole[_shared(given, whole) :]
 
     def _ended(self, text: str) -> str:
-        end = self._tokenizer.eos_token
+        end: Any = self._tokenizer.eos_token
         return text if end is None or text.endswith(end) else text + end
 
     def _chat(self, example: Example, messages: Sequence[Any], **options: Any) -> Any:

@@ -174,7 +174,7 @@ def _length(row: Encoded) -> int:
 class LanguageModelling:
     """The tasks sft and lm."""
 
-    metrics = ("eval_perplexity",)
+    metrics: tuple[str, ...] = ("eval_perplexity",)
 
     def load_tokenizer(self, config: TaskConfig) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with the chat template of --chat-template if there is one."""

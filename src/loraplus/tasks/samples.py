@@ -65,8 +65,8 @@ def _answers(
     with model.disable_adapter():
         base = _answer(model, tokenizer, prompt, new)
     return {
-        "prompt": tokenizer.decode(prompt),
-        "reference": tokenizer.decode(rest, skip_special_tokens=True),
+        "prompt": str(tokenizer.decode(prompt)),
+        "reference": str(tokenizer.decode(rest, skip_special_tokens=True)),
         "base": base,
         "adapted": _answer(model, tokenizer, prompt, new),
     }
@@ -80,4 +80,4 @@ def _answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequen
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=tokenizer.pad_token_id,
         **options,
     )  # fmt: skip
-    return tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)
+    return str(tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True))
