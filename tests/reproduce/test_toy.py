@@ -127,7 +127,7 @@ def test_the_grid_is_extended_until_the_best_pair_and_the_best_tied_rate_are_ins
     assert all((at[0] + da, at[1] + db) in losses for da in (-1, 0, 1) for db in (-1, 0, 1))
     tied = best(losses, lambda point: point[0] == point[1])
     assert {(tied[0] - 1,) * 2, (tied[0] + 1,) * 2} <= set(losses)
-    points = [p for block in blocks if block.shape == "rectangle" for p in block.points]
+    points = [p for block in blocks if block.shape == "grid" for p in block.points]
     assert len(points) == len(set(points)), "no pair twice"
 
 
@@ -179,9 +179,7 @@ def test_what_comes_next_does_not_depend_on_the_order_in_which_runs_finish(small
         last = runs[-1].key  # one run at a time, the last first: seeds of one block apart
         done[last] = results[last]
     assert planned == set(done) == set(results)
-    assert any(
-        run.key.count("rectangle") and run["a_to"] - run["a_from"] < 8 for run in (r.run for r in results.values())
-    )
+    assert any(run.key.count("grid") and run["a_to"] - run["a_from"] < 8 for run in (r.run for r in results.values()))
 
 
 def test_a_run_of_the_toy_depends_on_its_seed_and_nothing_else(small):

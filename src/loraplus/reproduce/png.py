@@ -82,6 +82,8 @@ def _edges(centres: Any) -> Any:
 
 
 def _lines(axes: Any, plot: LinePlot) -> None:
+    from matplotlib.ticker import NullLocator
+
     for place, series in enumerate(plot.series):
         colour = PALETTE[(place if series.colour is None else series.colour) % len(PALETTE)]
         axes.plot(
@@ -94,6 +96,6 @@ def _lines(axes: Any, plot: LinePlot) -> None:
     ticks = sorted({x for series in plot.series for x in series.x})
     if plot.log_x and len(ticks) <= _MOST_TICKS:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(True, alpha=0.25)
     axes.legend(fontsize=7)

@@ -329,9 +329,17 @@ def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:
             f"{found['title']}: at n = {map_width} the best pair has λ = {at['best']['lr_b'] / at['best']['lr_a']:.3g} "
             f"(centre of the good region: {10 ** at['log10']['lr_ratio']['mean']:.3g}); exponents in n: {measured}; "
             f"theory: {theory}. At n = {widest} the best tied rate has {_interval(factor)} times the loss of the best "
-            "pair, both chosen on other seeds."
+            f"pair, both chosen on other seeds.{_at_edge(found)}"
         )
     return sentences
+
+
+def _at_edge(found: Mapping[str, Any]) -> str:
+    """Where no best pair was found, and what that means."""
+    widths = [width for width, at in found["widths"].items() if not at["inside"]]
+    if not widths:
+        return ""
+    return f" At n = {', '.join(widths)} the best pair is at the edge of the grid, so these exponents tell nothing."
 
 
 _METHOD = (
