@@ -42,6 +42,7 @@ class Decoder(TunedArms):
     assets = ("rated-snippets", "verses")
     every_ratio = True
     has_accuracy = False
+    first_step = 16
 
     def cases(self) -> list[Case]:
         return [{"domain": domain, "width": width} for domain in self.domains for width in self.widths]

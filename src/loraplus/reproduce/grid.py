@@ -66,25 +66,24 @@ def next_in_column(losses: Mapping[int, float], start: int, finest: int = HALF_D
     return None
 
 
-def next_point(losses: Losses, ratios: tuple[float, ...] = RATIOS, starting: int = _STARTING_RATIOS) -> Point | None:
+def next_point(losses: Losses, first: int = 0) -> Point | None:
     """The point to run next, or None when the optimum lies inside and both arms have had the same number of runs.
 
     Args:
         losses: so far, all with one seed.
-        ratios: every λ that may be tried, rising, first 1.
-        starting: how many of them are tried in any case.
+        first: step to start the first column at; the others start at the best step of the one before.
     """
-    count, start = starting, 0
+    count, start = _STARTING_RATIOS, first
     while True:
         best: dict[float, float] = {}
-        for ratio in ratios[:count]:
+        for ratio in RATIOS[:count]:
             column = _column(losses, ratio)
             step = next_in_column(column, start)
             if step is not None:
                 return ratio, step
             start = best_of(losses, ratio)[1]
             best[ratio] = losses[ratio, start]
-        if min(best, key=lambda ratio: best[ratio]) != ratios[count - 1] or count == len(ratios):
+        if min(best, key=lambda ratio: best[ratio]) != RATIOS[count - 1] or count == len(RATIOS):
             return _equalise(losses)
         count += 1
 
@@ -103,5 +102,9 @@ def _equalise(losses: Losses) -> Point | None:
         ratio = 1.0
     else:
         ratio = min((point for point in losses if point[0] != 1.0), key=lambda point: losses[point])[0]
-    step = next_in_column(_column(losses, ratio), 0, finest=1)
-    return None if step is None else (ratio, step)
+    column = _column(losses, ratio)
+    step = next_in_column(column, 0, finest=1)
+    if step is None:  # the finest neighbours are known, too: the nearest step that is not
+        best = best_of(losses, ratio)[1]
+        step = min(set(range(-_FARTHEST, _FARTHEST + 1)) - set(column), key=lambda step: (abs(step - best), step))
+    return ratio, step

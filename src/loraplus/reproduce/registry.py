@@ -9,7 +9,14 @@ from loraplus.errors import InputError
 from loraplus.reproduce.experiment import Experiment
 
 # Imported when asked for: some need packages that others do not.
-EXPERIMENTS: dict[str, str] = {}
+EXPERIMENTS: dict[str, str] = {
+    "glue-roberta": "loraplus.reproduce.glue_roberta:GlueRoberta",
+    "glue-gpt2": "loraplus.reproduce.glue_gpt2:GlueGpt2",
+    "llama-mnli": "loraplus.reproduce.llama_mnli:LlamaMnli",
+    "llama-flan": "loraplus.reproduce.llama_flan:LlamaFlan",
+    "decoder": "loraplus.reproduce.decoder:Decoder",
+    "init": "loraplus.reproduce.init:Init",
+}
 
 
 def experiment_class(name: str) -> type[Experiment]:

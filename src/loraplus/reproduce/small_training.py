@@ -6,7 +6,6 @@ Runs with one seed start from the same adapter and head and see the same batches
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,27 +37,23 @@ class SmallAdapter:
 
     Args:
         rank, alpha: r and α.
-        rslora: scale by α / √r.
         start: which factor is random; the other one is zero.
     """
 
     rank: int = 8
     alpha: float = 8.0
-    rslora: bool = False
     start: Start = "A-random"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to; the losses of one that diverged are infinite."""
+    """What a run came to; the loss of one that diverged is infinite. Not every run is tested."""
 
     diverged: bool
     validation_loss: float
     validation_accuracy: float
-    test_loss: float
-    test_accuracy: float
     curve: tuple[tuple[int, float], ...]
-    seconds: float
+    test: tuple[float, float] | None = None
 
 
 def build(folder: Path, task: SmallTask, adapter: SmallAdapter, seed: int) -> Any:
@@ -71,7 +66,7 @@ def build(folder: Path, task: SmallTask, adapter: SmallAdapter, seed: int) -> An
         kind = TaskType.SEQ_CLS
     lora = LoraConfig(
         task_type=kind, r=adapter.rank, lora_alpha=adapter.alpha,  # type: ignore[arg-type]
-        use_rslora=adapter.rslora, target_modules=["q_proj", "v_proj"],
+        target_modules=["q_proj", "v_proj"],
     )  # fmt: skip
     adapted = get_peft_model(model, lora)
     if adapter.start == "B-random":
@@ -99,7 +94,8 @@ def train(
         lr, lr_ratio: η_A and λ.
         steps, batch: length of the run; examples a step.
         seed: of the order of the examples.
-        evaluations: how often to evaluate on the validation data.
+        evaluations: how often to evaluate on the validation data; a run that is evaluated more than at its end is
+            tested, too.
         on_step: told (step, steps) after every step.
 
     Returns:
@@ -113,7 +109,6 @@ def train(
     order = batches(task.train.ids, batch, seed)
     curve: list[tuple[int, float]] = []
     accuracy = 0.0
-    started = time.perf_counter()
     model.train()
     for step in range(1, steps + 1):
         loss = _loss(model, task, _chosen(task.train, next(order)))[0]
@@ -126,12 +121,10 @@ def train(
             curve.append((step, validation_loss))
         if not (math.isfinite(loss.item()) and (not curve or math.isfinite(curve[-1][1]))):
             known = tuple(point for point in curve if math.isfinite(point[1]))
-            return Outcome(True, math.inf, 0.0, math.inf, 0.0, known, time.perf_counter() - started)
+            return Outcome(True, math.inf, 0.0, known)
         on_step(step, steps)
-    test_loss, test_accuracy = evaluate(model, task, task.test)
-    return Outcome(
-        False, curve[-1][1], accuracy, test_loss, test_accuracy, tuple(curve), time.perf_counter() - started
-    )  # fmt: skip
+    tested = evaluate(model, task, task.test) if evaluations > 1 else None
+    return Outcome(False, curve[-1][1], accuracy, tuple(curve), tested)
 
 
 def batches(rows: list[list[int]], batch: int, seed: int) -> Iterator[list[int]]:
@@ -176,7 +169,11 @@ def _loss(model: Any, task: SmallTask, rows: Rows) -> tuple[torch.Tensor, float]
 
 def result_of(run: Run, outcome: Outcome, *, accuracy: bool) -> Result:
     """An outcome as the result of a run."""
-    values = {"eval_loss": outcome.validation_loss, "test_loss": outcome.test_loss}
+    values = {"eval_loss": outcome.validation_loss}
     if accuracy:
-        values |= {"eval_accuracy": outcome.validation_accuracy, "test_accuracy": outcome.test_accuracy}
+        values["eval_accuracy"] = outcome.validation_accuracy
+    if outcome.test is not None:
+        values["test_loss"] = outcome.test[0]
+        if accuracy:
+            values["test_accuracy"] = outcome.test[1]
     return Result(run, "diverged" if outcome.diverged else "done", values, outcome.curve)

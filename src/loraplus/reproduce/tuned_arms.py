@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, Value
-from loraplus.reproduce.grid import RATIOS, Point, best_of, lr_of, next_point
+from loraplus.reproduce.grid import HALF_DECADE, RATIOS, Point, best_of, lr_of, next_point
 from loraplus.reproduce.intervals import over_seeds
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Series, Table
 from loraplus.study.statistics import Estimate, steps_to_target
@@ -47,6 +47,8 @@ class TunedArms(Experiment):
     """Whether the best point of every λ is trained on the fresh seeds, not only the best with λ > 1."""
     has_baseline = False
     has_accuracy = True
+    first_step = 0
+    """Where the grid starts; see `grid.next_point`."""
 
     @abstractmethod
     def cases(self) -> list[Case]:
@@ -67,7 +69,7 @@ class TunedArms(Experiment):
 
     def _of_case(self, case: Case, results: Results) -> list[Run]:
         baseline = [Run({**case, "phase": BASELINE})] if self.has_baseline else []
-        point = next_point(self.losses(case, results))
+        point = next_point(self.losses(case, results), self.first_step)
         if point is not None:
             return [*baseline, _run(case, TUNING, point, TUNING_SEED)]
         return [*baseline, *self._final_runs(case, results)]
@@ -110,7 +112,7 @@ class TunedArms(Experiment):
 
     def done(self, case: Case, results: Results) -> bool:
         """Whether all runs of a case are there."""
-        return next_point(self.losses(case, results)) is None and all(
+        return next_point(self.losses(case, results), self.first_step) is None and all(
             run.key in results for run in self._of_case(case, results)
         )
 
@@ -119,7 +121,7 @@ class TunedArms(Experiment):
         return [results[_run(case, FINAL, point, seed).key] for seed in self.fresh_seeds]
 
     def figures(self, results: Results) -> dict[str, Any]:
-        """By case: both arms, their difference, steps to target, the best of every λ; cases with runs missing are named."""
+        """By case: both arms, their difference, steps to target, the best of every λ; unfinished cases by name."""
         found = {title(case): self._figures(case, results) for case in self.cases() if self.done(case, results)}
         return {"cases": found, "unfinished": [title(c) for c in self.cases() if not self.done(c, results)]}
 
@@ -203,7 +205,8 @@ class TunedArms(Experiment):
 
     def _map(self, case: Case, results: Results) -> HeatMap:
         losses = {point: loss for point, loss in self.losses(case, results).items() if math.isfinite(loss)}
-        steps = sorted({step for _, step in losses})
+        steps = range(min(step for _, step in losses), max(step for _, step in losses) + 1)
+        steps = [step for step in steps if step % HALF_DECADE == 0]  # the finer points of an arm are no rows of cells
         ratios = sorted({ratio for ratio, _ in losses})
         points = self.finalists(case, results)
         best = min(losses.values())
