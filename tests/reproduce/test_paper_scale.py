@@ -103,7 +103,8 @@ def trained_names(experiment, case=None):
     recipe = experiment.recipe(case) if case else experiment.recipe
     tokenizer, task = encoded(case["task"] if case else "mnli", experiment.data, recipe.config.model)
     model = load_classifier(recipe.config, task.label_names, tokenizer, 0)
-    return {entry.name.partition(".lora_A")[0].rpartition(".")[2] for entry in trainable_parameters(model) if entry.role == Role.A}
+    names = [entry.name for entry in trainable_parameters(model) if entry.role == Role.A]
+    return {name.partition(".lora_A")[0].rpartition(".")[2] for name in names}
 
 
 @pytest.mark.parametrize(

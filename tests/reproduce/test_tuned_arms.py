@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from loraplus.reproduce.experiment import Result, Run
-from loraplus.reproduce.intervals import over_seeds
+from loraplus.reproduce.intervals import t_interval
 from loraplus.reproduce.report import HeatMap, LinePlot, Report
 from loraplus.reproduce.tuned_arms import TunedArms, verdicts
 
@@ -109,8 +109,8 @@ def test_the_verdict_says_which_arm_is_better(gain, words):
     assert words in verdicts(figures, "test_loss", "nats", lower_is_better=True)[0]
 
 
-def test_an_interval_over_seeds_is_students():
-    estimate = over_seeds([1.0, 2.0, 3.0])
+def test_an_interval_t_interval_is_students():
+    estimate = t_interval([1.0, 2.0, 3.0])
     assert estimate.mean == 2 and estimate.high - 2 == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
-    assert over_seeds([1.0]).high == math.inf
-    assert over_seeds([1.0, math.inf]) is None
+    assert t_interval([1.0]).high == math.inf
+    assert t_interval([1.0, math.inf]) is None

@@ -14,7 +14,7 @@ from typing import Any
 from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Result, Results, Run
 from loraplus.reproduce.grid import lr_of
-from loraplus.reproduce.intervals import over_seeds
+from loraplus.reproduce.intervals import t_interval
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, build, result_of, train
 from loraplus.reproduce.tuned_arms import LOSS, TEST_LOSS, Case, Job, TunedArms, title, verdicts
@@ -96,7 +96,7 @@ class Decoder(TunedArms):
             if not self.done(case, results):
                 continue
             for point in sorted(self.finalists(case, results).values()):
-                estimate = over_seeds([result.values[LOSS] for result in self.finals(case, point, results)])
+                estimate = t_interval([result.values[LOSS] for result in self.finals(case, point, results)])
                 if estimate is not None:
                     own = (estimate.mean, estimate.low, estimate.high, lr_of(point))
                     found.setdefault(title(case), {})[point[0]] = own

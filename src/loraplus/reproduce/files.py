@@ -35,15 +35,17 @@ def columns_of(results: Iterable[Result]) -> dict[str, list[str]]:
 
 
 def write_runs(path: Path, results: Sequence[Result]) -> None:
-    """Writes one line a run, or one a row where a run has rows."""
-    rows: list[dict[str, Any]] = []
+    """Writes one line a run; of a run with rows one a row, and what it holds as a whole on the first of them."""
+    lines: list[dict[str, Any]] = []
     for result in results:
-        shared: dict[str, Any] = {**result.params, "status": result.status, "seconds": round(result.seconds, 3)}
-        shared |= {name: _short(value) for name, value in result.values.items()}
+        whole: dict[str, Any] = {"status": result.status, "seconds": round(result.seconds, 3)}
+        whole |= {name: _short(value) for name, value in result.values.items()}
         if result.curve:
-            shared["curve"] = " ".join(f"{step}:{_short(value)}" for step, value in result.curve)
-        rows += [{**shared, **{name: _short(value) for name, value in row.items()}} for row in result.rows or ({},)]
-    write_csv(path, rows)
+            whole["curve"] = " ".join(f"{step}:{_short(value)}" for step, value in result.curve)
+        for place, row in enumerate(result.rows or ({},)):
+            of_row = {name: _short(value) for name, value in row.items()}
+            lines.append({**result.params, **(whole if place == 0 else {}), **of_row})
+    write_csv(path, lines)
 
 
 def read_runs(path: Path, columns: Mapping[str, Sequence[str]]) -> dict[str, Result]:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run
 from loraplus.reproduce.grid import HALF_DECADE, lr_of, next_in_column
-from loraplus.reproduce.intervals import over_seeds
+from loraplus.reproduce.intervals import t_interval
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, Start, build, result_of, train
 from loraplus.reproduce.tuned_arms import FINAL, LOSS, TEST_LOSS, TUNING, TUNING_SEED
@@ -139,7 +139,7 @@ class Init(Experiment):
             finals = [results[_run(column, FINAL, best, seed).key] for seed in self._fresh_seeds]
             diverged = any(result.status != "done" for result in finals)
             estimates = {
-                name: None if diverged else over_seeds([result.values[name] for result in finals])
+                name: None if diverged else t_interval([result.values[name] for result in finals])
                 for name in (LOSS, TEST_LOSS)
             }
             found.append({

@@ -13,7 +13,7 @@ from loraplus.study.statistics import Estimate
 _CONFIDENCE = 0.95
 
 
-def over_seeds(values: Sequence[float]) -> Estimate | None:
+def t_interval(values: Sequence[float]) -> Estimate | None:
     """The mean of one value a seed; with one seed the interval is unbounded.
 
     Args:
@@ -23,7 +23,7 @@ def over_seeds(values: Sequence[float]) -> Estimate | None:
         None without values, or if one of them is not finite (a run that diverged).
 
     Example:
-        >>> over_seeds([1.0, 1.0, 1.0])
+        >>> t_interval([1.0, 1.0, 1.0])
         Estimate(mean=1.0, low=1.0, high=1.0)
     """
     if not len(values) or not np.isfinite(values).all():

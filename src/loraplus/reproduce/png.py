@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,12 @@ def draw(figure: Figure, target: Path) -> None:
     import matplotlib.pyplot as plt
 
     width, height = _INCHES
-    canvas, axes = plt.subplots(1, len(figure.plots), figsize=(width * len(figure.plots), height), squeeze=False)
-    for panel, plot in zip(axes[0], figure.plots, strict=True):
+    columns = 2 if len(figure.plots) == 4 else min(3, len(figure.plots))
+    rows = math.ceil(len(figure.plots) / columns)
+    canvas, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for panel in axes.flat[len(figure.plots) :]:
+        panel.axis("off")
+    for panel, plot in zip(axes.flat, figure.plots, strict=False):
         if isinstance(plot, HeatMap):
             _heat_map(canvas, panel, plot)
         else:

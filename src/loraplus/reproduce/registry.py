@@ -9,7 +9,9 @@ from loraplus.errors import InputError
 from loraplus.reproduce.experiment import Experiment
 
 # Imported when asked for: some need packages that others do not.
-EXPERIMENTS: dict[str, str] = {
+EXPERIMENTS = {
+    "toy": "loraplus.reproduce.toy:Toy",
+    "coordinates": "loraplus.reproduce.coordinates:Coordinates",
     "glue-roberta": "loraplus.reproduce.glue_roberta:GlueRoberta",
     "glue-gpt2": "loraplus.reproduce.glue_gpt2:GlueGpt2",
     "llama-mnli": "loraplus.reproduce.llama_mnli:LlamaMnli",

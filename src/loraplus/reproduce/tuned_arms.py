@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, Value
 from loraplus.reproduce.grid import HALF_DECADE, RATIOS, Point, best_of, lr_of, next_point
-from loraplus.reproduce.intervals import over_seeds
+from loraplus.reproduce.intervals import t_interval
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Series, Table
 from loraplus.study.statistics import Estimate, steps_to_target
 from loraplus.study.worker import OnStep
@@ -149,7 +149,7 @@ class TunedArms(Experiment):
     def _arm(self, point: Point, finals: list[Result], losses: dict[Point, float], values: Sequence[str]) -> dict:
         own = [p for p in losses if (p[0] == 1.0) == (point[0] == 1.0)]
         figures: dict[str, Any] = {"lr": lr_of(point), "lr_ratio": point[0], "tuning_runs": len(own)}
-        return figures | {name: _dict(over_seeds([_value(result, name) for result in finals])) for name in values}
+        return figures | {name: _dict(t_interval([_value(result, name) for result in finals])) for name in values}
 
     # What is shown of it, the same in every experiment.
 
@@ -286,7 +286,7 @@ def _value(result: Result, name: str) -> float:
 
 
 def _differences(lora: list[Result], loraplus: list[Result], name: str) -> Estimate | None:
-    return over_seeds([_value(b, name) - _value(a, name) for a, b in zip(lora, loraplus, strict=True)])
+    return t_interval([_value(b, name) - _value(a, name) for a, b in zip(lora, loraplus, strict=True)])
 
 
 def _speed(lora: list[Result], loraplus: list[Result]) -> dict[str, Any]:

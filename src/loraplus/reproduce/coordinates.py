@@ -1,0 +1,264 @@
+r"""The paper's efficiency condition, measured: how far a step of A and of B moves the adapted layer, over the width.
+
+    δ1 = s·B ΔA h      δ2 = s·ΔB A h      δ3 = s·ΔB ΔA h
+
+Features are learned efficiently if δ1 and δ2 are both Θ(1) in the width n (section 3 of the paper). The toy model is
+trained with Adam and W_out of order 1/n, where steps of that size are stable (`toy.py`), under
+
+    one rate c/n        A's step is right, B's vanishes: δ2 = Θ(1/n)
+    one rate c          B's step is right, A's explodes: ΔA h = Θ(n)
+    one rate, tuned     the tied rate with the lowest loss at each width
+    LoRA+               η_A = c/n, η_B = c′
+
+with c and c′ the same at all widths. Source: Hayou, Ghosh, Yu, arXiv 2402.12354, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraplus.movement import rms
+from loraplus.reproduce import toy_model
+from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
+from loraplus.reproduce.fits import exponent, over_seeds
+from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table
+from loraplus.study.worker import OnStep
+
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+STEPS = 100
+BATCH = 64
+MEASURED_AT = (2, 5, 10, 20, 50)
+"""Steps, the first being 1; at step 1 B = 0 and A does not move."""
+FITTED_AT = 10
+READOUT_POWER = 1.0
+C = 2.0
+C_PRIME = 10**-0.5
+TIED_AT_64 = C / 64
+TIED_HALF_DECADES = tuple(range(-8, 2))
+BOUND = 0.15
+"""An exponent whose interval lies within ± this counts as Θ(1): a factor below 2 from width 64 to 4096."""
+DELTAS = {"delta1": "δ1", "delta2": "δ2", "delta3": "δ3"}
+TITLES = {
+    "tied-by-n": "one rate c/n",
+    "tied": "one rate c",
+    "tuned": "one rate, tuned at each width",
+    "loraplus": "LoRA+: η_A = c/n, η_B = c′",
+}
+
+
+@dataclass(frozen=True)
+class Coordinates(Experiment):
+    """δ1, δ2 and δ3 of single steps at several widths under tied and LoRA+ rates."""
+
+    widths: tuple[int, ...] = WIDTHS
+    steps: int = STEPS
+
+    name = "coordinates"
+    title = "δ1 and δ2 over the width: the condition for efficient feature learning, measured"
+    claims = (
+        "With one rate for A and B, δ1 and δ2 cannot both stay of order 1 as the width grows.",
+        "With η_A = Θ(1/n) and η_B = Θ(1) they do.",
+    )
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "optimizer": "adam", "readout_power": READOUT_POWER, "inputs": toy_model.INPUTS, "rank": toy_model.RANK,
+            "noise": toy_model.NOISE, "steps": self.steps, "batch": BATCH, "widths": list(self.widths),
+            "measured_at": list(MEASURED_AT), "fitted_at": FITTED_AT, "c": C, "c_prime": C_PRIME,
+            "tied_half_decades": list(TIED_HALF_DECADES), "bound": BOUND,
+        }  # fmt: skip
+
+    def needs(self) -> list[str]:
+        return ["no data and no model", "about 2 minutes on two idle cores with 3 seeds"]
+
+    def main(self, result: Result) -> tuple[str, float] | None:
+        return "lowest_test_loss", min(float(row["test_loss"]) for row in result.rows)
+
+    def next_runs(self, results: Results) -> Sequence[Run]:
+        runs = [
+            Run({"width": width, "seed": seed})
+            for width in sorted(self.widths, reverse=True)
+            for seed in range(self.seeds)
+        ]
+        return [run for run in runs if run.key not in results]
+
+    def run(self, run: Run, on_step: OnStep) -> Result:
+        torch.set_flush_denormal(True)
+        model = toy_model.frozen(run["width"], run["seed"], READOUT_POWER)
+        pairs = rates_tried(run["width"])
+        lr_a, lr_b = (torch.tensor([pair[place] for pair in pairs.values()]) for place in (0, 1))
+        measured: dict[int, list[dict[str, float]]] = {}
+
+        def look(step: int, before: toy_model.Factors, after: toy_model.Factors) -> None:
+            measured[step] = measure(model, before, after)
+
+        losses = toy_model.train(
+            model, "adam", lr_a, lr_b, steps=self.steps, batch=BATCH, seed=run["seed"], on_part=on_step,
+            look=look, look_at=MEASURED_AT,
+        )  # fmt: skip
+        rows = [
+            {"rates": name, "lr_a": pair[0], "lr_b": pair[1], "step": step, **deltas[place], "test_loss": loss}
+            for place, (name, pair, loss) in enumerate(zip(pairs, pairs.values(), losses.test.tolist(), strict=True))
+            for step, deltas in measured.items()
+        ]
+        return Result(run, "done", rows=tuple(rows))
+
+    def figures(self, results: Results) -> dict[str, Any]:
+        """For each choice of rates: exponents of δ1, δ2 and δ3 at every step measured, and whether the condition is met."""
+        return {name: self._choice(name, results) for name in TITLES}
+
+    def _choice(self, name: str, results: Results) -> dict[str, Any]:
+        chosen = {width: self._rates(name, width, results) for width in self.widths}
+        by_step = {step: self._exponents(chosen, step, results) for step in MEASURED_AT}
+        fitted = by_step[FITTED_AT]
+        return {
+            "title": TITLES[name],
+            "exponents": {str(step): found for step, found in by_step.items()},
+            "met": all(_is_constant(fitted[delta]) for delta in ("delta1", "delta2")),
+            "widths": {
+                str(width): {
+                    "rates": rates,
+                    "test_loss": math.exp(mean([math.log(row["test_loss"]) for row in self._rows(width, rates, FITTED_AT, results)])),
+                    **{
+                        delta: _spread([row[delta] for row in self._rows(width, rates, FITTED_AT, results)])
+                        for delta in DELTAS
+                    },
+                }
+                for width, rates in chosen.items()
+            },
+        }  # fmt: skip
+
+    def _rates(self, name: str, width: int, results: Results) -> str:
+        """Name of the rates at a width; of `tuned`, the tied rate with the lowest mean loss."""
+        if name != "tuned":
+            return name
+        tied = [other for other in rates_tried(width) if other.startswith("at")]
+        return min(tied, key=lambda other: self._mean_loss(width, other, results))
+
+    def _mean_loss(self, width: int, rates: str, results: Results) -> float:
+        rows = self._rows(width, rates, FITTED_AT, results)
+        return mean([math.log(row["test_loss"]) for row in rows])
+
+    def _rows(self, width: int, rates: str, step: int, results: Results) -> list[Mapping[str, Any]]:
+        """One a seed."""
+        return [
+            row
+            for seed in range(self.seeds)
+            for row in results[Run({"width": width, "seed": seed}).key].rows
+            if row["rates"] == rates and row["step"] == step
+        ]
+
+    def _exponents(self, chosen: Mapping[int, str], step: int, results: Results) -> dict[str, dict[str, float]]:
+        rows = [self._rows(width, rates, step, results) for width, rates in chosen.items()]
+        return {
+            delta: exponent(
+                self.widths, [[math.log10(row[seed][delta]) for row in rows] for seed in range(self.seeds)]
+            ).to_dict()
+            for delta in DELTAS
+        }
+
+    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+        return Report(
+            _verdict(figures), [_figure(figures, self.widths), _table(figures), _steps_table(figures)], _METHOD, _LIMITS
+        )
+
+
+def rates_tried(width: int) -> dict[str, tuple[float, float]]:
+    """(η_A, η_B) by name; those named `at…` are the grid of tied rates."""
+    tied = {f"at{k}": (10 ** (k / 2), 10 ** (k / 2)) for k in TIED_HALF_DECADES}
+    by_n = C / width
+    return {"tied-by-n": (by_n, by_n), "tied": (TIED_AT_64, TIED_AT_64), "loraplus": (by_n, C_PRIME), **tied}
+
+
+def measure(model: toy_model.Frozen, before: toy_model.Factors, after: toy_model.Factors) -> list[dict[str, float]]:
+    """RMS of δ1, δ2 and δ3 over test points and hidden units, for each pair of rates."""
+    found = toy_model.changes(before, after, model.test_features)
+    return [
+        {delta: float(f"{rms(tensor[place]):.4g}") for delta, tensor in zip(DELTAS, found, strict=True)}
+        for place in range(len(before.a))
+    ]
+
+
+def _is_constant(found: Mapping[str, float]) -> bool:
+    return found["low"] >= -BOUND and found["high"] <= BOUND
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Geometric mean over the seeds with its interval."""
+    logs = over_seeds([math.log(value) for value in values])
+    return {bound: math.exp(value) for bound, value in logs.to_dict().items()}
+
+
+def _figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
+    plots = []
+    for found in figures.values():
+        series = []
+        for place, (delta, symbol) in enumerate(DELTAS.items()):
+            at = [found["widths"][str(width)][delta] for width in widths]
+            name = f"{symbol} ∝ n^{found['exponents'][str(FITTED_AT)][delta]['mean']:.2f}"
+            series.append(
+                Series(name, widths, *([row[key] for row in at] for key in ("mean", "low", "high")), colour=place)
+            )
+        plots.append(LinePlot(found["title"], "width n", "RMS of the change", series, log_x=True, log_y=True))
+    return Figure(
+        "deltas", f"What step {FITTED_AT} does to the layer's output", plots,
+        "Geometric mean over the seeds with its 95% interval. Efficient: δ1 and δ2 both level.",
+    )  # fmt: skip
+
+
+def _table(figures: Mapping[str, Any]) -> Table:
+    rows = []
+    for found in figures.values():
+        exponents, (narrow, *_, wide) = found["exponents"][str(FITTED_AT)], found["widths"].values()
+        rows.append([
+            found["title"], *(_interval(exponents[delta]) for delta in DELTAS), "met" if found["met"] else "not met",
+            narrow["test_loss"], wide["test_loss"],
+        ])  # fmt: skip
+    narrow, *_, wide = next(iter(figures.values()))["widths"]
+    columns = ("rates", "δ1", "δ2", "δ3", "condition", f"test loss, n = {narrow}", f"n = {wide}")
+    caption = f"Exponents in n at step {FITTED_AT}. Met: the intervals of δ1 and δ2 lie within ±{BOUND}."
+    return Table("Exponents and the condition", columns, rows, caption)
+
+
+def _steps_table(figures: Mapping[str, Any]) -> Table:
+    rows = [
+        [found["title"], int(step), *(_interval(exponents[delta]) for delta in DELTAS)]
+        for found in figures.values()
+        for step, exponents in found["exponents"].items()
+    ]
+    return Table("Exponents step by step", ("rates", "step", "δ1", "δ2", "δ3"), rows)
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def _verdict(figures: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{found['title']}: the condition is {'met' if found['met'] else 'not met'}; at step {FITTED_AT}, "
+        + ", ".join(
+            f"{symbol} ∝ n^{_interval(found['exponents'][str(FITTED_AT)][delta])}" for delta, symbol in DELTAS.items()
+        )
+        + "."
+        for found in figures.values()
+    ]
+
+
+_METHOD = (
+    "The toy model (loraplus reproduce toy) with Adam and W_out of order 1/n, trained for 100 steps. At a step, A and B "
+    "before and after give δ1, δ2 and δ3 on 512 test points; their root mean square over points and hidden units is "
+    "shown.",
+    f"c = {C:g}, so that at width 64 both tied rates are {TIED_AT_64:g}; c′ = {C_PRIME:.3g}. The tuned rate is the best "
+    "of ten, half a decade apart, by the mean loss over the seeds.",
+    "Exponents are least-squares slopes over log n for each seed, intervals bootstrapped over the seeds.",
+)
+_LIMITS = (
+    "With few seeds the intervals are rough: they resample the seeds and nothing else.",
+    "δ1 of a step depends on what B has become by then, so a rate that is wrong for B shows in δ1 as well.",
+    "One layer and one task. For a model of one's own: loraplus.feature_updates.",
+)

@@ -1,0 +1,28 @@
+"""Exponents: how a quantity grows with the width, with an interval over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loraplus.study.statistics import Estimate, bootstrap_mean
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean of one value a seed with its 95% bootstrap interval; of one seed, no interval is known."""
+    return bootstrap_mean([[value] for value in values])
+
+
+def exponent(x: Sequence[float], log10_y: Sequence[Sequence[float]]) -> Estimate:
+    """p of y ∝ xᵖ, fitted by least squares for each seed; mean and 95% bootstrap interval over the seeds.
+
+    Args:
+        x: Such as the widths.
+        log10_y: For each seed the decimal logarithms of y at each x.
+
+    Example:
+        >>> exponent([64, 128, 256], [[0.0, 0.30103, 0.60206]]).mean.__round__(3)
+        1.0
+    """
+    return over_seeds([float(np.polyfit(np.log10(x), row, 1)[0]) for row in log10_y])

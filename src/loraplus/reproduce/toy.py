@@ -1,0 +1,349 @@
+r"""The paper's toy model: loss over (η_A, η_B), and how the best pair moves with the width.
+
+    f(x) = W_out φ(s·B A h),    h = φ(W_in x),    h_k = Θ(1),  A_jk = Θ(n^−½),  B = 0,  (W_out)_i = Θ(n^−c)
+
+The paper derives for Adam that the adapted layer's output moves by Θ(1) through both factors if η_A = Θ(1/n) and
+η_B = Θ(1) (section 3). What follows is our own derivation of when the *output* f moves by Θ(1) as well, which bounds
+the rates from above; e = ∂L/∂f = Θ(1), z = A h = Θ(1).
+
+Adam moves each entry by about η, with the sign of its gradient. ΔB is aligned with W_out: Δf = Σ_i (W_out)_i ΔB_i z =
+Θ(n^(1−c) η_B), so η_B = Θ(n^(c−1)), and then BᵀW_out = Θ(1). ΔA is aligned with h: ΔA h = Θ(n η_A), Δf = Θ(n η_A), so
+η_A = Θ(1/n). With c = 1 this is the paper's condition, λ = Θ(n). With the usual variance 1/n, c = ½, a step of size
+Θ(1) in the layer's output would move f by √n, so η_B = Θ(n^−½) and λ = Θ(n^½).
+
+SGD moves along the gradient: ∂L/∂B_i = e (W_out)_i φ' z = Θ(n^−c), so Δf = Θ(η_B n^(1−2c)) and η_B = Θ(n^(2c−1)); then
+BᵀW_out = Θ(1), ∂L/∂A = Θ(1)·h, ΔA h = Θ(n η_A) and η_A = Θ(1/n). λ = Θ(n) for c = ½ and Θ(n²) for c = 1, where the
+layer's output moves by Θ(1) too, as the paper's condition asks.
+
+Source: Hayou, Ghosh, Yu, arXiv 2402.12354, sections 2 and 3 and figure 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraplus.reproduce import toy_model
+from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
+from loraplus.reproduce.fits import exponent, over_seeds
+from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table
+from loraplus.reproduce.toy_grid import (
+    FAMILIES,
+    Block,
+    Family,
+    Point,
+    best,
+    centre_of,
+    extensions,
+    first_blocks,
+    good_region,
+    rates,
+)
+from loraplus.study.statistics import Estimate
+from loraplus.study.worker import OnStep
+
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+MAP_WIDTH = 100
+STEPS = 100
+BATCH = 64
+WITHIN = 1.05
+"""Pairs whose loss is within 5% of the lowest count as equally good; their centre is what is fitted."""
+QUANTITIES = {"lr_a": "η_A", "lr_b": "η_B", "lr_ratio": "λ"}
+
+
+@dataclass(frozen=True)
+class Toy(Experiment):
+    """The toy model at the published size (d = 5, n = 100, r = 4) and at seven widths."""
+
+    widths: tuple[int, ...] = WIDTHS
+    map_width: int = MAP_WIDTH
+    steps: int = STEPS
+
+    name = "toy"
+    title = "The toy model: the best η_A and η_B, and how they move with the width"
+    claims = (
+        "The best (η_A, η_B) lies off the diagonal, on the side of η_B > η_A.",
+        "With Adam the best rates go as η_A = Θ(1/n) and η_B = Θ(1), so the best ratio grows with the width n.",
+    )
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "inputs": toy_model.INPUTS, "rank": toy_model.RANK, "scaling": toy_model.SCALING, "activation": "silu",
+            "noise": toy_model.NOISE, "train_points": toy_model.TRAIN_POINTS, "test_points": toy_model.TEST_POINTS,
+            "betas": list(toy_model.BETAS), "steps": self.steps, "batch": BATCH, "schedule": "linear decay to 0",
+            "widths": list(self.widths), "map_width": self.map_width, "within": WITHIN,
+            "families": [f"{family.optimizer}/{family.readout}" for family in FAMILIES],
+        }  # fmt: skip
+
+    def needs(self) -> list[str]:
+        return ["no data and no model", "about 5 minutes on two idle cores with 3 seeds"]
+
+    def describe(self, run: Run) -> str:
+        tied = " diagonal" if run["shape"] == "diagonal" else ""
+        return f"{run['optimizer']} W_out {run['readout']} n {run['width']} seed {run['seed']}{tied}"
+
+    def main(self, result: Result) -> tuple[str, float] | None:
+        return "lowest_test_loss", min(float(row["test_loss"]) for row in result.rows)
+
+    def next_runs(self, results: Results) -> Sequence[Run]:
+        widths = sorted({*self.widths, self.map_width}, reverse=True)
+        return [run for width in widths for family in FAMILIES for run in self._missing(family, width, results)]
+
+    def _missing(self, family: Family, width: int, results: Results) -> list[Run]:
+        blocks = first_blocks(family.centre(width))
+        while True:
+            runs = [_run(family, width, seed, block) for block in blocks for seed in range(self.seeds)]
+            if missing := [run for run in runs if run.key not in results]:
+                return missing
+            more = extensions(blocks, _over_seeds([self._losses(family, width, seed, results) for seed in self._all]))
+            if not more:
+                return []
+            blocks += more
+
+    @property
+    def _all(self) -> range:
+        return range(self.seeds)
+
+    def run(self, run: Run, on_step: OnStep) -> Result:
+        torch.set_flush_denormal(True)  # what decays to nothing would slow the rest down
+        family = next(f for f in FAMILIES if (f.optimizer, f.readout) == (run["optimizer"], run["readout"]))
+        block = Block(run["shape"], run["a_from"], run["a_to"], run["b_from"], run["b_to"])
+        model = toy_model.frozen(run["width"], run["seed"], family.readout_power)
+        lr_a, lr_b = (torch.tensor(column) for column in zip(*map(rates, block.points), strict=True))
+        losses = toy_model.train(
+            model, family.optimizer, lr_a, lr_b, steps=self.steps, batch=BATCH, seed=run["seed"], on_part=on_step
+        )
+        rows = [
+            {"log_a": a / 2, "log_b": b / 2, "train_loss": _digits(train), "test_loss": _digits(test)}
+            for (a, b), train, test in zip(block.points, losses.train.tolist(), losses.test.tolist(), strict=True)
+        ]
+        return Result(run, "done", rows=tuple(rows))
+
+    def _losses(
+        self, family: Family, width: int, seed: int, results: Results, column: str = "test_loss"
+    ) -> dict[Point, float]:
+        """Of every point that was trained."""
+        wanted = (family.optimizer, family.readout, width, seed)
+        return {
+            (round(2 * float(row["log_a"])), round(2 * float(row["log_b"]))): float(row[column])
+            for result in results.values()
+            if tuple(result.params[name] for name in ("optimizer", "readout", "width", "seed")) == wanted
+            for row in result.rows
+        }
+
+    def figures(self, results: Results) -> dict[str, Any]:
+        """For each family: fitted exponents beside the theory's, the best pairs by width, the cost of a tied rate."""
+        return {
+            f"{family.optimizer}/{family.readout}": {
+                "title": family.title,
+                "exponents": self._exponents(family, results),
+                "theory": dict(zip(QUANTITIES, _theory(family), strict=True)),
+                "widths": {str(width): self._at(family, width, results) for width in self.widths},
+                "map": self._at(family, self.map_width, results),
+            }
+            for family in FAMILIES
+        }
+
+    def _exponents(self, family: Family, results: Results) -> dict[str, dict[str, float]]:
+        tracks = [
+            [_best_logs(self._losses(family, width, seed, results)) for width in self.widths] for seed in self._all
+        ]
+        return {
+            quantity: exponent(self.widths, [[logs[place] for logs in track] for track in tracks]).to_dict()
+            for place, quantity in enumerate(QUANTITIES)
+        }
+
+    def _at(self, family: Family, width: int, results: Results) -> dict[str, Any]:
+        per_seed = [self._losses(family, width, seed, results) for seed in self._all]
+        joint = _over_seeds(per_seed)
+        point, tied = best(joint), best(joint, _is_tied)
+        logs = [_best_logs(losses) for losses in per_seed]
+        return {
+            "best": {"lr_a": rates(point)[0], "lr_b": rates(point)[1], "loss": joint[point]},
+            "best_tied": {"lr": rates(tied)[0], "loss": joint[tied]},
+            "inside": all((point[0] + da, point[1] + db) in joint for da in (-1, 0, 1) for db in (-1, 0, 1)),
+            "log10": {
+                quantity: over_seeds([row[place] for row in logs]).to_dict()
+                for place, quantity in enumerate(QUANTITIES)
+            },
+            "tied_over_best": _tied_over_best(per_seed).to_dict(),
+        }
+
+    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+        parts: list[Table | Figure] = [self._maps(results)]
+        for family in FAMILIES:
+            found = figures[f"{family.optimizer}/{family.readout}"]
+            parts += [_track_figure(family, found, self.widths), _track_table(family, found)]
+        parts.append(_tied_figure(figures, self.widths))
+        return Report(_verdict(figures, self.map_width), parts, _METHOD, _LIMITS)
+
+    def _maps(self, results: Results) -> Figure:
+        plots = []
+        for family in FAMILIES:
+            joint = _over_seeds([self._losses(family, self.map_width, seed, results) for seed in self._all])
+            plots.append(_heat_map(family, joint))
+        return Figure(
+            f"map-{self.map_width}",
+            f"Loss over (η_A, η_B) at width {self.map_width}",
+            plots,
+            "Geometric mean of the test loss over the seeds. Grey or white: diverged, or not tried. "
+            "Losses above that of a constant share the darkest colour.",
+        )
+
+
+def _run(family: Family, width: int, seed: int, block: Block) -> Run:
+    return Run({
+        "optimizer": family.optimizer, "readout": family.readout, "width": width, "seed": seed, "shape": block.shape,
+        "a_from": block.a_from, "a_to": block.a_to, "b_from": block.b_from, "b_to": block.b_to,
+    })  # fmt: skip
+
+
+def _digits(loss: float) -> float:
+    return float(f"{loss:.4g}")
+
+
+def _is_tied(point: Point) -> bool:
+    return point[0] == point[1]
+
+
+def _theory(family: Family) -> tuple[float, float, float]:
+    a, b = family.exponents
+    return a, b, b - a
+
+
+def _over_seeds(per_seed: Sequence[Mapping[Point, float]]) -> dict[Point, float]:
+    """Geometric means; a pair that diverged with one seed has diverged."""
+    return {
+        point: math.exp(logs) if math.isfinite(logs := mean([_log(losses[point]) for losses in per_seed])) else math.inf
+        for point in per_seed[0]
+    }
+
+
+def _log(loss: float) -> float:
+    return math.log(loss) if loss > 0 else -math.inf
+
+
+def _best_logs(losses: Mapping[Point, float]) -> tuple[float, float, float]:
+    """log10 of η_A, η_B and λ at the centre of what is within 5% of the best."""
+    a, b = centre_of(good_region(losses, WITHIN))
+    return a, b, b - a
+
+
+def _tied_over_best(per_seed: Sequence[Mapping[Point, float]]) -> Estimate:
+    """Loss of the best tied rate over that of the best pair, on each seed as the other seeds would choose them."""
+    ratios = []
+    for place, held_out in enumerate(per_seed):
+        chosen_on = _over_seeds([losses for other, losses in enumerate(per_seed) if other != place] or per_seed)
+        pair, tied = best(chosen_on), best(chosen_on, _is_tied)
+        if math.isfinite(held_out[pair]) and math.isfinite(held_out[tied]):
+            ratios.append(_log(held_out[tied]) - _log(held_out[pair]))
+    if not ratios:
+        return Estimate(math.nan, math.nan, math.nan)
+    found = over_seeds(ratios)
+    return Estimate(*(math.exp(value) for value in (found.mean, found.low, found.high)))
+
+
+def _heat_map(family: Family, joint: Mapping[Point, float]) -> HeatMap:
+    columns, rows = (sorted({point[axis] for point in joint if not _is_tied(point)}) for axis in (0, 1))
+    rectangle = [[joint.get((a, b)) for a in columns] for b in rows]
+    point, tied = best(joint), best(joint, _is_tied)
+    return HeatMap(
+        family.title, "η_A", "η_B", "test loss",
+        x=[rates((a, 0))[0] for a in columns], y=[rates((0, b))[1] for b in rows],
+        z=[[loss if loss is not None and math.isfinite(loss) else None for loss in row] for row in rectangle],
+        marks=[("best pair", *rates(point)), ("best with λ = 1", *rates(tied))], z_max=0.45,
+    )  # fmt: skip
+
+
+def _track_figure(family: Family, found: Mapping[str, Any], widths: Sequence[int]) -> Figure:
+    plots = []
+    for place, (quantity, symbol) in enumerate(QUANTITIES.items()):
+        logs = [found["widths"][str(width)]["log10"][quantity] for width in widths]
+        centre = sum(log["mean"] for log in logs) / len(logs)
+        middle = sum(math.log10(width) for width in widths) / len(widths)
+        slope = found["theory"][quantity]
+        measured = Series(
+            f"measured, exponent {_interval(found['exponents'][quantity])}", widths,
+            *([10 ** log[bound] for log in logs] for bound in ("mean", "low", "high")), colour=place,
+        )  # fmt: skip
+        theory = Series(
+            f"slope {slope:g}", widths, [10 ** (centre + slope * (math.log10(width) - middle)) for width in widths],
+            dashed=True, markers=False, colour=place,
+        )  # fmt: skip
+        plots.append(LinePlot(f"best {symbol}", "width n", symbol, [measured, theory], log_x=True, log_y=True))
+    return Figure(
+        f"best-{family.optimizer}-{family.readout}",
+        f"{family.title}: the best rates by width",
+        plots,
+        "Centre of all pairs whose loss is within 5% of the lowest: mean over the seeds with its 95% interval. "
+        "Dashed: the theory's slope, through the middle of the measured points.",
+    )
+
+
+def _track_table(family: Family, found: Mapping[str, Any]) -> Table:
+    rows = [
+        [
+            int(width), at["best"]["lr_a"], at["best"]["lr_b"], at["best"]["lr_b"] / at["best"]["lr_a"],
+            at["best"]["loss"], at["best_tied"]["lr"], at["best_tied"]["loss"], "yes" if at["inside"] else "no",
+        ]
+        for width, at in found["widths"].items()
+    ]  # fmt: skip
+    columns = ("n", "η_A", "η_B", "λ", "loss", "best tied η", "loss at λ = 1", "inside")
+    return Table(f"{family.title}: the pair with the lowest mean loss", columns, rows)
+
+
+def _tied_figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
+    plots = []
+    for found in figures.values():
+        at = [found["widths"][str(width)] for width in widths]
+        both = [
+            Series("best pair", widths, [row["best"]["loss"] for row in at]),
+            Series("best with λ = 1", widths, [row["best_tied"]["loss"] for row in at], dashed=True),
+        ]
+        plots.append(LinePlot(found["title"], "width n", "test loss", both, log_x=True, log_y=True))
+    return Figure(
+        "tied-by-width", "What one rate for both costs", plots,
+        "Test loss, geometric mean over the seeds, of the best pair and of the best tied rate.",
+    )  # fmt: skip
+
+
+def _interval(estimate: Mapping[str, float]) -> str:
+    return f"{estimate['mean']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+
+
+def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:
+    sentences = []
+    for found in figures.values():
+        at, exponents = found["map"], found["exponents"]
+        widest = list(found["widths"])[-1]
+        factor = found["widths"][widest]["tied_over_best"]
+        theory = ", ".join(f"{QUANTITIES[name]} {value:g}" for name, value in found["theory"].items())
+        measured = ", ".join(f"{QUANTITIES[name]} {_interval(value)}" for name, value in exponents.items())
+        sentences.append(
+            f"{found['title']}: at n = {map_width} the best pair has λ = {at['best']['lr_b'] / at['best']['lr_a']:.3g} "
+            f"(centre of the good region: {10 ** at['log10']['lr_ratio']['mean']:.3g}); exponents in n: {measured}; "
+            f"theory: {theory}. At n = {widest} the best tied rate has {_interval(factor)} times the loss of the best "
+            "pair, both chosen on other seeds."
+        )
+    return sentences
+
+
+_METHOD = (
+    "d = 5 inputs, rank 4, s = 1; target sin(Σx/√d), 1,000 training points with noise of standard deviation 0.05, 512 "
+    "test points without; W_in of variance 1/d and A of variance 1/n, B = 0; W_out of variance 1/n or with entries of "
+    "order 1/n. φ is SiLU: with ReLU, B = 0 has no gradient at all. Batches of 64, 100 steps, linear decay to 0.",
+    "Every seed has its own data, weights and order. Rates are half a decade apart; the grid is extended until the "
+    "pair with the lowest mean loss has neighbours on all sides, and the best tied rate too.",
+    "A best pair is uncertain along the ridge η_A·η_B = const, so what is fitted is, for each seed and width, the "
+    "centre of all pairs within 5% of the lowest loss. Exponents are least-squares slopes of its logarithm over log n "
+    "for each seed; intervals are bootstrapped over the seeds.",
+)
+_LIMITS = (
+    "With few seeds the intervals are rough: they resample the seeds and nothing else.",
+    "The theory is about large n and a fixed number of steps; at small n its terms that vanish are still there.",
+    "One task, one rank, one training length: where the best pair lies depends on all three.",
+)
