@@ -106,6 +106,7 @@ def test_init_shares_the_runs_of_rules_that_agree_and_finds_the_optimum():
             product = run["lr"] * math.sqrt(run["lr_ratio"] * run["scale"])
             loss = 2 + (math.log10(product / 5e-3)) ** 2 + 0.1 * (run["start"] == "B-random")
             results[run.key] = Result(run, "done", {"eval_loss": loss, "test_loss": loss + run["seed"] / 1000})
+    assert sum(result.run["phase"] == "final" for result in results.values()) == 2 * 2 * 2  # starts, λ, seeds
     figures = experiment.figures(results)
     for row in figures["columns"]:
         assert row["optimum"] * math.sqrt(row["scale"]) == pytest.approx(5e-3, rel=0.02)

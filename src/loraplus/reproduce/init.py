@@ -96,13 +96,26 @@ class Init(Experiment):
 
     def next_runs(self, results: Results) -> Sequence[Run]:
         wanted: list[Run] = []
-        for column in self.columns():
-            step = next_in_column(self._losses(column, results), _first_step(column.scale))
-            if step is not None:
-                wanted.append(_run(column, TUNING, step, TUNING_SEED))
-            else:
-                wanted += [_run(column, FINAL, self._best(column, results), seed) for seed in self._fresh_seeds]
+        for columns in self._groups():
+            steps = {c: next_in_column(self._losses(c, results), _first_step(c.scale)) for c in columns}
+            wanted += [_run(c, TUNING, step, TUNING_SEED) for c, step in steps.items() if step is not None]
+            if all(step is None for step in steps.values()):
+                wanted += self._final_runs(self._winner(columns, results), results)
         return [run for run in wanted if run.key not in results]
+
+    def _groups(self) -> list[list[Column]]:
+        """Columns of one start, rank and λ, which differ in the rule for α only."""
+        found: dict[tuple[Start, int, float], list[Column]] = {}
+        for column in self.columns():
+            found.setdefault((column.start, column.rank, column.lr_ratio), []).append(column)
+        return list(found.values())
+
+    def _winner(self, columns: Sequence[Column], results: Results) -> Column:
+        """The column of the lowest loss on the tuning seed."""
+        return min(columns, key=lambda column: min(self._losses(column, results).values()))
+
+    def _final_runs(self, column: Column, results: Results) -> list[Run]:
+        return [_run(column, FINAL, self._best(column, results), seed) for seed in self._fresh_seeds]
 
     @property
     def _fresh_seeds(self) -> range:
@@ -131,112 +144,135 @@ class Init(Experiment):
         return result_of(run, outcome, accuracy=True)
 
     def figures(self, results: Results) -> dict[str, Any]:
-        """By column: the best rate, its neighbours' losses, and the losses over the fresh seeds."""
-        found = []
-        for column in self._done(results):
-            best = self._best(column, results)
-            losses = self._losses(column, results)
-            finals = [results[_run(column, FINAL, best, seed).key] for seed in self._fresh_seeds]
-            diverged = any(result.status != "done" for result in finals)
-            estimates = {
-                name: None if diverged else t_interval([result.values[name] for result in finals])
-                for name in (LOSS, TEST_LOSS)
-            }
-            found.append({
-                **column._asdict(), "lr_a": lr_of((column.lr_ratio, best)), "optimum": _optimum(losses),
-                "tuning_runs": len(losses),
-                **{name: estimate and estimate.to_dict() for name, estimate in estimates.items()},
-            })  # fmt: skip
-        return {"columns": found}
+        """By column: the best rate and its loss; by start, rank and λ: the losses of the best rule over fresh seeds."""
+        tuned, best = [], []
+        for columns in self._groups():
+            done = [column for column in columns if next_in_column(self._losses(column, results), 0) is None]
+            tuned += [self._tuned(column, results) for column in done]
+            if len(done) == len(columns):
+                winner = self._winner(columns, results)
+                runs = self._final_runs(winner, results)
+                if all(run.key in results for run in runs):
+                    best.append({**winner._asdict(), **_finals([results[run.key] for run in runs])})
+        return {"columns": tuned, "best": best}
 
-    def _done(self, results: Results) -> list[Column]:
-        return [
-            column
-            for column in self.columns()
-            if next_in_column(self._losses(column, results), 0) is None
-            and all(_run(column, FINAL, self._best(column, results), seed).key in results for seed in self._fresh_seeds)
-        ]
+    def _tuned(self, column: Column, results: Results) -> dict[str, Any]:
+        losses = self._losses(column, results)
+        best = self._best(column, results)
+        return {
+            **column._asdict(), "lr_a": lr_of((column.lr_ratio, best)), "optimum": _optimum(losses),
+            "tuning_runs": len(losses), LOSS: losses[best],
+        }  # fmt: skip
 
     def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
-        found = {Column(*(row[name] for name in Column._fields)): row for row in figures["columns"]}
+        tuned = {Column(*(row[name] for name in Column._fields)): row for row in figures["columns"]}
         return Report(
-            verdict=[*self._moves(found), *self._starts(found)],
-            parts=[*self._tables(found), self._rates_by_rank(found), self._losses_by_rank(found)],
+            verdict=[*self._moves(tuned), *self._starts(tuned), *self._ratios(figures["best"])],
+            parts=[
+                self._table_of_finals(figures["best"]),
+                Figure("best-rate-by-rank", "Where the best rate sits",
+                       self._by_rank(tuned, "optimum", "√(η_A·η_B) at the optimum")),
+                Figure("loss-by-rank", "The loss at the best rate", self._by_rank(tuned, LOSS, "validation loss")),
+                self._table_of_columns(tuned),
+            ],
             method=[
                 f"A decoder of width {self.width} tells which of the large books a verse is from; adapters on query "
                 f"and value layers, {self.steps} steps of {self.batch} verses, linear schedule.",
-                "Every start, rank and scale was tuned on seed 0 in half decades until the best rate lay between worse "
-                f"neighbours, then trained on {self.seeds} fresh seeds. The optimum is the minimum of the parabola "
-                "through the best point and its neighbours.",
+                "Every start, rank, scale and λ was tuned on seed 0 in half decades until the best rate lay between "
+                "worse neighbours. The optimum is the minimum of the parabola through the best point and its "
+                f"neighbours. The best rule of every start, rank and λ was then trained on {self.seeds} fresh seeds.",
+                "B is the factor that writes the output in both starts, so with B random λ > 1 speeds up the factor "
+                "that is not zero.",
             ],
             limits=[
                 "One small model, one task, short runs. A width of 64 is also the largest rank.",
-                "Half-decade steps: differences of less than a factor of about 1.5 between best rates mean little.",
+                "Half-decade steps on one seed: differences of less than a factor of about 1.5 between best rates mean "
+                "little.",
             ],
         )  # fmt: skip
 
-    def _moves(self, found: Mapping[Column, Mapping[str, Any]]) -> list[str]:
+    def _moves(self, tuned: Mapping[Column, Mapping[str, Any]]) -> list[str]:
         """How the best rate at λ = 1 goes with the rank under every rule."""
         sentences = []
         for start in STARTS:
             parts = []
             for rule in RULES:
-                own = [found.get(Column(start, rank, scale_of(rule, rank), 1.0)) for rank in self.ranks]
-                if all(own):
-                    first, last = own[0]["optimum"], own[-1]["optimum"]  # type: ignore[index]
-                    parts.append(f"{rule}: × {last / first:.2g}")
+                own = [tuned.get(Column(start, rank, scale_of(rule, rank), 1.0)) for rank in self.ranks]
+                first, last = own[0], own[-1]
+                if first and last:
+                    parts.append(f"{rule}: × {last['optimum'] / first['optimum']:.2g}")
             if parts:
-                sentences.append(f"{start}, from rank {self.ranks[0]} to {self.ranks[-1]} the best rate at λ = 1 goes "
-                                 f"{'; '.join(parts)}.")  # fmt: skip
+                sentences.append(
+                    f"{start}: from rank {self.ranks[0]} to {self.ranks[-1]} the best rate at λ = 1 goes "
+                    f"{'; '.join(parts)}."
+                )
         return sentences
 
-    def _starts(self, found: Mapping[Column, Mapping[str, Any]]) -> list[str]:
-        """Which start ends lower, over all columns that both have."""
-        gaps = []
-        for column, own in found.items():
-            other = found.get(column._replace(start="B-random"))
-            if column.start == "A-random" and other and own[TEST_LOSS] and other[TEST_LOSS]:
-                gaps.append(other[TEST_LOSS]["mean"] - own[TEST_LOSS]["mean"])
+    def _starts(self, tuned: Mapping[Column, Mapping[str, Any]]) -> list[str]:
+        """Which start ends lower, over all columns that both have, on the tuning seed."""
+        gaps = [
+            tuned[column._replace(start="B-random")][LOSS] - own[LOSS]
+            for column, own in tuned.items()
+            if column.start == "A-random" and column._replace(start="B-random") in tuned
+        ]
         if not gaps:
             return []
         lower = sum(gap > 0 for gap in gaps)
-        return [f"A random and B zero ends lower than the reverse in {lower} of {len(gaps)} pairs; the reverse is "
-                f"{math.fsum(gaps) / len(gaps):+.3f} nats off in the mean."]  # fmt: skip
-
-    def _tables(self, found: Mapping[Column, Mapping[str, Any]]) -> list[Table]:
-        rows = []
-        for column, own in found.items():
-            rules = ", ".join(rule for rule in RULES if scale_of(rule, column.rank) == column.scale)
-            loss = own[TEST_LOSS]
-            text = f"{loss['mean']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}]" if loss else "diverged"
-            rows.append([column.start, column.rank, rules, column.scale, column.lr_ratio, own["lr_a"],
-                         own["optimum"], own["tuning_runs"], text])  # fmt: skip
-        names = ["start", "rank", "rule", "s", "λ", "best η_A tried", "√(η_A·η_B) at the optimum", "tuning runs",
-                 "test loss"]  # fmt: skip
         return [
-            Table("Every start, rank and rule", names, rows, f"Means over {self.seeds} fresh seeds, 95% intervals.")
+            f"A random and B zero ends lower than the reverse in {lower} of {len(gaps)} pairs of tuned columns; the "
+            f"reverse is {math.fsum(gaps) / len(gaps):+.3f} nats off in the mean (one seed)."
         ]
 
-    def _by_rank(self, found: Mapping[Column, Mapping[str, Any]], value: Any, label: str) -> list[LinePlot]:
+    def _ratios(self, best: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What λ > 1 gains over λ = 1 with either start, on fresh seeds."""
+        found = {(row["start"], row["rank"], row["lr_ratio"]): row[TEST_LOSS] for row in best}
+        sentences = []
+        for start in STARTS:
+            parts = []
+            for rank in self.ranks:
+                one, more = found.get((start, rank, 1.0)), found.get((start, rank, self.lr_ratio))
+                if one and more:
+                    parts.append(f"rank {rank}: {more['mean'] - one['mean']:+.3f}")
+            if parts:
+                sentences.append(
+                    f"{start}: test loss at λ = {self.lr_ratio:g} minus that at λ = 1, each at its best rate, fresh "
+                    f"seeds: {'; '.join(parts)}."
+                )
+        return sentences
+
+    def _table_of_finals(self, best: Sequence[Mapping[str, Any]]) -> Table:
+        rows = []
+        for row in best:
+            loss = row[TEST_LOSS]
+            text = f"{loss['mean']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}]" if loss else "diverged"
+            rows.append([row["start"], row["rank"], row["lr_ratio"], row["scale"], text])
+        caption = f"Means over {self.seeds} seeds that nothing was tuned on, with 95% intervals (Student's t)."
+        return Table(
+            "The best rule of every start, rank and λ", ["start", "rank", "λ", "s", "test loss"], rows, caption
+        )
+
+    def _table_of_columns(self, tuned: Mapping[Column, Mapping[str, Any]]) -> Table:
+        rows = []
+        for column, own in tuned.items():
+            rules = ", ".join(rule for rule in RULES if scale_of(rule, column.rank) == column.scale)
+            rows.append([column.start, column.rank, rules, column.scale, column.lr_ratio, own["lr_a"],
+                         own["optimum"], own["tuning_runs"], own[LOSS]])  # fmt: skip
+        names = ["start", "rank", "rule", "s", "λ", "best η_A tried", "√(η_A·η_B) at the optimum", "tuning runs",
+                 "validation loss"]  # fmt: skip
+        return Table("Every start, rank, rule and λ, tuned on one seed", names, rows)
+
+    def _by_rank(self, tuned: Mapping[Column, Mapping[str, Any]], value: str, label: str) -> list[LinePlot]:
         plots = []
         for start in STARTS:
             series = []
             for place, rule in enumerate(RULES):
-                own = [(rank, found.get(Column(start, rank, scale_of(rule, rank), 1.0))) for rank in self.ranks]
-                points = [(rank, value(row)) for rank, row in own if row and value(row) is not None]
+                own = [(rank, tuned.get(Column(start, rank, scale_of(rule, rank), 1.0))) for rank in self.ranks]
+                points = [(rank, row[value]) for rank, row in own if row]
                 if points:
                     ranks, values = zip(*points, strict=True)
                     series.append(Series(rule, ranks, values, colour=place))
-            plots.append(LinePlot(f"{start}, λ = 1", "rank", label, series, log_x=True, log_y="√" in label))
-        return [plot for plot in plots if plot.series]
-
-    def _rates_by_rank(self, found: Mapping[Column, Mapping[str, Any]]) -> Figure:
-        plots = self._by_rank(found, lambda row: row["optimum"], "√(η_A·η_B) at the optimum")
-        return Figure("best-rate-by-rank", "Where the best rate sits", plots)
-
-    def _losses_by_rank(self, found: Mapping[Column, Mapping[str, Any]]) -> Figure:
-        plots = self._by_rank(found, lambda row: row[TEST_LOSS] and row[TEST_LOSS]["mean"], "test loss")
-        return Figure("loss-by-rank", "The loss at the best rate", plots)
+            plots.append(LinePlot(f"{start}, λ = 1", "rank", label, series, log_x=True, log_y=value == "optimum"))
+        return plots
 
 
 def _first_step(scale: float) -> int:
@@ -259,3 +295,12 @@ def _run(column: Column, phase: str, step: int, seed: int) -> Run:
 
 def _column_of(run: Run) -> Column:
     return Column(*(run[name] for name in Column._fields))
+
+
+def _finals(runs: Sequence[Result]) -> dict[str, Any]:
+    """Intervals over the fresh seeds; None where a run diverged."""
+    found: dict[str, Any] = {}
+    for name in (LOSS, TEST_LOSS):
+        estimate = t_interval([run.values[name] if run.status == "done" else math.inf for run in runs])
+        found[name] = estimate and estimate.to_dict()
+    return found
