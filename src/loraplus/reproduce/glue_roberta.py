@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplus.reproduce.glue_arms import GlueArms
-from loraplus.reproduce.small_tasks import DOMAINS
 from loraplus.tasks import assets
 
 
@@ -14,13 +13,13 @@ from loraplus.tasks import assets
 class GlueRoberta(GlueArms):
     """LoRA against LoRA+ with an encoder."""
 
-    domains: tuple[str, ...] = DOMAINS
+    domains: tuple[str, ...] = ("movies", "tweets", "products", "editorials")
 
     name = "glue-roberta"
     title = "RoBERTa-base on GLUE"
     published_model = "FacebookAI/roberta-base"
     published_targets = small_targets = "query,value"
-    small_steps = 400
+    small_steps = 300
 
     @property
     def assets(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -143,6 +143,13 @@ class Init(Experiment):
         )  # fmt: skip
         return result_of(run, outcome, accuracy=True)
 
+    def describe(self, run: Run) -> str:
+        """Such as "A-random, rank 8, s 2, tuning: λ 1, η_A 0.003162, seed 0"."""
+        return (
+            f"{run['start']}, rank {run['rank']}, s {run['scale']:g}, {run['phase']}: λ {run['lr_ratio']:g}, "
+            f"η_A {run['lr']:g}, seed {run['seed']}"
+        )
+
     def figures(self, results: Results) -> dict[str, Any]:
         """By column: the best rate and its loss; by start, rank and λ: the losses of the best rule over fresh seeds."""
         tuned, best = [], []

@@ -15,7 +15,6 @@ from loraplus.reproduce import small_decoders
 from loraplus.tasks import assets
 
 BOOK = "book"
-DOMAINS = ("movies", "products", "editorials", "tweets")
 LENGTH = 32
 HELD_OUT = 800
 _BOOK_VERSES = 300  # a book with fewer verses is left out

@@ -22,6 +22,7 @@ from loraplus.study.worker import OnStep
 TUNING, FINAL, BASELINE = "tuning", "final", "baseline"
 TUNING_SEED = 0
 EVALUATIONS = 10
+_SHOWN = 0.7  # of the points have colours of their own in a map; worse ones share the darkest
 LOSS, ACCURACY, TEST_LOSS, TEST_ACCURACY = "eval_loss", "eval_accuracy", "test_loss", "test_accuracy"
 
 Case = dict[str, Value]
@@ -91,6 +92,13 @@ class TunedArms(Experiment):
         evaluations = EVALUATIONS if run["phase"] == FINAL else 1
         found = self.train(Job(case, run["lr"], run["lr_ratio"], run["seed"], evaluations), on_step)
         return Result(run, found.status, found.values, found.curve)
+
+    def describe(self, run: Run) -> str:
+        """Such as "movies, tuning: λ 4, η_A 0.001581, seed 0"."""
+        case = title({name: run[name] for name in self.cases()[0]})
+        if run["phase"] == BASELINE:
+            return f"{case}, {BASELINE}"
+        return f"{case}, {run['phase']}: λ {run['lr_ratio']:g}, η_A {run['lr']:g}, seed {run['seed']}"
 
     # What the runs come to.
 
@@ -209,13 +217,13 @@ class TunedArms(Experiment):
         steps = [step for step in steps if step % HALF_DECADE == 0]  # the finer points of an arm are no rows of cells
         ratios = sorted({ratio for ratio, _ in losses})
         points = self.finalists(case, results)
-        best = min(losses.values())
+        worst_shown = sorted(losses.values())[int(_SHOWN * (len(losses) - 1))]
         return HeatMap(
             title(case), "√(η_A·η_B)", "λ = η_B/η_A", "validation loss",
             [lr_of((1.0, step)) for step in steps], ratios,
             [[losses.get((ratio, step)) for step in steps] for ratio in ratios],
             [(name, lr_of((1.0, points[arm][1])), points[arm][0]) for arm, name in _ARMS],
-            diagonal=None, z_max=min(max(losses.values()), best * 1.3),
+            diagonal=None, z_max=worst_shown,
         )  # fmt: skip
 
     def curves(self, results: Results, figures: Mapping[str, Any]) -> list[Figure]:
