@@ -73,7 +73,9 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
 
 def rms(tensor: torch.Tensor) -> float:
     """Root of the mean square."""
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)) / math.sqrt(max(1, tensor.numel()))
+    tensor = tensor.detach()
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(tensor, dtype=wide)) / math.sqrt(max(1, tensor.numel()))
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

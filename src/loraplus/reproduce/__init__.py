@@ -1,5 +1,1 @@
-"""The paper's experiments by name: `loraplus reproduce`."""
-
-from loraplus.reproduce.command import reproduce
-
-__all__ = ["reproduce"]
+"""The paper's experiments by name: `loraplus reproduce`, or `reproduce` in `command.py`."""

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import shlex
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,12 +18,11 @@ from loraplus.reproduce.experiment import Experiment, Result, Results, Run
 from loraplus.reproduce.files import RUNS_FILE, SUMMARY_FILE, columns_of, read_runs, write_runs
 from loraplus.reproduce.format import RunFormat
 from loraplus.reproduce.page import PAGE_FILE, render
-from loraplus.reproduce.plan import ExperimentPlan
+from loraplus.reproduce.plan import ExperimentPlan, timed_run
 from loraplus.reproduce.registry import experiment_class
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, OnEvent, default_workers, run_all
 from loraplus.study.storage import without_password
 from loraplus.study.store import StudyStore
-from loraplus.study.worker import OnStep
 from loraplus.tasks.assets import obtain
 from loraplus.tasks.output import (
     PLOTS_FOLDER,
@@ -226,13 +224,6 @@ def all_settings(experiment: Experiment) -> dict[str, Any]:
     settings = {"scale": experiment.scale, "seeds": experiment.seeds, **experiment.settings()}
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
-
-
-def timed_run(experiment: Experiment, run: Run, on_step: OnStep) -> Result:
-    """One run with its wall-clock time."""
-    started = time.monotonic()
-    result = experiment.run(run, on_step)
-    return replace(result, seconds=time.monotonic() - started)
 
 
 def _saved(options: Options, settings: Mapping[str, Any]) -> dict[str, Any]:

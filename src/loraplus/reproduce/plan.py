@@ -1,11 +1,13 @@
-"""An experiment as a study's plan: what runs next follows from its results."""
+"""An experiment as a study's plan, and one run of it: what runs next follows from the results."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run
+from loraplus.study.worker import OnStep
 
 
 @dataclass(frozen=True)
@@ -27,3 +29,10 @@ class ExperimentPlan:
     def known(self, records: Results, trial: Run) -> Result | None:
         """No two runs of an experiment are the same training."""
         return None
+
+
+def timed_run(experiment: Experiment, run: Run, on_step: OnStep) -> Result:
+    """One run with its wall-clock time."""
+    started = time.monotonic()
+    result = experiment.run(run, on_step)
+    return replace(result, seconds=time.monotonic() - started)

@@ -99,7 +99,9 @@ class Toy(Experiment):
             runs = [_run(family, width, seed, block) for block in blocks for seed in range(self.seeds)]
             if missing := [run for run in runs if run.key not in results]:
                 return missing
-            more = extensions(blocks, _over_seeds([self._losses(family, width, seed, results) for seed in self._all]))
+            joint = _over_seeds([self._losses(family, width, seed, results) for seed in self._all])
+            # Of these blocks only: of further ones some seeds may be done and others not.
+            more = extensions(blocks, {point: joint[point] for block in blocks for point in block.points})
             if not more:
                 return []
             blocks += more
@@ -216,10 +218,11 @@ def _theory(family: Family) -> tuple[float, float, float]:
 
 
 def _over_seeds(per_seed: Sequence[Mapping[Point, float]]) -> dict[Point, float]:
-    """Geometric means; a pair that diverged with one seed has diverged."""
+    """Geometric means of the pairs that all seeds have tried; one that diverged with one seed has diverged."""
+    tried = set.intersection(*map(set, per_seed))
     return {
         point: math.exp(logs) if math.isfinite(logs := mean([_log(losses[point]) for losses in per_seed])) else math.inf
-        for point in per_seed[0]
+        for point in sorted(tried)
     }
 
 
@@ -266,10 +269,9 @@ def _track_figure(family: Family, found: Mapping[str, Any], widths: Sequence[int
         centre = sum(log["mean"] for log in logs) / len(logs)
         middle = sum(math.log10(width) for width in widths) / len(widths)
         slope = found["theory"][quantity]
-        measured = Series(
-            f"measured, exponent {_interval(found['exponents'][quantity])}", widths,
-            *([10 ** log[bound] for log in logs] for bound in ("mean", "low", "high")), colour=place,
-        )  # fmt: skip
+        values, low, high = ([10 ** log[bound] for log in logs] for bound in ("mean", "low", "high"))
+        name = f"measured, exponent {_interval(found['exponents'][quantity])}"
+        measured = Series(name, widths, values, low, high, colour=place)
         theory = Series(
             f"slope {slope:g}", widths, [10 ** (centre + slope * (math.log10(width) - middle)) for width in widths],
             dashed=True, markers=False, colour=place,

@@ -24,13 +24,14 @@ class Keyed(Protocol):
 
 
 TrialT = TypeVar("TrialT", bound=Keyed)
+TrialT_co = TypeVar("TrialT_co", bound=Keyed, covariant=True)
 
 
-class Outcome(Protocol[TrialT]):
+class Outcome(Protocol[TrialT_co]):
     """What came back of a run."""
 
     @property
-    def trial(self) -> TrialT:
+    def trial(self) -> TrialT_co:
         """What was run."""
         ...
 
