@@ -70,12 +70,8 @@ class Decoder(TunedArms):
 
     def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
         by_ratio = self._by_ratio(results)
-        best = [
-            f"{case}: the best λ over the fresh seeds is {min(found, key=lambda r: found[r][0]):g}."
-            for case, found in by_ratio.items()
-        ]
         return Report(
-            verdict=[*best, *verdicts(figures, TEST_LOSS, "nats a token", lower_is_better=True)],
+            verdict=[*self._best_ratios(results), *verdicts(figures, TEST_LOSS, "nats a token", lower_is_better=True)],
             parts=[
                 self.table_of_arms(figures), self.table_of_differences(figures), self._table_of_ratios(by_ratio),
                 *self._plot_of_ratios(by_ratio), *self.maps(results), *self.curves(results, figures),
@@ -88,6 +84,25 @@ class Decoder(TunedArms):
             ],
             limits=["Widths from 32 to 128 are far below those of the models that the paper trains."],
         )  # fmt: skip
+
+    def _best_ratios(self, results: Results) -> list[str]:
+        """The λ of the lowest mean over the fresh seeds, and whether that differs from λ = 1."""
+        sentences = []
+        for case in self.cases():
+            if not self.done(case, results):
+                continue
+            losses = {
+                point: [result.values[LOSS] for result in self.finals(case, point, results)]
+                for point in self.finalists(case, results).values()
+            }
+            best, tied = min(losses, key=lambda point: sum(losses[point])), min(losses)
+            text = f"{title(case)}: λ = {best[0]:g} has the lowest mean over the fresh seeds"
+            gap = t_interval([a - b for a, b in zip(losses[best], losses[tied], strict=True)])
+            if gap is not None and best != tied:
+                text += f", {gap.mean:+.4f} off λ = 1 (95% interval {gap.low:+.4f} to {gap.high:+.4f})"
+                text += "" if gap.excludes_zero else ": no difference found"
+            sentences.append(text + ".")
+        return sentences
 
     def _by_ratio(self, results: Results) -> dict[str, dict[float, tuple[float, float, float, float]]]:
         """{case: {λ: (mean validation loss over fresh seeds, low, high, η_A)}}, of finite runs."""

@@ -7,6 +7,7 @@ its cases (tasks, widths), how one run trains, and what it makes of the figures.
 from __future__ import annotations
 
 import math
+import statistics
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ class TunedArms(Experiment):
              "seeds that reach LoRA's final loss", "times fewer steps"],
             rows,
             "Steps: how many times fewer LoRA+ needs to reach the validation loss that LoRA ends at, on the same "
-            "seed; mean over the seeds that reach it, 1 for those that do not.",
+            "seed; the median, with 1 for seeds that do not reach it.",
         )  # fmt: skip
 
     def maps(self, results: Results) -> list[Figure]:
@@ -307,8 +308,8 @@ def _speed(lora: list[Result], loraplus: list[Result]) -> dict[str, Any]:
         at = steps_to_target(steps, [loss for _, loss in b.curve], a.curve[-1][1])
         reached += at is not None
         gains.append(steps[-1] / at if at else 1.0)
-    mean = math.fsum(gains) / len(gains) if gains else None
-    return {"reached": reached, "seeds": len(lora), "speed_up": mean, "by_seed": gains}
+    middle = statistics.median(gains) if gains else None  # a spike in one of LoRA's runs would carry a mean away
+    return {"reached": reached, "seeds": len(lora), "speed_up": middle, "by_seed": gains}
 
 
 def _curve(name: str, runs: list[Result]) -> Series:
