@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import small_models
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from rates_settings import LR_HEAD, WARMUP, Setting
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging
 
 import loraplus
+from loraplus.reproduce import small_decoders
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -88,7 +88,7 @@ def load_task(task: str, model: str) -> Task:
         encode = AutoTokenizer.from_pretrained(DATA / "minilm-l6")
         ids = encode([row[0] for row in rows], truncation=True, max_length=LENGTH)["input_ids"]
     else:
-        ids = small_models.token_ids(small_models.tokenizer(DATA), [row[0] for row in rows], LENGTH)
+        ids = small_decoders.token_ids(small_decoders.tokenizer(DATA), [row[0] for row in rows], LENGTH)
     parts: dict[bool, tuple[list[list[int]], list[float]]] = {False: ([], []), True: ([], [])}
     for (_, target, held_out), row in zip(rows, ids, strict=True):
         parts[held_out][0].append(row)
@@ -105,7 +105,7 @@ def build_model(setting: Setting, task: Task, seed: int) -> Any:
     folder = (
         DATA / "minilm-l6"
         if setting.model == "minilm"
-        else small_models.obtain(DATA, int(setting.model.removeprefix("decoder-")))
+        else small_decoders.obtain(DATA, int(setting.model.removeprefix("decoder-")))
     )
     set_seed(seed)
     if task.kind == "lm":
@@ -123,7 +123,7 @@ def build_model(setting: Setting, task: Task, seed: int) -> Any:
 
 def _forward(model: Any, task: Task, rows: list[list[int]], targets: list[float]) -> tuple[torch.Tensor, float]:
     """(loss, number of right answers)."""
-    ids, mask = small_models.padded(rows, 0)
+    ids, mask = small_decoders.padded(rows, 0)
     if task.kind == "lm":
         return model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss, 0.0
     logits = model(input_ids=ids, attention_mask=mask).logits.float()

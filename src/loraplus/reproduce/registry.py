@@ -12,6 +12,12 @@ from loraplus.reproduce.experiment import Experiment
 EXPERIMENTS = {
     "toy": "loraplus.reproduce.toy:Toy",
     "coordinates": "loraplus.reproduce.coordinates:Coordinates",
+    "glue-roberta": "loraplus.reproduce.glue_roberta:GlueRoberta",
+    "glue-gpt2": "loraplus.reproduce.glue_gpt2:GlueGpt2",
+    "llama-mnli": "loraplus.reproduce.llama_mnli:LlamaMnli",
+    "llama-flan": "loraplus.reproduce.llama_flan:LlamaFlan",
+    "decoder": "loraplus.reproduce.decoder:Decoder",
+    "init": "loraplus.reproduce.init:Init",
 }
 
 

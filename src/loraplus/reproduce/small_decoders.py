@@ -3,7 +3,7 @@
 Llama-shaped, 4 layers, trained for a few minutes on Bible verses, product reviews and tweets; movie reviews and
 editorials are left for fine-tuning. One tokenizer (byte-level BPE, 2,048 pieces) serves all.
 
-    python benchmarks/small_models.py data 32 64 128
+    python -m loraplus.reproduce.small_decoders data 32 64 128
 """
 
 from __future__ import annotations

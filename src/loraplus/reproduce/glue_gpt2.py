@@ -1,0 +1,34 @@
+"""GPT-2 on GLUE as published; at --scale cpu the decoder of width 128 that is pre-trained here, all layers adapted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplus.reproduce import small_decoders
+from loraplus.reproduce.glue_arms import GlueArms
+from loraplus.reproduce.small_tasks import BOOK
+
+_WIDTH = 128
+
+
+@dataclass(frozen=True)
+class GlueGpt2(GlueArms):
+    """LoRA against LoRA+ with a decoder."""
+
+    domains: tuple[str, ...] = (BOOK, "movies", "tweets", "products", "editorials")
+
+    name = "glue-gpt2"
+    title = "GPT-2 on GLUE"
+    published_model = "openai-community/gpt2"
+    published_targets = "c_attn,c_proj,c_fc"
+    small_targets = "all-linear"
+    small_steps = 300
+
+    @property
+    def assets(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Of the small scale; the published one takes what the hub or the data folder has."""
+        return ("rated-snippets", "verses") if self.scale == "cpu" else ()
+
+    def small_model(self) -> Path:
+        return small_decoders.obtain(Path(self.data), _WIDTH)

@@ -1,0 +1,30 @@
+"""RoBERTa-base on GLUE as published; at --scale cpu MiniLM, a six-layer BERT, on four domains of rated snippets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplus.reproduce.glue_arms import GlueArms
+from loraplus.tasks import assets
+
+
+@dataclass(frozen=True)
+class GlueRoberta(GlueArms):
+    """LoRA against LoRA+ with an encoder."""
+
+    domains: tuple[str, ...] = ("movies", "tweets", "products", "editorials")
+
+    name = "glue-roberta"
+    title = "RoBERTa-base on GLUE"
+    published_model = "FacebookAI/roberta-base"
+    published_targets = small_targets = "query,value"
+    small_steps = 300
+
+    @property
+    def assets(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Of the small scale; the published one takes what the hub or the data folder has."""
+        return ("minilm-l6", "rated-snippets") if self.scale == "cpu" else ()
+
+    def small_model(self) -> Path:
+        return Path(self.data) / assets.ASSETS["minilm-l6"].target

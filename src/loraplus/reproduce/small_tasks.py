@@ -1,0 +1,111 @@
+"""Tasks for the small decoders: which text to model, or which book a verse is from; split once, as token ids."""
+
+from __future__ import annotations
+
+import csv
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from loraplus.reproduce import small_decoders
+from loraplus.tasks import assets
+
+BOOK = "book"
+LENGTH = 32
+HELD_OUT = 800
+_BOOK_VERSES = 300  # a book with fewer verses is left out
+_SPLIT_SEED = 0
+
+Text = tuple[str, int]
+"""(text, number of its class; 0 for a text without a label)."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Labelled text in three parts that share no row."""
+
+    classes: int
+    train: list[Text]
+    validation: list[Text]
+    test: list[Text]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids and class numbers of one part."""
+
+    ids: list[list[int]]
+    targets: list[int]
+
+
+@dataclass(frozen=True)
+class SmallTask:
+    """What a small decoder is trained and evaluated on."""
+
+    kind: Literal["lm", "classes"]
+    classes: int
+    train: Rows
+    validation: Rows
+    test: Rows
+
+
+def _table(data: Path, asset: str) -> list[dict[str, str]]:
+    path = assets.obtain(asset, data, say=lambda _: None)
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _shuffled(rows: list[Text]) -> list[Text]:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
+    return [rows[i] for i in order]
+
+
+def _held_out_first(classes: int, rows: list[Text]) -> Texts:
+    rows = _shuffled(rows)
+    return Texts(classes, rows[2 * HELD_OUT :], rows[:HELD_OUT], rows[HELD_OUT : 2 * HELD_OUT])
+
+
+@functools.lru_cache(maxsize=4)
+def book_texts(data: Path) -> Texts:
+    """Verses and their books. Chapters 4, 12, 20, … are the validation data, 8, 16, 24, … the test data."""
+    rows = _table(data, "verses")
+    sizes = Counter(row["book"] for row in rows)
+    books = {book: i for i, book in enumerate(sorted(book for book in sizes if sizes[book] >= _BOOK_VERSES))}
+    parts: dict[int, list[Text]] = {4: [], 0: []}
+    train: list[Text] = []
+    for row in rows:
+        if row["book"] in books:
+            parts.get(int(row["chapter"]) % 8, train).append((row["text"], books[row["book"]]))
+    return Texts(len(books), _shuffled(train), _shuffled(parts[4])[:HELD_OUT], _shuffled(parts[0])[:HELD_OUT])
+
+
+@functools.lru_cache(maxsize=4)
+def domain_texts(data: Path, domain: str, labelled: bool) -> Texts:
+    """Snippets of one domain; `labelled`: with the sign of their mean rating, those rated 0 left out."""
+    rows = [row for row in _table(data, "rated-snippets") if row["domain"] == domain]
+    if not labelled:
+        return _held_out_first(1, [(row["text"], 0) for row in rows])
+    return _held_out_first(2, [(row["text"], int(float(row["rating"]) > 0)) for row in rows if float(row["rating"])])
+
+
+@functools.lru_cache(maxsize=8)
+def load(data: Path, name: str) -> SmallTask:
+    """A task by name: `book`, or `lm-` and a domain."""
+    tokenizer = small_decoders.tokenizer(data)
+    texts = book_texts(data) if name == BOOK else domain_texts(data, name.removeprefix("lm-"), False)
+
+    def rows(part: list[Text]) -> Rows:
+        ids = small_decoders.token_ids(tokenizer, [text for text, _ in part], LENGTH)
+        return Rows(ids, [target for _, target in part])
+
+    def by_length(part: list[Text]) -> Rows:
+        found = rows(part)
+        order = sorted(range(len(part)), key=lambda i: len(found.ids[i]))
+        return Rows([found.ids[i] for i in order], [found.targets[i] for i in order])
+
+    kind = "classes" if name == BOOK else "lm"
+    return SmallTask(kind, texts.classes, rows(texts.train), by_length(texts.validation), by_length(texts.test))

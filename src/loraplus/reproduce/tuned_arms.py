@@ -1,0 +1,336 @@
+"""LoRA and LoRA+ on several tasks, each tuned on one seed with the same number of runs, then trained on fresh seeds.
+
+The part that the experiments on text have in common: what to run next, and what the runs come to. An experiment adds
+its cases (tasks, widths), how one run trains, and what it makes of the figures.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from loraplus.reproduce.experiment import Experiment, Result, Results, Run, Value
+from loraplus.reproduce.grid import HALF_DECADE, RATIOS, Point, best_of, lr_of, next_point
+from loraplus.reproduce.intervals import t_interval
+from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Series, Table
+from loraplus.study.statistics import Estimate, steps_to_target
+from loraplus.study.worker import OnStep
+
+TUNING, FINAL, BASELINE = "tuning", "final", "baseline"
+TUNING_SEED = 0
+EVALUATIONS = 10
+_SHOWN = 0.7  # of the points have colours of their own in a map; worse ones share the darkest
+LOSS, ACCURACY, TEST_LOSS, TEST_ACCURACY = "eval_loss", "eval_accuracy", "test_loss", "test_accuracy"
+
+Case = dict[str, Value]
+"""What is trained on what, such as {"domain": "movies"}: the first parameters of its runs."""
+
+
+class Job(NamedTuple):
+    """What one run has to do."""
+
+    case: Case
+    lr: float
+    lr_ratio: float
+    seed: int
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class TunedArms(Experiment):
+    """Base of the experiments that tune both arms on every case."""
+
+    main_value = LOSS
+    every_ratio = False
+    """Whether the best point of every λ is trained on the fresh seeds, not only the best with λ > 1."""
+    has_baseline = False
+    has_accuracy = True
+    first_step = 0
+    """Where the grid starts; see `grid.next_point`."""
+
+    @abstractmethod
+    def cases(self) -> list[Case]:
+        """In the order in which they are run."""
+
+    @abstractmethod
+    def train(self, job: Job, on_step: OnStep) -> Result:
+        """Trains once; the run of the result does not matter."""
+
+    def baseline(self, case: Case) -> dict[str, float]:
+        """Values of a method without a network on a case."""
+        raise NotImplementedError
+
+    def next_runs(self, results: Results) -> Sequence[Run]:
+        """The next point of every case's grid; once that is done, all of its final runs."""
+        wanted = [run for case in self.cases() for run in self._of_case(case, results)]
+        return [run for run in wanted if run.key not in results]
+
+    def _of_case(self, case: Case, results: Results) -> list[Run]:
+        baseline = [Run({**case, "phase": BASELINE})] if self.has_baseline else []
+        point = next_point(self.losses(case, results), self.first_step)
+        if point is not None:
+            return [*baseline, _run(case, TUNING, point, TUNING_SEED)]
+        return [*baseline, *self._final_runs(case, results)]
+
+    def _final_runs(self, case: Case, results: Results) -> list[Run]:
+        points = self.finalists(case, results).values()
+        return [_run(case, FINAL, point, seed) for seed in self.fresh_seeds for point in points]
+
+    @property
+    def fresh_seeds(self) -> range:
+        """Those that no rate was chosen on."""
+        return range(TUNING_SEED + 1, TUNING_SEED + 1 + self.seeds)
+
+    def run(self, run: Run, on_step: OnStep) -> Result:
+        """A baseline, or one training run; tuning runs are evaluated once, at their end."""
+        case = {name: run[name] for name in self.cases()[0]}
+        if run["phase"] == BASELINE:
+            return Result(run, "done", self.baseline(case))
+        evaluations = EVALUATIONS if run["phase"] == FINAL else 1
+        found = self.train(Job(case, run["lr"], run["lr_ratio"], run["seed"], evaluations), on_step)
+        return Result(run, found.status, found.values, found.curve)
+
+    def describe(self, run: Run) -> str:
+        """Such as "movies, tuning: λ 4, η_A 0.001581, seed 0"."""
+        case = title({name: run[name] for name in self.cases()[0]})
+        if run["phase"] == BASELINE:
+            return f"{case}, {BASELINE}"
+        return f"{case}, {run['phase']}: λ {run['lr_ratio']:g}, η_A {run['lr']:g}, seed {run['seed']}"
+
+    # What the runs come to.
+
+    def losses(self, case: Case, results: Results) -> dict[Point, float]:
+        """Loss of every grid point of a case on the tuning seed."""
+        return {
+            (result.run["lr_ratio"], result.run["grid_step"]): _loss(result)
+            for result in results.values()
+            if _is(result, case, TUNING)
+        }
+
+    def finalists(self, case: Case, results: Results) -> dict[str, Point]:
+        """The points to train on fresh seeds, by arm: lora, loraplus, and with `every_ratio` the rest by λ."""
+        losses = self.losses(case, results)
+        columns = [best_of(losses, ratio) for ratio in RATIOS if any(point[0] == ratio for point in losses)]
+        best = min(columns[1:], key=lambda point: losses[point])
+        others = {f"lr_ratio_{point[0]:g}": point for point in columns[1:] if point != best}
+        return {"lora": columns[0], "loraplus": best, **(others if self.every_ratio else {})}
+
+    def done(self, case: Case, results: Results) -> bool:
+        """Whether all runs of a case are there."""
+        return next_point(self.losses(case, results), self.first_step) is None and all(
+            run.key in results for run in self._of_case(case, results)
+        )
+
+    def finals(self, case: Case, point: Point, results: Results) -> list[Result]:
+        """The runs of a point on the fresh seeds, by seed."""
+        return [results[_run(case, FINAL, point, seed).key] for seed in self.fresh_seeds]
+
+    def figures(self, results: Results) -> dict[str, Any]:
+        """By case: both arms, their difference, steps to target, the best of every λ; unfinished cases by name."""
+        found = {title(case): self._figures(case, results) for case in self.cases() if self.done(case, results)}
+        return {"cases": found, "unfinished": [title(c) for c in self.cases() if not self.done(c, results)]}
+
+    def _figures(self, case: Case, results: Results) -> dict[str, Any]:
+        points, losses = self.finalists(case, results), self.losses(case, results)
+        finals = {arm: self.finals(case, point, results) for arm, point in points.items()}
+        values = (LOSS, TEST_LOSS, *((ACCURACY, TEST_ACCURACY) if self.has_accuracy else ()))
+        figures: dict[str, Any] = {
+            "arms": {arm: self._arm(points[arm], finals[arm], losses, values) for arm in points},
+            "difference": {
+                name: _dict(_differences(finals["lora"], finals["loraplus"], name)) for name in values
+            },
+            "best_of_ratio": [
+                {"lr_ratio": ratio, "lr": lr_of(point), "eval_loss": losses[point]}
+                for ratio in RATIOS
+                if any(p[0] == ratio for p in losses)
+                for point in [best_of(losses, ratio)]
+            ],
+            "steps_to_target": _speed(finals["lora"], finals["loraplus"]),
+        }  # fmt: skip
+        if self.has_baseline:
+            figures["baseline"] = dict(results[Run({**case, "phase": BASELINE}).key].values)
+        return figures
+
+    def _arm(self, point: Point, finals: list[Result], losses: dict[Point, float], values: Sequence[str]) -> dict:
+        own = [p for p in losses if (p[0] == 1.0) == (point[0] == 1.0)]
+        figures: dict[str, Any] = {"lr": lr_of(point), "lr_ratio": point[0], "tuning_runs": len(own)}
+        return figures | {name: _dict(t_interval([_value(result, name) for result in finals])) for name in values}
+
+    # What is shown of it, the same in every experiment.
+
+    def table_of_arms(self, figures: Mapping[str, Any]) -> Table:
+        """A line a case and arm."""
+        measure = TEST_ACCURACY if self.has_accuracy else TEST_LOSS
+        rows = []
+        for case, found in figures["cases"].items():
+            for arm, name in (("lora", "LoRA"), ("loraplus", "LoRA+")):
+                own = found["arms"][arm]
+                rows.append([case, name, own["lr"], own["lr_ratio"], own["tuning_runs"], _text(own[LOSS]),
+                             _text(own[TEST_LOSS]), *([_text(own[measure])] if self.has_accuracy else [])])  # fmt: skip
+            if "baseline" in found:
+                own = found["baseline"]
+                rows.append([case, "TF-IDF + logistic regression", None, None, None, _number(own[LOSS]),
+                             _number(own[TEST_LOSS]), _number(own[TEST_ACCURACY])])  # fmt: skip
+        columns = ["case", "method", "η_A", "λ", "tuning runs", "validation loss", "test loss"]
+        return Table(
+            "Both arms, tuned with the same number of runs",
+            [*columns, *(["test accuracy"] if self.has_accuracy else [])],
+            rows,
+            f"Means over {self.seeds} seeds that nothing was tuned on, with 95% intervals (Student's t).",
+        )
+
+    def table_of_differences(self, figures: Mapping[str, Any]) -> Table:
+        """LoRA+ minus LoRA, and the steps that LoRA+ needs."""
+        names = [LOSS, TEST_LOSS, *([TEST_ACCURACY] if self.has_accuracy else [])]
+        rows = []
+        for case, found in figures["cases"].items():
+            speed = found["steps_to_target"]
+            reached = f"{speed['reached']} of {speed['seeds']}"
+            rows.append([case, *(_text(found["difference"][name]) for name in names), reached, speed["speed_up"]])
+        return Table(
+            "LoRA+ minus LoRA, paired by seed",
+            ["case", *(name.replace("eval", "validation").replace("_", " ") for name in names),
+             "seeds that reach LoRA's final loss", "times fewer steps"],
+            rows,
+            "Steps: how many times fewer LoRA+ needs to reach the validation loss that LoRA ends at, on the same "
+            "seed; the median, with 1 for seeds that do not reach it.",
+        )  # fmt: skip
+
+    def maps(self, results: Results) -> list[Figure]:
+        """Loss over (√(η_A·η_B), λ), three cases a picture."""
+        done = [case for case in self.cases() if self.done(case, results)]
+        return [
+            Figure(
+                f"grid-{place + 1}" if len(done) > 3 else "grid", "Validation loss over the rates",
+                [self._map(case, results) for case in done[place * 3 : place * 3 + 3]],
+                "One run a point, seed 0. The lowest row is plain LoRA.",
+            )
+            for place in range(math.ceil(len(done) / 3))
+        ]  # fmt: skip
+
+    def _map(self, case: Case, results: Results) -> HeatMap:
+        losses = {point: loss for point, loss in self.losses(case, results).items() if math.isfinite(loss)}
+        steps = range(min(step for _, step in losses), max(step for _, step in losses) + 1)
+        steps = [step for step in steps if step % HALF_DECADE == 0]  # the finer points of an arm are no rows of cells
+        ratios = sorted({ratio for ratio, _ in losses})
+        points = self.finalists(case, results)
+        worst_shown = sorted(losses.values())[int(_SHOWN * (len(losses) - 1))]
+        return HeatMap(
+            title(case), "√(η_A·η_B)", "λ = η_B/η_A", "validation loss",
+            [lr_of((1.0, step)) for step in steps], ratios,
+            [[losses.get((ratio, step)) for step in steps] for ratio in ratios],
+            [(name, lr_of((1.0, points[arm][1])), points[arm][0]) for arm, name in _ARMS],
+            diagonal=None, z_max=worst_shown,
+        )  # fmt: skip
+
+    def curves(self, results: Results, figures: Mapping[str, Any]) -> list[Figure]:
+        """Mean validation loss over the steps, with its range over the seeds."""
+        plots = []
+        for case in self.cases():
+            if not self.done(case, results):
+                continue
+            points = self.finalists(case, results)
+            series = [_curve(name, self.finals(case, points[arm], results)) for arm, name in _ARMS]
+            baseline = figures["cases"][title(case)].get("baseline")
+            if baseline:
+                ends = [series[0].x[0], series[0].x[-1]]
+                series.append(Series("TF-IDF", ends, [baseline[LOSS]] * 2, dashed=True, markers=False))
+            plots.append(LinePlot(title(case), "step", "validation loss", series))
+        return [
+            Figure(f"curves-{place + 1}" if len(plots) > 3 else "curves", "Validation loss of both arms",
+                   plots[place * 3 : place * 3 + 3], "Means over the fresh seeds; bands: lowest and highest.")
+            for place in range(math.ceil(len(plots) / 3))
+        ]  # fmt: skip
+
+
+_ARMS = (("lora", "LoRA"), ("loraplus", "LoRA+"))
+
+
+def title(case: Mapping[str, Value]) -> str:
+    """A case in words.
+
+    Example:
+        >>> title({"width": 64, "domain": "movies"})
+        'width 64, movies'
+    """
+    return ", ".join(value if isinstance(value, str) else f"{name} {value}" for name, value in case.items())
+
+
+def verdicts(figures: Mapping[str, Any], measure: str, unit: str, lower_is_better: bool) -> list[str]:
+    """A sentence a case on what LoRA+ gains; "no difference found" where the interval holds 0."""
+    found = []
+    for case, own in figures["cases"].items():
+        difference = own["difference"][measure]
+        if difference is None:
+            found.append(f"{case}: a final run diverged.")
+            continue
+        span = f"{difference['mean']:+.4f} {unit} (95% interval {difference['low']:+.4f} to {difference['high']:+.4f})"
+        if difference["low"] <= 0 <= difference["high"]:
+            found.append(f"{case}: no difference found; LoRA+ minus LoRA {span}.")
+        else:
+            better = (difference["mean"] < 0) == lower_is_better
+            found.append(f"{case}: LoRA+ is {'better' if better else 'worse'}; LoRA+ minus LoRA {span}.")
+    return found
+
+
+def _run(case: Case, phase: str, point: Point, seed: int) -> Run:
+    return Run({**case, "phase": phase, "lr_ratio": point[0], "grid_step": point[1], "lr": lr_of(point), "seed": seed})
+
+
+def _is(result: Result, case: Case, phase: str) -> bool:
+    return result.run["phase"] == phase and all(result.run[name] == value for name, value in case.items())
+
+
+def _loss(result: Result) -> float:
+    return _value(result, LOSS)
+
+
+def _value(result: Result, name: str) -> float:
+    value = result.values.get(name, math.inf) if result.status == "done" else math.inf
+    return value if math.isfinite(value) else math.inf
+
+
+def _differences(lora: list[Result], loraplus: list[Result], name: str) -> Estimate | None:
+    return t_interval([_value(b, name) - _value(a, name) for a, b in zip(lora, loraplus, strict=True)])
+
+
+def _speed(lora: list[Result], loraplus: list[Result]) -> dict[str, Any]:
+    """How many times fewer steps LoRA+ needs to the loss that LoRA ends at."""
+    gains, reached = [], 0
+    for a, b in zip(lora, loraplus, strict=True):
+        if not a.curve or not b.curve:
+            continue
+        steps = [step for step, _ in b.curve]
+        at = steps_to_target(steps, [loss for _, loss in b.curve], a.curve[-1][1])
+        reached += at is not None
+        gains.append(steps[-1] / at if at else 1.0)
+    middle = statistics.median(gains) if gains else None  # a spike in one of LoRA's runs would carry a mean away
+    return {"reached": reached, "seeds": len(lora), "speed_up": middle, "by_seed": gains}
+
+
+def _curve(name: str, runs: list[Result]) -> Series:
+    curves = [dict(result.curve) for result in runs if result.curve]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    columns = [[curve[step] for curve in curves] for step in steps]
+    return Series(
+        name, steps, [math.fsum(column) / len(column) for column in columns], [min(column) for column in columns],
+        [max(column) for column in columns],
+    )  # fmt: skip
+
+
+def _dict(estimate: Estimate | None) -> dict[str, float] | None:
+    return None if estimate is None else estimate.to_dict()
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _text(estimate: Mapping[str, float] | None) -> str:
+    if estimate is None:
+        return "diverged"
+    return f"{estimate['mean']:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}]"
