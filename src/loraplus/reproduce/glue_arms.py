@@ -25,6 +25,7 @@ from loraplus.tasks.pretrained import load_tokenizer
 
 _BETA2 = 0.99
 _WARMUP = 0.06
+_SMALL_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class GlueArms(TunedArms):
             published.target_modules, published.epochs = self.published_targets, TASKS[str(case["task"])].epochs
             return Recipe(published, _BETA2, head_at_lr=True, half=True)
         published.model, published.target_modules = str(self.small_model()), self.small_targets
-        published.max_steps = self.max_steps or self.small_steps
+        published.max_steps, published.batch_size = self.max_steps or self.small_steps, _SMALL_BATCH
         published.eval_batch_size = 100
         return Recipe(published, _BETA2)
 

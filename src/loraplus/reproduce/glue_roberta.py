@@ -13,7 +13,7 @@ from loraplus.tasks import assets
 class GlueRoberta(GlueArms):
     """LoRA against LoRA+ with an encoder."""
 
-    domains: tuple[str, ...] = ("movies", "tweets", "products", "editorials")
+    domains: tuple[str, ...] = ("tweets", "products", "movies", "editorials")
 
     name = "glue-roberta"
     title = "RoBERTa-base on GLUE"
