@@ -15,6 +15,7 @@ from loraplus.reproduce.report import Figure, HeatMap, LinePlot
 
 _INCHES = (4.6, 3.7)
 _DPI = 110
+_FEW = 8
 _MARKS = ("o", "D", "s", "^")
 
 
@@ -89,5 +90,9 @@ def _lines(axes: Any, plot: LinePlot) -> None:
         if len(series.low):
             axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.18, linewidth=0)
     axes.set(xscale="log" if plot.log_x else "linear", yscale="log" if plot.log_y else "linear")
+    places = sorted({x for series in plot.series for x in series.x})
+    if plot.log_x and len(places) <= _FEW:  # such as widths or ranks: named as they are, not as powers of ten
+        axes.set_xticks(places, [f"{x:g}" for x in places])
+        axes.set_xticks([], minor=True)
     axes.grid(True, alpha=0.25)
     axes.legend(fontsize=7)
