@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss, silu
 
-from loraplus.movement import AdaptedLayer, Sample, movement, rms
+from loraplus.movement import TOKENS, AdaptedLayer, Sample, movement, rms
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.coordinates import DELTAS, Coordinates, measure, rates_tried
 from loraplus.reproduce.fits import exponent
@@ -106,10 +106,11 @@ def test_the_deltas_sum_to_the_whole_change_and_are_those_of_movement(model: Fro
     layer = AdaptedLayer("toy", nn.Identity(), a, b, toy_model.SCALING)
     for weight, value in zip(layer.weights, (before.a[1], before.b[1]), strict=True):
         weight.data = value
-    moved = movement(layer, Sample(model.test_features, 1.0), after.a[1] - before.a[1], after.b[1] - before.b[1])
+    sample = Sample(model.test_features[:TOKENS], 1.0)
+    moved = movement(layer, sample, after.a[1] - before.a[1], after.b[1] - before.b[1])
     measured = measure(model, before, after)[1]
     assert [measured[delta] for delta in DELTAS] == pytest.approx([moved.delta1, moved.delta2, moved.delta3], rel=1e-3)
-    assert measured["delta1"] == pytest.approx(rms(d1[1]), rel=1e-3)
+    assert measured["delta1"] == pytest.approx(rms(d1[1][:, :TOKENS]), rel=1e-3)
 
 
 def bowl(at: tuple[float, float]):
@@ -126,7 +127,7 @@ def test_the_grid_is_extended_until_the_best_pair_and_the_best_tied_rate_are_ins
     assert all((at[0] + da, at[1] + db) in losses for da in (-1, 0, 1) for db in (-1, 0, 1))
     tied = best(losses, lambda point: point[0] == point[1])
     assert {(tied[0] - 1,) * 2, (tied[0] + 1,) * 2} <= set(losses)
-    points = [p for block in blocks if block.shape == "rectangle" for p in block.points]
+    points = [p for block in blocks if block.shape == "grid" for p in block.points]
     assert len(points) == len(set(points)), "no pair twice"
 
 
@@ -178,9 +179,7 @@ def test_what_comes_next_does_not_depend_on_the_order_in_which_runs_finish(small
         last = runs[-1].key  # one run at a time, the last first: seeds of one block apart
         done[last] = results[last]
     assert planned == set(done) == set(results)
-    assert any(
-        run.key.count("rectangle") and run["a_to"] - run["a_from"] < 8 for run in (r.run for r in results.values())
-    )
+    assert any(run.key.count("grid") and run["a_to"] - run["a_from"] < 8 for run in (r.run for r in results.values()))
 
 
 def test_a_run_of_the_toy_depends_on_its_seed_and_nothing_else(small):

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from loraplus.movement import rms
+from loraplus.movement import TOKENS, rms
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
 from loraplus.reproduce.fits import exponent, over_seeds
@@ -69,7 +69,7 @@ class Coordinates(Experiment):
         return {
             "optimizer": "adam", "readout_power": READOUT_POWER, "inputs": toy_model.INPUTS, "rank": toy_model.RANK,
             "noise": toy_model.NOISE, "steps": self.steps, "batch": BATCH, "widths": list(self.widths),
-            "measured_at": list(MEASURED_AT), "c": C, "c_prime": C_PRIME,
+            "measured_at": list(MEASURED_AT), "measured_points": TOKENS, "c": C, "c_prime": C_PRIME,
             "tied_half_decades": list(TIED_HALF_DECADES),
         }  # fmt: skip
 
@@ -92,19 +92,20 @@ class Coordinates(Experiment):
         model = toy_model.frozen(run["width"], run["seed"], READOUT_POWER)
         pairs = rates_tried(run["width"])
         lr_a, lr_b = (torch.tensor([pair[place] for pair in pairs.values()]) for place in (0, 1))
-        measured: dict[int, list[dict[str, float]]] = {}
+        measured: dict[tuple[int, int], dict[str, float]] = {}
 
-        def look(step: int, before: toy_model.Factors, after: toy_model.Factors) -> None:
-            measured[step] = measure(model, before, after)
+        def look(first: int, step: int, before: toy_model.Factors, after: toy_model.Factors) -> None:
+            for place, deltas in enumerate(measure(model, before, after), start=first):
+                measured[place, step] = deltas
 
         losses = toy_model.train(
             model, "adam", lr_a, lr_b, steps=self.steps, batch=BATCH, seed=run["seed"], on_part=on_step,
             look=look, look_at=MEASURED_AT,
         )  # fmt: skip
         rows = [
-            {"rates": name, "lr_a": pair[0], "lr_b": pair[1], "step": step, **deltas[place], "test_loss": loss}
+            {"rates": name, "lr_a": pair[0], "lr_b": pair[1], "step": step, **measured[place, step], "test_loss": loss}
             for place, (name, pair, loss) in enumerate(zip(pairs, pairs.values(), losses.test.tolist(), strict=True))
-            for step, deltas in measured.items()
+            for step in MEASURED_AT
         ]
         return Result(run, "done", rows=tuple(rows))
 
@@ -177,7 +178,7 @@ def rates_tried(width: int) -> dict[str, tuple[float, float]]:
 
 def measure(model: toy_model.Frozen, before: toy_model.Factors, after: toy_model.Factors) -> list[dict[str, float]]:
     """RMS of δ1, δ2 and δ3 over test points and hidden units, for each pair of rates."""
-    found = toy_model.changes(before, after, model.test_features)
+    found = toy_model.changes(before, after, model.test_features[:TOKENS])
     return [
         {delta: float(f"{rms(tensor[place]):.4g}") for delta, tensor in zip(DELTAS, found, strict=True)}
         for place in range(len(before.a))
@@ -250,7 +251,7 @@ def _verdict(figures: Mapping[str, Any]) -> list[str]:
 
 _METHOD = (
     "The toy model (loraplus reproduce toy) with Adam and W_out of order 1/n, trained for 100 steps. A and B before "
-    "and after a step give δ1, δ2 and δ3 on 512 test points; shown is their root mean square over points and hidden "
+    "and after a step give δ1, δ2 and δ3 on 128 test points; shown is their root mean square over points and hidden "
     f"units. Step {FITTED_AT} is the first in which A moves: at step 1, B = 0.",
     f"c = {C:g}, so that at width 64 both tied rates are {TIED_AT_64:g}; c′ = {C_PRIME:.3g}. The tuned rate is the "
     "best of ten, half a decade apart, by the mean loss over the seeds.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -64,12 +64,16 @@ def _drawn(plot: LinePlot | HeatMap) -> go.Figure:
 
 def _heat_map(plot: HeatMap) -> go.Figure:
     figure = go.Figure()
+    shown = [[_shade(value, plot) for value in row] for row in plot.z]
+    inside = [value for row in shown for value in row if value is not None]
+    top = _shade(plot.z_max, plot) if plot.z_max is not None else max(inside, default=1.0)
     figure.add_heatmap(
-        x=list(plot.x), y=list(plot.y), z=[list(row) for row in plot.z], zmax=plot.z_max, zmin=_lowest(plot),
+        x=list(plot.x), y=list(plot.y), z=shown, zmin=min(inside, default=0.0), zmax=top,
+        text=[["" if value is None else f"{value:.4g}" for value in row] for row in plot.z],
         colorscale="Viridis", reversescale=True, hoverongaps=False,
-        colorbar={"title": {"text": plot.z_label}, "thickness": 12, "outlinewidth": 0},
+        colorbar={"title": {"text": plot.z_label}, "thickness": 12, "outlinewidth": 0, **_ticks(inside, top, plot)},
         hovertemplate=f"{plot.x_label} %{{x:.3g}} · {plot.y_label} %{{y:.3g}}"
-                      f"<br>{plot.z_label} %{{z:.4g}}<extra></extra>",
+                      f"<br>{plot.z_label} %{{text}}<extra></extra>",
     )  # fmt: skip
     if plot.diagonal:
         ends = [max(min(plot.x), min(plot.y)), min(max(plot.x), max(plot.y))]
@@ -87,8 +91,18 @@ def _heat_map(plot: HeatMap) -> go.Figure:
     return figure
 
 
-def _lowest(plot: HeatMap) -> float | None:
-    return None if plot.z_max is None else min(value for row in plot.z for value in row if value is not None)
+def _shade(value: float | None, plot: HeatMap) -> float | None:
+    """Where a value stands on the colour axis."""
+    return math.log10(value) if plot.log_z and value is not None else value
+
+
+def _ticks(inside: Sequence[float], top: float | None, plot: HeatMap) -> dict[str, Any]:
+    """Marks beside the colours, in the values themselves where the colours go by their logarithm."""
+    if not plot.log_z or not inside or top is None:
+        return {}
+    low = min(inside)
+    places = [low + (top - low) * part / 4 for part in range(5)]
+    return {"tickvals": places, "ticktext": [f"{10**place:.2g}" for place in places]}
 
 
 def _lines(plot: LinePlot) -> go.Figure:

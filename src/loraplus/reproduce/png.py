@@ -15,7 +15,7 @@ from loraplus.reproduce.report import Figure, HeatMap, LinePlot
 
 _INCHES = (4.6, 3.7)
 _DPI = 110
-_FEW = 8
+_MOST_TICKS = 8
 _MARKS = ("o", "D", "s", "^")
 
 
@@ -55,11 +55,12 @@ def draw(figure: Figure, target: Path) -> None:
 
 
 def _heat_map(canvas: Any, axes: Any, plot: HeatMap) -> None:
+    from matplotlib.colors import LogNorm, Normalize
+
     z = np.array([[np.nan if value is None else value for value in row] for row in plot.z], dtype=float)
     axes.set_facecolor("0.85")  # where it diverged
-    mesh = axes.pcolormesh(
-        _edges(plot.x), _edges(plot.y), np.ma.masked_invalid(z), cmap="viridis_r", vmax=plot.z_max, shading="flat"
-    )
+    norm = (LogNorm if plot.log_z else Normalize)(vmax=plot.z_max)
+    mesh = axes.pcolormesh(_edges(plot.x), _edges(plot.y), np.ma.masked_invalid(z), cmap="viridis_r", norm=norm)
     axes.set(xscale="log", yscale="log")
     canvas.colorbar(mesh, ax=axes, extend="neither" if plot.z_max is None else "max").set_label(plot.z_label)
     limits = axes.get_xlim(), axes.get_ylim()
@@ -81,6 +82,8 @@ def _edges(centres: Any) -> Any:
 
 
 def _lines(axes: Any, plot: LinePlot) -> None:
+    from matplotlib.ticker import NullLocator
+
     for place, series in enumerate(plot.series):
         colour = PALETTE[(place if series.colour is None else series.colour) % len(PALETTE)]
         axes.plot(
@@ -90,9 +93,9 @@ def _lines(axes: Any, plot: LinePlot) -> None:
         if len(series.low):
             axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.18, linewidth=0)
     axes.set(xscale="log" if plot.log_x else "linear", yscale="log" if plot.log_y else "linear")
-    places = sorted({x for series in plot.series for x in series.x})
-    if plot.log_x and len(places) <= _FEW:  # such as widths or ranks: named as they are, not as powers of ten
-        axes.set_xticks(places, [f"{x:g}" for x in places])
-        axes.set_xticks([], minor=True)
+    ticks = sorted({x for series in plot.series for x in series.x})
+    if plot.log_x and len(ticks) <= _MOST_TICKS:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(True, alpha=0.25)
     axes.legend(fontsize=7)

@@ -60,6 +60,7 @@ class HeatMap:
         marks: (name, x, y) of points worth seeing, such as the best; at most four.
         diagonal: Name of the line x = y, or None for no line.
         z_max: Values above share the darkest colour.
+        log_z: Colours go by the logarithm.
     """
 
     title: str
@@ -72,6 +73,7 @@ class HeatMap:
     marks: Sequence[tuple[str, float, float]] = ()
     diagonal: str | None = "λ = 1"
     z_max: float | None = None
+    log_z: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ Source: Hayou, Ghosh, Yu, arXiv 2402.12354, sections 2 and 3 and figure 2.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,7 @@ STEPS = 100
 BATCH = 64
 WITHIN = 1.05
 """Pairs whose loss is within 5% of the lowest count as equally good; their centre is what is fitted."""
+Tables = dict[tuple[Any, ...], dict[Point, float]]
 QUANTITIES = {"lr_a": "η_A", "lr_b": "η_B", "lr_ratio": "λ"}
 
 
@@ -91,24 +93,24 @@ class Toy(Experiment):
 
     def next_runs(self, results: Results) -> Sequence[Run]:
         widths = sorted({*self.widths, self.map_width}, reverse=True)
-        return [run for width in widths for family in FAMILIES for run in self._missing(family, width, results)]
+        tables = _tables(results)
+        return [run for width in widths for family in FAMILIES for run in self._missing(family, width, results, tables)]
 
-    def _missing(self, family: Family, width: int, results: Results) -> list[Run]:
+    def _missing(self, family: Family, width: int, results: Results, tables: Tables) -> list[Run]:
         blocks = first_blocks(family.centre(width))
         while True:
             runs = [_run(family, width, seed, block) for block in blocks for seed in range(self.seeds)]
             if missing := [run for run in runs if run.key not in results]:
                 return missing
-            joint = _over_seeds([self._losses(family, width, seed, results) for seed in self._all])
+            joint = _over_seeds(self._per_seed(family, width, tables))
             # Of these blocks only: of further ones some seeds may be done and others not.
             more = extensions(blocks, {point: joint[point] for block in blocks for point in block.points})
             if not more:
                 return []
             blocks += more
 
-    @property
-    def _all(self) -> range:
-        return range(self.seeds)
+    def _per_seed(self, family: Family, width: int, tables: Tables) -> list[dict[Point, float]]:
+        return [tables[family.optimizer, family.readout, width, seed] for seed in range(self.seeds)]
 
     def run(self, run: Run, on_step: OnStep) -> Result:
         torch.set_flush_denormal(True)  # what decays to nothing would slow the rest down
@@ -125,42 +127,30 @@ class Toy(Experiment):
         ]
         return Result(run, "done", rows=tuple(rows))
 
-    def _losses(
-        self, family: Family, width: int, seed: int, results: Results, column: str = "test_loss"
-    ) -> dict[Point, float]:
-        """Of every point that was trained."""
-        wanted = (family.optimizer, family.readout, width, seed)
-        return {
-            (round(2 * float(row["log_a"])), round(2 * float(row["log_b"]))): float(row[column])
-            for result in results.values()
-            if tuple(result.params[name] for name in ("optimizer", "readout", "width", "seed")) == wanted
-            for row in result.rows
-        }
-
     def figures(self, results: Results) -> dict[str, Any]:
         """For each family: fitted exponents beside the theory's, the best pairs by width, the cost of a tied rate."""
+        tables = _tables(results)
         return {
             f"{family.optimizer}/{family.readout}": {
                 "title": family.title,
-                "exponents": self._exponents(family, results),
+                "exponents": self._exponents(family, tables),
                 "theory": dict(zip(QUANTITIES, _theory(family), strict=True)),
-                "widths": {str(width): self._at(family, width, results) for width in self.widths},
-                "map": self._at(family, self.map_width, results),
+                "widths": {str(width): self._at(family, width, tables) for width in self.widths},
+                "map": self._at(family, self.map_width, tables),
             }
             for family in FAMILIES
         }
 
-    def _exponents(self, family: Family, results: Results) -> dict[str, dict[str, float]]:
-        tracks = [
-            [_best_logs(self._losses(family, width, seed, results)) for width in self.widths] for seed in self._all
-        ]
+    def _exponents(self, family: Family, tables: Tables) -> dict[str, dict[str, float]]:
+        by_width = [[_best_logs(losses) for losses in self._per_seed(family, width, tables)] for width in self.widths]
+        tracks = list(zip(*by_width, strict=True))  # one a seed
         return {
             quantity: exponent(self.widths, [[logs[place] for logs in track] for track in tracks]).to_dict()
             for place, quantity in enumerate(QUANTITIES)
         }
 
-    def _at(self, family: Family, width: int, results: Results) -> dict[str, Any]:
-        per_seed = [self._losses(family, width, seed, results) for seed in self._all]
+    def _at(self, family: Family, width: int, tables: Tables) -> dict[str, Any]:
+        per_seed = self._per_seed(family, width, tables)
         joint = _over_seeds(per_seed)
         point, tied = best(joint), best(joint, _is_tied)
         logs = [_best_logs(losses) for losses in per_seed]
@@ -176,17 +166,17 @@ class Toy(Experiment):
         }
 
     def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
-        parts: list[Table | Figure] = [self._maps(results)]
+        parts: list[Table | Figure] = [self._maps(_tables(results))]
         for family in FAMILIES:
             found = figures[f"{family.optimizer}/{family.readout}"]
             parts += [_track_figure(family, found, self.widths), _track_table(family, found)]
         parts.append(_tied_figure(figures, self.widths))
         return Report(_verdict(figures, self.map_width), parts, _METHOD, _LIMITS)
 
-    def _maps(self, results: Results) -> Figure:
+    def _maps(self, tables: Tables) -> Figure:
         plots = []
         for family in FAMILIES:
-            joint = _over_seeds([self._losses(family, self.map_width, seed, results) for seed in self._all])
+            joint = _over_seeds(self._per_seed(family, self.map_width, tables))
             plots.append(_heat_map(family, joint))
         return Figure(
             f"map-{self.map_width}",
@@ -195,6 +185,16 @@ class Toy(Experiment):
             "Geometric mean of the test loss over the seeds. Grey or white: diverged, or not tried. "
             "Losses above that of a constant share the darkest colour.",
         )
+
+
+def _tables(results: Results) -> Tables:
+    """Test losses of all points, by optimizer, W_out, width and seed."""
+    tables: Tables = defaultdict(dict)
+    for result in results.values():
+        table = tables[tuple(result.params[name] for name in ("optimizer", "readout", "width", "seed"))]
+        for row in result.rows:
+            table[round(2 * float(row["log_a"])), round(2 * float(row["log_b"]))] = float(row["test_loss"])
+    return tables
 
 
 def _run(family: Family, width: int, seed: int, block: Block) -> Run:
@@ -258,7 +258,7 @@ def _heat_map(family: Family, joint: Mapping[Point, float]) -> HeatMap:
         family.title, "η_A", "η_B", "test loss",
         x=[rates((a, 0))[0] for a in columns], y=[rates((0, b))[1] for b in rows],
         z=[[loss if loss is not None and math.isfinite(loss) else None for loss in row] for row in rectangle],
-        marks=[("best pair", *rates(point)), ("best with λ = 1", *rates(tied))], z_max=0.45,
+        marks=[("best pair", *rates(point)), ("best with λ = 1", *rates(tied))], z_max=0.45, log_z=True,
     )  # fmt: skip
 
 
@@ -329,9 +329,17 @@ def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:
             f"{found['title']}: at n = {map_width} the best pair has λ = {at['best']['lr_b'] / at['best']['lr_a']:.3g} "
             f"(centre of the good region: {10 ** at['log10']['lr_ratio']['mean']:.3g}); exponents in n: {measured}; "
             f"theory: {theory}. At n = {widest} the best tied rate has {_interval(factor)} times the loss of the best "
-            "pair, both chosen on other seeds."
+            f"pair, both chosen on other seeds.{_at_edge(found)}"
         )
     return sentences
+
+
+def _at_edge(found: Mapping[str, Any]) -> str:
+    """Where no best pair was found, and what that means."""
+    widths = [width for width, at in found["widths"].items() if not at["inside"]]
+    if not widths:
+        return ""
+    return f" At n = {', '.join(widths)} the best pair is at the edge of the grid, so these exponents tell nothing."
 
 
 _METHOD = (

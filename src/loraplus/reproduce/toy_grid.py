@@ -81,7 +81,7 @@ def first_blocks(centre: Point) -> list[Block]:
     a, b = centre
     middle = round((a + b) / 2)
     return [
-        Block("rectangle", a - REACH, a + REACH, b - REACH, b + REACH),
+        Block("grid", a - REACH, a + REACH, b - REACH, b + REACH),
         Block("diagonal", *((middle - REACH, middle + REACH) * 2)),
     ]
 
@@ -97,17 +97,17 @@ def extensions(blocks: list[Block], losses: Losses) -> list[Block]:
 
 
 def _wider(blocks: list[Block], losses: Losses) -> list[Block]:
-    rectangles = [block for block in blocks if block.shape == "rectangle"]
+    rectangles = [block for block in blocks if block.shape == "grid"]
     if len(rectangles) > MOST_EXTENSIONS:
         return []
     low_a, high_a, low_b, high_b = _ends(rectangles)
     a, b = best(losses, lambda p: low_a <= p[0] <= high_a and low_b <= p[1] <= high_b)
     if a in (low_a, high_a):
         ends = (low_a - EXTENSION, low_a - 1) if a == low_a else (high_a + 1, high_a + EXTENSION)
-        return [Block("rectangle", *ends, low_b, high_b)]
+        return [Block("grid", *ends, low_b, high_b)]
     if b in (low_b, high_b):
         ends = (low_b - EXTENSION, low_b - 1) if b == low_b else (high_b + 1, high_b + EXTENSION)
-        return [Block("rectangle", low_a, high_a, *ends)]
+        return [Block("grid", low_a, high_a, *ends)]
     return []
 
 

@@ -111,7 +111,7 @@ class Factors:
         return Factors(self.a.clone(), self.b.clone())
 
 
-Look = Callable[[int, Factors, Factors], None]
+Look = Callable[[int, int, Factors, Factors], None]
 
 
 def _inner(a: Tensor, features: Tensor) -> Tensor:
@@ -203,11 +203,11 @@ def train(
         batch: Points a step, drawn without replacement; all of them if it is as many.
         seed: Of the order.
         on_part: Told how many of all pairs' steps are done.
-        look: Called with (step, before, after) at the steps `look_at`, counted from 1; all pairs are then trained
-            side by side, whatever memory that takes.
+        look: Called with (first pair, step, before, after) at the steps `look_at`, counted from 1, for each part of
+            the pairs that is trained side by side.
         look_at: Steps at which to look.
     """
-    size = len(lr_a) if look else max(1, min(len(lr_a), ELEMENTS // (model.width * batch)))
+    size = max(1, min(len(lr_a), ELEMENTS // (model.width * batch)))
     parts = list(zip(lr_a.split(size), lr_b.split(size), strict=True))
     found: list[tuple[Tensor, Tensor]] = []
     for place, (rates_a, rates_b) in enumerate(parts):
@@ -218,7 +218,7 @@ def train(
             _, by_a, by_b = gradients(model, factors, model.features[chosen], model.targets[chosen])
             stepper.step((by_a, by_b), schedule=(steps - step) / steps)
             if look and before:
-                look(step + 1, before, factors)
+                look(place * size, step + 1, before, factors)
         found.append(tuple(_loss(model, factors, *pair) for pair in _splits(model)))  # type: ignore[arg-type]
         on_part(place + 1, len(parts))
     train_losses, test_losses = (torch.cat(column) for column in zip(*found, strict=True))
