@@ -207,11 +207,12 @@ class Init(Experiment):
                 own = [tuned.get(Column(start, rank, scale_of(rule, rank), 1.0)) for rank in self.ranks]
                 first, last = own[0], own[-1]
                 if first and last:
-                    parts.append(f"{rule}: × {last['optimum'] / first['optimum']:.2g}")
+                    expected = math.sqrt(_product(rule, self.ranks[0]) / _product(rule, self.ranks[-1]))
+                    parts.append(f"{rule}: × {last['optimum'] / first['optimum']:.2g} ({expected:.2g})")
             if parts:
                 sentences.append(
-                    f"{start}: from rank {self.ranks[0]} to {self.ranks[-1]} the best rate at λ = 1 goes "
-                    f"{'; '.join(parts)}."
+                    f"{start}: from rank {self.ranks[0]} to {self.ranks[-1]} the best rate at λ = 1 goes (in brackets: "
+                    f"as 1/√(r·s)) {'; '.join(parts)}."
                 )
         return sentences
 
@@ -280,6 +281,10 @@ class Init(Experiment):
                     series.append(Series(rule, ranks, values, colour=place))
             plots.append(LinePlot(f"{start}, λ = 1", "rank", label, series, log_x=True, log_y=value == "optimum"))
         return plots
+
+
+def _product(rule: str, rank: int) -> float:
+    return rank * scale_of(rule, rank)
 
 
 def _first_step(scale: float) -> int:
