@@ -3,6 +3,7 @@
     python benchmarks/rates.py --grid [SETTING …] [--minutes N]   runs of the grid that are missing, piece by piece
     python benchmarks/rates.py --auto [SETTING …]                 the automatic runs that are missing
     python benchmarks/rates.py --table                            what the committed results come to
+    python benchmarks/rates.py --arms                             LoRA+ against LoRA in the same results
     python benchmarks/rates.py --rerun SETTING                    trains the runs behind one row of the table again
 
 Results: benchmarks/results/rates/SETTING.csv, a line a run. Runs of a setting share steps, initialisation and data
@@ -18,7 +19,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median, stdev
 from typing import Any
 
 from rates_grid import Point, lr_of, next_point
@@ -26,6 +27,7 @@ from rates_settings import SETTINGS, Setting
 
 RESULTS = Path(__file__).resolve().parent / "results" / "rates"
 SEEDS = (0, 1, 2)
+T_QUANTILE = 2.160  # 97.5% of Student's t with 13 degrees of freedom
 COLUMNS = ("method", "lr_ratio", "half_decade", "lr", "seed", "eval_loss", "accuracy", "seconds")
 
 Row = dict[str, Any]
@@ -160,6 +162,37 @@ def table() -> None:
                   f"auto ≤ LoRA in {level} of {len(done)}")  # fmt: skip
 
 
+def judged(rows: list[Row], point: Point) -> float | None:
+    """Mean loss of a point on the seeds that it was not chosen on."""
+    losses = [grid_losses(rows, seed).get(point) for seed in SEEDS[1:]]
+    return None if None in losses else fmean(losses)  # type: ignore[arg-type]
+
+
+def arms() -> None:
+    """Prints LoRA+ over LoRA: the best points of either on the first seed, judged on the others; and at one usual rate.
+
+    The usual rate is η_A = 1e-3 for LoRA and 7.9e-4 with λ = 16 for LoRA+, on the first seed.
+    """
+    tuned, untuned = [], []
+    print(f"{'setting':40s} {'LoRA':>8s} {'LoRA+':>8s} {'λ':>5s} {'ratio':>7s} {'untuned':>8s}")
+    for setting in SETTINGS.values():
+        rows = read(setting.name)
+        first = grid_losses(rows)
+        known = {point: loss for point in first if (loss := judged(rows, point)) is not None}
+        lora, plus = (
+            min((p for p in known if (p[0] == 1.0) == tied), key=lambda p: first[p]) for tied in (True, False)
+        )
+        tuned.append(known[plus] / known[lora])
+        untuned.append(first[16.0, 1] / first[1.0, 0])
+        print(f"{setting.name:40s} {known[lora]:8.4f} {known[plus]:8.4f} {plus[0]:5g} {tuned[-1]:7.3f} "
+              f"{untuned[-1]:8.3f}")  # fmt: skip
+    for name, ratios in (("tuned", tuned), ("untuned", untuned)):
+        logs = [math.log(ratio) for ratio in ratios]
+        mean, half = fmean(logs), T_QUANTILE * stdev(logs) / math.sqrt(len(logs))
+        print(f"{name}: LoRA+ / LoRA {math.exp(mean):.4f} [{math.exp(mean - half):.4f}, {math.exp(mean + half):.4f}], "
+              f"median {median(ratios):.4f}, below 1 in {sum(r < 1 for r in ratios)} of {len(ratios)}")  # fmt: skip
+
+
 def chosen(names: list[str]) -> list[Setting]:
     """The settings named, or all."""
     unknown = [name for name in names if name not in SETTINGS]
@@ -174,12 +207,15 @@ def main() -> None:
     action.add_argument("--grid", nargs="*", metavar="SETTING")
     action.add_argument("--auto", nargs="*", metavar="SETTING")
     action.add_argument("--table", action="store_true")
+    action.add_argument("--arms", action="store_true")
     action.add_argument("--rerun", metavar="SETTING")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if options.table:
         return table()
+    if options.arms:
+        return arms()
     import torch
 
     torch.set_num_threads(options.threads)

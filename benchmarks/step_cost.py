@@ -1,0 +1,70 @@
+"""What LoRA+ costs a step: the same AdamW over one group against one over groups by role, on MiniLM.
+
+    python benchmarks/step_cost.py [STEPS]
+
+Processor time of whole steps and of the optimizer alone, medians of interleaved pairs in one process.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
+
+import loraplus
+
+MODEL = Path(__file__).resolve().parent.parent / "data" / "minilm-l6"
+BATCH, LENGTH = 8, 24
+WARM_UP = 3
+
+
+def build(lr_ratio: float | None) -> tuple[Any, torch.optim.Optimizer]:
+    """The adapted model with LoRA+ groups, or for None with one group."""
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])
+    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=2), lora)
+    if lr_ratio is None:
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    return model, loraplus.create_optimizer(model, torch.optim.AdamW, lr=1e-4, lr_ratio=lr_ratio)
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Seconds of a step, and of the optimizer in it."""
+    started = time.process_time()
+    model(**batch).loss.backward()
+    before = time.process_time()
+    optimizer.step()
+    optimizer.zero_grad()
+    now = time.process_time()
+    return now - started, now - before
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+    arms = {"LoRA": build(None), "LoRA+": build(16.0)}
+    batch = {"input_ids": torch.randint(1000, 2000, (BATCH, LENGTH)), "labels": torch.randint(2, (BATCH,))}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    for i in range(WARM_UP + steps):
+        for name in list(arms)[:: 1 if i % 2 else -1]:
+            taken = step(*arms[name], batch)
+            if i >= WARM_UP:
+                times[name].append(taken)
+    whole = {name: median(taken[0] for taken in found) for name, found in times.items()}
+    optimizer = {name: median(taken[1] for taken in found) for name, found in times.items()}
+    for name in arms:
+        print(f"{name}: {1e3 * whole[name]:.1f} ms a step, {1e3 * optimizer[name]:.2f} ms of it in the optimizer")
+    print(f"LoRA+ / LoRA: {whole['LoRA+'] / whole['LoRA']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
