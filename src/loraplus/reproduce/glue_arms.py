@@ -155,8 +155,8 @@ def _encoded(case: str, data: str, model: str) -> tuple[PreTrainedTokenizerBase,
     tokenizer = load_tokenizer(TaskConfig(model=model))
     texts = small_texts(Path(data), case)
     names = [str(number) for number in range(texts.classes)]
-    parts = (_examples(part) for part in (texts.train, texts.validation, texts.test))
-    return tokenizer, encode(names, *parts, tokenizer, min(LENGTH, tokenizer.model_max_length))
+    parts = _examples(texts.train), _examples(texts.validation), _examples(texts.test)
+    return tokenizer, encode(names, parts, tokenizer, min(LENGTH, tokenizer.model_max_length))
 
 
 def _examples(part: list[Text]) -> Examples:

@@ -16,7 +16,7 @@ _WIDTH = 128
 class GlueGpt2(GlueArms):
     """LoRA against LoRA+ with a decoder."""
 
-    domains: tuple[str, ...] = (BOOK, "movies", "tweets", "products", "editorials")
+    domains: tuple[str, ...] = ("tweets", "movies", BOOK, "products", "editorials")
 
     name = "glue-gpt2"
     title = "GPT-2 on GLUE"
