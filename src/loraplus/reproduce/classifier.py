@@ -32,6 +32,10 @@ class Examples:
     pairs: Sequence[str] | None = None
 
 
+Parts = tuple[Examples, Examples, Examples]
+"""(train, validation, test)."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a run trains, all but its rates and seed.
@@ -50,10 +54,10 @@ class Recipe:
 
 
 def encode(
-    names: Sequence[str], train: Examples, validation: Examples, test: Examples,
-    tokenizer: PreTrainedTokenizerBase, max_length: int,
-) -> ClassificationData:  # fmt: skip
+    names: Sequence[str], parts: Parts, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> ClassificationData:
     """Token ids of three parts; validation and test are sorted by length, so that their batches hold little padding."""
+    train, validation, test = parts
 
     def rows(part: Examples) -> list[dict[str, Any]]:
         pairs = None if part.pairs is None else list(part.pairs)
@@ -105,7 +109,8 @@ def train_classifier(
             return Result(Run({}), "diverged", {}, _curve(trainer))
         values = _last(trainer, "eval")
         if evaluations > 1:
-            tested = trainer.predict(data.test, metric_key_prefix="test").metrics or {}
+            test: Any = data.test  # a list serves as a dataset
+            tested = trainer.predict(test, metric_key_prefix="test").metrics or {}
             values |= {"test_loss": tested["test_loss"], "test_accuracy": tested["test_accuracy"]}
     return Result(Run({}), "done", values, curve)
 

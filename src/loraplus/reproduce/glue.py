@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraplus.errors import InputError
-from loraplus.reproduce.classifier import Examples, encode
+from loraplus.reproduce.classifier import Examples, Parts, encode
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.pretrained import load_tokenizer
@@ -80,10 +80,10 @@ def encoded(name: str, data: str, model: str) -> tuple[PreTrainedTokenizerBase, 
     task = TASKS[name]
     tokenizer = load_tokenizer(TaskConfig(model=model))
     length = min(LENGTH, tokenizer.model_max_length)
-    return tokenizer, encode(task.labels, *load_glue(task, in_folder_or_hub(data, HUB_NAME)), tokenizer, length)
+    return tokenizer, encode(task.labels, load_glue(task, in_folder_or_hub(data, HUB_NAME)), tokenizer, length)
 
 
-def load_glue(task: GlueTask, source: str) -> tuple[Examples, Examples, Examples]:
+def load_glue(task: GlueTask, source: str) -> Parts:
     """(train, validation, test): a part of the training split is the validation data, GLUE's validation is the test.
 
     Args:

@@ -20,6 +20,7 @@ class GlueRoberta(GlueArms):
     published_model = "FacebookAI/roberta-base"
     published_targets = small_targets = "query,value"
     small_steps = 300
+    small_first_step = 8
 
     @property
     def assets(self) -> tuple[str, ...]:  # type: ignore[override]

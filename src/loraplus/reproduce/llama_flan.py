@@ -85,7 +85,8 @@ class LlamaFlan(RateGrid):
 
     def train(self, lr: float, lr_ratio: float, seed: int, on_step: OnStep) -> Result:
         from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
 
         source = in_folder_or_hub(self.data, mmlu.HUB_NAME)
         asked, solved = mmlu.questions(source, "test"), mmlu.questions(source, "dev")
@@ -114,7 +115,7 @@ class LlamaFlan(RateGrid):
             loraplus.attach(trainer, lr_ratio=lr_ratio).train()
         if watch.diverged:
             return Result(Run({}), "diverged")
-        losses = tuple((row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row)
+        losses = tuple((int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row)
         accuracy = mmlu.accuracy(trainer.model, tokenizer, asked, solved, self.shots)
         return Result(Run({}), "done", {"test_accuracy": accuracy}, losses)
 

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -51,8 +52,14 @@ def tokenizer(data: Path) -> PreTrainedTokenizerFast:
 
 def token_ids(tok: PreTrainedTokenizerFast, lines: list[str], length: int) -> list[list[int]]:
     """<s> text </s>, cut to `length`."""
-    encoded = tok(lines, add_special_tokens=False, truncation=True, max_length=length - 2)["input_ids"]
-    return [[tok.bos_token_id, *ids, tok.eos_token_id] for ids in encoded]
+    encoded: Any = tok(lines, add_special_tokens=False, truncation=True, max_length=length - 2)["input_ids"]
+    start, end = _id(tok.bos_token_id), _id(tok.eos_token_id)
+    return [[start, *ids, end] for ids in encoded]
+
+
+def _id(token: Any) -> int:
+    """A special token's number; its type in transformers allows for much else."""
+    return int(token)
 
 
 def padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +98,7 @@ def obtain(data: Path, width: int) -> Path:
     )
     started, average = time.monotonic(), 0.0
     for step in range(steps):
-        ids, mask = padded([rows[i] for i in torch.randint(len(rows), (BATCH,)).tolist()], tok.pad_token_id)
+        ids, mask = padded([rows[i] for i in torch.randint(len(rows), (BATCH,)).tolist()], _id(tok.pad_token_id))
         loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
         loss.backward()
         optimizer.step()
