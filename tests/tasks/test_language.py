@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from language import TEMPLATE, chat_rows, pair_rows, text_rows, tiny_llama, write_lines
+from language import TEMPLATE, chat_rows, pair_rows, text_rows, tiny_llama, tiny_tokenizer, write_lines
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -71,6 +73,30 @@ def test_tokens_and_targets_are_those_of_sfttrainer(config, tmp_path, kind, on, 
     assert found == wanted
     targets = sum(label != -100 for labels in found.values() for label in labels)
     assert targets == ours.facts["train_target_tokens"] + ours.facts["validation_target_tokens"]
+
+
+def test_a_tokenizer_that_ends_every_text_ends_it_once_and_no_prompt(config, tmp_path, decoder_folder):
+    bare = {kind: data_of(with_rows(config, tmp_path, ROWS[kind])) for kind in ("pairs", "texts")}
+    folder = shutil.copytree(decoder_folder, tmp_path / "ending")
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|end|>", special_tokens=[("<|end|>", tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    for kind, wanted in bare.items():
+        data = data_of(with_rows(config, tmp_path, ROWS[kind], model=str(folder)))
+        assert data.train["input_ids"][:] == wanted.train["input_ids"][:]
+        assert data.train["labels"][:] == wanted.train["labels"][:]
+        assert data.encoder.prompt(data.held_out[0]) == wanted.encoder.prompt(wanted.held_out[0])
+
+
+def test_samples_take_the_likeliest_token_whatever_the_model_would_do(config):
+    trainer, data = trainer_of(config)
+    task = LanguageModelling()
+    tokenizer = task.load_tokenizer(config)
+    plain = task.samples(2, trainer.model, data, tokenizer)
+    trainer.model.generation_config.update(repetition_penalty=5.0)
+    assert task.samples(2, trainer.model, data, tokenizer) == plain
 
 
 def steps_of(config):
@@ -186,6 +212,11 @@ def test_examples_of_the_held_out_data_are_not_trained_on(config, tmp_path):
 def test_a_setting_that_does_not_fit_is_refused(config, changes, says):
     with pytest.raises(InputError, match=says):
         data_of(dataclasses.replace(config, **changes))
+
+
+def test_one_example_cannot_be_split(config, tmp_path):
+    with pytest.raises(InputError, match=r"rows\.jsonl: one example is too few to keep any aside"):
+        data_of(with_rows(config, tmp_path, ROWS["texts"][:1]))
 
 
 def template(config, tmp_path, text):
