@@ -21,6 +21,7 @@ from loraplus.tasks.config import CompareConfig, TrainConfig
 from loraplus.tasks.language import LanguageModelling
 from loraplus.tasks.packing import keeps_apart
 from loraplus.tasks.training import build_trainer, rates_of
+from tasks.causal import save_llama
 
 ROWS = {"messages": chat_rows(40), "pairs": pair_rows(40), "texts": text_rows(40)}
 
@@ -269,6 +270,17 @@ def test_four_bits_need_their_package(config, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'loraplus\[bitsandbytes\]'"):
         trainer_of(dataclasses.replace(config, load_in_4bit=True))
+
+
+def test_four_bits_learn_after_an_evaluation(config, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    wide = save_llama(tmp_path / "wide", hidden=128, intermediate_size=256, context=128)
+    trainer, _ = trainer_of(dataclasses.replace(config, model=str(wide), load_in_4bit=True))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    learnt = [value for name, value in trainer.model.named_parameters() if "lora_B" in name]
+    assert learnt and all(value.abs().max() > 0 for value in learnt)
+    assert trainer.evaluate()["eval_loss"] < before
 
 
 def test_a_model_that_lacks_weights_is_refused(config, decoder_folder, tmp_path):
