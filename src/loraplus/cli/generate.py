@@ -24,7 +24,7 @@ def run(
         str | None, typer.Option(help="File with many: .txt (one a line), JSON Lines, CSV, TSV or Parquet.")
     ] = None,
     prompt_column: Annotated[
-        str | None, typer.Option(help="Its column. Default: prompt, messages, or the one with text.")
+        str | None, typer.Option(help="Its column. Default: prompt, messages, conversations, or the one with text.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     chat: Annotated[
