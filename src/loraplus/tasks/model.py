@@ -92,7 +92,7 @@ def load_language_model(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, 
     return adapted
 
 
-def keep_differentiable(model: torch.nn.Module) -> None:
+def keep_differentiable(model: Any) -> None:
     """Keeps bitsandbytes from laying 4-bit weights out anew for a CPU's inference kernels.
 
     It does so at the first evaluation, for good, and no gradient passes through such a layer: training would go on and
