@@ -43,16 +43,17 @@ def test_one_prompt_is_answered_on_standard_output(base, expected, loraplus_comm
     assert loraplus_command("generate", "--model", base, *SHORT).out == expected[0] + "\n"
 
 
-@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl", "messages"])
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl", "messages", "conversations"])
 def test_a_file_of_prompts_is_answered_row_by_row(base, expected, tmp_path, loraplus_command, kind):
     prompts = [sentence[:9] for sentence in SENTENCES]
     chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": "learned"}] for p in prompts]
-    source = tmp_path / f"prompts.{kind if kind != 'messages' else 'jsonl'}"
+    source = tmp_path / f"prompts.{kind if kind in ('txt', 'csv') else 'jsonl'}"
     source.write_text({
         "txt": "\n\n".join(prompts),
         "csv": "\n".join(["id,prompt", *(f"{i},{p}" for i, p in enumerate(prompts))]),
         "jsonl": "\n".join(json.dumps({"text": p}) for p in prompts),
         "messages": "\n".join(json.dumps({"messages": chat}) for chat in chats),
+        "conversations": "\n".join(json.dumps({"conversations": [{"from": "human", "value": p}]}) for p in prompts),
     }[kind] + "\n")  # fmt: skip
     target = tmp_path / "out.jsonl"
     done = loraplus_command("generate", "--model", base, "--prompts", source, "--output", target, *SHORT)
@@ -60,7 +61,8 @@ def test_a_file_of_prompts_is_answered_row_by_row(base, expected, tmp_path, lora
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     assert [row["completion"] for row in rows] == expected
     assert set(rows[0]) - {"completion"} == {
-        "txt": {"text"}, "csv": {"id", "prompt"}, "jsonl": {"text"}, "messages": {"messages"}
+        "txt": {"text"}, "csv": {"id", "prompt"}, "jsonl": {"text"}, "messages": {"messages"},
+        "conversations": {"conversations"},
     }[kind]  # fmt: skip
 
 
@@ -103,6 +105,10 @@ def test_samples_differ_and_follow_the_seed(base, loraplus_command):
         (["--model", "BASE", "--prompts", "latin.txt"], "latin.txt, line 2: not UTF-8 text"),
         (["--model", "BASE", "--prompts", "gap.csv"], "gap.csv, line 3: the prompt is empty or no text"),
         (["--model", "BASE", "--prompts", "gap.csv", "--prompt-column", "x"], "has no column 'x'"),
+        (["--model", "BASE", "--prompts", "bare.jsonl"], "bare.jsonl, line 2, message 1: the content is missing"),
+        (["--model", "BASE", "--prompts", "long.txt"], "long.txt, line 3: the prompt has"),
+        (["--model", "BASE", "--prompts", "number.jsonl"], "no column holds text; name it with --prompt-column"),
+        (["--model", "BASE", "--prompt", "caf\udce9"], "a prompt is no Unicode text"),
         (["--model", "BASE", "--prompts", "answer.jsonl"], "the chat has no turn to answer"),
         (["--model", "BASE", "--prompt", "the", "--output", "out.txt"], "must end in .jsonl"),
         (["--model", "BASE", "--prompt", "the", "--output", "there.jsonl"], "there.jsonl exists"),
@@ -117,6 +123,11 @@ def test_what_is_wrong_is_one_line(base, adapter, model_folder, tmp_path, refuse
     (tmp_path / "latin.txt").write_bytes(b"the\ncaf\xe9\n")
     (tmp_path / "gap.csv").write_text("id,prompt\n1,the\n2,\n")
     (tmp_path / "answer.jsonl").write_text('{"messages": [{"role": "assistant", "content": "so"}]}\n')
+    (tmp_path / "bare.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [{"role": "user"}]}'
+    )
+    (tmp_path / "long.txt").write_text("the\n\n" + "the " * 90)
+    (tmp_path / "number.jsonl").write_text('{"count": 1}')
     (tmp_path / "there.jsonl").write_text("kept")
     folders = {"BASE": base, "ADAPTER": adapter, "ENCODER": model_folder}
     assert message in refused("generate", *(folders.get(option, option) for option in options))

@@ -53,6 +53,30 @@ def test_other_formats_give_the_same_rows(tmp_path, form):
     ]
 
 
+def test_empty_fields_of_columnar_files_are_gone_however_deep(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    call = [{"function": {"name": "f", "arguments": {"x": 1}}}, {"function": {"name": "g", "arguments": {"y": 2}}}]
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": call}]
+    datasets.Dataset.from_list([{"messages": messages, "tools": call}]).to_parquet(tmp_path / "data.parquet")
+    (row,) = read_examples(read_table(str(tmp_path / "data.parquet")), "sft").rows
+    assert (row.messages, row.tools) == (messages, call)
+
+
+def test_tools_may_be_json_text_or_empty(tmp_path):
+    rows = read(tmp_path, [{**GOOD, "tools": json.dumps([{"name": "f"}])}, {**GOOD, "tools": ""}]).rows
+    assert [row.tools for row in rows] == [[{"name": "f"}], None]
+
+
+def test_a_prompt_beside_a_conversation_is_not_a_second_kind(tmp_path):
+    assert read(tmp_path, [{**GOOD, "prompt": "hi", "prompt_id": "1"}]).kind == CONVERSATION
+
+
+def test_lines_of_text_end_where_the_file_says(tmp_path):
+    (tmp_path / "texts.txt").write_bytes("one\u2028still one\r\n\r\ntwo\x0c\x85\n".encode())
+    table = read_table(str(tmp_path / "texts.txt"))
+    assert (table.columns["text"], table.lines) == (["one\u2028still one", "two\x0c\x85"], [1, 3])
+
+
 GOOD = {"messages": [USER, ASSISTANT]}
 
 
@@ -74,6 +98,11 @@ GOOD = {"messages": [USER, ASSISTANT]}
         ([{"prompt": "a", "completion": 3}], r"line 1: the completion is a int"),
         ([{"prompt": [USER], "completion": "b"}], r"line 1: prompt and completion must both be"),
         ([{"prompt": [USER], "completion": [USER]}], r"line 1: the completion has no assistant turn"),
+        ([GOOD, {**GOOD, "tools": "[{"}], r"line 2: the tools are a string that is not valid JSON"),
+        ([GOOD, {**GOOD, "tools": {"name": "f"}}], r"line 2: the tools are a dict, expected a list"),
+        ([{"conversations": [{"from": ["human"], "value": "hi"}]}], r"line 1, message 1: it has no role"),
+        ([GOOD, {"prompt": "a"}], r"line 2: there are no messages"),
+        ([{"text": "a"}, {"text": "half \ud83d"}], r"line 2: half of a surrogate pair"),
         ([{"prompt": "a"}], r"has a column 'prompt' but nothing in a column 'completion'"),
         ([{"question": "a", "answer": "b"}], r"--task sft needs a column 'messages'.*it has 'question', 'answer'"),
         ([{"text": "a"}, {"text": " "}], r"the text \(column 'text'\) is missing in 1 of 2 rows, first in line 2"),

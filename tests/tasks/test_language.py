@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from language import TEMPLATE, chat_rows, pair_rows, text_rows, tiny_llama, write_lines
+from language import TEMPLATE, chat_rows, pair_rows, text_rows, tiny_llama, tiny_tokenizer, write_lines
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -19,6 +21,7 @@ from loraplus.tasks.config import CompareConfig, TrainConfig
 from loraplus.tasks.language import LanguageModelling
 from loraplus.tasks.packing import keeps_apart
 from loraplus.tasks.training import build_trainer, rates_of
+from tasks.causal import save_llama
 
 ROWS = {"messages": chat_rows(40), "pairs": pair_rows(40), "texts": text_rows(40)}
 
@@ -71,6 +74,30 @@ def test_tokens_and_targets_are_those_of_sfttrainer(config, tmp_path, kind, on, 
     assert found == wanted
     targets = sum(label != -100 for labels in found.values() for label in labels)
     assert targets == ours.facts["train_target_tokens"] + ours.facts["validation_target_tokens"]
+
+
+def test_a_tokenizer_that_ends_every_text_ends_it_once_and_no_prompt(config, tmp_path, decoder_folder):
+    bare = {kind: data_of(with_rows(config, tmp_path, ROWS[kind])) for kind in ("pairs", "texts")}
+    folder = shutil.copytree(decoder_folder, tmp_path / "ending")
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|end|>", special_tokens=[("<|end|>", tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    for kind, wanted in bare.items():
+        data = data_of(with_rows(config, tmp_path, ROWS[kind], model=str(folder)))
+        assert data.train["input_ids"][:] == wanted.train["input_ids"][:]
+        assert data.train["labels"][:] == wanted.train["labels"][:]
+        assert data.encoder.prompt(data.held_out[0]) == wanted.encoder.prompt(wanted.held_out[0])
+
+
+def test_samples_take_the_likeliest_token_whatever_the_model_would_do(config):
+    trainer, data = trainer_of(config)
+    task = LanguageModelling()
+    tokenizer = task.load_tokenizer(config)
+    plain = task.samples(2, trainer.model, data, tokenizer)
+    trainer.model.generation_config.update(repetition_penalty=5.0)
+    assert task.samples(2, trainer.model, data, tokenizer) == plain
 
 
 def steps_of(config):
@@ -188,6 +215,11 @@ def test_a_setting_that_does_not_fit_is_refused(config, changes, says):
         data_of(dataclasses.replace(config, **changes))
 
 
+def test_one_example_cannot_be_split(config, tmp_path):
+    with pytest.raises(InputError, match=r"rows\.jsonl: one example is too few to keep any aside"):
+        data_of(with_rows(config, tmp_path, ROWS["texts"][:1]))
+
+
 def template(config, tmp_path, text):
     (tmp_path / "chat.jinja").write_text(text)
     return dataclasses.replace(config, chat_template=str(tmp_path / "chat.jinja"))
@@ -238,6 +270,17 @@ def test_four_bits_need_their_package(config, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'loraplus\[bitsandbytes\]'"):
         trainer_of(dataclasses.replace(config, load_in_4bit=True))
+
+
+def test_four_bits_learn_after_an_evaluation(config, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    wide = save_llama(tmp_path / "wide", hidden=128, intermediate_size=256, context=128)
+    trainer, _ = trainer_of(dataclasses.replace(config, model=str(wide), load_in_4bit=True))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    learnt = [value for name, value in trainer.model.named_parameters() if "lora_B" in name]
+    assert learnt and all(value.abs().max() > 0 for value in learnt)
+    assert trainer.evaluate()["eval_loss"] < before
 
 
 def test_a_model_that_lacks_weights_is_refused(config, decoder_folder, tmp_path):

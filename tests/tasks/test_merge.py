@@ -151,6 +151,20 @@ def test_only_an_earlier_merge_is_replaced(adapter, tmp_path):
         merge(str(adapter), target, overwrite=True)
 
 
+def test_a_link_stays_a_link(adapter, tmp_path):
+    merge(str(adapter), tmp_path / "merged")
+    (tmp_path / "link").symlink_to("merged")
+    merge(str(adapter), tmp_path / "link", overwrite=True, dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "merged"] and (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["dtype"] == "float16"
+
+
+def test_the_folder_it_runs_in_is_not_replaced(adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is or holds the folder that this runs in"):
+        merge(str(adapter), ".")
+
+
 def test_neither_base_nor_adapter_is_written_over(base, adapter):
     for target, what in ((base, "the base model"), (adapter, "the adapter"), (adapter.parent, "the adapter")):
         with pytest.raises(InputError, match=f"is or holds {what}"):

@@ -24,7 +24,7 @@ def run(
         str | None, typer.Option(help="File with many: .txt (one a line), JSON Lines, CSV, TSV or Parquet.")
     ] = None,
     prompt_column: Annotated[
-        str | None, typer.Option(help="Its column. Default: prompt, messages, or the one with text.")
+        str | None, typer.Option(help="Its column. Default: prompt, messages, conversations, or the one with text.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     chat: Annotated[
@@ -61,7 +61,7 @@ def run(
     if num_samples > 1 and temperature == 0:
         raise InputError("--num-samples above 1 needs a --temperature: at 0 all samples are the same")
     target = check_target(output, overwrite=overwrite) if output else None
-    columns, texts = _read(prompt, prompts, prompt_column)
+    columns, texts, places = _read(prompt, prompts, prompt_column)
     decoder, tokenizer, _ = load_causal(model, adapter, trust_remote_code=trust_remote_code)
     if torch.cuda.is_available():
         decoder.cuda()
@@ -72,6 +72,7 @@ def run(
         completions = generate(
             decoder, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
             batch_size=batch_size, chat=chat, system=system, on_text=_write if streams else None, on_batch=advance,
+            places=[place for place in places for _ in range(num_samples)],
         )  # fmt: skip
     rows = _rows(columns, completions, num_samples)
     if target is not None:
@@ -89,17 +90,19 @@ def run(
         _show(asked, completions, plain)
 
 
-def _read(prompt: str | None, prompts: str | None, column: str | None) -> tuple[dict[str, list[Any]], list[Any]]:
-    """(columns of the source, prompts)"""
+def _read(
+    prompt: str | None, prompts: str | None, column: str | None
+) -> tuple[dict[str, list[Any]], list[Any], list[str]]:
+    """(columns of the source, prompts, where each stands if they are those of a file)"""
     from loraplus.tasks.prompts import read_prompts, read_stdin
 
     if prompt is not None and prompts is not None:
         raise InputError("--prompt and --prompts exclude each other")
     if prompts is not None:
         table, texts = read_prompts(prompts, column)
-        return table.columns, texts
+        return table.columns, texts, [table.place(index) for index in range(len(texts))]
     text = read_stdin() if prompt is None else prompt
-    return {"prompt": [text]}, [text]
+    return {"prompt": [text]}, [text], []
 
 
 def _rows(columns: dict[str, list[Any]], completions: list[str], num_samples: int) -> list[dict[str, Any]]:

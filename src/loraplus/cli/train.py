@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
 
     quiet_libraries()
     from loraplus.tasks.data_parallel import is_main_process
+    from loraplus.tasks.output import json_text
     from loraplus.tasks.train import train
 
     if not is_main_process():
@@ -33,8 +32,7 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
         metrics = train(config, overwrite=overwrite, resume=resume, callbacks=[progress])
     report = write_report(config.output) if config.task != CLASSIFICATION else None
     if json:
-        json_format.dump(metrics, sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        print(json_text(metrics))
     else:
         _print_result(console, config.output, metrics)
         if report:

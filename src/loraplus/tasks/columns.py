@@ -31,25 +31,25 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names)) or "no columns"
 
 
-def _named(table: Table, column: str | None, kind: str, usual: tuple[str, ...], taken: str | None) -> str | None:
+def _named(table: Table, column: str | None, option: str, usual: tuple[str, ...], taken: str | None) -> str | None:
     """The column asked for, else one with a usual name that is not `taken` by the other part."""
     if column is not None:
         if column not in table.columns:
-            raise InputError(
-                f"{table.source} has no column {column!r} (--{kind}-column); it has {_listed(table.columns)}"
-            )
+            raise InputError(f"{table.source} has no column {column!r} ({option}); it has {_listed(table.columns)}")
         return column
     by_lower = {name.lower(): name for name in reversed(table.columns) if name != taken}
     return next((by_lower[name] for name in usual if name in by_lower), None)
 
 
-def choose_text_column(table: Table, text_column: str | None = None, label_column: str | None = None) -> str:
-    """The column with the text: the one named, else a usual name, else the longest strings.
+def choose_text_column(
+    table: Table, text_column: str | None = None, label_column: str | None = None, option: str = "--text-column"
+) -> str:
+    """The column with the text: the one named (by `option`), else a usual name, else the longest strings.
 
     Raises:
         InputError: the named column is missing, or none holds text.
     """
-    found = _named(table, text_column, "text", TEXT_NAMES, label_column)
+    found = _named(table, text_column, option, TEXT_NAMES, label_column)
     if found is not None:
         return found
     present = {name: [v for v in values if v is not None] for name, values in table.columns.items()}
@@ -59,7 +59,7 @@ def choose_text_column(table: Table, text_column: str | None = None, label_colum
         if name != label_column and values and all(isinstance(value, str) for value in values)
     }
     if not lengths:
-        raise InputError(f"{table.source}: no column holds text; name it with --text-column ({_listed(table.columns)})")
+        raise InputError(f"{table.source}: no column holds text; name it with {option} ({_listed(table.columns)})")
     return max(lengths, key=lambda name: lengths[name])
 
 
@@ -69,7 +69,7 @@ def choose_columns(table: Table, text_column: str | None = None, label_column: s
     Raises:
         InputError: a named column is missing, or the guess would be ambiguous.
     """
-    label = _named(table, label_column, "label", LABEL_NAMES, text_column)
+    label = _named(table, label_column, "--label-column", LABEL_NAMES, text_column)
     text = choose_text_column(table, text_column, label)
     if label is None:
         few = [

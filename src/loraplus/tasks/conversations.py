@@ -6,6 +6,7 @@ lists of messages; or a text. `conversations`, with "from" and "value" too, is r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def _content(part: Any) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping):
-        return f"{part['role']}: {part.get('content') or part.get('tool_calls')}"
+        return f"{part['role']}: {part.get('content') or ''} {part.get('tool_calls') or ''}"
     return "\n".join(map(_content, part))
 
 
@@ -81,14 +82,10 @@ def read_examples(table: Table, task: str, text_column: str | None = None) -> Ex
     if kind == TEXT:
         column = choose_text_column(table, text_column)
         texts = strings(table, "text", column)
-        return Examples(kind, [Example(where=_where(table, i), text=text) for i, text in enumerate(texts)])
+        return Examples(kind, [Example(where=table.place(i), text=text) for i, text in enumerate(texts)])
     build = _conversation if kind == CONVERSATION else _pair
     tools = table.columns.get("tools", [None] * len(table))
-    return Examples(kind, [build(table, i, tools[i]) for i in range(len(table))])
-
-
-def _where(table: Table, index: int) -> str:
-    return f"{table.source}, {table.row_name(index)}"
+    return Examples(kind, [build(table, i, _tools(tools[i], table.place(i))) for i in range(len(table))])
 
 
 def _messages_column(table: Table) -> str | None:
@@ -100,11 +97,9 @@ def _kind(table: Table) -> str:
     columns = table.columns
     there = {name for name, values in columns.items() if any(value is not None for value in values)}
     chats = _messages_column(table)
-    if chats and there.intersection(_PAIR):
+    if chats and there.issuperset(_PAIR):  # with a prompt alone, as UltraChat has, there is one thing to learn
         first = {
-            name: next(i for i, value in enumerate(columns[name]) if value is not None)
-            for name in (chats, *_PAIR)
-            if name in there
+            name: next(i for i, value in enumerate(columns[name]) if value is not None) for name in (chats, *_PAIR)
         }
         places = ", ".join(f"{name!r} first in {table.row_name(i)}" for name, i in first.items())
         raise InputError(
@@ -125,16 +120,35 @@ def _kind(table: Table) -> str:
     return COMPLETION
 
 
+def _tools(value: Any, where: str) -> Any:
+    """The tools of an example, which stand in some data as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError:
+            raise InputError(f"{where}: the tools are a string that is not valid JSON") from None
+    if value is not None and not isinstance(value, (list, tuple)):
+        raise InputError(f"{where}: the tools are a {type(value).__name__}, expected a list")
+    return _without_none(value)
+
+
+def _without_none(value: Any) -> Any:
+    """Without the empty fields, however deep, that columnar files fill in."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
 def _conversation(table: Table, index: int, tools: Any) -> Example:
-    where = _where(table, index)
+    where = table.place(index)
     name = _messages_column(table) or MESSAGES_NAMES[0]
-    messages = _messages(table.columns[name][index], where, name)
+    messages = messages_of(table.columns[name][index], where, name)
     _check_assistant(messages, where, "the conversation")
     return Example(where=where, messages=messages, tools=tools)
 
 
 def _pair(table: Table, index: int, tools: Any) -> Example:
-    where = _where(table, index)
+    where = table.place(index)
     prompt, completion = (table.columns[name][index] for name in _PAIR)
     for name, value in zip(_PAIR, (prompt, completion), strict=True):
         if value is None or (
@@ -148,13 +162,25 @@ def _pair(table: Table, index: int, tools: Any) -> Example:
     if isinstance(prompt, str) != isinstance(completion, str):
         raise InputError(f"{where}: prompt and completion must both be strings or both be lists of messages")
     if not isinstance(prompt, str):
-        prompt, completion = _messages(prompt, where, "prompt"), _messages(completion, where, "completion")
+        prompt, completion = messages_of(prompt, where, "prompt"), messages_of(completion, where, "completion")
         _check_assistant(completion, where, "the completion")
     return Example(where=where, prompt=prompt, completion=completion, tools=tools)
 
 
-def _messages(value: Any, where: str, name: str) -> list[Message]:
-    """A cell as messages, without the empty fields that columnar files fill in."""
+def messages_of(value: Any, where: str, name: str) -> list[Message]:
+    """A cell as messages.
+
+    Args:
+        value: of the cell.
+        where: it stands, for messages.
+        name: of its column.
+
+    Returns:
+        Messages with "role" and "content", without the empty fields that columnar files fill in.
+
+    Raises:
+        InputError: it is no list of such messages.
+    """
     if value is None:
         raise InputError(f"{where}: there are no {name}; fill or remove the line")
     if not isinstance(value, (list, tuple)):
@@ -169,9 +195,10 @@ def _messages(value: Any, where: str, name: str) -> list[Message]:
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise InputError(f'{where}: expected {{"role": …, "content": …}}, found a {type(turn).__name__}')
-    message = {key: value for key, value in turn.items() if value is not None}
+    message = _without_none(turn)
     if "from" in message and "role" not in message:
-        message = {"role": _ROLES.get(message["from"], message["from"]), "content": message.get("value")}
+        role = message["from"]
+        message = {"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": message.get("value")}
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise InputError(f"{where}: it has no role (user, assistant, system, …)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from trl.chat_template_utils import (
 
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.tasks.conversations import COMPLETION, CONVERSATION, TEXT, Example, Examples
+from loraplus.tasks.generate import ends_texts, text_ids
 from loraplus.tasks.pretrained import first_line
 
 IGNORED = -100
@@ -74,6 +74,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str, examples: Examples, on: str) -> None:
         self._tokenizer, self._on, self._template = tokenizer, on, None
+        self._end: Any = None if ends_texts(tokenizer) else tokenizer.eos_token
         if any(example.is_chat for example in examples.rows):
             if not tokenizer.chat_template:
                 raise InputError(
@@ -112,14 +113,17 @@ class Encoder:
         return given, whole[_shared(given, whole) :]
 
     def _ended(self, text: str) -> str:
-        end: Any = self._tokenizer.eos_token
-        return text if end is None or text.endswith(end) else text + end
+        return text if self._end is None or text.endswith(self._end) else text + self._end
 
     def _chat(self, example: Example, messages: Sequence[Any], **options: Any) -> Any:
-        tools = json.loads(example.tools) if isinstance(example.tools, str) else example.tools
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, chat_template=self._template, tools=tools, **options
+                list(messages),
+                tokenize=True,
+                return_dict=True,
+                chat_template=self._template,
+                tools=example.tools,
+                **options,
             )
         except jinja2.TemplateSyntaxError as error:
             raise InputError(f"the chat template, line {error.lineno}: not valid Jinja ({error.message})") from None
@@ -140,7 +144,7 @@ class Encoder:
 
     def _prompt_ids(self, example: Example) -> list[int]:
         if isinstance(example.prompt, str):
-            return self._tokenizer(example.prompt, verbose=False)["input_ids"]
+            return text_ids(self._tokenizer, example.prompt)
         return self._chat(example, example.prompt, add_generation_prompt=True)["input_ids"]
 
     def _pair(self, example: Example) -> Encoded:

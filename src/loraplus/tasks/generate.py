@@ -20,6 +20,7 @@ def generate(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int = 128, temperature: float = 0.0,
     top_p: float = 1.0, seed: int = 0, batch_size: int = 8, chat: bool | None = None, system: str | None = None,
     on_text: Callable[[str], None] | None = None, on_batch: Callable[[int], None] | None = None,
+    places: Sequence[str] | None = None,
 ) -> list[str]:  # fmt: skip
     """Continues each prompt; the model, its mode and the random state are afterwards as they were.
 
@@ -39,6 +40,7 @@ def generate(
         system: system message of such a chat.
         on_text: told each piece of text as it comes; for a single prompt only.
         on_batch: told how many more prompts are done.
+        places: where each prompt stands (its file and line), for messages.
 
     Returns:
         The new text of each prompt, without it and without special tokens.
@@ -56,8 +58,13 @@ def generate(
         raise InputError("there is no prompt to generate from")
     if on_text and len(prompts) > 1:
         raise InputError(f"text is told as it comes for one prompt only, got {len(prompts)}")
-    rows = [prompt_ids(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
-    rooms = _rooms(model, rows, max_new_tokens)
+    rows = []
+    for index, prompt in enumerate(prompts):
+        try:
+            rows.append(prompt_ids(tokenizer, prompt, chat=chat, system=system))
+        except InputError as error:
+            raise InputError(f"{places[index]}: {error}" if places else str(error)) from None
+    rooms = _rooms(model, rows, max_new_tokens, places)
     texts = [""] * len(rows)
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
@@ -66,8 +73,9 @@ def generate(
         with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(seed)
             for batch in _batches(rows, rooms, batch_size):
-                settings = _settings(model, tokenizer, rooms[batch[0]], temperature, top_p)
-                new = _continue(model, tokenizer, [rows[i] for i in batch], settings, on_text)
+                new = continue_ids(
+                    model, tokenizer, [rows[i] for i in batch], rooms[batch[0]], temperature, top_p, on_text
+                )
                 for i, text in zip(batch, new, strict=True):
                     texts[i] = text
                 if on_batch:
@@ -93,7 +101,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool | None = None, syst
     if not chat and system is not None:
         raise InputError("a system message needs a chat; the prompt is continued as plain text")
     if not chat:
-        return tokenizer(prompt, verbose=False)["input_ids"]
+        return text_ids(tokenizer, str(prompt))
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; continue the prompt as plain text (--no-chat)")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -102,7 +110,32 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool | None = None, syst
         text = tokenizer.apply_chat_template([*opening, *messages], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of its own: what it raises for messages it cannot use varies
         raise InputError(f"the chat template refuses these messages: {str(error).splitlines()[0]}") from None
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return text_ids(tokenizer, text, special=False)
+
+
+def text_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """The tokens of a text that is to go on: without the end that some tokenizers put behind every text.
+
+    Args:
+        tokenizer: of the model.
+        text: to go on from.
+        special: whether the tokenizer adds its special tokens; a chat template has done so itself.
+
+    Raises:
+        InputError: the text holds halves of characters.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("a prompt is no Unicode text") from None
+    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids[:-1] if special and ends_texts(tokenizer) else ids
+
+
+def ends_texts(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts the end-of-text token behind every text."""
+    end = tokenizer.eos_token_id
+    return end is not None and tokenizer("a", verbose=False)["input_ids"][-1:] == [end]
 
 
 def context_of(model: Any) -> int | None:
@@ -120,16 +153,15 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float, batch
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
-def _rooms(model: Any, rows: list[list[int]], wanted: int) -> list[int]:
+def _rooms(model: Any, rows: list[list[int]], wanted: int, places: Sequence[str] | None) -> list[int]:
     """How many tokens each prompt can be continued with."""
     context = context_of(model)
-    for number, row in enumerate(rows, start=1):
+    for index, row in enumerate(rows):
+        name = f"{places[index]}: the prompt" if places else f"prompt {index + 1}"
         if not row:
-            raise InputError(f"prompt {number} has no tokens")
+            raise InputError(f"{name} has no tokens")
         if context is not None and len(row) >= context:
-            raise InputError(
-                f"prompt {number} has {len(row)} tokens, and the model takes {context} with the answer; shorten it"
-            )
+            raise InputError(f"{name} has {len(row)} tokens, and the model takes {context} with the answer; shorten it")
     return [wanted if context is None else min(wanted, context - len(row)) for row in rows]
 
 
@@ -156,14 +188,17 @@ def _settings(model: Any, tokenizer: Any, room: int, temperature: float, top_p: 
     )  # fmt: skip
 
 
-def _continue(
-    model: Any, tokenizer: Any, rows: list[list[int]], settings: GenerationConfig, on_text: Callable[[str], None] | None
-) -> list[str]:
+def continue_ids(
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], room: int, temperature: float = 0.0, top_p: float = 1.0,
+    on_text: Callable[[str], None] | None = None,
+) -> list[str]:  # fmt: skip
+    """Continues token ids, padded on the left, by at most `room` tokens each; see `generate`."""
+    settings = _settings(model, tokenizer, room, temperature, top_p)
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), int(settings.pad_token_id))  # type: ignore[arg-type]
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
+        ids[i, longest - len(row) :] = torch.tensor(list(row))
         mask[i, longest - len(row) :] = 1
     output = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,

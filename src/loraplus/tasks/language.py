@@ -130,6 +130,8 @@ def _hold_out(
         found = read_examples(read_table(source), config.task, config.text_column)
         _check_kind(found, kind, source, config.data)
         rest, held_out = rows, found.rows
+    elif len(rows) < 2:
+        raise InputError(f"{config.data}: one example is too few to keep any aside; add some, or name held-out data")
     else:
         kept, held = stratified_split([""] * len(rows), fraction, config.seed)
         rest, held_out = [rows[i] for i in kept], [rows[i] for i in held]

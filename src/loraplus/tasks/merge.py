@@ -55,7 +55,7 @@ def merge(
         raise InputError(f"--dtype must be one of {', '.join(TOLERANCES)}, got {dtype!r}")
     settings = adapter_settings(adapter)
     base = model or settings["base_model_name_or_path"]
-    target = Path(output)
+    target = Path(output).resolve()  # a link stays one
     _check_output(target, {"the adapter": adapter, "the base model": base}, overwrite)
     loader, adapted, tokenizer = _load(adapter, model, settings.get("task_type"), base, trust_remote_code)
     dtype = dtype or str(adapted.dtype).removeprefix("torch.")
@@ -79,14 +79,15 @@ def merge(
         _put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return {"output": str(target), **record}
+    return {"output": str(output), **record}
 
 
 def _check_output(target: Path, sources: dict[str, str], overwrite: bool) -> None:
-    place = target.resolve()
+    if Path.cwd().is_relative_to(target):
+        raise InputError("--output is or holds the folder that this runs in, which cannot be replaced; name another")
     for what, name in sources.items():
         source = Path(name).expanduser().resolve()
-        if source.exists() and (source == place or source.is_relative_to(place)):
+        if source.exists() and source.is_relative_to(target):
             raise InputError(f"--output {target} is or holds {what}; name another folder")
     if target.exists() and not target.is_dir():
         raise InputError(f"--output {target} is a file; name a folder")

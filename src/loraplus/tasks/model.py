@@ -77,6 +77,7 @@ def load_language_model(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, 
     set_seed(seed)
     options: dict[str, Any] = {"quantization_config": four_bits(config)} if config.load_in_4bit else {}
     model = load_decoder(config.model, trust_remote_code=config.trust_remote_code, **options)
+    keep_differentiable(model)
     known = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:
         raise InputError(
@@ -91,12 +92,23 @@ def load_language_model(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, 
     return adapted
 
 
+def keep_differentiable(model: Any) -> None:
+    """Keeps bitsandbytes from laying 4-bit weights out anew for a CPU's inference kernels.
+
+    It does so at the first evaluation, for good, and no gradient passes through such a layer: training would go on and
+    learn nothing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 @torch.no_grad()
 def _check_runs(config: TaskConfig, model: PeftModel) -> None:
     """4-bit kernels ask for certain widths, which shows at the first step only."""
     try:
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
         raise InputError(f"--load-in-4bit: {config.model} does not run in 4 bits here ({first_line(error)})") from None
 
 

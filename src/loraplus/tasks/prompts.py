@@ -9,10 +9,11 @@ from typing import Any
 
 from loraplus.errors import InputError
 from loraplus.tasks.columns import choose_text_column
+from loraplus.tasks.conversations import MESSAGES_NAMES, messages_of
 from loraplus.tasks.generate import Prompt
 from loraplus.tasks.table import Table, read_table
 
-PROMPT_NAMES = ("prompt", "messages")
+PROMPT_NAMES = ("prompt", *MESSAGES_NAMES)
 
 
 def read_prompts(source: str, column: str | None = None) -> tuple[Table, list[Prompt]]:
@@ -20,7 +21,7 @@ def read_prompts(source: str, column: str | None = None) -> tuple[Table, list[Pr
 
     Args:
         source: as `read_table` takes.
-        column: which. Default: prompt, messages, or the one with text.
+        column: which. Default: prompt, messages, conversations, or the one with text.
 
     Returns:
         (table, prompts). A chat that ends with the assistant's turn, as training data do, is cut before it.
@@ -31,7 +32,7 @@ def read_prompts(source: str, column: str | None = None) -> tuple[Table, list[Pr
     table = read_table(source)
     column = column or next((name for name in PROMPT_NAMES if name in table.columns), None)
     if column is None or column not in table.columns:
-        column = choose_text_column(table, column)
+        column = choose_text_column(table, column, option="--prompt-column")
     return table, [_prompt(table, index, value) for index, value in enumerate(table.columns[column])]
 
 
@@ -50,7 +51,7 @@ def read_stdin() -> str:
 
 
 def _prompt(table: Table, index: int, value: Any) -> Prompt:
-    where = f"{table.source}, {table.row_name(index)}"
+    where = table.place(index)
     if isinstance(value, list):
         return _chat(where, value)
     if not isinstance(value, str) or not value.strip():
@@ -59,13 +60,12 @@ def _prompt(table: Table, index: int, value: Any) -> Prompt:
 
 
 def _chat(where: str, turns: Sequence[Any]) -> Prompt:
-    if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
-        raise InputError(f'{where}: a chat is a list of {{"role": …, "content": …}} messages')
-    if turns and turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-    if not turns:
+    messages = messages_of(turns, where, "the chat") if turns else []
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
         raise InputError(f"{where}: the chat has no turn to answer")
-    return list(turns)
+    return messages
 
 
 def shown(prompt: Prompt) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplus.errors import InputError
 from loraplus.tasks.conversations import Example
 from loraplus.tasks.encoding import Encoder
+from loraplus.tasks.generate import continue_ids
 
 _NEW_TOKENS = 64
 
@@ -74,10 +74,5 @@ def _answers(
 
 @torch.inference_mode()
 def _answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: int) -> str:
-    ids = torch.tensor([prompt], device=model.device)
-    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    found = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=tokenizer.pad_token_id,
-        **options,
-    )  # fmt: skip
-    return str(tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True))
+    (text,) = continue_ids(model, tokenizer, [prompt], new)
+    return text

@@ -18,6 +18,7 @@ from loraplus.errors import InputError
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _FILE_SUFFIXES = (*_JSON_SUFFIXES, ".csv", ".tsv", ".parquet", ".txt", ".xls", ".xlsx", ".arrow", ".gz", ".zip")
+_HALF_CHARACTER = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -31,7 +32,7 @@ class _LineError(InputError):
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length; `row_name(i)` says where row i stands in its source."""
+    """Columns of equal length; `row_name(i)` says where row i stands in its source, `place(i)` names that, too."""
 
     source: str
     columns: dict[str, list[Any]]
@@ -43,6 +44,10 @@ class Table:
     def row_name(self, index: int) -> str:
         """ "line 7" for text files, "row 6" otherwise."""
         return f"line {self.lines[index]}" if self.lines else f"row {index + 1}"
+
+    def place(self, index: int) -> str:
+        """ "data.csv, line 7"."""
+        return f"{self.source}, {self.row_name(index)}"
 
 
 def read_table(source: str, split: str = "train") -> Table:
@@ -93,7 +98,9 @@ def _read_file(source: str, path: Path) -> Table:
     if suffix == ".tsv":
         return _parse_tabs(source, text)
     if suffix == ".txt":
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        # Not splitlines, which also splits at U+2028, form feeds and others.
+        numbered = enumerate(io.StringIO(text, newline=None), start=1)
+        lines = [(number, line.rstrip("\n")) for number, line in numbered if line.strip()]
         return Table(source, {"text": [line for _, line in lines]}, [number for number, _ in lines])
     return _parse_json(source, text)
 
@@ -201,13 +208,24 @@ def _parse_json(source: str, text: str) -> Table:
     else:
         lines = enumerate(text.split("\n"), start=1)
         rows = [(number, _load_json(source, number, line)) for number, line in lines if line.strip()]
+    halves = _HALF_CHARACTER.search(text) is not None
     for index, (number, value) in enumerate(rows, start=1):
+        where = f"line {number}" if number else f"row {index}"
+        if halves and not _is_unicode(json.dumps(value, ensure_ascii=False)):
+            raise InputError(f"{source}, {where}: half of a surrogate pair (\\ud…), which is no character; remove it")
         if not isinstance(value, dict):
-            where = f"line {number}" if number else f"row {index}"
             raise InputError(f'{source}, {where}: expected an object like {{"text": …, "label": …}}')
     names = dict.fromkeys(name for _, value in rows for name in value)
     columns = {name: [value.get(name) for _, value in rows] for name in names}
     return Table(source, columns, [number for number, _ in rows] if rows and rows[0][0] else None)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _load_json(source: str, line: int, text: str) -> Any:
