@@ -26,7 +26,6 @@ from loraplus.tasks.pretrained import load_tokenizer
 
 _BETA2 = 0.99
 _WARMUP = 0.06
-_SMALL_BATCH = 16
 _PUBLISHED_FIRST_STEP = -HALF_DECADE
 
 
@@ -51,6 +50,7 @@ class GlueArms(TunedArms):
     )
     scales = ("cpu", "paper")
     small_steps: ClassVar[int]
+    small_batch: ClassVar[int]
     small_first_step: ClassVar[int]
     published_model: ClassVar[str]
     """Folder in the data folder, else name on the hub."""
@@ -87,7 +87,7 @@ class GlueArms(TunedArms):
             published.target_modules, published.epochs = self.published_targets, TASKS[str(case["task"])].epochs
             return Recipe(published, _BETA2, head_at_lr=True, half=True)
         published.model, published.target_modules = str(self.small_model()), self.small_targets
-        published.max_steps, published.batch_size = self.max_steps or self.small_steps, _SMALL_BATCH
+        published.max_steps, published.batch_size = self.max_steps or self.small_steps, self.small_batch
         published.eval_batch_size = 100
         return Recipe(published, _BETA2)
 

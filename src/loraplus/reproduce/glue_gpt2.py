@@ -23,7 +23,7 @@ class GlueGpt2(GlueArms):
     published_model = "openai-community/gpt2"
     published_targets = "c_attn,c_proj,c_fc"
     small_targets = "all-linear"
-    small_steps = 300
+    small_steps, small_batch = 300, 32
     small_first_step = 0  # with every layer adapted, runs at 3e-3 and more fall back to the majority class
 
     @property

@@ -19,7 +19,7 @@ class GlueRoberta(GlueArms):
     title = "RoBERTa-base on GLUE"
     published_model = "FacebookAI/roberta-base"
     published_targets = small_targets = "query,value"
-    small_steps = 300
+    small_steps, small_batch = 300, 16
     small_first_step = 8
 
     @property
