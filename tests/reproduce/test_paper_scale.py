@@ -187,6 +187,11 @@ def test_llama_flan_trains_on_answers_and_is_evaluated_on_mmlu(data):
     assert found.status == "done" and found.values["test_accuracy"] in {i / 6 for i in range(7)}
 
 
+def test_a_flan_run_with_a_rate_far_too_large_is_a_diverged_result(data):
+    experiment = LlamaFlan(scale="paper", data=str(data), max_steps=10, max_length=64)  # it logs every tenth step
+    assert experiment.train(1e30, 1.0, 0, lambda *_: None).status == "diverged"
+
+
 def test_mmlu_takes_the_likeliest_letter():
     class Fixed:
         training, device = False, "cpu"

@@ -55,12 +55,11 @@ def run(
 
     from loraplus.tasks.adapter import load_causal
     from loraplus.tasks.generate import generate
-    from loraplus.tasks.output import write_atomically
-    from loraplus.tasks.prompts import check_target
+    from loraplus.tasks.output import check_file, write_atomically
 
     if num_samples > 1 and temperature == 0:
         raise InputError("--num-samples above 1 needs a --temperature: at 0 all samples are the same")
-    target = check_target(output, overwrite=overwrite) if output else None
+    target = check_file(output, (".jsonl",), overwrite=overwrite) if output else None
     columns, texts, places = _read(prompt, prompts, prompt_column)
     decoder, tokenizer, _ = load_causal(model, adapter, trust_remote_code=trust_remote_code)
     if torch.cuda.is_available():

@@ -6,14 +6,12 @@ import csv
 import io
 import json as json_format
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from loraplus.cli.app import app
-from loraplus.errors import InputError
 
 _FORMATS = (".csv", ".tsv", ".jsonl")
 
@@ -35,17 +33,11 @@ def run(
 
     quiet_libraries()
     from loraplus.tasks.columns import choose_text_column
-    from loraplus.tasks.output import write_atomically
+    from loraplus.tasks.output import check_file, write_atomically
     from loraplus.tasks.predict import load_adapter, predict
     from loraplus.tasks.table import read_table
 
-    target = Path(output)
-    if target.suffix not in _FORMATS:
-        raise InputError(f"--output {output} must end in one of {', '.join(_FORMATS)}")
-    if target.exists() and not overwrite:
-        raise InputError(f"{output} exists; name another file or pass --overwrite")
-    if not target.parent.is_dir():
-        raise InputError(f"there is no folder {target.parent} to write {target.name} to")
+    target = check_file(output, _FORMATS, overwrite=overwrite)
     table = read_table(data)
     column = choose_text_column(table, text_column)
     texts = ["" if text is None else str(text) for text in table.columns[column]]

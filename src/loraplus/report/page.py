@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -48,16 +48,21 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
 
 
 def template(name: str) -> Template:
-    """A page of this package; what is put into it is escaped."""
-    environment = Environment(
-        loader=PackageLoader("loraplus.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {
+    """A page of this package."""
+    pages = environment()
+    pages.filters |= {
         "rate": rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
         "ratio": ratio, "factor": factor, "perplexity": perplexity,
     }  # fmt: skip
-    return environment.get_template(name)
+    return pages.get_template(name)
+
+
+def environment(*packages: str) -> Environment:
+    """Where templates are looked for: in these packages, then in this one. What is put into one is escaped."""
+    loaders = [PackageLoader(package, ".") for package in (*packages, "loraplus.report")]
+    return Environment(
+        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
 
 
 def _classes(data: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from loraplus.study.worker import OnStep
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.model import load_classifier
-from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, total_steps
+from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, total_steps, train_and_evaluate
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,10 @@ def train_classifier(
             optimizer=(torch.optim.AdamW, adam), callbacks=[StepClock(on_step), DivergenceGuard(rates)],
         )  # fmt: skip
         try:
-            trainer.train()
-            curve = _curve(trainer)
-            if not curve or curve[-1][0] != steps:
-                trainer.evaluate()
-                curve = _curve(trainer)
+            train_and_evaluate(trainer)
         except DivergedError:
             return Result(Run({}), "diverged", {}, _curve(trainer))
-        values = _last(trainer, "eval")
+        curve, values = _curve(trainer), _last(trainer, "eval")
         if evaluations > 1:
             test: Any = data.test  # a list serves as a dataset
             tested = trainer.predict(test, metric_key_prefix="test").metrics or {}

@@ -26,7 +26,7 @@ from loraplus.movement import TOKENS, rms
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
 from loraplus.reproduce.fits import exponent, over_seeds
-from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table
+from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.study.worker import OnStep
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -216,7 +216,7 @@ def _table(figures: Mapping[str, Any]) -> Table:
     for found in figures.values():
         exponents, (narrow, *_, wide) = found["exponents"][str(FITTED_AT)], found["widths"].values()
         rows.append([
-            found["title"], *(_interval(exponents[delta]) for delta in DELTAS), "met" if found["met"] else "not met",
+            found["title"], *(interval(exponents[delta]) for delta in DELTAS), "met" if found["met"] else "not met",
             narrow["test_loss"], wide["test_loss"],
         ])  # fmt: skip
     narrow, *_, wide = next(iter(figures.values()))["widths"]
@@ -227,22 +227,18 @@ def _table(figures: Mapping[str, Any]) -> Table:
 
 def _steps_table(figures: Mapping[str, Any]) -> Table:
     rows = [
-        [found["title"], int(step), *(_interval(exponents[delta]) for delta in DELTAS)]
+        [found["title"], int(step), *(interval(exponents[delta]) for delta in DELTAS)]
         for found in figures.values()
         for step, exponents in found["exponents"].items()
     ]
     return Table("Exponents step by step", ("rates", "step", "δ1", "δ2", "δ3"), rows)
 
 
-def _interval(found: Mapping[str, float]) -> str:
-    return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-
-
 def _verdict(figures: Mapping[str, Any]) -> list[str]:
     return [
         f"{found['title']}: the condition is {'met' if found['met'] else 'not met'}; at step {FITTED_AT}, "
         + ", ".join(
-            f"{symbol} ∝ n^{_interval(found['exponents'][str(FITTED_AT)][delta])}" for delta, symbol in DELTAS.items()
+            f"{symbol} ∝ n^{interval(found['exponents'][str(FITTED_AT)][delta])}" for delta, symbol in DELTAS.items()
         )
         + "."
         for found in figures.values()

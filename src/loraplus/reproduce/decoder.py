@@ -15,10 +15,14 @@ from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Result, Results, Run
 from loraplus.reproduce.grid import lr_of
 from loraplus.reproduce.intervals import t_interval
-from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table
+from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, build, result_of, train
 from loraplus.reproduce.tuned_arms import LOSS, TEST_LOSS, Case, Job, TunedArms, title, verdicts
+from loraplus.study.statistics import Estimate
 from loraplus.study.worker import OnStep
+
+ByRatio = dict[str, dict[float, tuple[Estimate, float]]]
+"""{case: {λ: (validation loss over the fresh seeds, η_A)}}, of finite runs."""
 
 
 @dataclass(frozen=True)
@@ -104,31 +108,29 @@ class Decoder(TunedArms):
             sentences.append(text + ".")
         return sentences
 
-    def _by_ratio(self, results: Results) -> dict[str, dict[float, tuple[float, float, float, float]]]:
-        """{case: {λ: (mean validation loss over fresh seeds, low, high, η_A)}}, of finite runs."""
-        found: dict[str, dict[float, tuple[float, float, float, float]]] = {}
+    def _by_ratio(self, results: Results) -> ByRatio:
+        found: ByRatio = {}
         for case in self.cases():
             if not self.done(case, results):
                 continue
             for point in sorted(self.finalists(case, results).values()):
                 estimate = t_interval([result.values[LOSS] for result in self.finals(case, point, results)])
                 if estimate is not None:
-                    own = (estimate.mean, estimate.low, estimate.high, lr_of(point))
-                    found.setdefault(title(case), {})[point[0]] = own
+                    found.setdefault(title(case), {})[point[0]] = estimate, lr_of(point)
         return found
 
-    def _table_of_ratios(self, by_ratio: Mapping[str, Mapping[float, tuple[float, ...]]]) -> Table:
+    def _table_of_ratios(self, by_ratio: ByRatio) -> Table:
         rows = [
-            [case, ratio, own[3], f"{own[0]:.4f} [{own[1]:.4f}, {own[2]:.4f}]"]
+            [case, ratio, lr, interval(estimate.to_dict(), 4)]
             for case, found in by_ratio.items()
-            for ratio, own in found.items()
+            for ratio, (estimate, lr) in found.items()
         ]
         return Table("The best rate of every λ", ["case", "λ", "η_A", "validation loss"], rows)
 
-    def _plot_of_ratios(self, by_ratio: Mapping[str, Mapping[float, tuple[float, ...]]]) -> list[Figure]:
-        series = [
-            Series(case, list(found), [own[0] / min(o[0] for o in found.values()) for own in found.values()])
-            for case, found in by_ratio.items()
-        ]
+    def _plot_of_ratios(self, by_ratio: ByRatio) -> list[Figure]:
+        series = []
+        for case, found in by_ratio.items():
+            means = [estimate.mean for estimate, _ in found.values()]
+            series.append(Series(case, list(found), [mean / min(means) for mean in means]))
         plot = LinePlot("", "λ = η_B/η_A", "validation loss over the best", series, log_x=True)
         return [Figure("ratio-by-width", "Loss at the best rate of every λ, by width", [plot])] if series else []

@@ -21,7 +21,7 @@ from loraplus.errors import InputError
 from loraplus.reproduce.classifier import Examples, Parts, encode
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
-from loraplus.tasks.pretrained import load_tokenizer
+from loraplus.tasks.pretrained import first_line, load_tokenizer
 from loraplus.tasks.table import read_table
 
 HUB_NAME = "nyu-mll/glue"
@@ -145,14 +145,22 @@ def read_split(source: str, configuration: str, split: str, *, folder: Path) -> 
     try:
         loaded = datasets.load_dataset(str(root) if root.is_dir() else source, configuration, split=split)
     except Exception as error:  # the hub client raises many kinds; each means that the data is not to be had
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"cannot load {configuration}/{split} of {source}: {reason}") from None
+        raise InputError(f"cannot load {configuration}/{split} of {source}: {first_line(error)}") from None
     return {name: list(loaded[name]) for name in loaded.column_names}
 
 
-def _from_files(folder: Path, split: str) -> dict[str, list[Any]]:
+def files_of(folder: Path, split: str) -> list[Path]:
+    """The files of a split: those whose names start with it.
+
+    Raises:
+        InputError: there is none.
+    """
     files = [file for suffix in _SUFFIXES for file in sorted(folder.glob(f"{split}*.{suffix}"))]
     if not files:
         raise InputError(f"{folder} has no file {split}*.parquet, .jsonl or .csv")
-    parts = [read_table(str(file)).columns for file in files]
+    return files
+
+
+def _from_files(folder: Path, split: str) -> dict[str, list[Any]]:
+    parts = [read_table(str(file)).columns for file in files_of(folder, split)]
     return {name: [value for part in parts for value in part.get(name, [])] for name in parts[0]}

@@ -40,6 +40,11 @@ def best_of(losses: Losses, ratio: float) -> Point:
     return min((point for point in losses if point[0] == ratio), key=lambda point: (losses[point], point[1]))
 
 
+def best_step(losses: Mapping[int, float]) -> int:
+    """The best step of one column; of equal losses the lowest rate."""
+    return min(losses, key=lambda step: (losses[step], step))
+
+
 def next_in_column(losses: Mapping[int, float], start: int, finest: int = HALF_DECADE) -> int | None:
     """The next step of one column, or None once both neighbours of its best step are known.
 
@@ -56,7 +61,7 @@ def next_in_column(losses: Mapping[int, float], start: int, finest: int = HALF_D
     """
     if not losses:
         return start
-    best = min(losses, key=lambda step: (losses[step], step))
+    best = best_step(losses)
     distance = HALF_DECADE
     while distance >= finest:
         for neighbour in (best + distance, best - distance):

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run
-from loraplus.reproduce.grid import HALF_DECADE, lr_of, next_in_column
+from loraplus.reproduce.grid import HALF_DECADE, best_step, lr_of, next_in_column
 from loraplus.reproduce.intervals import t_interval
-from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table
+from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, Start, build, result_of, train
-from loraplus.reproduce.tuned_arms import FINAL, LOSS, TEST_LOSS, TUNING, TUNING_SEED
+from loraplus.reproduce.tuned_arms import FINAL, LOSS, TEST_LOSS, TUNING, TUNING_SEED, fresh_seeds
 from loraplus.study.worker import OnStep
 
 STARTS: tuple[Start, ...] = ("A-random", "B-random")
@@ -115,11 +115,8 @@ class Init(Experiment):
         return min(columns, key=lambda column: min(self._losses(column, results).values()))
 
     def _final_runs(self, column: Column, results: Results) -> list[Run]:
-        return [_run(column, FINAL, self._best(column, results), seed) for seed in self._fresh_seeds]
-
-    @property
-    def _fresh_seeds(self) -> range:
-        return range(TUNING_SEED + 1, TUNING_SEED + 1 + self.seeds)
+        best = best_step(self._losses(column, results))
+        return [_run(column, FINAL, best, seed) for seed in fresh_seeds(self.seeds)]
 
     def _losses(self, column: Column, results: Results) -> dict[int, float]:
         return {
@@ -127,10 +124,6 @@ class Init(Experiment):
             for result in results.values()
             if result.run["phase"] == TUNING and _column_of(result.run) == column
         }
-
-    def _best(self, column: Column, results: Results) -> int:
-        losses = self._losses(column, results)
-        return min(losses, key=lambda step: (losses[step], step))
 
     def run(self, run: Run, on_step: OnStep) -> Result:
         data = Path(self.data)
@@ -165,7 +158,7 @@ class Init(Experiment):
 
     def _tuned(self, column: Column, results: Results) -> dict[str, Any]:
         losses = self._losses(column, results)
-        best = self._best(column, results)
+        best = best_step(losses)
         return {
             **column._asdict(), "lr_a": lr_of((column.lr_ratio, best)), "optimum": _optimum(losses),
             "tuning_runs": len(losses), LOSS: losses[best],
@@ -252,7 +245,7 @@ class Init(Experiment):
         rows = []
         for row in best:
             loss = row[TEST_LOSS]
-            text = f"{loss['mean']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}]" if loss else "diverged"
+            text = interval(loss, 3) if loss else "diverged"
             rows.append([row["start"], row["rank"], row["lr_ratio"], row["scale"], text])
         caption = f"Means over {self.seeds} seeds that nothing was tuned on, with 95% intervals (Student's t)."
         return Table(
@@ -293,7 +286,7 @@ def _first_step(scale: float) -> int:
 
 def _optimum(losses: Mapping[int, float]) -> float:
     """√(η_A·η_B) at the minimum of the parabola through the best step and its neighbours."""
-    best = min(losses, key=lambda step: (losses[step], step))
+    best = best_step(losses)
     low, mid, high = (losses[best + distance] for distance in (-HALF_DECADE, 0, HALF_DECADE))
     bend = low - 2 * mid + high
     shift = 0.0 if not math.isfinite(bend) or bend <= 0 else HALF_DECADE * (low - high) / (2 * bend)

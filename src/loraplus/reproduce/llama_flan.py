@@ -5,7 +5,6 @@ Training is TRL's SFTTrainer with the loss on the answers only; `loraplus.attach
 
 from __future__ import annotations
 
-import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +12,23 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType
-from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers import set_seed
 
 import loraplus
-from loraplus.errors import InputError
+from loraplus.errors import DivergedError, InputError
+from loraplus.rates import Rates
 from loraplus.reproduce import mmlu
 from loraplus.reproduce.experiment import Result, Run
-from loraplus.reproduce.glue import in_folder_or_hub
+from loraplus.reproduce.glue import files_of, in_folder_or_hub
 from loraplus.reproduce.llama_mnli import MODEL
 from loraplus.reproduce.rate_grid import RateGrid
 from loraplus.study.worker import OnStep
 from loraplus.tasks.config import TaskConfig
-from loraplus.tasks.pretrained import from_pretrained, load_tokenizer, resolve_model
+from loraplus.tasks.pretrained import load_decoder, load_tokenizer
 from loraplus.tasks.table import read_table
-from loraplus.tasks.training import StepClock
+from loraplus.tasks.training import DivergenceGuard, StepClock
 
 _COLUMNS = (("prompt", "completion"), ("inputs", "targets"))
-_SUFFIXES = ("parquet", "jsonl", "csv")
 FLAN = "flan-v2"
 
 
@@ -93,7 +92,7 @@ class LlamaFlan(RateGrid):
         folder = in_folder_or_hub(self.data, MODEL)
         tokenizer = load_tokenizer(TaskConfig(model=folder))
         set_seed(seed)
-        model = from_pretrained(AutoModelForCausalLM, resolve_model(folder))
+        model = load_decoder(folder)
         gpu = torch.cuda.is_available()
         with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
             args = SFTConfig(
@@ -107,27 +106,17 @@ class LlamaFlan(RateGrid):
                 task_type=TaskType.CAUSAL_LM, r=self.rank, lora_alpha=self.alpha,  # type: ignore[arg-type]
                 target_modules="all-linear",
             )  # fmt: skip
-            watch = _Watch()
             trainer = SFTTrainer(
                 model, args=args, train_dataset=Dataset.from_dict(flan_rows(self.data)), processing_class=tokenizer,
-                peft_config=lora, callbacks=[StepClock(on_step), watch],
+                peft_config=lora, callbacks=[StepClock(on_step), DivergenceGuard(Rates(lr, lr_ratio))],
             )  # fmt: skip
-            loraplus.attach(trainer, lr_ratio=lr_ratio).train()
-        if watch.diverged:
-            return Result(Run({}), "diverged")
+            try:
+                loraplus.attach(trainer, lr_ratio=lr_ratio).train()
+            except DivergedError:
+                return Result(Run({}), "diverged")
         losses = tuple((int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row)
         accuracy = mmlu.accuracy(trainer.model, tokenizer, asked, solved, self.shots)
         return Result(Run({}), "done", {"test_accuracy": accuracy}, losses)
-
-
-class _Watch(TrainerCallback):
-    """Ends a run whose loss is no longer a number."""
-
-    diverged = False
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            self.diverged = control.should_training_stop = True
 
 
 def flan_rows(data: str) -> dict[str, list[str]]:
@@ -137,11 +126,8 @@ def flan_rows(data: str) -> dict[str, list[str]]:
         InputError: there is none, or its columns are others.
     """
     folder = Path(data).expanduser() / FLAN
-    files = [file for suffix in _SUFFIXES for file in sorted(folder.glob(f"train*.{suffix}"))]
-    if not files:
-        raise InputError(f"{folder} has no file train*.parquet, .jsonl or .csv with Flan-v2's prompts and answers")
     rows: dict[str, list[str]] = {"prompt": [], "completion": []}
-    for file in files:
+    for file in files_of(folder, "train"):
         columns = read_table(str(file)).columns
         names = next((names for names in _COLUMNS if set(names) <= set(columns)), None)
         if names is None:

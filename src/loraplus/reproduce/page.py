@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from loraplus.report.page import environment
 from loraplus.report.plots import NEUTRAL, PALETTE, as_json, laid_out
 from loraplus.reproduce.report import Cell, HeatMap, LinePlot, Report
 
@@ -30,17 +30,14 @@ def render(summary: Mapping[str, Any], report: Report) -> str:
     Returns:
         HTML; all text is escaped, and nothing is loaded from elsewhere.
     """
-    loader = ChoiceLoader([PackageLoader("loraplus.reproduce", "."), PackageLoader("loraplus.report", ".")])
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["cell"] = cell
+    pages = environment("loraplus.reproduce")
+    pages.filters["cell"] = cell
     drawn = {
         f"{figure.name}-{place}": Markup(as_json(_drawn(plot)))
         for figure in report.figures
         for place, plot in enumerate(figure.plots)
     }
-    return environment.get_template(_TEMPLATE).render(
+    return pages.get_template(_TEMPLATE).render(
         summary=summary, report=report, drawn=drawn, plotly_js=Markup(get_plotlyjs())
     )
 

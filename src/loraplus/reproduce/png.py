@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from loraplus.errors import InputError
 from loraplus.report.plots import PALETTE
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot
+from loraplus.tasks.output import write_atomically
 
 _INCHES = (4.6, 3.7)
 _DPI = 110
@@ -23,7 +24,7 @@ def draw(figure: Figure, target: Path) -> None:
     """Writes a figure, its plots side by side.
 
     Raises:
-        InputError: matplotlib is missing.
+        InputError: matplotlib is missing, or the file cannot be written.
     """
     try:
         import matplotlib
@@ -48,10 +49,10 @@ def draw(figure: Figure, target: Path) -> None:
         panel.set_ylabel(plot.y_label)
         panel.tick_params(labelsize=8)
     canvas.tight_layout()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    canvas.savefig(temporary, dpi=_DPI, format="png", metadata={"Software": None})
+    picture = io.BytesIO()
+    canvas.savefig(picture, dpi=_DPI, format="png", metadata={"Software": None})
     plt.close(canvas)
-    os.replace(temporary, target)
+    write_atomically(target, picture.getvalue())
 
 
 def _heat_map(canvas: Any, axes: Any, plot: HeatMap) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
 from loraplus.reproduce.intervals import t_interval
-from loraplus.reproduce.report import Figure, HeatMap, Report, Table
+from loraplus.reproduce.report import Figure, HeatMap, Report, Table, interval
 from loraplus.study.worker import OnStep
 
 LR_A = (1e-6, 5e-6, 1e-5, 5e-5, 1e-4)
@@ -123,5 +123,4 @@ def _run(pair: Pair, seed: int) -> Run:
 
 
 def _text(shown: Mapping[str, Any]) -> str:
-    estimate = shown["test_accuracy"]
-    return f"accuracy {estimate['mean']:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}]"
+    return f"accuracy {interval(shown['test_accuracy'], 4)}"

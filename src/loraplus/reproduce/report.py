@@ -5,10 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Cell = str | float | int | None
+
+
+def interval(estimate: Mapping[str, float], digits: int = 2) -> str:
+    """A mean with its interval, in words.
+
+    Example:
+        >>> interval({"mean": 0.5, "low": 0.25, "high": 0.75})
+        '0.50 [0.25, 0.75]'
+    """
+    mean, low, high = (f"{estimate[bound]:.{digits}f}" for bound in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 @dataclass(frozen=True)

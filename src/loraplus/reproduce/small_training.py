@@ -6,7 +6,7 @@ Runs with one seed start from the same adapter and head and see the same batches
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from loraplus.movement import adapted_layers
 from loraplus.reproduce import small_decoders
 from loraplus.reproduce.experiment import Result, Run
 from loraplus.reproduce.small_tasks import Rows, SmallTask
+from loraplus.study.worker import OnStep
 
 LR_HEAD = 2e-3
 WARMUP = 0.06
@@ -28,7 +29,6 @@ _EVAL_BATCH = 100
 _MEGABATCH = 20  # batches among which examples are sorted by length
 
 Start = Literal["A-random", "B-random"]
-OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ import torch
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
 from loraplus.reproduce.fits import exponent, over_seeds
-from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table
+from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.toy_grid import (
     FAMILIES,
     Block,
@@ -270,7 +270,7 @@ def _track_figure(family: Family, found: Mapping[str, Any], widths: Sequence[int
         middle = sum(math.log10(width) for width in widths) / len(widths)
         slope = found["theory"][quantity]
         values, low, high = ([10 ** log[bound] for log in logs] for bound in ("mean", "low", "high"))
-        name = f"measured, exponent {_interval(found['exponents'][quantity])}"
+        name = f"measured, exponent {interval(found['exponents'][quantity])}"
         measured = Series(name, widths, values, low, high, colour=place)
         theory = Series(
             f"slope {slope:g}", widths, [10 ** (centre + slope * (math.log10(width) - middle)) for width in widths],
@@ -313,10 +313,6 @@ def _tied_figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
     )  # fmt: skip
 
 
-def _interval(estimate: Mapping[str, float]) -> str:
-    return f"{estimate['mean']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
-
-
 def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:
     sentences = []
     for found in figures.values():
@@ -324,11 +320,11 @@ def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:
         widest = list(found["widths"])[-1]
         factor = found["widths"][widest]["tied_over_best"]
         theory = ", ".join(f"{QUANTITIES[name]} {value:g}" for name, value in found["theory"].items())
-        measured = ", ".join(f"{QUANTITIES[name]} {_interval(value)}" for name, value in exponents.items())
+        measured = ", ".join(f"{QUANTITIES[name]} {interval(value)}" for name, value in exponents.items())
         sentences.append(
             f"{found['title']}: at n = {map_width} the best pair has λ = {at['best']['lr_b'] / at['best']['lr_a']:.3g} "
             f"(centre of the good region: {10 ** at['log10']['lr_ratio']['mean']:.3g}); exponents in n: {measured}; "
-            f"theory: {theory}. At n = {widest} the best tied rate has {_interval(factor)} times the loss of the best "
+            f"theory: {theory}. At n = {widest} the best tied rate has {interval(factor)} times the loss of the best "
             f"pair, both chosen on other seeds.{_at_edge(found)}"
         )
     return sentences

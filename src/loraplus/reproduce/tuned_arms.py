@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, Value
 from loraplus.reproduce.grid import HALF_DECADE, RATIOS, Point, best_of, lr_of, next_point
 from loraplus.reproduce.intervals import t_interval
-from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Series, Table
+from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Series, Table, interval
 from loraplus.study.statistics import Estimate, steps_to_target
 from loraplus.study.worker import OnStep
 
@@ -61,8 +61,8 @@ class TunedArms(Experiment):
         """Trains once; the run of the result does not matter."""
 
     def baseline(self, case: Case) -> dict[str, float]:
-        """Values of a method without a network on a case."""
-        raise NotImplementedError
+        """Values of a method without a network on a case; asked for where `has_baseline`."""
+        return {}
 
     def next_runs(self, results: Results) -> Sequence[Run]:
         """The next point of every case's grid; once that is done, all of its final runs."""
@@ -78,12 +78,7 @@ class TunedArms(Experiment):
 
     def _final_runs(self, case: Case, results: Results) -> list[Run]:
         points = self.finalists(case, results).values()
-        return [_run(case, FINAL, point, seed) for seed in self.fresh_seeds for point in points]
-
-    @property
-    def fresh_seeds(self) -> range:
-        """Those that no rate was chosen on."""
-        return range(TUNING_SEED + 1, TUNING_SEED + 1 + self.seeds)
+        return [_run(case, FINAL, point, seed) for seed in fresh_seeds(self.seeds) for point in points]
 
     def run(self, run: Run, on_step: OnStep) -> Result:
         """A baseline, or one training run; tuning runs are evaluated once, at their end."""
@@ -121,13 +116,11 @@ class TunedArms(Experiment):
 
     def done(self, case: Case, results: Results) -> bool:
         """Whether all runs of a case are there."""
-        return next_point(self.losses(case, results), self.first_step) is None and all(
-            run.key in results for run in self._of_case(case, results)
-        )
+        return all(run.key in results for run in self._of_case(case, results))
 
     def finals(self, case: Case, point: Point, results: Results) -> list[Result]:
         """The runs of a point on the fresh seeds, by seed."""
-        return [results[_run(case, FINAL, point, seed).key] for seed in self.fresh_seeds]
+        return [results[_run(case, FINAL, point, seed).key] for seed in fresh_seeds(self.seeds)]
 
     def figures(self, results: Results) -> dict[str, Any]:
         """By case: both arms, their difference, steps to target, the best of every λ; unfinished cases by name."""
@@ -250,6 +243,11 @@ class TunedArms(Experiment):
 _ARMS = (("lora", "LoRA"), ("loraplus", "LoRA+"))
 
 
+def fresh_seeds(count: int) -> range:
+    """So many seeds that no rate was chosen on."""
+    return range(TUNING_SEED + 1, TUNING_SEED + 1 + count)
+
+
 def title(case: Mapping[str, Value]) -> str:
     """A case in words.
 
@@ -333,4 +331,4 @@ def _number(value: float) -> str:
 def _text(estimate: Mapping[str, float] | None) -> str:
     if estimate is None:
         return "diverged"
-    return f"{estimate['mean']:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}]"
+    return interval(estimate, 4)

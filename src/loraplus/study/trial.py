@@ -27,6 +27,7 @@ from loraplus.tasks.training import (
     rates_of,
     steps_between_evaluations,
     total_steps,
+    train_and_evaluate,
 )
 
 
@@ -91,15 +92,12 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
             seed=trial.seed, output=scratch, callbacks=[clock, DivergenceGuard(method.rates)],
         )  # fmt: skip
         try:
-            trainer.train()
-            curve = _curve(trainer.state.log_history)
-            if not curve or curve[-1].step != trainer.state.global_step:
-                trainer.evaluate()
-                curve = _curve(trainer.state.log_history)
+            train_and_evaluate(trainer)
         except DivergedError:
             return Record(trial, "diverged", clock.steps, float("inf"), _no_accuracy(config), clock.seconds_per_step,
                           _curve(trainer.state.log_history), seconds=time.perf_counter() - started,
                           found=_found(arm, trainer))  # fmt: skip
+        curve = _curve(trainer.state.log_history)
         losses, correct = ((), ()) if trial.phase == "tuning" else task.test(trainer, data)
     return Record(
         trial=trial,

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from loraplus.errors import InputError
+from loraplus.tasks.pretrained import first_line
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or a chat as {"role", "content"} messages."""
@@ -109,7 +110,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool | None = None, syst
     try:
         text = tokenizer.apply_chat_template([*opening, *messages], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of its own: what it raises for messages it cannot use varies
-        raise InputError(f"the chat template refuses these messages: {str(error).splitlines()[0]}") from None
+        raise InputError(f"the chat template refuses these messages: {first_line(error)}") from None
     return text_ids(tokenizer, text, special=False)
 
 

@@ -147,7 +147,24 @@ def hold_output(path: str | os.PathLike[str]) -> Iterator[None]:
         os.close(handle)
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
+def check_file(output: str, suffixes: Sequence[str], *, overwrite: bool) -> Path:
+    """Where a single file is to be written, checked before the work for it begins.
+
+    Raises:
+        InputError: its name ends in none of `suffixes`, it is there already, or its folder is not.
+    """
+    target = Path(output)
+    if target.suffix not in suffixes:
+        one_of = "one of " if len(suffixes) > 1 else ""
+        raise InputError(f"--output {output} must end in {one_of}{', '.join(suffixes)}")
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise InputError(f"{output} exists; name another file or pass --overwrite")
+    if not target.parent.is_dir():
+        raise InputError(f"there is no folder {target.parent} to write {target.name} to")
+    return target
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Writes a file so that readers see the old content or the new, never a part.
 
     Raises:
@@ -156,8 +173,8 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

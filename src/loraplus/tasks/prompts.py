@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
@@ -71,19 +70,3 @@ def _chat(where: str, turns: Sequence[Any]) -> Prompt:
 def shown(prompt: Prompt) -> str:
     """A prompt as a reader would see it: a chat by its last turn."""
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
-
-
-def check_target(output: str, *, overwrite: bool) -> Path:
-    """Where completions are to be written.
-
-    Raises:
-        InputError: not a .jsonl file, there already, or in no folder.
-    """
-    target = Path(output)
-    if target.suffix != ".jsonl":
-        raise InputError(f"--output {output} must end in .jsonl")
-    if target.is_dir() or (target.exists() and not overwrite):
-        raise InputError(f"{output} exists; name another file or pass --overwrite")
-    if not target.parent.is_dir():
-        raise InputError(f"there is no folder {target.parent} to write {target.name} to")
-    return target

@@ -210,6 +210,14 @@ def build_trainer(
     return trainer
 
 
+def train_and_evaluate(trainer: LoraPlusTrainer) -> None:
+    """Trains, and evaluates after the last step unless that was done on the way."""
+    trainer.train()
+    evaluated = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
+    if evaluated[-1:] != [trainer.state.global_step]:
+        trainer.evaluate()
+
+
 def _check_schedule(args: LoraPlusTrainingArguments, steps: int) -> None:
     """Builds the schedule once for nothing: some need settings of their own, and in `.train()` that is found too late.
 
