@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tasks.causal import adapter_on, save_llama
 
 from loraplus.cli import main
 
@@ -56,3 +58,15 @@ def refused(loraplus_command):
         return outcome.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, as a model folder."""
+    return save_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on it, as PEFT writes one."""
+    return adapter_on(base, tmp_path_factory.mktemp("adapter"), target_modules=["q_proj"])

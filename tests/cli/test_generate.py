@@ -6,23 +6,12 @@ import io
 import json
 
 import pytest
-from tasks.causal import SENTENCES, save_llama
-from tasks.test_merge import adapter_on
+from tasks.causal import SENTENCES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplus.tasks.generate import generate
 
 SHORT = ("--max-new-tokens", 8, "--plain")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(base, tmp_path_factory):
-    return adapter_on(base, tmp_path_factory.mktemp("adapter"), target_modules=["q_proj"])
 
 
 @pytest.fixture(scope="module")

@@ -7,22 +7,11 @@ import json
 
 import pytest
 import torch
-from tasks.causal import save_llama
-from tasks.test_merge import adapter_on
+from tasks.causal import adapter_on, save_llama
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loraplus.tasks import merge as merging
 from loraplus.tasks.predict import load_adapter
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(base, tmp_path_factory):
-    return adapter_on(base, tmp_path_factory.mktemp("adapter"), target_modules=["q_proj"])
 
 
 def test_a_merged_classifier_labels_as_the_adapter_does(model_folder, reviews_csv, tmp_path, loraplus_command):

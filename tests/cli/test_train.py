@@ -320,6 +320,11 @@ def test_predict_refuses_what_is_no_adapter(refused, tmp_path, reviews_csv):
     assert "adapter_config.json" in line
 
 
+def test_predict_refuses_the_adapter_of_a_language_model(refused, adapter, tmp_path, reviews_csv):
+    line = refused("predict", "--adapter", adapter, "--data", reviews_csv, "--output", tmp_path / "p.csv")
+    assert "is an adapter of a language model" in line and "loraplus generate" in line
+
+
 def test_automatic_rates_train_and_are_written_down(tmp_path, model_folder, reviews_csv, loraplus_command):
     output = tmp_path / "out"
     arguments = flags(

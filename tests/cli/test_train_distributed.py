@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from language import chat_rows, save_decoder, write_lines
 from safetensors.torch import load_file
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -75,6 +76,24 @@ def test_two_processes_train_the_adapter_of_one_and_speak_once(tmp_path, model_f
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
     assert err.count("step 10") <= 1
+
+
+def test_two_processes_train_the_chat_adapter_of_one(tmp_path):
+    """The loss is a mean over all tokens of both processes; answers differ in length, so half and half would not do."""
+    model, chats = save_decoder(tmp_path / "decoder"), write_lines(tmp_path / "chats.jsonl", chat_rows(60))
+    options = ("--task", "sft", "--max-steps", 12, "--eval-steps", 6, "--samples", 0, "--no-packing", "--json")
+    found = {}
+    for launcher in ("one process", "torchrun"):
+        process = start(launcher, model, chats, tmp_path / launcher, *options)
+        out, err = finished(process)
+        assert process.returncode == 0, err[-3000:]
+        found[launcher] = json.loads(out), load_file(tmp_path / launcher / "adapter_model.safetensors")
+    (one, a), (two, b) = found.values()
+    assert (one["processes"], two["processes"], one["steps"], two["steps"]) == (1, 2, 12, 12)
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+    assert max(value.abs().max() for name, value in b.items() if "lora_B" in name) > 0.01
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def children(pid: int) -> list[int]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from loraplus.tasks.decoder.text import train_tokenizer
 
@@ -43,4 +44,19 @@ def save_llama(folder: Path, **options: Any) -> Path:
     tokenizer = tiny_tokenizer()
     tiny_llama(vocabulary=len(tokenizer), **options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def adapter_on(base: Path, folder: Path, *, scale: float = 0.3, tokenizer: bool = True, **options: Any) -> Path:
+    """An adapter whose every weight is away from where it started."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"r": 2, **options}))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * scale)
+    adapted.save_pretrained(folder)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -14,7 +14,7 @@ from loraplus.tasks import merge as merging
 from loraplus.tasks.adapter import load_causal
 from loraplus.tasks.merge import merge
 
-from .causal import save_llama, tiny_gpt2, tiny_llama, tiny_tokenizer
+from .causal import adapter_on, save_llama, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 ADAPTERS = {
     "plain": {"target_modules": ["q_proj", "v_proj"]},
@@ -31,21 +31,6 @@ ADAPTERS = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("base"))
-
-
-def adapter_on(base, folder, *, scale: float = 0.3, tokenizer: bool = True, **options):
-    """An adapter whose every weight is away from where it started."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    torch.manual_seed(1)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"r": 2, **options}))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * scale)
-    adapted.save_pretrained(folder)
-    if tokenizer:
-        tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +122,31 @@ def test_infinite_weights_are_not_within_the_tolerance(base, tmp_path):
         merge(str(folder), tmp_path / "merged", dtype="float16")
 
 
-def test_only_an_earlier_merge_is_replaced(adapter, tmp_path):
+def test_only_the_files_of_an_earlier_merge_are_replaced(adapter, tmp_path):
     target = tmp_path / "merged"
     merge(str(adapter), target)
     with pytest.raises(InputError, match="is not empty: --overwrite"):
         merge(str(adapter), target)
-    (target / "old.txt").write_text("")
+    (target / "notes").mkdir()
+    (target / "notes" / "mine.txt").write_text("kept")
+    record = json.loads((target / "merge.json").read_text())
+    (target / "model-00001-of-00002.safetensors").write_text("a part that the next merge does not write")
+    record["files"].append("model-00001-of-00002.safetensors")
+    (target / "merge.json").write_text(json.dumps(record))
     merge(str(adapter), target, overwrite=True, dtype="float16")
-    assert not (target / "old.txt").exists()
+    assert (target / "notes" / "mine.txt").read_text() == "kept"
+    assert not (target / "model-00001-of-00002.safetensors").exists()
+    assert AutoModelForCausalLM.from_pretrained(target).dtype == torch.float16
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+    record = json.loads((target / "merge.json").read_text())
+    assert set(record["files"]) == {path.name for path in target.iterdir()} - {"notes"}
+    record["files"].remove("config.json")
+    (target / "merge.json").write_text(json.dumps(record))
+    (target / "config.json").write_text("mine")
+    with pytest.raises(InputError, match="config.json is of no earlier merge and would be replaced"):
+        merge(str(adapter), target, overwrite=True)
+    assert (target / "config.json").read_text() == "mine" and (target / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
     (target / "merge.json").unlink()
     with pytest.raises(InputError, match="no merge.json of an earlier merge"):

@@ -39,12 +39,13 @@ def merge(
         output: folder to make: safetensors, configurations, tokenizer, chat template, and `merge.json`.
         model: base model. Default: the one that the adapter names.
         dtype: float32, float16 or bfloat16. Default: the base model's.
-        overwrite: replace what an earlier merge left there.
+        overwrite: replace the files of an earlier merge; others in the folder stay.
         trust_remote_code: run code that the base model brings.
 
     Returns:
-        What `merge.json` holds: adapter, base, task, dtype, and the check: `max_difference` of a logit between the
-        written model and base with adapter, over `max_logit`: `relative_difference`, with its `tolerance`.
+        What `merge.json` holds: adapter, base, task, dtype, the files written, and the check: `max_difference` of a
+        logit between the written model and base with adapter, over `max_logit`: `relative_difference`, with its
+        `tolerance`.
 
     Raises:
         InputError: adapter or base model are missing, damaged, quantized or do not fit, an adapter that cannot be
@@ -74,6 +75,7 @@ def merge(
         record = {
             "adapter": str(Path(adapter).resolve()), "base": base, "task": settings.get("task_type"), "dtype": dtype,
             "parameters": written.num_parameters(), **_compare(expected, _logits(written, rows), dtype, target),
+            "files": sorted([RECORD_FILE, *(path.name for path in partial.iterdir())]),
         }  # fmt: skip
         write_json(partial / RECORD_FILE, record)
         _put_in_place(partial, target)
@@ -94,12 +96,18 @@ def _check_output(target: Path, sources: dict[str, str], overwrite: bool) -> Non
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise InputError(f"{target} is not empty: --overwrite replaces an earlier merge, or name another --output")
-        record = read_json(target / RECORD_FILE) if (target / RECORD_FILE).is_file() else None
-        if not isinstance(record, dict) or "relative_difference" not in record:
+        if _files_of_merge(target) is None:
             raise InputError(
                 f"--overwrite: {target} holds files but no {RECORD_FILE} of an earlier merge, so it is not replaced; "
                 "name another --output"
             )
+
+
+def _files_of_merge(folder: Path) -> set[str] | None:
+    """What an earlier merge wrote there; None if there was none."""
+    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else None
+    files = record.get("files") if isinstance(record, dict) else None
+    return set(files) if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
 
 
 def _load(
@@ -203,8 +211,12 @@ def _compare(expected: torch.Tensor, found: torch.Tensor, dtype: str, target: Pa
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
-    """Renames; what an earlier merge left goes last."""
+    """Renames; what an earlier merge wrote goes last, and what it did not write moves over."""
     earlier = target.with_name(f"{partial.name}.earlier")
+    written = (_files_of_merge(target) or set()) if target.exists() else set()
+    others = [entry.name for entry in target.iterdir() if entry.name not in written] if target.exists() else []
+    if taken := [name for name in others if (partial / name).exists()]:
+        raise InputError(f"{target / taken[0]} is of no earlier merge and would be replaced; move it away")
     try:
         if target.exists():
             target.rename(earlier)
@@ -213,4 +225,6 @@ def _put_in_place(partial: Path, target: Path) -> None:
         if earlier.exists() and not target.exists():
             earlier.rename(target)
         raise InputError(f"cannot write {target}: {error.strerror}") from None
+    for name in others:
+        (earlier / name).rename(target / name)
     shutil.rmtree(earlier, ignore_errors=True)

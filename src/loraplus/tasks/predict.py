@@ -28,6 +28,8 @@ def load_adapter(adapter: str, base_model: str | None = None) -> tuple[Any, Any]
         InputError: no adapter there, a damaged one, or a base model that cannot be found or is another.
     """
     settings = adapter_settings(adapter)
+    if settings.get("task_type") == "CAUSAL_LM":
+        raise InputError(f"{adapter} is an adapter of a language model, which labels nothing; try `loraplus generate`")
     if not (Path(adapter) / "config.json").is_file():
         raise InputError(f"{adapter} is not a classifier that `loraplus train` wrote: it has no config.json")
     name = base_model or str(settings["base_model_name_or_path"])
