@@ -88,7 +88,8 @@ def load_task(task: str, model: str) -> Task:
         encode = AutoTokenizer.from_pretrained(DATA / "minilm-l6")
         ids = encode([row[0] for row in rows], truncation=True, max_length=LENGTH)["input_ids"]
     else:
-        ids = small_decoders.token_ids(small_decoders.tokenizer(DATA), [row[0] for row in rows], LENGTH)
+        encode = small_decoders.tokenizer(DATA, int(model.removeprefix("decoder-")))
+        ids = small_decoders.token_ids(encode, [row[0] for row in rows], LENGTH)
     parts: dict[bool, tuple[list[list[int]], list[float]]] = {False: ([], []), True: ([], [])}
     for (_, target, held_out), row in zip(rows, ids, strict=True):
         parts[held_out][0].append(row)

@@ -31,6 +31,7 @@ from loraplus.reproduce.glue_gpt2 import GlueGpt2
 from loraplus.reproduce.glue_roberta import GlueRoberta
 from loraplus.reproduce.llama_flan import LlamaFlan
 from loraplus.reproduce.llama_mnli import LlamaMnli
+from loraplus.reproduce.registry import EXPERIMENTS, experiment_class
 from loraplus.reproduce.tuned_arms import Job
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", *POSITIVE, *NEGATIVE, *NEUTRAL, "Answer", ":", ".", *"ABCD"]
@@ -218,4 +219,11 @@ def test_mmlu_takes_the_likeliest_letter():
 def test_a_dry_run_tells_the_plan_without_weights(tmp_path, name, runs):
     plan = dry_run(Options(name=name, output=str(tmp_path / "out"), scale="paper", seeds=2, data=str(tmp_path)))
     assert plan["runs_known"] == runs and any("from the hub" in need for need in plan["needs"])
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "cpu" in experiment_class(name).scales])
+def test_a_dry_run_of_what_runs_here_makes_no_model_and_obtains_no_data(tmp_path, name):
+    plan = dry_run(Options(name=name, output=str(tmp_path / "out"), data=str(tmp_path / "data")))
+    assert plan["runs_known"] > 0 and plan["settings"]["scale"] == "cpu"
+    assert not list(tmp_path.iterdir())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplus.movement import adapted_layers
+from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Result
 from loraplus.reproduce.init import RULES, Init, scale_of
 from loraplus.reproduce.small_tasks import Rows, SmallTask
 from loraplus.reproduce.small_training import SmallAdapter, batches, build, train
+from loraplus.tasks.decoder.text import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +116,50 @@ def test_init_shares_the_runs_of_rules_that_agree_and_finds_the_optimum():
         assert row["optimum"] * math.sqrt(row["scale"]) == pytest.approx(5e-3, rel=0.02)
     report = experiment.report(results, figures)
     assert any("4 of 4 pairs" in sentence for sentence in report.verdict)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """The data folder with a few verses and snippets."""
+    tables = {
+        "verses.csv": [{"book": "A", "chapter": i % 16, "text": f"verse {i} of the book"} for i in range(60)],
+        "rated-snippets.csv": [
+            {"domain": ("products", "movies")[i % 2], "rating": 1, "text": f"snippet {i} of them"} for i in range(4000)
+        ],
+    }
+    for name, rows in tables.items():
+        with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    return tmp_path
+
+
+def test_a_decoder_that_two_workers_need_is_pre_trained_once(data, monkeypatch):
+    trained = []
+
+    def fresh(width):
+        trained.append(width)
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=small_decoders.VOCABULARY, hidden_size=width, num_hidden_layers=1, num_attention_heads=1,
+            intermediate_size=width, max_position_embeddings=64, pad_token_id=0,
+        ))  # fmt: skip
+
+    monkeypatch.setattr(small_decoders, "_fresh", fresh)
+    monkeypatch.setattr(small_decoders, "STEPS", 20)
+    with ThreadPoolExecutor(2) as workers:
+        folders = list(workers.map(lambda _: small_decoders.obtain(data, 32), range(2)))
+    assert folders == [small_decoders.folder_of(data, 32)] * 2 and trained == [32]
+    assert {path.name for path in (data / "small-models").iterdir()} == {"tokenizer", "decoder-32"}
+
+
+def test_every_decoder_reads_a_task_in_pieces_of_its_own(data, monkeypatch):
+    tokenizer = small_decoders.tokenizer(data, 32)
+    own = train_tokenizer(["snippet of them"] * 9, 300, 48)
+    own.save_pretrained(small_decoders.folder_of(data, small_decoders.WIDEST))
+    monkeypatch.setattr(small_tasks.assets, "obtain", lambda name, folder, say: folder / f"{name}.csv")
+    for width, pieces in ((32, tokenizer), (small_decoders.WIDEST, own)):
+        task = small_tasks.load(data, "lm-movies", width)
+        text = pieces.decode(task.train.ids[0], skip_special_tokens=True).strip()
+        assert text.startswith("snippet ") and text.endswith(" of them"), text
+        assert (task.train.ids[0][0], task.train.ids[0][-1]) == (pieces.bos_token_id, pieces.eos_token_id)

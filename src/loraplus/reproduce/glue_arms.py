@@ -61,6 +61,9 @@ class GlueArms(TunedArms):
     def small_model(self) -> Path:
         """Folder of the model at --scale cpu."""
 
+    def obtain_small_model(self) -> None:
+        """Puts that model there, unless it is one of `assets`."""
+
     @property
     def has_baseline(self) -> bool:  # type: ignore[override]
         """TF-IDF, at the small scale."""
@@ -113,6 +116,8 @@ class GlueArms(TunedArms):
 
     def train(self, job: Job, on_step: OnStep) -> Result:
         recipe = self.recipe(job.case)
+        if self.scale == "cpu":
+            self.obtain_small_model()
         load = encoded if self.scale == "paper" else _encoded
         tokenizer, data = load(str(next(iter(job.case.values()))), self.data, recipe.config.model)
         return train_classifier(

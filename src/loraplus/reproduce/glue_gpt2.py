@@ -32,4 +32,7 @@ class GlueGpt2(GlueArms):
         return ("rated-snippets", "verses") if self.scale == "cpu" else ()
 
     def small_model(self) -> Path:
-        return small_decoders.obtain(Path(self.data), _WIDTH)
+        return small_decoders.folder_of(Path(self.data), _WIDTH)
+
+    def obtain_small_model(self) -> None:
+        small_decoders.obtain(Path(self.data), _WIDTH)

@@ -127,7 +127,7 @@ class Init(Experiment):
 
     def run(self, run: Run, on_step: OnStep) -> Result:
         data = Path(self.data)
-        task = small_tasks.load(data, small_tasks.BOOK)
+        task = small_tasks.load(data, small_tasks.BOOK, self.width)
         adapter = SmallAdapter(run["rank"], run["scale"] * run["rank"], run["start"])
         model = build(small_decoders.obtain(data, self.width), task, adapter, run["seed"])
         outcome = train(

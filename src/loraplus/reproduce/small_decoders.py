@@ -1,7 +1,8 @@
 """A family of small decoders, pre-trained here at several widths; cached under data/small-models.
 
 Llama-shaped, 4 layers, trained for a few minutes on Bible verses, product reviews and tweets; movie reviews and
-editorials are left for fine-tuning. One tokenizer (byte-level BPE, 2,048 pieces) serves all.
+editorials are left for fine-tuning. One tokenizer (byte-level BPE, 2,048 pieces) serves all of them. The widest is no
+member of the family: it is the decoder of examples/decoder, trained longer, on verses alone, with pieces of its own.
 
     python -m loraplus.reproduce.small_decoders data 32 64 128
 """
@@ -19,12 +20,18 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loraplus.tasks import assets
+from loraplus.tasks.decoder.build import build
+from loraplus.tasks.output import hold_output
+
 VOCABULARY = 2048
 LAYERS = 4
 LENGTH = 32
 STEPS = 2000
 BATCH = 32
 LR = {32: 4e-3, 64: 3e-3, 128: 2e-3}
+WIDEST = 256
+"""Width of the decoder that `make decoder` puts into data/decoder."""
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
 
 
@@ -37,17 +44,26 @@ def texts(data: Path, everything: bool = False) -> list[str]:
     return verses + [row["text"] for row in rows if everything or row["domain"] in ("products", "tweets")]
 
 
-def tokenizer(data: Path) -> PreTrainedTokenizerFast:
-    folder = data / "small-models" / "tokenizer"
-    if not (folder / "tokenizer.json").is_file():
-        bpe = ByteLevelBPETokenizer(lowercase=True)
-        bpe.train_from_iterator(texts(data, everything=True), VOCABULARY, special_tokens=SPECIAL, show_progress=False)
-        made = PreTrainedTokenizerFast(
-            tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", cls_token="<s>",
-            mask_token="<mask>", unk_token="<unk>", model_max_length=LENGTH,
-        )  # fmt: skip
-        made.save_pretrained(folder)
+def tokenizer(data: Path, width: int) -> PreTrainedTokenizerFast:
+    """That of the decoder of a width; trained now unless it is there."""
+    folder = obtain(data, width) if width == WIDEST else _family_tokenizer(data)
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _family_tokenizer(data: Path) -> Path:
+    folder = data / "small-models" / "tokenizer"
+    with hold_output(folder.parent, wait=True):
+        if not (folder / "tokenizer.json").is_file():
+            bpe = ByteLevelBPETokenizer(lowercase=True)
+            bpe.train_from_iterator(
+                texts(data, everything=True), VOCABULARY, special_tokens=SPECIAL, show_progress=False
+            )
+            made = PreTrainedTokenizerFast(
+                tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                cls_token="<s>", mask_token="<mask>", unk_token="<unk>", model_max_length=LENGTH,
+            )  # fmt: skip
+            made.save_pretrained(folder)
+    return folder
 
 
 def token_ids(tok: PreTrainedTokenizerFast, lines: list[str], length: int) -> list[list[int]]:
@@ -82,15 +98,32 @@ def _fresh(width: int) -> LlamaForCausalLM:
     ))  # fmt: skip
 
 
+def folder_of(data: Path, width: int) -> Path:
+    """Where the decoder of a width is, or will be."""
+    return data / "decoder" if width == WIDEST else data / "small-models" / f"decoder-{width}"
+
+
 def obtain(data: Path, width: int) -> Path:
-    """The folder of a pre-trained decoder, trained now unless it is there."""
-    folder = data / "small-models" / f"decoder-{width}"
-    if (folder / "model.safetensors").is_file():
-        return folder
-    tok = tokenizer(data)
+    """The folder of the decoder of a width, pre-trained now unless it is there; other processes wait meanwhile."""
+    folder = folder_of(data, width)
+    tok = None if width == WIDEST else tokenizer(data, width)
+    with hold_output(data / "small-models", wait=True):
+        if folder.exists():
+            return folder
+        if tok is None:
+            build(str(assets.obtain("verses", data)), folder)
+            return folder
+        model = _pretrained(width, tok, token_ids(tok, texts(data), LENGTH))
+        partial = folder.with_name(folder.name + ".partial")
+        model.save_pretrained(partial)
+        tok.save_pretrained(partial)
+        partial.rename(folder)
+    return folder
+
+
+def _pretrained(width: int, tok: PreTrainedTokenizerFast, rows: list[list[int]]) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = _fresh(width)
-    rows = token_ids(tok, texts(data), LENGTH)
     steps = STEPS
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR[width], weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -107,11 +140,7 @@ def obtain(data: Path, width: int) -> Path:
         average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
         if (step + 1) % 500 == 0:
             print(f"width {width} step {step + 1} loss {average:.3f} {time.monotonic() - started:.0f} s", flush=True)
-    partial = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(partial)
-    tok.save_pretrained(partial)
-    partial.rename(folder)
-    return folder
+    return model
 
 
 if __name__ == "__main__":

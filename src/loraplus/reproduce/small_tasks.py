@@ -93,9 +93,9 @@ def domain_texts(data: Path, domain: str, labelled: bool) -> Texts:
 
 
 @functools.lru_cache(maxsize=8)
-def load(data: Path, name: str) -> SmallTask:
-    """A task by name: `book`, or `lm-` and a domain."""
-    tokenizer = small_decoders.tokenizer(data)
+def load(data: Path, name: str, width: int) -> SmallTask:
+    """A task by name, `book`, or `lm-` and a domain, in the token ids of the decoder of a width."""
+    tokenizer = small_decoders.tokenizer(data, width)
     texts = book_texts(data) if name == BOOK else domain_texts(data, name.removeprefix("lm-"), False)
 
     def rows(part: list[Text]) -> Rows:

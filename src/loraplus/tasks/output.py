@@ -118,8 +118,12 @@ def prepare_output(
 
 
 @contextlib.contextmanager
-def hold_output(path: str | os.PathLike[str]) -> Iterator[None]:
+def hold_output(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
     """Keeps other loraplus commands out of a folder, creating it if need be; ends with the process at the latest.
+
+    Args:
+        path: The folder.
+        wait: Until it is free, instead of failing.
 
     Raises:
         InputError: another process holds it, or the folder cannot be created.
@@ -137,7 +141,7 @@ def hold_output(path: str | os.PathLike[str]) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise InputError(f"another loraplus command is writing to {folder}; wait for it to end") from None
         except OSError:  # a file system without locks
