@@ -49,11 +49,11 @@ def refused(outcome: tuple[int, str, str]) -> str:
     return err
 
 
-def started(data: Path, output: Path, *more: object) -> subprocess.Popen[str]:
+def started(data: Path, output: Path, *more: object, new_session: bool = False) -> subprocess.Popen[str]:
     words = ["fake", "--data", data, "--output", output, "--workers", 1, "--seeds", 2, "--plain", *more]
     return subprocess.Popen(
         [sys.executable, fake_experiment.__file__, "reproduce", *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=new_session,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])},
     )  # fmt: skip
 
@@ -96,6 +96,28 @@ def test_from_scratch_to_files_and_drawn_again_from_them(command, data: Path, tm
     assert not (output / "study.journal").exists() and (output / "summary.json").exists()
 
 
+def test_results_that_cannot_be_drawn_again_are_one_line_and_nothing_is_lost(command, data: Path, tmp_path: Path):
+    output, again = tmp_path / "out", tmp_path / "again"
+    for folder in (output, again):
+        command("fake", "--data", data, "--output", folder, "--workers", 1, "--seeds", 2)
+    kept = {path.name: path.read_bytes() for path in again.iterdir() if path.is_file()}
+
+    def said(**changes: str) -> str:
+        for name, text in changes.items():
+            (output / f"{name}.{'json' if name == 'summary' else 'csv'}").write_text(text)
+        line = refused(command("fake", "--redraw", output, "--output", again, "--overwrite"))
+        assert {path.name: path.read_bytes() for path in again.iterdir() if path.is_file()} == kept
+        return line
+
+    assert "cannot be its own --output" in refused(command("fake", "--redraw", again, "--output", again, "--overwrite"))
+    summary, runs = (output / "summary.json").read_text(), (output / "runs.csv").read_text()
+    lines = runs.splitlines(keepends=True)
+    assert "lacks runs, such as kind point k" in said(runs=lines[0])
+    assert f"line {len(lines)} is cut short" in said(runs=runs[: len(runs) - len(lines[-1]) + 6])
+    assert "is no summary" in said(runs=runs, summary=summary.replace('"seeds": 2', '"seeds": "two"'))
+    assert "is no summary" in said(summary=summary.replace('"versions"', '"verses"'))
+
+
 def test_a_table_gives_back_the_results_it_was_written_from(command, tmp_path: Path):
     experiment = fake_experiment.Fake(seeds=1, data=str(tmp_path))
     results: dict[str, Result] = {}
@@ -136,6 +158,17 @@ def test_an_interrupted_command_and_a_killed_one_go_on_where_they_stopped(comman
     assert len(counted) == 2 * RUNS
     assert len(noted(data)) <= 2 * RUNS + 2, "only what was cut short is run twice"
     assert json.loads((output / "summary.json").read_text())["runs"] == 2 * RUNS
+
+
+def test_a_signal_to_the_whole_group_is_an_interruption(data: Path, tmp_path: Path):
+    """As `timeout` and batch systems send it: the workers end, too, and that is no lack of memory."""
+    (data / "slow").write_text("0.3")
+    process = started(data, tmp_path / "out", new_session=True)
+    wait_for(lambda: (data / "noted").exists() and len(noted(data)) >= 2, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 130
+    assert said.strip().splitlines()[-1].endswith("go on with the same command and --resume")
 
 
 def test_two_processes_with_one_storage_share_the_runs(data: Path, tmp_path: Path):

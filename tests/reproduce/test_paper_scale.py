@@ -25,7 +25,7 @@ from transformers import (
 
 from loraplus.errors import InputError
 from loraplus.reproduce import mmlu
-from loraplus.reproduce.command import Options, dry_run
+from loraplus.reproduce.command import Options, dry_run, reproduce
 from loraplus.reproduce.glue import TASKS, load_glue
 from loraplus.reproduce.glue_gpt2 import GlueGpt2
 from loraplus.reproduce.glue_roberta import GlueRoberta
@@ -220,6 +220,19 @@ def test_a_dry_run_tells_the_plan_without_weights(tmp_path, name, runs):
     plan = dry_run(Options(name=name, output=str(tmp_path / "out"), scale="paper", seeds=2, data=str(tmp_path)))
     assert plan["runs_known"] == runs and any("from the hub" in need for need in plan["needs"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["llama-mnli", "llama-flan", "glue-roberta", "glue-gpt2"])
+def test_what_cannot_be_had_is_said_before_anything_is_written(tmp_path, name):
+    with pytest.raises(InputError, match=name):
+        reproduce(Options(name=name, output=str(tmp_path / "out"), scale="paper", data=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("experiment", [LlamaMnli, LlamaFlan, GlueRoberta, GlueGpt2])
+def test_what_is_there_is_no_problem(data, experiment):
+    options = {"glue": ("mnli", "sst2")} if experiment in (GlueRoberta, GlueGpt2) else {}
+    assert experiment(scale="paper", data=str(data), **options).problem() is None
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "cpu" in experiment_class(name).scales])

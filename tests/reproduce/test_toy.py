@@ -13,7 +13,9 @@ from loraplus.movement import TOKENS, AdaptedLayer, Sample, movement, rms
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.coordinates import DELTAS, Coordinates, measure, rates_tried
 from loraplus.reproduce.fits import exponent
-from loraplus.reproduce.toy import Toy
+from loraplus.reproduce.png import draw
+from loraplus.reproduce.report import LinePlot
+from loraplus.reproduce.toy import Toy, _factor, _tied_over_best
 from loraplus.reproduce.toy_grid import FAMILIES, Block, best, extensions, first_blocks, rates
 from loraplus.reproduce.toy_model import Factors, Frozen
 
@@ -161,13 +163,44 @@ def test_the_toy_experiment_from_first_run_to_report(small):
     for family in FAMILIES:
         found = figures[f"{family.optimizer}/{family.readout}"]
         for at in (*found["widths"].values(), found["map"]):
-            assert at["best"]["loss"] <= at["best_tied"]["loss"], "the tied rates are among the pairs"
+            judged = at["tied_over_best"]
+            assert 0 < judged["seeds"] <= 2 and judged["low"] <= judged["mean"] <= judged["high"]
         exponents = found["exponents"]
         difference = exponents["lr_b"]["mean"] - exponents["lr_a"]["mean"]
         assert exponents["lr_ratio"]["mean"] == pytest.approx(difference)
     report = experiment.report(results, figures)
     assert len(report.verdict) == len(FAMILIES)
     assert len(report.figures) == len(FAMILIES) + 2
+
+
+def test_a_pair_that_diverges_on_the_seed_it_is_judged_on_is_counted():
+    pair, tied, other = (0, 2), (1, 1), (0, 0)
+    calm = {pair: 1.0, tied: 2.0, other: 3.0}
+    found = _tied_over_best([calm, calm, calm | {pair: math.inf}])
+    # The first two seeds' choices are made with the third's, where the pair is infinite: the tied rate wins there.
+    assert (found["seeds"], found["diverged"]) == (2, {"pair": 1, "tied": 0})
+    assert found["mean"] == pytest.approx(1.0)
+    assert "2 seeds; the choice diverged for the pair on 1 more" in _factor(found)
+    lost = dict.fromkeys(calm, math.inf)
+    assert _tied_over_best([lost])["seeds"] == 0 and "diverged on every seed" in _factor(_tied_over_best([lost]))
+
+
+def test_one_seed_has_no_interval_and_is_drawn(tmp_path):
+    experiment = Toy(seeds=1, widths=(16, 32), map_width=24, steps=5)
+    results = {}
+    while runs := experiment.next_runs(results):
+        results |= {run.key: experiment.run(run, lambda *_, **__: None) for run in runs}
+    report = experiment.report(results, experiment.figures(results))
+    for figure in report.figures:
+        draw(figure, tmp_path / f"{figure.name}.png")
+    lines = [
+        series
+        for figure in report.figures
+        for plot in figure.plots
+        if isinstance(plot, LinePlot)
+        for series in plot.series
+    ]
+    assert lines and not any(len(series.low) for series in lines)
 
 
 def test_what_comes_next_does_not_depend_on_the_order_in_which_runs_finish(small):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from loraplus.reproduce.experiment import Result, Run
-from loraplus.reproduce.intervals import t_interval
+from loraplus.reproduce.intervals import finite_t_interval, t_interval
 from loraplus.reproduce.report import HeatMap, LinePlot, Report
 from loraplus.reproduce.tuned_arms import TunedArms, verdicts
 
@@ -82,6 +82,14 @@ def test_figures_tell_arms_difference_and_steps():
     assert speed["reached"] == 3 and speed["speed_up"] == pytest.approx(10 / (10 + gap * 10), rel=1e-6)
 
 
+def test_a_loss_that_no_seed_reaches_has_no_number_of_steps():
+    experiment = Bowl(gain=-0.2)
+    figures = experiment.figures(finished(experiment))
+    speed = figures["cases"]["one"]["steps_to_target"]
+    assert (speed["reached"], speed["speed_up"], speed["by_seed"]) == (0, None, [None] * 3)
+    assert experiment.table_of_differences(figures).rows[0][-2:] == ["0 of 3", "not reached"]
+
+
 def test_a_case_with_runs_missing_is_named_and_the_others_are_told():
     experiment = Bowl()
     results = finished(experiment, keep=lambda run: run["domain"] == "one")
@@ -113,4 +121,4 @@ def test_an_interval_t_interval_is_students():
     estimate = t_interval([1.0, 2.0, 3.0])
     assert estimate.mean == 2 and estimate.high - 2 == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
     assert t_interval([1.0]).high == math.inf
-    assert t_interval([1.0, math.inf]) is None
+    assert finite_t_interval([1.0, math.inf]) is None and finite_t_interval([]) is None

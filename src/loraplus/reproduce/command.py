@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
+from loraplus.reproduce import png
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run
 from loraplus.reproduce.files import RUNS_FILE, SUMMARY_FILE, columns_of, read_runs, write_runs
 from loraplus.reproduce.format import RunFormat
 from loraplus.reproduce.page import PAGE_FILE, render
 from loraplus.reproduce.plan import ExperimentPlan, timed_run
 from loraplus.reproduce.registry import experiment_class
+from loraplus.reproduce.report import Report
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, OnEvent, default_workers, run_all
 from loraplus.study.storage import without_password
 from loraplus.study.store import StudyStore
@@ -106,6 +108,7 @@ def reproduce(
     settings = all_settings(experiment)
     saved = _saved(options, settings)
     check_output(options.output, saved, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
+    png.check()
     if problem := experiment.problem():
         raise InputError(f"{experiment.name}: {problem}")
     for asset in experiment.assets:
@@ -121,7 +124,8 @@ def reproduce(
             on_event=progress,
             log=folder / LOG_FILE,
         )
-        return write_results(folder, experiment, results, command=options.command, versions=_versions())
+        found = evaluate(experiment, results, command=options.command, versions=_versions())
+        return write_results(folder, found)
 
 
 def redraw(options: Options, source: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Any]:
@@ -139,11 +143,15 @@ def redraw(options: Options, source: str | os.PathLike[str], *, overwrite: bool 
         InputError: the folder holds no results of this experiment, or the output folder cannot be used.
     """
     source = Path(source)
+    if source.resolve() == Path(options.output).resolve():
+        raise InputError(f"--redraw: {source} cannot be its own --output; name another folder")
+    png.check()
     summary = read_json(source / SUMMARY_FILE)
     try:
         settings, columns = summary["settings"], summary["columns"]
-        name, scale, seeds = summary["experiment"], settings["scale"], settings["seeds"]
-    except (KeyError, TypeError):
+        name, scale, seeds = summary["experiment"], settings["scale"], int(settings["seeds"])
+        origin = {"command": str(summary["command"]), "versions": dict(summary["versions"])}
+    except (KeyError, TypeError, ValueError):
         raise InputError(f"--redraw: {source / SUMMARY_FILE} is no summary of an experiment") from None
     if name != options.name:
         raise InputError(f"--redraw: {source} holds results of {name}, not {options.name}")
@@ -151,11 +159,16 @@ def redraw(options: Options, source: str | os.PathLike[str], *, overwrite: bool 
     experiment = options.experiment
     results = read_runs(source / RUNS_FILE, columns)
     saved = _saved(options, all_settings(experiment))
+    check_output(options.output, saved, overwrite=overwrite, resume=False, ignore=MAY_DIFFER)
+    try:
+        found = evaluate(experiment, results, settings=settings, **origin)
+    except (KeyError, IndexError, ValueError):
+        if not (missing := experiment.next_runs(results)):
+            raise
+        raise InputError(f"--redraw: {source} lacks runs, such as {experiment.describe(missing[0])}") from None
     with hold_output(options.output):
         folder = prepare_output(options.output, saved, overwrite=overwrite, resume=False, ignore=MAY_DIFFER)
-        return write_results(
-            folder, experiment, results, command=summary["command"], versions=summary["versions"], settings=settings
-        )
+        return write_results(folder, found)
 
 
 def dry_run(options: Options) -> dict[str, Any]:
@@ -178,18 +191,31 @@ def dry_run(options: Options) -> dict[str, Any]:
     }
 
 
-def write_results(
-    folder: Path,
+@dataclass(frozen=True)
+class Evaluation:
+    """What an experiment's runs come to: the content of summary.json, the report, and the runs in order."""
+
+    summary: dict[str, Any]
+    report: Report
+    results: list[Result]
+
+
+def evaluate(
     experiment: Experiment,
     results: Results,
     *,
     command: str,
     versions: Mapping[str, str],
     settings: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Writes runs.csv, the plots, the page and, last, summary.json, whose content it returns."""
-    from loraplus.reproduce.png import draw
+) -> Evaluation:
+    """Works out figures and report; writes nothing.
 
+    Args:
+        experiment: Whose results they are.
+        results: All runs.
+        command, versions: How they were made.
+        settings: Under which. Default: those of the experiment.
+    """
     in_order = sorted(results.values(), key=lambda result: [_sortable(value) for value in result.params.values()])
     results = {result.run.key: result for result in in_order}
     figures = experiment.figures(results)
@@ -209,14 +235,19 @@ def write_results(
         "settings": dict(settings or all_settings(experiment)),
         "columns": columns_of(in_order),
     }
-    write_runs(folder / RUNS_FILE, in_order)
+    return Evaluation(summary, report, in_order)
+
+
+def write_results(folder: Path, found: Evaluation) -> dict[str, Any]:
+    """Writes runs.csv, the plots, the page and, last, summary.json, whose content it returns."""
+    write_runs(folder / RUNS_FILE, found.results)
     plots = folder / PLOTS_FOLDER
     plots.mkdir(exist_ok=True)
-    for figure in report.figures:
-        draw(figure, plots / f"{figure.name}.png")
-    write_atomically(folder / PAGE_FILE, render(summary, report))
-    write_json(folder / SUMMARY_FILE, summary)  # last: who sees it knows that the rest is there
-    return summary
+    for figure in found.report.figures:
+        png.draw(figure, plots / f"{figure.name}.png")
+    write_atomically(folder / PAGE_FILE, render(found.summary, found.report))
+    write_json(folder / SUMMARY_FILE, found.summary)  # last: who sees it knows that the rest is there
+    return found.summary
 
 
 def all_settings(experiment: Experiment) -> dict[str, Any]:

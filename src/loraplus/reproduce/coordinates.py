@@ -25,8 +25,9 @@ import torch
 from loraplus.movement import TOKENS, rms
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
-from loraplus.reproduce.fits import exponent, over_seeds
-from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
+from loraplus.reproduce.fits import exponent
+from loraplus.reproduce.intervals import t_interval
+from loraplus.reproduce.report import Figure, LinePlot, Report, Table, banded, interval
 from loraplus.study.worker import OnStep
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -191,8 +192,7 @@ def _is_constant(found: Mapping[str, float]) -> bool:
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     """Geometric mean over the seeds with its interval."""
-    logs = over_seeds([math.log(value) for value in values])
-    return {bound: math.exp(value) for bound, value in logs.to_dict().items()}
+    return t_interval([math.log(value) for value in values]).through(math.exp).to_dict()
 
 
 def _figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
@@ -202,8 +202,7 @@ def _figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
         for place, (delta, symbol) in enumerate(DELTAS.items()):
             at = [found["widths"][str(width)][delta] for width in widths]
             name = f"{symbol} ∝ n^{found['exponents'][str(FITTED_AT)][delta]['mean']:.2f}"
-            values, low, high = ([row[key] for row in at] for key in ("mean", "low", "high"))
-            series.append(Series(name, widths, values, low, high, colour=place))
+            series.append(banded(name, widths, at, colour=place))
         plots.append(LinePlot(found["title"], "width n", "RMS of the change", series, log_x=True, log_y=True))
     return Figure(
         "deltas", f"What step {FITTED_AT} does to the layer's output", plots,
@@ -251,7 +250,7 @@ _METHOD = (
     f"units. Step {FITTED_AT} is the first in which A moves: at step 1, B = 0.",
     f"c = {C:g}, so that at width 64 both tied rates are {TIED_AT_64:g}; c′ = {C_PRIME:.3g}. The tuned rate is the "
     "best of ten, half a decade apart, by the mean loss over the seeds.",
-    "Exponents are least-squares slopes over log n for each seed, intervals bootstrapped over the seeds.",
+    "Exponents are least-squares slopes over log n for each seed, intervals Student's t over the seeds.",
 )
 _LIMITS = (
     "With few seeds the intervals are rough: they resample the seeds and nothing else.",

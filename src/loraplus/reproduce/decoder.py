@@ -15,7 +15,7 @@ from typing import Any
 from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Result, Results, Run
 from loraplus.reproduce.grid import lr_of
-from loraplus.reproduce.intervals import t_interval
+from loraplus.reproduce.intervals import finite_t_interval
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, build, result_of, train
 from loraplus.reproduce.tuned_arms import LOSS, TEST_LOSS, Case, Job, TunedArms, title, verdicts
@@ -109,7 +109,7 @@ class Decoder(TunedArms):
             }
             best, tied = min(losses, key=lambda point: sum(losses[point])), min(losses)
             text = f"{title(case)}: λ = {best[0]:g} has the lowest mean over the fresh seeds"
-            gap = t_interval([a - b for a, b in zip(losses[best], losses[tied], strict=True)])
+            gap = finite_t_interval([a - b for a, b in zip(losses[best], losses[tied], strict=True)])
             if gap is not None and best != tied:
                 text += f", {gap.mean:+.4f} off λ = 1 (95% interval {gap.low:+.4f} to {gap.high:+.4f})"
                 text += "" if gap.excludes_zero else ": no difference found"
@@ -122,7 +122,7 @@ class Decoder(TunedArms):
             if not self.done(case, results):
                 continue
             for point in sorted(self.finalists(case, results).values()):
-                estimate = t_interval([result.values[LOSS] for result in self.finals(case, point, results)])
+                estimate = finite_t_interval([result.values[LOSS] for result in self.finals(case, point, results)])
                 if estimate is not None:
                     found.setdefault(title(case), {})[point[0]] = estimate, lr_of(point)
         return found

@@ -65,7 +65,9 @@ def read_runs(path: Path, columns: Mapping[str, Sequence[str]]) -> dict[str, Res
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     results: dict[str, Result] = {}
     grouped: dict[str, list[dict[str, str]]] = {}
-    for line in lines:
+    for number, line in enumerate(lines, 2):
+        if None in line.values():
+            raise InputError(f"{path}: line {number} is cut short")
         try:
             grouped.setdefault(Run(_cells(line, columns["params"])).key, []).append(line)
         except (KeyError, ValueError) as error:

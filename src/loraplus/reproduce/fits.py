@@ -6,16 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraplus.study.statistics import Estimate, bootstrap_mean
-
-
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean of one value a seed with its 95% bootstrap interval; of one seed, no interval is known."""
-    return bootstrap_mean([[value] for value in values])
+from loraplus.reproduce.intervals import t_interval
+from loraplus.study.statistics import Estimate
 
 
 def exponent(x: Sequence[float], log10_y: Sequence[Sequence[float]]) -> Estimate:
-    """p of y ∝ xᵖ, fitted by least squares for each seed; mean and 95% bootstrap interval over the seeds.
+    """p of y ∝ xᵖ, fitted by least squares for each seed; the mean over the seeds with its 95% interval.
 
     Args:
         x: Such as the widths.
@@ -25,4 +21,4 @@ def exponent(x: Sequence[float], log10_y: Sequence[Sequence[float]]) -> Estimate
         >>> exponent([64, 128, 256], [[0.0, 0.30103, 0.60206]]).mean.__round__(3)
         1.0
     """
-    return over_seeds([float(np.polyfit(np.log10(x), row, 1)[0]) for row in log10_y])
+    return t_interval([float(np.polyfit(np.log10(x), row, 1)[0]) for row in log10_y])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,17 @@ def encoded(name: str, data: str, model: str) -> tuple[PreTrainedTokenizerBase, 
     tokenizer = load_tokenizer(TaskConfig(model=model))
     length = min(LENGTH, tokenizer.model_max_length)
     return tokenizer, encode(task.labels, load_glue(task, in_folder_or_hub(data, HUB_NAME)), tokenizer, length)
+
+
+def problem(names: Iterable[str], data: str, model: str) -> str | None:
+    """What of a model and some tasks cannot be had, in one line; None if all can. Found out by loading them."""
+    try:
+        load_tokenizer(TaskConfig(model=model))
+        for name in names:
+            load_glue(TASKS[name], in_folder_or_hub(data, HUB_NAME))
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def load_glue(task: GlueTask, source: str) -> Parts:

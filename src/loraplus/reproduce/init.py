@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run
 from loraplus.reproduce.grid import HALF_DECADE, best_step, lr_of, next_in_column
-from loraplus.reproduce.intervals import t_interval
+from loraplus.reproduce.intervals import finite_t_interval
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, Start, build, result_of, train
 from loraplus.reproduce.tuned_arms import FINAL, LOSS, TEST_LOSS, TUNING, TUNING_SEED, fresh_seeds
@@ -306,6 +306,6 @@ def _finals(runs: Sequence[Result]) -> dict[str, Any]:
     """Intervals over the fresh seeds; None where a run diverged."""
     found: dict[str, Any] = {}
     for name in (LOSS, TEST_LOSS):
-        estimate = t_interval([run.values[name] if run.status == "done" else math.inf for run in runs])
+        estimate = finite_t_interval([run.values[name] if run.status == "done" else math.inf for run in runs])
         found[name] = estimate and estimate.to_dict()
     return found

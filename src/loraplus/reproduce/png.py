@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from pathlib import Path
@@ -20,16 +21,24 @@ _MOST_TICKS = 8
 _MARKS = ("o", "D", "s", "^")
 
 
+def check() -> None:
+    """Asked before the first run, not after the last.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the plots need matplotlib: pip install 'loraplus[reproduce]'")
+
+
 def draw(figure: Figure, target: Path) -> None:
     """Writes a figure, its plots side by side.
 
     Raises:
-        InputError: matplotlib is missing, or the file cannot be written.
+        InputError: the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("the plots need matplotlib: pip install 'loraplus[reproduce]'") from None
+    import matplotlib
+
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 

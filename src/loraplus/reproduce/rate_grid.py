@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
-from loraplus.reproduce.intervals import t_interval
+from loraplus.reproduce.intervals import finite_t_interval
 from loraplus.reproduce.report import Figure, HeatMap, Report, Table, interval
 from loraplus.study.worker import OnStep
 
@@ -73,7 +73,7 @@ class RateGrid(Experiment):
         difference = None
         if best_tied is not None:
             both = zip(self._accuracies(best, results), self._accuracies(best_tied, results), strict=True)
-            difference = t_interval([a - b for a, b in both])
+            difference = finite_t_interval([a - b for a, b in both])
         return {
             "pairs": [{"lr_a": a, "lr_b": b, "accuracy": value} for (a, b), value in finite.items()],
             "best": self._shown(best, results),
@@ -82,7 +82,7 @@ class RateGrid(Experiment):
         }
 
     def _shown(self, pair: Pair, results: Results) -> dict[str, Any]:
-        estimate = t_interval(self._accuracies(pair, results))
+        estimate = finite_t_interval(self._accuracies(pair, results))
         return {"lr_a": pair[0], "lr_b": pair[1], "test_accuracy": estimate and estimate.to_dict()}
 
     def _accuracies(self, pair: Pair, results: Results) -> list[float]:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Cell = str | float | int | None
 
@@ -47,6 +49,13 @@ class Series:
     dashed: bool = False
     markers: bool = True
     colour: int | None = None
+
+
+def banded(name: str, x: Sequence[float], estimates: Sequence[Mapping[str, float]], **look: Any) -> Series:
+    """Means with their intervals as a band; without one where an interval is unbounded, as of one seed."""
+    mean, low, high = ([estimate[bound] for estimate in estimates] for bound in ("mean", "low", "high"))
+    band = (low, high) if all(map(math.isfinite, (*low, *high))) else ((), ())
+    return Series(name, x, mean, *band, **look)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ import torch
 
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
-from loraplus.reproduce.fits import exponent, over_seeds
-from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table, interval
+from loraplus.reproduce.fits import exponent
+from loraplus.reproduce.intervals import t_interval
+from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table, banded, interval
 from loraplus.reproduce.toy_grid import (
     FAMILIES,
     Block,
@@ -44,7 +45,6 @@ from loraplus.reproduce.toy_grid import (
     good_region,
     rates,
 )
-from loraplus.study.statistics import Estimate
 from loraplus.study.worker import OnStep
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -159,10 +159,10 @@ class Toy(Experiment):
             "best_tied": {"lr": rates(tied)[0], "loss": joint[tied]},
             "inside": all((point[0] + da, point[1] + db) in joint for da in (-1, 0, 1) for db in (-1, 0, 1)),
             "log10": {
-                quantity: over_seeds([row[place] for row in logs]).to_dict()
+                quantity: t_interval([row[place] for row in logs]).to_dict()
                 for place, quantity in enumerate(QUANTITIES)
             },
-            "tied_over_best": _tied_over_best(per_seed).to_dict(),
+            "tied_over_best": _tied_over_best(per_seed),
         }
 
     def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
@@ -236,18 +236,31 @@ def _best_logs(losses: Mapping[Point, float]) -> tuple[float, float, float]:
     return a, b, b - a
 
 
-def _tied_over_best(per_seed: Sequence[Mapping[Point, float]]) -> Estimate:
-    """Loss of the best tied rate over that of the best pair, on each seed as the other seeds would choose them."""
-    ratios = []
+def _tied_over_best(per_seed: Sequence[Mapping[Point, float]]) -> dict[str, Any]:
+    """Loss of the best tied rate over that of the best pair, on each seed as the other seeds would choose them.
+
+    A choice that diverges on the seed it is judged on leaves no ratio there; such seeds are counted.
+    """
+    logs: list[float] = []
+    diverged = {"pair": 0, "tied": 0}
     for place, held_out in enumerate(per_seed):
         chosen_on = _over_seeds([losses for other, losses in enumerate(per_seed) if other != place] or per_seed)
-        pair, tied = best(chosen_on), best(chosen_on, _is_tied)
-        if math.isfinite(held_out[pair]) and math.isfinite(held_out[tied]):
-            ratios.append(_log(held_out[tied]) - _log(held_out[pair]))
-    if not ratios:
-        return Estimate(math.nan, math.nan, math.nan)
-    found = over_seeds(ratios)
-    return Estimate(*(math.exp(value) for value in (found.mean, found.low, found.high)))
+        losses = {"pair": held_out[best(chosen_on)], "tied": held_out[best(chosen_on, _is_tied)]}
+        for name, loss in losses.items():
+            diverged[name] += not math.isfinite(loss)
+        if all(map(math.isfinite, losses.values())):
+            logs.append(_log(losses["tied"]) - _log(losses["pair"]))
+    found = t_interval(logs).through(math.exp).to_dict() if logs else {}
+    return {**found, "seeds": len(logs), "diverged": diverged}
+
+
+def _factor(found: Mapping[str, Any]) -> str:
+    """How many times the loss, in words, and on how many seeds where a choice diverged on some."""
+    away = [f"the {what} on {count}" for what, count in found["diverged"].items() if count]
+    if not found["seeds"]:
+        return "has no figure (a choice diverged on every seed)"
+    text = f"has {interval(found)} times the loss of the best pair, both chosen on other seeds"
+    return text + (f" ({found['seeds']} seeds; the choice diverged for {' and '.join(away)} more)" if away else "")
 
 
 def _heat_map(family: Family, joint: Mapping[Point, float]) -> HeatMap:
@@ -269,9 +282,9 @@ def _track_figure(family: Family, found: Mapping[str, Any], widths: Sequence[int
         centre = sum(log["mean"] for log in logs) / len(logs)
         middle = sum(math.log10(width) for width in widths) / len(widths)
         slope = found["theory"][quantity]
-        values, low, high = ([10 ** log[bound] for log in logs] for bound in ("mean", "low", "high"))
         name = f"measured, exponent {interval(found['exponents'][quantity])}"
-        measured = Series(name, widths, values, low, high, colour=place)
+        rates_found = [{bound: 10**value for bound, value in log.items()} for log in logs]
+        measured = banded(name, widths, rates_found, colour=place)
         theory = Series(
             f"slope {slope:g}", widths, [10 ** (centre + slope * (math.log10(width) - middle)) for width in widths],
             dashed=True, markers=False, colour=place,
@@ -318,14 +331,13 @@ def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:
     for found in figures.values():
         at, exponents = found["map"], found["exponents"]
         widest = list(found["widths"])[-1]
-        factor = found["widths"][widest]["tied_over_best"]
+        factor = _factor(found["widths"][widest]["tied_over_best"])
         theory = ", ".join(f"{QUANTITIES[name]} {value:g}" for name, value in found["theory"].items())
         measured = ", ".join(f"{QUANTITIES[name]} {interval(value)}" for name, value in exponents.items())
         sentences.append(
             f"{found['title']}: at n = {map_width} the best pair has λ = {at['best']['lr_b'] / at['best']['lr_a']:.3g} "
             f"(centre of the good region: {10 ** at['log10']['lr_ratio']['mean']:.3g}); exponents in n: {measured}; "
-            f"theory: {theory}. At n = {widest} the best tied rate has {interval(factor)} times the loss of the best "
-            f"pair, both chosen on other seeds.{_at_edge(found)}"
+            f"theory: {theory}. At n = {widest} the best tied rate {factor}.{_at_edge(found)}"
         )
     return sentences
 
@@ -346,10 +358,10 @@ _METHOD = (
     "pair with the lowest mean loss has neighbours on all sides, and the best tied rate too.",
     "A best pair is uncertain along the ridge η_A·η_B = const, so what is fitted is, for each seed and width, the "
     "centre of all pairs within 5% of the lowest loss. Exponents are least-squares slopes of its logarithm over log n "
-    "for each seed; intervals are bootstrapped over the seeds.",
+    "for each seed; intervals are Student's t over the seeds.",
 )
 _LIMITS = (
-    "With few seeds the intervals are rough: they resample the seeds and nothing else.",
+    "Intervals know of nothing but the seeds; with three of them they are wide.",
     "The theory is about large n and a fixed number of steps; at small n its terms that vanish are still there.",
     "One task, one rank, one training length: where the best pair lies depends on all three.",
 )

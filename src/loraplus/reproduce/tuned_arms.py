@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, Value
 from loraplus.reproduce.grid import HALF_DECADE, RATIOS, Point, best_of, lr_of, next_point
-from loraplus.reproduce.intervals import t_interval
+from loraplus.reproduce.intervals import finite_t_interval
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Series, Table, interval
 from loraplus.study.statistics import Estimate, steps_to_target
 from loraplus.study.worker import OnStep
@@ -151,7 +151,9 @@ class TunedArms(Experiment):
     def _arm(self, point: Point, finals: list[Result], losses: dict[Point, float], values: Sequence[str]) -> dict:
         own = [p for p in losses if (p[0] == 1.0) == (point[0] == 1.0)]
         figures: dict[str, Any] = {"lr": lr_of(point), "lr_ratio": point[0], "tuning_runs": len(own)}
-        return figures | {name: _dict(t_interval([_value(result, name) for result in finals])) for name in values}
+        return figures | {
+            name: _dict(finite_t_interval([_value(result, name) for result in finals])) for name in values
+        }
 
     # What is shown of it, the same in every experiment.
 
@@ -183,14 +185,15 @@ class TunedArms(Experiment):
         for case, found in figures["cases"].items():
             speed = found["steps_to_target"]
             reached = f"{speed['reached']} of {speed['seeds']}"
-            rows.append([case, *(_text(found["difference"][name]) for name in names), reached, speed["speed_up"]])
+            factor = "not reached" if speed["speed_up"] is None else speed["speed_up"]
+            rows.append([case, *(_text(found["difference"][name]) for name in names), reached, factor])
         return Table(
             "LoRA+ minus LoRA, paired by seed",
             ["case", *(name.replace("eval", "validation").replace("_", " ") for name in names),
              "seeds that reach LoRA's final loss", "times fewer steps"],
             rows,
             "Steps: how many times fewer LoRA+ needs to reach the validation loss that LoRA ends at, on the same "
-            "seed; the median, with 1 for seeds that do not reach it.",
+            "seed; the median over the seeds, of which those that do not reach it come last.",
         )  # fmt: skip
 
     def maps(self, results: Results) -> list[Figure]:
@@ -293,21 +296,22 @@ def _value(result: Result, name: str) -> float:
 
 
 def _differences(lora: list[Result], loraplus: list[Result], name: str) -> Estimate | None:
-    return t_interval([_value(b, name) - _value(a, name) for a, b in zip(lora, loraplus, strict=True)])
+    return finite_t_interval([_value(b, name) - _value(a, name) for a, b in zip(lora, loraplus, strict=True)])
 
 
 def _speed(lora: list[Result], loraplus: list[Result]) -> dict[str, Any]:
-    """How many times fewer steps LoRA+ needs to the loss that LoRA ends at."""
-    gains, reached = [], 0
+    """How many times fewer steps LoRA+ needs to the loss that LoRA ends at; None for a seed that does not reach it."""
+    gains: list[float | None] = []
     for a, b in zip(lora, loraplus, strict=True):
         if not a.curve or not b.curve:
             continue
         steps = [step for step, _ in b.curve]
         at = steps_to_target(steps, [loss for _, loss in b.curve], a.curve[-1][1])
-        reached += at is not None
-        gains.append(steps[-1] / at if at else 1.0)
-    middle = statistics.median(gains) if gains else None  # a spike in one of LoRA's runs would carry a mean away
-    return {"reached": reached, "seeds": len(lora), "speed_up": middle, "by_seed": gains}
+        gains.append(steps[-1] / at if at else None)
+    # The median, since a spike in one of LoRA's runs would carry a mean away.
+    middle = statistics.median_low([gain or 0.0 for gain in gains]) if gains else 0.0
+    reached = sum(gain is not None for gain in gains)
+    return {"reached": reached, "seeds": len(lora), "speed_up": middle or None, "by_seed": gains}
 
 
 def _curve(name: str, runs: list[Result]) -> Series:

@@ -221,13 +221,13 @@ class _Coordinator(Generic[TrialT, RecordT]):
         try:
             return self.pool.submit(perform, trial)
         except BrokenProcessPool:
-            raise self.killed([trial]) from None
+            raise self.broken([trial]) from None
 
     def take(self, future: Future[RecordT]) -> None:
         try:
             record = future.result()
         except BrokenProcessPool:
-            raise self.killed(list(self.running.values())) from None
+            raise self.broken(list(self.running.values())) from None
         self.keep(record)
         del self.running[future]
 
@@ -238,7 +238,10 @@ class _Coordinator(Generic[TrialT, RecordT]):
         self.emit("finished", trial=record.trial, record=record, reused=reused)
         self.take_news()
 
-    def killed(self, trials: list[TrialT]) -> LoraPlusError:
+    def broken(self, trials: list[TrialT]) -> LoraPlusError:
+        """Why workers are gone; a signal to the whole process group, as `timeout` sends it, ends them as well."""
+        if self.stop.wait(SECONDS_BETWEEN_LOOKS):
+            return InterruptedRun()
         names = ", ".join(trial.key for trial in trials)
         return LoraPlusError(
             f"a training process was killed (out of memory?) after {self.progress} runs, "

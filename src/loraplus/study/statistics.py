@@ -7,7 +7,7 @@ varies for two reasons, the seed and the choice of test examples; intervals resa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
@@ -42,6 +42,10 @@ class Estimate:
     def excludes_zero(self) -> bool:
         """Whether the whole interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
+
+    def through(self, rising: Callable[[float], float]) -> Estimate:
+        """Mean and bounds through a rising function, such as exp for a mean of logarithms."""
+        return Estimate(rising(self.mean), rising(self.low), rising(self.high))
 
 
 def _checked(scores: Sequence[Sequence[float]] | Scores) -> Scores:
