@@ -19,15 +19,16 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 from rates_grid import Point, lr_of, next_point
 from rates_settings import SETTINGS, Setting
 
+from loraplus.reproduce.intervals import t_interval
+
 RESULTS = Path(__file__).resolve().parent / "results" / "rates"
 SEEDS = (0, 1, 2)
-T_QUANTILE = 2.160  # 97.5% of Student's t with 13 degrees of freedom
 COLUMNS = ("method", "lr_ratio", "half_decade", "lr", "seed", "eval_loss", "accuracy", "seconds")
 
 Row = dict[str, Any]
@@ -173,7 +174,8 @@ def arms() -> None:
 
     The usual rate is η_A = 1e-3 for LoRA and 7.9e-4 with λ = 16 for LoRA+, on the first seed.
     """
-    tuned, untuned = [], []
+    tuned: dict[str, float] = {}
+    untuned: dict[str, float] = {}
     print(f"{'setting':40s} {'LoRA':>8s} {'LoRA+':>8s} {'λ':>5s} {'ratio':>7s} {'untuned':>8s}")
     for setting in SETTINGS.values():
         rows = read(setting.name)
@@ -182,15 +184,22 @@ def arms() -> None:
         lora, plus = (
             min((p for p in known if (p[0] == 1.0) == tied), key=lambda p: first[p]) for tied in (True, False)
         )
-        tuned.append(known[plus] / known[lora])
-        untuned.append(first[16.0, 1] / first[1.0, 0])
-        print(f"{setting.name:40s} {known[lora]:8.4f} {known[plus]:8.4f} {plus[0]:5g} {tuned[-1]:7.3f} "
-              f"{untuned[-1]:8.3f}")  # fmt: skip
+        tuned[setting.name] = known[plus] / known[lora]
+        untuned[setting.name] = first[16.0, 1] / first[1.0, 0]
+        print(f"{setting.name:40s} {known[lora]:8.4f} {known[plus]:8.4f} {plus[0]:5g} {tuned[setting.name]:7.3f} "
+              f"{untuned[setting.name]:8.3f}")  # fmt: skip
     for name, ratios in (("tuned", tuned), ("untuned", untuned)):
-        logs = [math.log(ratio) for ratio in ratios]
-        mean, half = fmean(logs), T_QUANTILE * stdev(logs) / math.sqrt(len(logs))
-        print(f"{name}: LoRA+ / LoRA {math.exp(mean):.4f} [{math.exp(mean - half):.4f}, {math.exp(mean + half):.4f}], "
-              f"median {median(ratios):.4f}, below 1 in {sum(r < 1 for r in ratios)} of {len(ratios)}")  # fmt: skip
+        farthest = max(ratios, key=lambda setting: abs(math.log(ratios[setting])))
+        for kind, chosen_ones in {
+            "all": list(ratios),
+            "MiniLM": [setting for setting in ratios if setting.startswith("minilm")],
+            "decoders": [setting for setting in ratios if not setting.startswith("minilm")],
+            f"all but {farthest}": [setting for setting in ratios if setting != farthest],
+        }.items():
+            values = [ratios[setting] for setting in chosen_ones]
+            found = t_interval([math.log(value) for value in values]).through(math.exp)
+            print(f"{name}, {kind}: LoRA+ / LoRA {found.mean:.4f} [{found.low:.4f}, {found.high:.4f}], "
+                  f"median {median(values):.4f}, below 1 in {sum(v < 1 for v in values)} of {len(values)}")  # fmt: skip
 
 
 def chosen(names: list[str]) -> list[Setting]:

@@ -34,6 +34,7 @@ STARTS: tuple[Start, ...] = ("A-random", "B-random")
 RULES = ("α = r", "α = 2r", "α = 16", "rsLoRA, α = 16")
 _FIXED_ALPHA = 16
 _EVALUATIONS = {TUNING: 1, FINAL: 2}
+BY_SEED = "test_loss_by_seed"
 _EXPECTED = 10
 """Step of the grid where the best rate is expected for s = 1; a column starts near it."""
 
@@ -167,7 +168,7 @@ class Init(Experiment):
     def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
         tuned = {Column(*(row[name] for name in Column._fields)): row for row in figures["columns"]}
         return Report(
-            verdict=[*self._moves(tuned), *self._starts(tuned), *self._ratios(figures["best"])],
+            verdict=[*self._moves(tuned), *self._starts(tuned), *self._gaps(figures["best"])],
             parts=[
                 self._table_of_finals(figures["best"]),
                 Figure("best-rate-by-rank", "Where the best rate sits",
@@ -224,21 +225,26 @@ class Init(Experiment):
             f"reverse is {math.fsum(gaps) / len(gaps):+.3f} nats off in the mean (one seed)."
         ]
 
-    def _ratios(self, best: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What λ > 1 gains over λ = 1 with either start, on fresh seeds."""
-        found = {(row["start"], row["rank"], row["lr_ratio"]): row[TEST_LOSS] for row in best}
+    def _gaps(self, best: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What λ > 1 gains over λ = 1 with either start, and what one start over the other, on fresh seeds."""
+        found = {(row["start"], row["rank"], row["lr_ratio"]): row[BY_SEED] for row in best}
+        kinds = {
+            f"{start}: test loss at λ = {self.lr_ratio:g} minus that at λ = 1": ((start, 1.0), (start, self.lr_ratio))
+            for start in STARTS
+        } | {
+            f"B random minus A random, λ = {ratio:g}": (("A-random", ratio), ("B-random", ratio))
+            for ratio in (1.0, self.lr_ratio)
+        }
         sentences = []
-        for start in STARTS:
+        for kind, ((start, ratio), (other, other_ratio)) in kinds.items():
             parts = []
             for rank in self.ranks:
-                one, more = found.get((start, rank, 1.0)), found.get((start, rank, self.lr_ratio))
-                if one and more:
-                    parts.append(f"rank {rank}: {more['mean'] - one['mean']:+.3f}")
+                one, two = found.get((start, rank, ratio)), found.get((other, rank, other_ratio))
+                gap = finite_t_interval([b - a for a, b in zip(one, two, strict=True)]) if one and two else None
+                if gap is not None:
+                    parts.append(f"rank {rank}: {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]")
             if parts:
-                sentences.append(
-                    f"{start}: test loss at λ = {self.lr_ratio:g} minus that at λ = 1, each at its best rate, fresh "
-                    f"seeds: {'; '.join(parts)}."
-                )
+                sentences.append(f"{kind}, each at its best rate, paired over fresh seeds: {'; '.join(parts)}.")
         return sentences
 
     def _table_of_finals(self, best: Sequence[Mapping[str, Any]]) -> Table:
@@ -303,9 +309,12 @@ def _column_of(run: Run) -> Column:
 
 
 def _finals(runs: Sequence[Result]) -> dict[str, Any]:
-    """Intervals over the fresh seeds; None where a run diverged."""
-    found: dict[str, Any] = {}
-    for name in (LOSS, TEST_LOSS):
-        estimate = finite_t_interval([run.values[name] if run.status == "done" else math.inf for run in runs])
-        found[name] = estimate and estimate.to_dict()
-    return found
+    """Intervals over the fresh seeds, None where a run diverged, and the test losses by seed, for pairing."""
+    losses = {
+        name: [run.values[name] if run.status == "done" else math.inf for run in runs] for name in (LOSS, TEST_LOSS)
+    }
+    estimates = {name: finite_t_interval(values) for name, values in losses.items()}
+    return {
+        **{name: estimate and estimate.to_dict() for name, estimate in estimates.items()},
+        BY_SEED: losses[TEST_LOSS],
+    }
