@@ -172,10 +172,12 @@ def judged(rows: list[Row], point: Point) -> float | None:
 def arms() -> None:
     """Prints LoRA+ over LoRA: the best points of either on the first seed, judged on the others; and at one usual rate.
 
-    The usual rate is η_A = 1e-3 for LoRA and 7.9e-4 with λ = 16 for LoRA+, on the first seed.
+    The usual rate is η_A = 1e-3 for LoRA and 7.9e-4 with λ = 16 for LoRA+, on the first seed. Last, one λ held and η_A
+    tuned, against λ = 1 tuned, both on the first seed.
     """
     tuned: dict[str, float] = {}
     untuned: dict[str, float] = {}
+    held: dict[float, dict[str, float]] = {4.0: {}, 16.0: {}}
     print(f"{'setting':40s} {'LoRA':>8s} {'LoRA+':>8s} {'λ':>5s} {'ratio':>7s} {'untuned':>8s}")
     for setting in SETTINGS.values():
         rows = read(setting.name)
@@ -186,20 +188,30 @@ def arms() -> None:
         )
         tuned[setting.name] = known[plus] / known[lora]
         untuned[setting.name] = first[16.0, 1] / first[1.0, 0]
+        best_of = {ratio: min(loss for point, loss in first.items() if point[0] == ratio) for ratio in (1.0, *held)}
+        for ratio, found in held.items():
+            found[setting.name] = best_of[ratio] / best_of[1.0]
         print(f"{setting.name:40s} {known[lora]:8.4f} {known[plus]:8.4f} {plus[0]:5g} {tuned[setting.name]:7.3f} "
               f"{untuned[setting.name]:8.3f}")  # fmt: skip
-    for name, ratios in (("tuned", tuned), ("untuned", untuned)):
-        farthest = max(ratios, key=lambda setting: abs(math.log(ratios[setting])))
-        for kind, chosen_ones in {
-            "all": list(ratios),
-            "MiniLM": [setting for setting in ratios if setting.startswith("minilm")],
-            "decoders": [setting for setting in ratios if not setting.startswith("minilm")],
-            f"all but {farthest}": [setting for setting in ratios if setting != farthest],
-        }.items():
-            values = [ratios[setting] for setting in chosen_ones]
-            found = t_interval([math.log(value) for value in values]).through(math.exp)
-            print(f"{name}, {kind}: LoRA+ / LoRA {found.mean:.4f} [{found.low:.4f}, {found.high:.4f}], "
-                  f"median {median(values):.4f}, below 1 in {sum(v < 1 for v in values)} of {len(values)}")  # fmt: skip
+    for name, ratios in {"tuned": tuned, "untuned": untuned, **{f"λ = {r:g}": one for r, one in held.items()}}.items():
+        print_ratios(name, ratios)
+
+
+def print_ratios(name: str, ratios: dict[str, float]) -> None:
+    """Geometric means over the settings with their intervals: of all, of a kind of model, without the farthest off."""
+    farthest = max(ratios, key=lambda setting: abs(math.log(ratios[setting])))
+    kinds = {
+        "all": list(ratios),
+        "MiniLM": [setting for setting in ratios if setting.startswith("minilm")],
+        "decoders": [setting for setting in ratios if not setting.startswith("minilm")],
+        f"all but {farthest}": [setting for setting in ratios if setting != farthest],
+    }
+    for kind, settings in kinds.items():
+        values = [ratios[setting] for setting in settings]
+        found = t_interval([math.log(value) for value in values]).through(math.exp)
+        print(f"{name}, {kind}: LoRA+ / LoRA {found.mean:.4f} [{found.low:.4f}, {found.high:.4f}], median "
+              f"{median(values):.4f}, largest {max(values):.4f}, below 1 in {sum(v < 1 for v in values)} of "
+              f"{len(values)}")  # fmt: skip
 
 
 def chosen(names: list[str]) -> list[Setting]:

@@ -1,4 +1,4 @@
-"""The small pre-trained decoders moved to another domain: language modelling of reviews and editorials, by width.
+"""The small pre-trained decoders moved to another domain: language modelling of movie reviews, by width.
 
 Those of width 32 to 128 were pre-trained on verses, product reviews and tweets; that of width 256 is the decoder of
 examples/decoder, which has read verses only and has another vocabulary, so its losses do not compare with the others',
@@ -31,7 +31,7 @@ class Decoder(TunedArms):
     """LoRA against LoRA+ on language modelling with small decoders, and the best λ at each width."""
 
     widths: tuple[int, ...] = (32, 64, 128, small_decoders.WIDEST)
-    domains: tuple[str, ...] = ("movies", "editorials")
+    domains: tuple[str, ...] = ("movies",)
     steps: int = 300
     batch: int = 16
     rank: int = 8
