@@ -2,15 +2,17 @@
 
     python benchmarks/step_cost.py [STEPS]
 
-Processor time of whole steps and of the optimizer alone, medians of interleaved pairs in one process.
+Processor time of whole steps and of the optimizer alone, medians of interleaved pairs in one process, and the bytes of
+the optimizers' states. Written to benchmarks/results/step-cost.json, too.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from transformers.utils import logging
 
 import loraplus
 
-MODEL = Path(__file__).resolve().parent.parent / "data" / "minilm-l6"
+HERE = Path(__file__).resolve().parent
+MODEL = HERE.parent / "data" / "minilm-l6"
+RESULT = HERE / "results" / "step-cost.json"
 BATCH, LENGTH = 8, 24
 WARM_UP = 3
 
@@ -59,11 +63,24 @@ def main() -> None:
             taken = step(*arms[name], batch)
             if i >= WARM_UP:
                 times[name].append(taken)
-    whole = {name: median(taken[0] for taken in found) for name, found in times.items()}
-    optimizer = {name: median(taken[1] for taken in found) for name, found in times.items()}
-    for name in arms:
-        print(f"{name}: {1e3 * whole[name]:.1f} ms a step, {1e3 * optimizer[name]:.2f} ms of it in the optimizer")
-    print(f"LoRA+ / LoRA: {whole['LoRA+'] / whole['LoRA']:.3f}")
+    pairs = list(zip(times["LoRA"], times["LoRA+"], strict=True))
+    ratios = [plus[0] / lora[0] for lora, plus in pairs]
+    found = {
+        "steps": steps,
+        "seconds_per_step": {name: median(taken[0] for taken in all_of_it) for name, all_of_it in times.items()},
+        "seconds_in_optimizer": {name: median(taken[1] for taken in all_of_it) for name, all_of_it in times.items()},
+        "ratio": median(ratios),
+        "ratio_quartiles": quantiles(ratios, n=4)[::2],
+        "state_bytes": {name: state_bytes(optimizer) for name, (_, optimizer) in arms.items()},
+    }
+    RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Size of all tensors that the optimizer keeps."""
+    kept = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 if __name__ == "__main__":
