@@ -8,7 +8,6 @@ the optimizers' states. Written to benchmarks/results/step-cost.json, too.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 import loraplus
+from loraplus.tasks.output import json_text, write_json
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "data" / "minilm-l6"
@@ -63,18 +63,17 @@ def main() -> None:
             taken = step(*arms[name], batch)
             if i >= WARM_UP:
                 times[name].append(taken)
-    pairs = list(zip(times["LoRA"], times["LoRA+"], strict=True))
-    ratios = [plus[0] / lora[0] for lora, plus in pairs]
+    ratios = [plus / lora for (lora, _), (plus, _) in zip(times["LoRA"], times["LoRA+"], strict=True)]
     found = {
         "steps": steps,
-        "seconds_per_step": {name: median(taken[0] for taken in all_of_it) for name, all_of_it in times.items()},
-        "seconds_in_optimizer": {name: median(taken[1] for taken in all_of_it) for name, all_of_it in times.items()},
+        "seconds_per_step": {name: median(whole for whole, _ in taken) for name, taken in times.items()},
+        "seconds_in_optimizer": {name: median(optimizer for _, optimizer in taken) for name, taken in times.items()},
         "ratio": median(ratios),
         "ratio_quartiles": quantiles(ratios, n=4)[::2],
         "state_bytes": {name: state_bytes(optimizer) for name, (_, optimizer) in arms.items()},
     }
-    RESULT.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    write_json(RESULT, found)
+    print(json_text(found))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from loraplus.reproduce.init import RULES, Init, scale_of
 from loraplus.reproduce.small_tasks import Rows, SmallTask
 from loraplus.reproduce.small_training import SmallAdapter, batches, build, train
 from loraplus.tasks.decoder.text import train_tokenizer
+from loraplus.tasks.output import write_csv
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +128,7 @@ def data(tmp_path: Path) -> Path:
         ],
     }
     for name, rows in tables.items():
-        with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(tmp_path / name, rows)
     return tmp_path
 
 

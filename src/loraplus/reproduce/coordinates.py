@@ -253,7 +253,7 @@ _METHOD = (
     "Exponents are least-squares slopes over log n for each seed, intervals Student's t over the seeds.",
 )
 _LIMITS = (
-    "With few seeds the intervals are rough: they resample the seeds and nothing else.",
+    "Intervals know of nothing but the seeds; with few of them they are wide.",
     "The theory is about a fixed number of steps. Later on, networks that learn fast have reached their lowest loss "
     "and others have not, and the exponents tell of that as well.",
     "δ1 of a step depends on what B has become by then, so a rate that is wrong for B shows in δ1 as well.",

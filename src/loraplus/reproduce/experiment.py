@@ -143,8 +143,19 @@ class Experiment(ABC):
     def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
         """Sentences, tables and plots; each plot becomes a PNG and a part of the page."""
 
+    def check(self) -> None:  # noqa: B027  (most take nothing from elsewhere)
+        """Loads what it takes from elsewhere, so that what cannot be had shows before anything is written.
+
+        Raises:
+            InputError: a model or data cannot be had.
+        """
+
     def problem(self) -> str | None:
-        """What keeps it from running here (a package, a model, memory) in one line; None if nothing does."""
+        """What keeps it from running here in one line, as `check` finds it; None if nothing does."""
+        try:
+            self.check()
+        except InputError as error:
+            return str(error)
         return None
 
     def needs(self) -> list[str]:

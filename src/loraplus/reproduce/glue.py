@@ -84,15 +84,15 @@ def encoded(name: str, data: str, model: str) -> tuple[PreTrainedTokenizerBase, 
     return tokenizer, encode(task.labels, load_glue(task, in_folder_or_hub(data, HUB_NAME)), tokenizer, length)
 
 
-def problem(names: Iterable[str], data: str, model: str) -> str | None:
-    """What of a model and some tasks cannot be had, in one line; None if all can. Found out by loading them."""
-    try:
-        load_tokenizer(TaskConfig(model=model))
-        for name in names:
-            load_glue(TASKS[name], in_folder_or_hub(data, HUB_NAME))
-    except InputError as error:
-        return str(error)
-    return None
+def check(names: Iterable[str], data: str, model: str) -> None:
+    """Loads a model's tokenizer and some tasks, for nothing.
+
+    Raises:
+        InputError: one of them cannot be had.
+    """
+    load_tokenizer(TaskConfig(model=model))
+    for name in names:
+        load_glue(TASKS[name], in_folder_or_hub(data, HUB_NAME))
 
 
 def load_glue(task: GlueTask, source: str) -> Parts:

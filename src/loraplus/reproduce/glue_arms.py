@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplus.reproduce.classifier import Examples, Recipe, encode, train_classifier
 from loraplus.reproduce.experiment import Result, Results
-from loraplus.reproduce.glue import HUB_NAME, LENGTH, TASKS, encoded, in_folder_or_hub, problem
+from loraplus.reproduce.glue import HUB_NAME, LENGTH, TASKS, check, encoded, in_folder_or_hub
 from loraplus.reproduce.grid import HALF_DECADE
 from loraplus.reproduce.report import Report
 from loraplus.reproduce.small_tasks import BOOK, Text, Texts, book_texts, domain_texts
@@ -114,10 +114,9 @@ class GlueArms(TunedArms):
             "a GPU; some 20 runs of the published length for each task",
         ]
 
-    def problem(self) -> str | None:
-        if self.scale == "cpu":
-            return None
-        return problem(self.glue, self.data, in_folder_or_hub(self.data, self.published_model))
+    def check(self) -> None:
+        if self.scale == "paper":
+            check(self.glue, self.data, in_folder_or_hub(self.data, self.published_model))
 
     def train(self, job: Job, on_step: OnStep) -> Result:
         recipe = self.recipe(job.case)

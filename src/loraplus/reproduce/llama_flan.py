@@ -74,16 +74,12 @@ class LlamaFlan(RateGrid):
             f"MMLU: {self.data}/mmlu/test* and dev*, else {mmlu.HUB_NAME} from the hub",
         ]
 
-    def problem(self) -> str | None:
+    def check(self) -> None:
         """The part of Flan-v2 is not known by a name on the hub, so it must be there; the rest may be on the hub."""
-        try:
-            flan_rows(self.data)
-            load_tokenizer(TaskConfig(model=in_folder_or_hub(self.data, MODEL)))
-            for split in ("test", "dev"):
-                mmlu.questions(in_folder_or_hub(self.data, mmlu.HUB_NAME), split)
-        except InputError as error:
-            return str(error)
-        return None
+        flan_rows(self.data)
+        load_tokenizer(TaskConfig(model=in_folder_or_hub(self.data, MODEL)))
+        for split in ("test", "dev"):
+            mmlu.questions(in_folder_or_hub(self.data, mmlu.HUB_NAME), split)
 
     def train(self, lr: float, lr_ratio: float, seed: int, on_step: OnStep) -> Result:
         from datasets import Dataset

@@ -9,7 +9,7 @@ import torch
 
 from loraplus.reproduce.classifier import Recipe, train_classifier
 from loraplus.reproduce.experiment import Result
-from loraplus.reproduce.glue import HUB_NAME, LENGTH, encoded, in_folder_or_hub, problem
+from loraplus.reproduce.glue import HUB_NAME, LENGTH, check, encoded, in_folder_or_hub
 from loraplus.reproduce.rate_grid import RateGrid
 from loraplus.study.worker import OnStep
 from loraplus.tasks.config import TaskConfig
@@ -60,8 +60,8 @@ class LlamaMnli(RateGrid):
         return [f"{MODEL}: in {self.data}/llama-7b, else from the hub",
                 f"GLUE: in {self.data}/glue, else {HUB_NAME} from the hub"]  # fmt: skip
 
-    def problem(self) -> str | None:
-        return problem(("mnli",), self.data, self.recipe.config.model)
+    def check(self) -> None:
+        check(("mnli",), self.data, self.recipe.config.model)
 
     def train(self, lr: float, lr_ratio: float, seed: int, on_step: OnStep) -> Result:
         recipe = self.recipe

@@ -13,6 +13,7 @@ import csv
 import math
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +47,23 @@ def texts(data: Path, everything: bool = False) -> list[str]:
 
 def tokenizer(data: Path, width: int) -> PreTrainedTokenizerFast:
     """That of the decoder of a width; trained now unless it is there."""
-    folder = obtain(data, width) if width == WIDEST else _family_tokenizer(data)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    if width == WIDEST:
+        return PreTrainedTokenizerFast.from_pretrained(obtain(data, width))
+    with _alone(data):
+        return _family_tokenizer(data)
 
 
-def _family_tokenizer(data: Path) -> Path:
+def _family_tokenizer(data: Path) -> PreTrainedTokenizerFast:
     folder = data / "small-models" / "tokenizer"
-    with hold_output(folder.parent, wait=True):
-        if not (folder / "tokenizer.json").is_file():
-            bpe = ByteLevelBPETokenizer(lowercase=True)
-            bpe.train_from_iterator(
-                texts(data, everything=True), VOCABULARY, special_tokens=SPECIAL, show_progress=False
-            )
-            made = PreTrainedTokenizerFast(
-                tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                cls_token="<s>", mask_token="<mask>", unk_token="<unk>", model_max_length=LENGTH,
-            )  # fmt: skip
-            made.save_pretrained(folder)
-    return folder
+    if not (folder / "tokenizer.json").is_file():
+        bpe = ByteLevelBPETokenizer(lowercase=True)
+        bpe.train_from_iterator(texts(data, everything=True), VOCABULARY, special_tokens=SPECIAL, show_progress=False)
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", cls_token="<s>",
+            mask_token="<mask>", unk_token="<unk>", model_max_length=LENGTH,
+        )  # fmt: skip
+        made.save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def token_ids(tok: PreTrainedTokenizerFast, lines: list[str], length: int) -> list[list[int]]:
@@ -106,24 +106,24 @@ def folder_of(data: Path, width: int) -> Path:
 def obtain(data: Path, width: int) -> Path:
     """The folder of the decoder of a width, pre-trained now unless it is there; other processes wait meanwhile."""
     folder = folder_of(data, width)
-    tok = None if width == WIDEST else tokenizer(data, width)
-    with hold_output(data / "small-models", wait=True):
-        if folder.exists():
-            return folder
-        if tok is None:
-            build(str(assets.obtain("verses", data)), folder)
-            return folder
-        model = _pretrained(width, tok, token_ids(tok, texts(data), LENGTH))
-        partial = folder.with_name(folder.name + ".partial")
-        model.save_pretrained(partial)
-        tok.save_pretrained(partial)
-        partial.rename(folder)
+    with _alone(data):
+        if not folder.exists():
+            if width == WIDEST:
+                build(str(assets.obtain("verses", data)), folder)
+            else:
+                _pretrain(data, width, folder)
     return folder
 
 
-def _pretrained(width: int, tok: PreTrainedTokenizerFast, rows: list[list[int]]) -> LlamaForCausalLM:
+def _alone(data: Path) -> AbstractContextManager[None]:
+    return hold_output(data / "small-models", wait=True)
+
+
+def _pretrain(data: Path, width: int, folder: Path) -> None:
+    tok = _family_tokenizer(data)
     torch.manual_seed(0)
     model = _fresh(width)
+    rows = token_ids(tok, texts(data), LENGTH)
     steps = STEPS
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR[width], weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -140,7 +140,10 @@ def _pretrained(width: int, tok: PreTrainedTokenizerFast, rows: list[list[int]])
         average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
         if (step + 1) % 500 == 0:
             print(f"width {width} step {step + 1} loss {average:.3f} {time.monotonic() - started:.0f} s", flush=True)
-    return model
+    partial = folder.with_name(folder.name + ".partial")
+    model.save_pretrained(partial)
+    tok.save_pretrained(partial)
+    partial.rename(folder)
 
 
 if __name__ == "__main__":

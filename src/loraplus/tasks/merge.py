@@ -213,18 +213,18 @@ def _compare(expected: torch.Tensor, found: torch.Tensor, dtype: str, target: Pa
 def _put_in_place(partial: Path, target: Path) -> None:
     """Renames; what an earlier merge wrote goes last, and what it did not write moves over."""
     earlier = target.with_name(f"{partial.name}.earlier")
-    written = (_files_of_merge(target) or set()) if target.exists() else set()
-    others = [entry.name for entry in target.iterdir() if entry.name not in written] if target.exists() else []
-    if taken := [name for name in others if (partial / name).exists()]:
+    written = _files_of_merge(target) or set()
+    others = {path.name for path in target.glob("*")} - written
+    if taken := sorted(name for name in others if (partial / name).exists()):
         raise InputError(f"{target / taken[0]} is of no earlier merge and would be replaced; move it away")
     try:
         if target.exists():
             target.rename(earlier)
         partial.rename(target)
+        for name in others:
+            (earlier / name).rename(target / name)
     except OSError as error:
         if earlier.exists() and not target.exists():
             earlier.rename(target)
         raise InputError(f"cannot write {target}: {error.strerror}") from None
-    for name in others:
-        (earlier / name).rename(target / name)
     shutil.rmtree(earlier, ignore_errors=True)
