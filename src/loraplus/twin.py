@@ -1,0 +1,103 @@
+"""A twin of an optimizer over other tensors: what would a step of it do, asked without touching anything of the user's.
+
+The twin has the optimizer's class, options and attributes of its own, and a copy of its state, but other parameters in
+the places of those that are asked about. All other parameters are left out. The user's optimizer, its parameters and
+its hooks are never written to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+def twin_over(
+    optimizer: torch.optim.Optimizer,
+    stand_ins: Mapping[torch.Tensor, torch.Tensor],
+    *,
+    with_state: bool = True,
+) -> torch.optim.Optimizer:
+    """A copy of an optimizer in which other tensors stand in for some parameters, and all else is left out.
+
+    Optimizers inside it (Lookahead's, say) are copied with it, over the same stand-ins.
+
+    Args:
+        optimizer: any torch optimizer; one that is wrapped is to be unwrapped first.
+        stand_ins: {parameter of the optimizer: the tensor that takes its place}, of any shape; each tensor is trained
+            with the `.grad` that it has. With state, the two must have one shape.
+        with_state: the stand-ins start with a copy of the state of what they stand in for; otherwise with none.
+
+    Returns:
+        The twin. Groups without a stand-in are left out of it.
+
+    Example:
+        >>> weight, other = torch.nn.Parameter(torch.ones(2)), torch.zeros(2)
+        >>> twin = twin_over(torch.optim.SGD([weight], lr=0.5), {weight: other})
+        >>> other.grad = torch.ones(2)
+        >>> step_of(twin)
+        >>> other, weight.detach()
+        (tensor([-0.5000, -0.5000]), tensor([1., 1.]))
+    """
+    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    memo: dict[int, Any] = {id(parameter): torch.zeros(0) for parameter in members}
+    memo |= {id(parameter): other for parameter, other in stand_ins.items()}
+    return _copied(optimizer, {id(other) for other in stand_ins.values()}, memo, with_state)
+
+
+def step_of(twin: torch.optim.Optimizer) -> None:
+    """Takes a step of a twin, past what a scheduler or a hook on all optimizers would do around it."""
+    step = type(twin).step
+    # torch wraps each class's step once, to call hooks, those of all optimizers included.
+    getattr(step, "__wrapped__", step)(twin) if getattr(step, "hooked", False) else step(twin)
+
+
+def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], with_state: bool) -> Any:
+    # Not copy.copy: Optimizer.__getstate__ drops the attributes that subclasses have of their own.
+    twin = object.__new__(type(optimizer))
+    memo[id(optimizer)] = twin
+    for value in _values(vars(optimizer)):
+        if isinstance(value, torch.optim.Optimizer) and id(value) not in memo:
+            _copied(value, owned, memo, with_state)
+    state = memo[id(optimizer.state)] = defaultdict(dict)
+    if with_state:
+        for parameter, values in optimizer.state.items():
+            if id(memo.get(id(parameter))) in owned:
+                state[memo[id(parameter)]] = copy.deepcopy(values, memo)
+    for name, value in vars(optimizer).items():
+        if name in _HOOKS:
+            vars(twin)[name] = OrderedDict()
+        elif name != "step" and not name.startswith("loraplus_"):  # a scheduler puts its own `step` there
+            vars(twin)[name] = _deepcopy(value, memo)
+    for group in twin.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) in owned]
+        group.pop("param_names", None)
+    twin.param_groups[:] = [group for group in twin.param_groups if group["params"]]
+    return twin
+
+
+def _values(attributes: Mapping[str, Any]) -> Iterable[Any]:
+    for value in attributes.values():
+        yield from value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _deepcopy(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, nn.Module):  # a whole model is not copied for the sake of a step
+        return value
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # a lock, a stream, a process group: nothing that a step would change
+        return value
