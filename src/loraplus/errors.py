@@ -2,9 +2,70 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
+LONGEST_MESSAGE = 500
+_LONG_WORDS = (160, 80, 40)  # a word is a path or a name: each is shortened before the sentence around it is
+_MOST_READ = 20_000  # a message that holds a whole file is not looked at character by character
+_JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # parts of words in some scripts
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def visible(text: str, kept: str = "\n\t") -> str:
+    r"""Text with what a terminal would obey, or not show, spelled out: escape codes, directions of writing, halves.
+
+    Args:
+        text: from data, file names, libraries.
+        kept: control characters that stay.
+
+    Example:
+        >>> visible("red \x1b[31m, \u202eback")
+        'red \\x1b[31m, \\u202eback'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    kept += _JOINERS
+    return "".join(
+        _spelled(char) if unicodedata.category(char) in _UNSEEN and char not in kept else char for char in text
+    )
+
+
+def _spelled(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte of a file name that is not UTF-8
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def one_line(text: object, longest: int = LONGEST_MESSAGE) -> str:
+    """A message in one line of limited length; long names in it lose their middle.
+
+    Example:
+        >>> one_line("no file " + "a" * 600, longest=60)
+        'no file aaaaaaaaaaaaaaaaaaa…aaaaaaaaaaaaaaaaaaaa'
+    """
+    lines = _without_middle(str(text), _MOST_READ).splitlines()
+    line = visible(" ".join(stripped for part in lines if (stripped := part.strip())), kept="")
+    for word in _LONG_WORDS:
+        if len(line) <= longest:
+            break
+        line = re.sub(rf"\S{{{word + 1},}}", lambda found, most=word: _without_middle(found[0], most), line)
+    return _without_middle(line, longest)
+
+
+def _without_middle(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    front = (longest - 1) // 2
+    return f"{text[:front]}…{text[len(text) - (longest - 1 - front) :]}"
+
 
 class LoraPlusError(Exception):
-    """Base of all errors that loraplus raises on purpose."""
+    """Base of all errors that loraplus raises on purpose; as text, one line of at most `LONGEST_MESSAGE` characters."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class LoraPlusWarning(UserWarning):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
+from loraplus.cli.terminal import Terminal, narrated, print_json
 from loraplus.study.arms import ALL
 from loraplus.tasks.config import CompareConfig
 from loraplus.tasks.measures import ACCURACY, LOSS, measures_of
@@ -26,18 +25,17 @@ def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, pla
 
     quiet_libraries()
     from loraplus.compare import REPORT_FILE, compare
-    from loraplus.tasks.output import json_text
 
-    console = Console(stderr=json, no_color=plain or None)
-    with study_progress(console, plain=plain) as progress:
+    console = Terminal(stderr=json, plain=plain)
+    with narrated(console), study_progress(console, plain=plain) as progress:
         summary = compare(config, overwrite=overwrite, resume=resume, progress=progress)
     if json:
-        print(json_text(summary))
+        print_json(summary)
     if not console.is_terminal:
         console.width = WIDTH_OF_FILES
     console.print(results_table(summary))
-    console.print(Text(str(summary["verdict"])))
-    console.print(Text(f"report: {Path(config.output) / REPORT_FILE}"), soft_wrap=True)
+    console.print(str(summary["verdict"]))
+    console.say(f"report: {Path(config.output) / REPORT_FILE}")
 
 
 def results_table(summary: dict[str, Any]) -> Table:

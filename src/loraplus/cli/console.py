@@ -42,7 +42,8 @@ def is_moving(console: Console, plain: bool) -> bool:
 
 def _bar(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"),
         TimeRemainingColumn(), console=console, transient=True,
     )  # fmt: skip
 

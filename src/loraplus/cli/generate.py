@@ -7,10 +7,10 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from loraplus.cli.app import app
-from loraplus.errors import InputError
+from loraplus.cli.terminal import Terminal, print_json
+from loraplus.errors import InputError, visible
 
 
 @app.command("generate")
@@ -66,8 +66,8 @@ def run(
         decoder.cuda()
     asked = [text for text in texts for _ in range(num_samples)]
     streams = len(asked) == 1 and target is None and not json
-    bars = Console(stderr=json or target is None, no_color=plain, highlight=False)
-    with counting_bar(bars, "generating", len(asked), plain=plain or streams) as advance:
+    console = Terminal(stderr=json or target is None, plain=plain)
+    with counting_bar(console, "generating", len(asked), plain=plain or streams) as advance:
         completions = generate(
             decoder, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
             batch_size=batch_size, chat=chat, system=system, on_text=_write if streams else None, on_batch=advance,
@@ -79,10 +79,9 @@ def run(
         write_atomically(target, "".join(lines))
     if json:
         result: Any = {"output": output, "completions": len(rows)} if target else rows
-        json_format.dump(result, sys.stdout, indent=2, ensure_ascii=False, default=str)
-        sys.stdout.write("\n")
+        print_json(result)
     elif target is not None:
-        bars.print(f"{len(rows)} completions written to {output}", soft_wrap=True, markup=False)
+        console.say(f"{len(rows)} completions written to {output}")
     elif streams:
         sys.stdout.write("\n")
     else:
@@ -117,7 +116,7 @@ def _rows(columns: dict[str, list[Any]], completions: list[str], num_samples: in
 
 
 def _write(piece: str) -> None:
-    sys.stdout.write(piece)
+    sys.stdout.write(visible(piece))
     sys.stdout.flush()
 
 
@@ -127,8 +126,8 @@ def _show(asked: list[Any], completions: list[str], plain: bool) -> None:
 
     from loraplus.tasks.prompts import shown
 
-    console = Console(no_color=plain, highlight=False)
+    console = Terminal(plain=plain)
     for prompt, completion in zip(asked, completions, strict=True):
         console.print(Text(shown(prompt), style="bold"), soft_wrap=True)
-        console.print(Text(completion.strip("\n")), soft_wrap=True)
+        console.say(completion.strip("\n"))
         console.print()

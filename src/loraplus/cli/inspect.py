@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from loraplus.cli.app import app
+from loraplus.cli.terminal import Terminal, print_json
 
 WIDTH_OF_FILES = 120
 _NONE = "–"
@@ -28,13 +28,12 @@ def run(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # `quiet_libraries` imports far more than is needed here
     from loraplus.inspection import inspect_folder
-    from loraplus.tasks.output import json_text
 
     found = inspect_folder(path, model)
     if json:
-        print(json_text(found))
+        print_json(found)
         return
-    console = Console(no_color=plain or None, highlight=False)
+    console = Terminal(plain=plain)
     if not console.is_terminal:
         console.width = WIDTH_OF_FILES
     for part in model_parts(found) if found["kind"] == "model" else adapter_parts(found):

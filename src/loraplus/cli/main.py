@@ -22,7 +22,7 @@ from loraplus.cli import (  # noqa: F401  (each registers its command on `app`)
     tune,
 )
 from loraplus.cli.app import app
-from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning, LostProcessError
+from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning, LostProcessError, one_line, visible
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,21 +35,32 @@ def main(arguments: list[str] | None = None) -> None:
             code = app(args=arguments, standalone_mode=False)
     except InterruptedRun as stop:
         if _speaks() or isinstance(stop, LostProcessError):  # the process that was lost may be the one that speaks
-            print(stop, file=sys.stderr)
+            _tell(stop)
         sys.exit(130)
-    except LoraPlusError as error:
+    except (LoraPlusError, typer.TyperException, OSError, MemoryError) as error:
         if _speaks():
-            print(f"loraplus: {error}", file=sys.stderr)
+            _tell(f"loraplus: {_message(error)}")
         sys.exit(2)
-    except typer.TyperException as error:  # a flag that does not exist, a value of the wrong type, …
-        message = getattr(error, "format_message", error.__str__)()
-        if _speaks():
-            print(f"loraplus: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        if isinstance(stop.__cause__, EOFError) and not (sys.stdin and sys.stdin.isatty()):  # click takes any file's end for Ctrl-D
+            _tell("loraplus: a file ends before its time: it is cut off or empty")
+            sys.exit(2)
+        _tell("interrupted")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _message(error: BaseException) -> str:
+    """What an error says to the user."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this"
+    if isinstance(error, OSError) and not isinstance(error, LoraPlusError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    return getattr(error, "format_message", error.__str__)()  # typer's: a flag that does not exist, a wrong type, …
+
+
+def _tell(text: object) -> None:
+    print(one_line(text), file=sys.stderr)
 
 
 def _speaks() -> bool:
@@ -66,10 +77,10 @@ def _plain_warnings() -> Iterator[None]:
 
         def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
             if not issubclass(category, LoraPlusWarning):
-                as_ever(message, category, *where, **more)
+                as_ever(visible(str(message)), category, *where, **more)
             elif str(message) not in shown and _speaks():
                 shown.add(str(message))
-                print(f"loraplus: warning: {message}", file=sys.stderr)
+                _tell(f"loraplus: warning: {message}")
 
         warnings.simplefilter("always", LoraPlusWarning)
         warnings.showwarning = show

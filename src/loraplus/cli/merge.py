@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_format
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from loraplus.cli.app import app
+from loraplus.cli.terminal import Terminal, print_json
 
 
 @app.command("merge")
@@ -37,13 +35,12 @@ def run(
         adapter, output, model=model, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code
     )  # fmt: skip
     if json:
-        json_format.dump(record, sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        print_json(record)
         return
-    console = Console(no_color=plain, highlight=False)
-    console.print(
+    console = Terminal(plain=plain)
+    console.say(
         f"{record['parameters']:,} parameters in {record['dtype']}; read back, its logits differ from base and adapter "
         f"by {record['max_difference']:.2g} at most, {record['relative_difference']:.1e} of the largest (allowed: "
-        f"{record['tolerance']:g})\nmodel: {record['output']}",
-        soft_wrap=True, markup=False,
-    )  # fmt: skip
+        f"{record['tolerance']:g})"
+    )
+    console.say(f"model: {record['output']}")

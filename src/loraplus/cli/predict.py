@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json as json_format
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from loraplus.cli.app import app
+from loraplus.cli.terminal import Terminal, print_json
 
 _FORMATS = (".csv", ".tsv", ".jsonl")
 
@@ -42,7 +41,7 @@ def run(
     column = choose_text_column(table, text_column)
     texts = ["" if text is None else str(text) for text in table.columns[column]]
     classifier, tokenizer = load_adapter(adapter, model)
-    console = Console(stderr=json, no_color=plain, highlight=False)
+    console = Terminal(stderr=json, plain=plain)
     with counting_bar(console, "labelling", len(texts), plain=plain) as advance:
         rows = predict(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)
     names = [*table.columns, *(name for name in ("prediction", "probability") if name not in table.columns)]
@@ -50,11 +49,11 @@ def run(
     write_atomically(target, _render(full, names, target.suffix))
     counts = {label: sum(row["prediction"] == label for row in rows) for label in classifier.config.id2label.values()}
     if json:
-        json_format.dump({"output": output, "examples": len(rows), "predictions": counts}, sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        print_json({"output": output, "examples": len(rows), "predictions": counts})
     else:
         shares = " · ".join(f"{label} {count}" for label, count in counts.items())
-        console.print(f"{len(rows)} texts labelled: {shares}\nwritten to {output}", soft_wrap=True)
+        console.say(f"{len(rows)} texts labelled: {shares}")
+        console.say(f"written to {output}")
 
 
 def _render(rows: list[dict[str, Any]], names: list[str], suffix: str) -> str:

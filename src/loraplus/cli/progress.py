@@ -188,9 +188,9 @@ class BarProgress:
         self._words = words
         self._pace = Pace()
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[count]}", markup=False),
             _TimeLeft(self._pace),
             console=console,
             transient=True,

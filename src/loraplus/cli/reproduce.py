@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from loraplus.cli.app import app
+from loraplus.cli.terminal import Terminal, print_json
 from loraplus.errors import InputError
 
 DEFAULT_OUTPUT = "runs/reproduce"
@@ -48,7 +47,7 @@ def run(
     from loraplus.cli.console import quiet_libraries
     from loraplus.reproduce.registry import EXPERIMENTS
 
-    console = Console(stderr=json, no_color=plain or None)
+    console = Terminal(stderr=json, plain=plain)
     if list_all:
         _list(console, json)
         return
@@ -58,7 +57,6 @@ def run(
     from loraplus.reproduce.command import Options
     from loraplus.reproduce.command import dry_run as planned
     from loraplus.reproduce.command import redraw as drawn_again
-    from loraplus.tasks.output import json_text
 
     options = Options(
         name=name, output=output or f"{DEFAULT_OUTPUT}/{name}", scale=scale, seeds=seeds, data=data, storage=storage,
@@ -67,7 +65,7 @@ def run(
     if dry_run:
         plan = planned(options)
         if json:
-            print(json_text(plan))
+            print_json(plan)
         else:
             _show_plan(console, plan)
         return
@@ -78,13 +76,13 @@ def run(
     else:
         summary = _run(console, options, overwrite=overwrite, resume=resume, plain=plain)
     if json:
-        print(json_text(summary))
+        print_json(summary)
     for sentence in summary["verdict"]:
-        console.print(Text(sentence), soft_wrap=True)
-    console.print(Text(f"page: {Path(options.output) / 'index.html'}"), soft_wrap=True)
+        console.say(sentence)
+    console.say(f"page: {Path(options.output) / 'index.html'}")
 
 
-def _run(console: Console, options: Any, *, overwrite: bool, resume: bool, plain: bool) -> dict[str, Any]:
+def _run(console: Terminal, options: Any, *, overwrite: bool, resume: bool, plain: bool) -> dict[str, Any]:
     from loraplus.cli.progress import study_progress
     from loraplus.reproduce.command import reproduce
 
@@ -95,7 +93,7 @@ def _run(console: Console, options: Any, *, overwrite: bool, resume: bool, plain
             overwrite=overwrite,
             resume=resume,
             progress=progress,
-            say=lambda line: console.print(Text(line), soft_wrap=True),
+            say=console.say,
         )
 
 
@@ -115,9 +113,8 @@ class _Words:
         return f"{main[0].replace('_', ' ')} {main[1]:.4g}" if main else f"done in {record.seconds:.1f} s"
 
 
-def _list(console: Console, json: bool) -> None:
+def _list(console: Terminal, json: bool) -> None:
     from loraplus.reproduce.registry import EXPERIMENTS, experiment_class
-    from loraplus.tasks.output import json_text
 
     found = [(name, experiment_class(name)) for name in EXPERIMENTS]
     if json:
@@ -125,17 +122,17 @@ def _list(console: Console, json: bool) -> None:
             {"name": name, "title": kind.title, "scales": list(kind.scales), "claims": list(kind.claims)}
             for name, kind in found
         ]
-        print(json_text(rows))
+        print_json(rows)
         return
     table = Table(box=None, pad_edge=False)
     for column in ("name", "scales", "what it shows"):
         table.add_column(column)
     for name, kind in found:
-        table.add_row(name, ", ".join(kind.scales), Text(f"{kind.title}: {' '.join(kind.claims)}"))
+        table.add_row(name, ", ".join(kind.scales), f"{kind.title}: {' '.join(kind.claims)}")
     console.print(table)
 
 
-def _show_plan(console: Console, plan: dict[str, Any]) -> None:
+def _show_plan(console: Terminal, plan: dict[str, Any]) -> None:
     lines = [f"{plan['experiment']}: {plan['title']}", *(f"  {claim}" for claim in plan["claims"])]
     lines += [f"runs known so far: {plan['runs_known']}"]
     lines += [f"  {run}" for run in plan["first_runs"]]
@@ -145,4 +142,4 @@ def _show_plan(console: Console, plan: dict[str, Any]) -> None:
     lines += ["needs:", *(f"  {need}" for need in plan["needs"])] if plan["needs"] else []
     lines += [f"would write to {plan['output']}"]
     for line in lines:
-        console.print(Text(line), soft_wrap=True)
+        console.say(line)

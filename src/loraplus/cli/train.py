@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
+from loraplus.cli.terminal import Terminal, narrated, print_json
 from loraplus.tasks.config import CLASSIFICATION, TrainConfig
 
 
@@ -19,7 +18,6 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
 
     quiet_libraries()
     from loraplus.tasks.data_parallel import is_main_process
-    from loraplus.tasks.output import json_text
     from loraplus.tasks.train import train
 
     if not is_main_process():
@@ -27,34 +25,31 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
         return
     from loraplus.report.training import write_report
 
-    console = Console(stderr=json, no_color=plain, highlight=False)
-    with TrainingProgress(console, plain=plain) as progress:
+    console = Terminal(stderr=json, plain=plain)
+    with narrated(console), TrainingProgress(console, plain=plain) as progress:
         metrics = train(config, overwrite=overwrite, resume=resume, callbacks=[progress])
     report = write_report(config.output) if config.task != CLASSIFICATION else None
     if json:
-        print(json_text(metrics))
+        print_json(metrics)
     else:
         _print_result(console, config.output, metrics)
         if report:
-            console.print(f"report: {report}", soft_wrap=True)
+            console.say(f"report: {report}")
 
 
-def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> None:
+def _print_result(console: Terminal, output: str, metrics: dict[str, Any]) -> None:
     measure = next(name for name in ("eval_accuracy", "eval_perplexity") if name in metrics)
-    console.print(
+    console.say(
         f"eval_loss {metrics['eval_loss']:.4f} · {measure} {metrics[measure]:.4f} after "
         f"{metrics['steps']} steps (best at {metrics['best_step']}), {metrics['seconds_per_step']:.3g} s a step"
     )
     ratio = metrics["lr_ratio"] or 0.0
     how = "; automatic, as last measured" if metrics["auto"] else ""
-    console.print(f"rates: η_A {metrics['lr']:.3g} · η_B {metrics['lr'] * ratio:.3g} (λ = {ratio:.3g}{how})")
+    console.say(f"rates: η_A {metrics['lr']:.3g} · η_B {metrics['lr'] * ratio:.3g} (λ = {ratio:.3g}{how})")
     data = metrics["data"]
     about = _about_classes(data) if "labels" in data else _about_tokens(data, metrics["packing"])
-    console.print(
-        f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, {about}",
-        soft_wrap=True,
-    )
-    console.print(f"adapter: {Path(output)}", soft_wrap=True)
+    console.say(f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, {about}")
+    console.say(f"adapter: {Path(output)}")
 
 
 def _about_classes(data: dict[str, Any]) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
+from loraplus.cli.terminal import Terminal, narrated, print_json
 from loraplus.tasks.config import TuneConfig
 
 
@@ -22,26 +21,22 @@ def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain:
 
     quiet_libraries()
     from loraplus.study.tune import BEST_FILE, tune
-    from loraplus.tasks.output import json_text
 
-    console = Console(stderr=json, no_color=plain or None)
-    with study_progress(console, plain=plain) as progress:
+    console = Terminal(stderr=json, plain=plain)
+    with narrated(console), study_progress(console, plain=plain) as progress:
         result = tune(config, overwrite=overwrite, resume=resume, progress=progress)
     if json:
-        print(json_text(result))
+        print_json(result)
     best, cost = result["best"], result["cost"]
     console.print(trials_table(result))
-    console.print(
-        Text(
-            f"best: η_A {rate(best['lr'])} · η_B {rate(best['lr'] * best['lr_ratio'])} (λ = {best['lr_ratio']:g}), "
-            f"eval loss {best['eval_loss']:.4f}, for the cost of {count(cost['full_runs'])} runs of full length"
-        ),
-        soft_wrap=True,
+    console.say(
+        f"best: η_A {rate(best['lr'])} · η_B {rate(best['lr'] * best['lr_ratio'])} (λ = {best['lr_ratio']:g}), "
+        f"eval loss {best['eval_loss']:.4f}, for the cost of {count(cost['full_runs'])} runs of full length"
     )
     if best["at_edge"]:
-        console.print(Text("this is the lowest or highest rate tried: a better one may lie beyond"), soft_wrap=True)
-    console.print(Text(result["train_command"]), soft_wrap=True)
-    console.print(Text(f"or: loraplus train --config {Path(config.output) / BEST_FILE}"), soft_wrap=True)
+        console.say("this is the lowest or highest rate tried: a better one may lie beyond")
+    console.say(result["train_command"])
+    console.say(f"or: loraplus train --config {Path(config.output) / BEST_FILE}")
 
 
 def trials_table(result: dict[str, Any]) -> Table:

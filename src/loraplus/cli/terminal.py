@@ -1,0 +1,80 @@
+"""What reaches the terminal: text is shown as it stands, never read as markup or obeyed as an escape code.
+
+Everything that the commands print goes through here, so that no label, path, tensor name or error has to be escaped
+where it is printed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from loraplus.errors import visible
+
+_NOT_IN_JSON = re.compile(r"[\x7f-\x9f\u200e\u200f\u061c\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
+
+
+class Terminal(Console):
+    """rich's console without markup, emoji codes and guessed highlights, which spells out what would be obeyed."""
+
+    def __init__(self, *, stderr: bool = False, plain: bool = False) -> None:
+        super().__init__(
+            stderr=stderr, no_color=plain or None, markup=False, emoji=False, highlight=False, soft_wrap=False
+        )
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """rich's, with the text of every segment made visible; its own control codes come apart from text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    def say(self, text: object) -> None:
+        """Prints text that may be longer than a line and is to be copied: nothing is wrapped."""
+        self.print(str(text), soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    """Prints JSON on standard output; characters that a terminal would obey stand there as \\u…, the same to a parser."""
+    from loraplus.tasks.output import json_text
+
+    sys.stdout.write(json_for_terminal(json_text(data)) + "\n")
+
+
+def json_for_terminal(text: str) -> str:
+    r"""JSON text that holds no character which a terminal obeys.
+
+    Example:
+        >>> json_for_terminal('"\x9b31m"')
+        '"\\u009b31m"'
+    """
+    return _NOT_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+@contextmanager
+def narrated(console: Terminal) -> Iterator[None]:
+    """Shows on a console what the library says while it reads and prepares data (its log, level INFO)."""
+    log = logging.getLogger("loraplus")
+    handler = _Lines(console)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _Lines(logging.Handler):
+    def __init__(self, console: Terminal) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.say(record.getMessage())
