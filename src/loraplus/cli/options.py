@@ -10,13 +10,13 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-import yaml
 
 from loraplus.errors import InputError
+from loraplus.tasks.parsing import LONGEST_YAML, ParseError, parse_yaml
+from loraplus.tasks.paths import user_path
 
 # Options of the command itself, not of the run: never part of the configuration.
 COMMAND_ONLY = {"config", "overwrite", "resume", "json", "plain", "help"}
@@ -29,15 +29,14 @@ def load_yaml(path: str, known: set[str]) -> dict[str, Any]:
         InputError: the file cannot be read, is not a mapping, or holds a key that does not exist or is a flag only.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with user_path(path).open(encoding="utf-8") as file:
+            data = parse_yaml(file.read(LONGEST_YAML + 1), as_text=True)
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"the configuration {path} is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    except ParseError as error:
+        raise InputError(f"{path}{f', line {error.line}' if error.line else ''}: {error}") from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -50,8 +49,10 @@ def load_yaml(path: str, known: set[str]) -> dict[str, Any]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise InputError(f"{path}: there is no configuration key {key!r}; the nearest is {near[0]!r}")
-        is_list = isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value)
-        resolved[name] = ",".join(map(str, value)) if is_list else value
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (list, dict)) for item in items):
+            raise InputError(f"{path}: {name} must be a value or a list of values")
+        resolved[name] = ",".join(map(str, value)) if isinstance(value, list) else value
     return resolved
 
 

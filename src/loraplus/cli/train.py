@@ -48,7 +48,9 @@ def _print_result(console: Terminal, output: str, metrics: dict[str, Any]) -> No
     console.say(f"rates: η_A {metrics['lr']:.3g} · η_B {metrics['lr'] * ratio:.3g} (λ = {ratio:.3g}{how})")
     data = metrics["data"]
     about = _about_classes(data) if "labels" in data else _about_tokens(data, metrics["packing"])
-    console.say(f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, {about}")
+    console.say(
+        f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, {about}"
+    )
     console.say(f"adapter: {Path(output)}")
 
 

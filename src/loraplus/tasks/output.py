@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +14,23 @@ import yaml
 
 from loraplus.errors import InputError
 from loraplus.tasks.config import ADDED
+from loraplus.tasks.files import (
+    TEMPORARY,
+    check_file,
+    check_takes_files,
+    json_text,
+    read_json,
+    write_atomically,
+    write_csv,
+    write_json,
+    write_yaml,
+)
+from loraplus.tasks.parsing import parse_yaml
+
+__all__ = [
+    "check_file", "check_output", "data_changes", "hold_output", "json_text", "note_data", "prepare_output",
+    "read_json", "saved_config", "write_atomically", "write_csv", "write_json", "write_yaml",
+]  # fmt: skip
 
 CONFIG_FILE = "config.yaml"
 PLOTS_FOLDER = "plots"
@@ -65,6 +79,7 @@ def check_output(
     folder = Path(path)
     if overwrite and resume:
         raise InputError("--overwrite and --resume exclude each other: start again, or go on")
+    _check_unicode(config)
     _check_writable(folder)
     if _is_empty(folder):
         return
@@ -151,83 +166,6 @@ def hold_output(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator
         os.close(handle)
 
 
-def check_file(output: str, suffixes: Sequence[str], *, overwrite: bool) -> Path:
-    """Where a single file is to be written, checked before the work for it begins.
-
-    Raises:
-        InputError: its name ends in none of `suffixes`, it is there already, or its folder is not.
-    """
-    target = Path(output)
-    if target.suffix not in suffixes:
-        one_of = "one of " if len(suffixes) > 1 else ""
-        raise InputError(f"--output {output} must end in {one_of}{', '.join(suffixes)}")
-    if target.is_dir() or (target.exists() and not overwrite):
-        raise InputError(f"{output} exists; name another file or pass --overwrite")
-    if not target.parent.is_dir():
-        raise InputError(f"there is no folder {target.parent} to write {target.name} to")
-    return target
-
-
-def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Writes a file so that readers see the old content or the new, never a part.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise InputError(f"cannot write {target}: {error.strerror}") from None
-    return target
-
-
-def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> Path:
-    """Writes a mapping as YAML, keys in their order."""
-    return write_atomically(path, yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True))
-
-
-def write_json(path: str | os.PathLike[str], data: Any) -> Path:
-    """Writes JSON that any parser reads: NaN and infinity become null."""
-    return write_atomically(path, json_text(data) + "\n")
-
-
-def json_text(data: Any) -> str:
-    """JSON text of `data`; NaN and infinity become null."""
-    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-        InputError: the file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"{path} is not valid JSON") from None
-
-
-def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes rows as CSV; the columns are the keys in the order in which they first appear."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return write_atomically(path, text.getvalue())
-
-
 def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between the facts of two loads of the data, in words; empty if nothing does.
 
@@ -249,28 +187,42 @@ def note_data(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
         raise InputError(f"--resume: the data has changed since this run was started: {changes}")
 
 
+def _check_unicode(config: Mapping[str, Any]) -> None:
+    """Every setting is written down, so that names that are not UTF-8 end a run before it begins."""
+    for key, value in config.items():
+        try:
+            usable = b"\0" not in str(value).encode()
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
+            raise InputError(f"--{key.replace('_', '-')}: {value} is not UTF-8 text; rename it")
+
+
 def _check_writable(folder: Path) -> None:
     try:
         nearest = folder
-        while not nearest.exists() and nearest != nearest.parent:
+        while not os.path.lexists(nearest) and nearest != nearest.parent:
             nearest = nearest.parent
+        if nearest.is_symlink() and not nearest.exists():
+            raise InputError(f"cannot write to {folder}: {nearest} is a link to nothing")
         if not nearest.is_dir():
             raise InputError(f"cannot write to {folder}: {nearest} is not a folder")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise InputError(f"cannot write to {folder}: permission denied in {nearest}")
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+    check_takes_files(nearest, folder)
 
 
 def _is_empty(folder: Path) -> bool:
-    return not folder.exists() or not any(folder.iterdir())
+    return not folder.exists() or all(TEMPORARY.fullmatch(entry.name) for entry in folder.iterdir())
 
 
 def saved_config(folder: Path) -> dict[str, Any] | None:
     """The configuration of the loraplus run in a folder, or None if there was no such run."""
     try:
-        data = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        data = parse_yaml((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) and _is_ours(set(data)) else None
 
@@ -302,13 +254,3 @@ def _remove_written(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return data

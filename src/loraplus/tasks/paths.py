@@ -1,0 +1,66 @@
+"""Paths as users name them: `~` expanded, and one line for those that nobody can open."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from loraplus.errors import InputError
+
+
+def user_path(name: str | os.PathLike[str]) -> Path:
+    """A path with `~` expanded.
+
+    Raises:
+        InputError: `~somebody` of a user that does not exist.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise InputError(f"{name}: there is no user of this name, or without a home folder") from None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder whose files can be opened.
+
+    Raises:
+        InputError: nobody can tell, or it is one that this user may not look into.
+    """
+    if not stat.S_ISDIR(_mode(path)):
+        return False
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise InputError(f"cannot read {path}: permission denied")
+    return True
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is an ordinary file that can be opened.
+
+    Raises:
+        InputError: nobody can tell, or it is one that this user may not read.
+    """
+    if not stat.S_ISREG(_mode(path)):
+        return False
+    if not os.access(path, os.R_OK):
+        raise InputError(f"cannot read {path}: permission denied")
+    return True
+
+
+def _mode(path: Path) -> int:
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a zero byte in the name
+        return 0
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {str(error.strerror).lower()}") from None
+
+
+def is_inside(name: object) -> bool:
+    """Whether a file name that a file tells leads to a place below its own folder.
+
+    Example:
+        >>> is_inside("model-00001.safetensors"), is_inside("../../etc/passwd")
+        (True, False)
+    """
+    return isinstance(name, str) and "\0" not in name and not os.path.isabs(name) and ".." not in Path(name).parts
