@@ -40,7 +40,7 @@ class Terminal(Console):
 
 
 def print_json(data: Any) -> None:
-    """Prints JSON on standard output; what a terminal would obey stands there as \\u…, which is the same to a parser."""
+    """Prints JSON on stdout; what a terminal would obey stands there as \\u…, which is the same to a parser."""
     from loraplus.tasks.output import json_text
 
     sys.stdout.write(json_for_terminal(json_text(data)) + "\n")

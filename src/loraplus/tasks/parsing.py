@@ -14,6 +14,7 @@ import yaml
 DEEPEST = 100  # brackets within brackets; data and settings have ten at most
 LONGEST_YAML = 2**16
 _DEEPEST_YAML = 20
+_DEEP_JSON = f"JSON that is nested too deeply (over {DEEPEST})"
 _LONGEST_NUMBER = 100
 _NULL, _INT, _FLOAT, _TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "int", "float", "timestamp"))
 
@@ -35,18 +36,18 @@ def parse_json(text: str) -> Any:
     Example:
         >>> parse_json("[" * 101 + "]" * 101)
         Traceback (most recent call last):
-        loraplus.tasks.parsing.ParseError: nested more than 100 deep
+        loraplus.tasks.parsing.ParseError: JSON that is nested too deeply (over 100)
     """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ParseError(f"not valid JSON ({error.msg})", error.lineno) from None
     except RecursionError:
-        raise ParseError(f"nested more than {DEEPEST} deep") from None
+        raise ParseError(_DEEP_JSON) from None
     except ValueError:
-        raise ParseError("not usable JSON: a number in it is too long") from None
+        raise ParseError("JSON that holds too long a number") from None
     if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
-        raise ParseError(f"nested more than {DEEPEST} deep")
+        raise ParseError(_DEEP_JSON)
     return value
 
 

@@ -1,0 +1,157 @@
+"""Tables of columnar files: Parquet, folders that `datasets` saved, and the hub. Read in batches, so that what a small
+file unpacks to is seen before it fills the memory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from loraplus.errors import InputError
+from loraplus.tasks.files import read_json
+from loraplus.tasks.paths import is_inside
+from loraplus.tasks.tabular import Table, check_size
+from loraplus.tasks.telling import Telling
+
+_ROWS_AT_ONCE = 8192
+_BYTES_AT_ONCE = 2**26
+
+
+def read_parquet(source: str, path: Path) -> Table:
+    """A Parquet file.
+
+    Raises:
+        InputError: damaged, or larger than a table may be; the latter is known before the rows are read.
+    """
+    parquet = _require("pyarrow.parquet", source)
+    try:
+        with parquet.ParquetFile(path) as file:
+            facts = file.metadata
+            groups = [facts.row_group(index) for index in range(facts.num_row_groups)]
+            cells = sum(group.column(index).num_values for group in groups for index in range(group.num_columns))
+            check_size(source, facts.num_rows, cells, sum(group.total_byte_size for group in groups))
+            # A value can be no larger than the part of the file that it is in, but repeated in every row.
+            largest = max((group.total_byte_size for group in groups), default=1)
+            rows = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, largest)))
+            return _from_batches(source, file.schema_arrow.names, file.iter_batches(batch_size=rows), facts.num_rows)
+    except InputError:
+        raise
+    except Exception as error:  # Arrow raises many kinds; each means that the file cannot be used
+        raise InputError(f"{source} cannot be read as Parquet ({_reason(error)})") from None
+
+
+def read_datasets_folder(source: str, path: Path, split: str) -> Table:
+    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
+
+    Raises:
+        InputError: another folder, a damaged one, no such split.
+    """
+    if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        raise InputError(f"{source} is a folder, but not one that `datasets` saved (save_to_disk)")
+    datasets = _require("datasets", source)
+    try:
+        _check_names(path)
+        return _from_dataset(source, datasets.load_from_disk(str(path)), split)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged folder fails in as many ways as it has files
+        raise InputError(f"{source} cannot be loaded as a datasets folder ({_reason(error)})") from None
+
+
+def read_hub(source: str, split: str) -> Table:
+    """A dataset of the hub, or of the hub's cache.
+
+    Raises:
+        InputError: there is none of that name, or no such split.
+    """
+    datasets = _require("datasets", source)
+    try:
+        return _from_dataset(source, datasets.load_dataset(source), split)
+    except InputError:
+        raise
+    except Exception as error:  # the hub client raises many kinds; each means that the data is not to be had
+        raise InputError(
+            f"there is no file {source}, and the hub did not give a dataset of that name ({_reason(error)})"
+        ) from None
+
+
+def _require(module: str, source: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InputError(f'{source} needs the package {module}: pip install "loraplus[cli]"') from None
+
+
+def _reason(error: Exception) -> str:
+    """First line of an error of another library."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _check_names(path: Path) -> None:
+    """Refuses a folder whose own files name others outside of it."""
+    if (path / "dataset_dict.json").is_file():
+        splits = read_json(path / "dataset_dict.json")["splits"]
+        folders = [path / name for name in splits if _checked(path, name)]
+    else:
+        folders = [path]
+    for folder in folders:
+        for file in read_json(folder / "state.json")["_data_files"]:
+            _checked(folder, file["filename"])
+
+
+def _checked(path: Path, name: object) -> bool:
+    if not is_inside(name):
+        raise InputError(f"{path} names {name}, which is not in it")
+    return True
+
+
+def _from_dataset(source: str, loaded: Any, split: str) -> Table:
+    datasets = _require("datasets", source)
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise InputError(f"{source} has no split {split!r}; it has {', '.join(map(str, loaded))}")
+        loaded = loaded[split]
+    check_size(source, len(loaded), len(loaded) * len(loaded.column_names), loaded.data.table.nbytes)
+    loaded.data.table.validate(full=True)  # Arrow trusts the offsets in its own files, wherever they lead
+    table = _from_batches(
+        source, loaded.column_names, loaded.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE), len(loaded)
+    )
+    for name, feature in loaded.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            values = table.columns[name]
+            values[:] = [None if value is None or value < 0 else feature.int2str(value) for value in values]
+    return table
+
+
+def _from_batches(source: str, names: list[str], batches: Iterable[Any], total: int) -> Table:
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    if len(columns) < len(names):
+        raise InputError(f"{source} has two columns of one name")
+    telling = Telling(f"reading {source}, rows", total)
+    rows = cells = size = 0
+    for batch in batches:
+        batch.validate(full=True)  # text is UTF-8, and an offset leads into the data, only if somebody looked
+        found = [_without_dictionary(column) for column in batch.columns]
+        rows, cells = rows + batch.num_rows, cells + sum(map(_values, found))
+        size += sum(column.nbytes for column in found)
+        check_size(source, rows, cells, size)
+        for name, column in zip(names, found, strict=True):
+            columns[name] += column.to_pylist()
+        telling.advance(batch.num_rows)
+    return Table(source, columns)
+
+
+def _without_dictionary(column: Any) -> Any:
+    """With every value written out, so that its size shows."""
+    return column.cast(column.type.value_type) if hasattr(column.type, "index_type") else column
+
+
+def _values(column: Any) -> int:
+    """The values in a column, those inside of lists and structures each by itself."""
+    if hasattr(column, "chunks"):
+        return sum(map(_values, column.chunks))
+    if hasattr(column, "flatten") and column.type.num_fields:
+        inside = column.flatten()
+        return len(column) + sum(map(_values, inside if isinstance(inside, list) else [inside]))
+    return len(column)

@@ -1,0 +1,145 @@
+"""Tables whose rows are separated values: CSV, and TSV quoted or not."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from loraplus.errors import InputError
+from loraplus.tasks.tabular import LONGEST_ROW, LineError, Table, check_size
+from loraplus.tasks.text_files import lines_of
+
+_LOOKED_AHEAD = 2**20  # characters in which the end of a quote is looked for once a row cannot be parsed
+
+
+def read_commas(source: str, path: Path) -> Table:
+    """A CSV file.
+
+    Raises:
+        InputError: not UTF-8, rows of several lengths, a quote that is not closed; names the line.
+    """
+    return _Reading(source, path, ",", csv.QUOTE_MINIMAL).table()
+
+
+def read_tabs(source: str, path: Path) -> Table:
+    """A TSV file. Some quote as CSV does, others hold bare quotation marks; the reading that gives whole rows is right.
+
+    Where both do, it is the one with more rows: the other took bare marks for quotes and swallowed line ends. Where
+    neither does, the one that got further says what is wrong.
+
+    Raises:
+        InputError: as for CSV.
+    """
+    found: list[Table] = []
+    errors: list[LineError] = []
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
+        reading = _Reading(source, path, "\t", quoting)
+        try:
+            found.append(reading.table())
+        except LineError as error:
+            errors.append(error)
+        if not reading.has_quotes:
+            break
+    if not found:
+        raise max(errors, key=lambda error: error.line)
+    return max(found, key=len)
+
+
+class _Reading:
+    """One pass over a file; keeps the lines of the row under way, to say what is wrong with it."""
+
+    def __init__(self, source: str, path: Path, delimiter: str, quoting: Any) -> None:
+        self._source, self._path, self._delimiter, self._quoting = source, path, delimiter, quoting
+        self._row: list[str] = []
+        self._first = 1  # line of the row under way
+        self.has_quotes = False
+
+    def table(self) -> Table:
+        csv.field_size_limit(2**31 - 1)  # the row's limit is that of its lines
+        lines = self._lines()
+        reader = csv.reader(
+            lines, delimiter=self._delimiter, quoting=self._quoting, strict=self._quoting != csv.QUOTE_NONE
+        )
+        header: list[str] = []
+        columns: list[list[str]] = []
+        numbers: list[int] = []
+        try:
+            for row in reader:
+                line, self._first = self._first, reader.line_num + 1
+                self._row.clear()
+                if not row:
+                    continue
+                if not header:
+                    header = [name.strip() for name in row]
+                    _check_header(self._source, line, header, self._delimiter)
+                    columns = [[] for _ in header]
+                elif len(row) != len(header):
+                    many = len(row) > len(header)
+                    advice = "quote fields that hold the separator" if many else "fill or remove the line"
+                    raise LineError(
+                        self._source, line, f"{len(row)} fields where the header has {len(header)}; {advice}"
+                    )
+                else:
+                    for column, cell in zip(columns, row, strict=True):
+                        column.append(cell)
+                    numbers.append(line)
+                    check_size(self._source, len(numbers), len(numbers) * len(header))
+        except csv.Error as error:
+            opened = self._open_quote(lines)
+            if opened:
+                raise LineError(self._source, opened, "a quote is opened here and never closed") from None
+            raise LineError(self._source, reader.line_num, f"cannot be parsed ({error})") from None
+        return Table(self._source, dict(zip(header, columns, strict=True)), numbers)
+
+    def _lines(self) -> Iterator[str]:
+        length = 0
+        for line in lines_of(self._source, self._path, newline=""):
+            length = length + len(line) if self._row else len(line)
+            if length > LONGEST_ROW:
+                raise LineError(
+                    self._source,
+                    self._open_quote(iter(())) or self._first,
+                    f"a row of more than {LONGEST_ROW:,} characters starts here; is a quote opened and never closed?",
+                )
+            self.has_quotes = self.has_quotes or '"' in line
+            self._row.append(line)
+            yield line
+
+    def _open_quote(self, rest: Iterator[str]) -> int | None:
+        """The line of the quote that is still open at the end of the row under way and what is looked at behind it."""
+        text = "".join(self._row)
+        for line in rest:
+            text += line
+            if len(text) > _LOOKED_AHEAD:
+                break
+        return _open_quote(text, self._delimiter, self._first)
+
+
+def _open_quote(text: str, delimiter: str, first: int) -> int | None:
+    """The line of the quote that is open at the end of a text; `first` is the line that the text starts in."""
+    opened, state = first, "start of field"
+    for number, line in zip(itertools.count(first), io.StringIO(text, newline=""), strict=False):
+        for char in line:
+            if state == "quoted":
+                state = "quote closed" if char == '"' else state
+            elif char == '"' and state in ("start of field", "quote closed"):  # the second: a doubled quote
+                opened = number if state == "start of field" else opened
+                state = "quoted"
+            else:
+                state = "start of field" if char in (delimiter, "\r", "\n") else "unquoted"
+    return opened if state == "quoted" else None
+
+
+def _check_header(source: str, line: int, header: list[str], delimiter: str) -> None:
+    if len(header) == 1 and re.search(r"[;,\t]\S", header[0]):
+        kind = "commas" if delimiter == "," else "tabs"
+        raise LineError(source, line, f"the header is one column {header[0]!r}; separate columns by {kind}")
+    twice = sorted(name for name, count in Counter(header).items() if count > 1)
+    if twice:
+        raise InputError(f"{source}: the header has {', '.join(map(repr, twice))} more than once")

@@ -1,0 +1,64 @@
+"""A table and what it may hold: the readers of every format make one and keep to the same limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from loraplus.errors import InputError
+
+LONGEST_ROW = 2**24
+"""Characters of a row of a text file."""
+MOST_ROWS = 10_000_000
+MOST_CELLS = 100_000_000
+MOST_BYTES = 2**31
+"""Of a file, and of what it unpacks to."""
+
+
+class LineError(InputError):
+    """A defect in one line of a file."""
+
+    def __init__(self, source: str, line: int, what: str) -> None:
+        super().__init__(f"{source}, line {line}: {what}")
+        self.line = line
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length; `row_name(i)` says where row i stands in its source, `place(i)` names that, too."""
+
+    source: str
+    columns: dict[str, list[Any]]
+    lines: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def row_name(self, index: int) -> str:
+        """ "line 7" for text files, "row 6" otherwise."""
+        return f"line {self.lines[index]}" if self.lines else f"row {index + 1}"
+
+    def place(self, index: int) -> str:
+        """ "data.csv, line 7"."""
+        return f"{self.source}, {self.row_name(index)}"
+
+
+def check_size(source: str, rows: int = 0, cells: int = 0, size: int = 0) -> None:
+    """Refuses what no memory would hold.
+
+    Args:
+        source: name of the table.
+        rows: read so far, or told by the file.
+        cells: of all its columns, likewise; a list counts as many as it holds.
+        size: in bytes, likewise.
+
+    Raises:
+        InputError: more than `MOST_ROWS`, `MOST_CELLS` or `MOST_BYTES`.
+    """
+    for count, most, what in (
+        (rows, MOST_ROWS, "rows"),
+        (cells, MOST_CELLS, "cells"),
+        (size, MOST_BYTES, "bytes"),
+    ):
+        if count > most:
+            raise InputError(f"{source} holds more than {most:,} {what}; take a part of it")

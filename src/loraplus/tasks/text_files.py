@@ -1,0 +1,165 @@
+"""Rows of text files, one line at a time: UTF-8, of limited length, and JSON objects or plain lines."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from loraplus.errors import InputError
+from loraplus.tasks.parsing import ParseError, parse_json
+from loraplus.tasks.tabular import LONGEST_ROW, LineError, Table, check_size
+from loraplus.tasks.telling import Telling
+
+_LARGEST_ARRAY = 2**28
+_CHUNK = 2**20
+_TELL_EVERY = 10_000
+_HALF_CHARACTER = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
+
+
+def check_not_blank(source: str, path: Path) -> None:
+    """Makes sure that there is something in a file.
+
+    Raises:
+        InputError: there is not, or it cannot be read.
+    """
+    if _first_characters(source, path) == b"":
+        raise InputError(f"{source} is empty")
+
+
+def _first_characters(source: str, path: Path) -> bytes:
+    """The file's beginning without white space."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8)
+            while not start.strip():
+                start = file.read(_CHUNK)
+                if not start:
+                    return b""
+            return start.strip()
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror}") from None
+
+
+def lines_of(source: str, path: Path, *, newline: str | None) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends, without a byte order mark.
+
+    Args:
+        source: name of the file, for messages.
+        path: of the file.
+        newline: as in `open`: which characters end a line.
+
+    Raises:
+        LineError: not UTF-8, or a line of more than `LONGEST_ROW` characters.
+    """
+    telling = Telling(f"reading {source}, lines")
+    with _opened(source, path, newline) as file:
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_ROW + 1)
+            if len(line) > LONGEST_ROW:
+                raise LineError(source, number, f"longer than {LONGEST_ROW:,} characters; break it into rows")
+            if number % _TELL_EVERY == 0:
+                telling.advance(_TELL_EVERY)
+            if not line:
+                return
+            yield line
+
+
+@contextmanager
+def _opened(source: str, path: Path, newline: str | None) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise LineError(source, _line_of_bad_byte(path), "not UTF-8 text; convert the file to UTF-8") from None
+
+
+def _line_of_bad_byte(path: Path) -> int:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with path.open("rb") as file:
+        while True:
+            chunk = file.read(_CHUNK)
+            try:
+                line += decoder.decode(chunk, final=not chunk).count("\n")
+            except UnicodeDecodeError as error:
+                return line + error.object[: error.start].count(b"\n")
+            if not chunk:
+                return line
+
+
+def read_lines(source: str, path: Path) -> Table:
+    """One row a line that is not blank, in a column `text`."""
+    texts: list[str] = []
+    lines: list[int] = []
+    # Not splitlines, which also splits at U+2028, form feeds and others.
+    for number, line in enumerate(lines_of(source, path, newline=None), start=1):
+        if line.strip():
+            texts.append(line.rstrip("\n"))
+            lines.append(number)
+            check_size(source, len(texts))
+    return Table(source, {"text": texts}, lines)
+
+
+def read_json_rows(source: str, path: Path) -> Table:
+    """One object a line, or one array of objects."""
+    if _first_characters(source, path).startswith(b"["):
+        return _table(source, enumerate(_array(source, path), start=1), "row")
+    return _table(source, _objects(source, path), "line")
+
+
+def _array(source: str, path: Path) -> list[Any]:
+    if path.stat().st_size > _LARGEST_ARRAY:
+        raise InputError(f"{source} is one JSON array of more than {_LARGEST_ARRAY:,} bytes; write one object a line")
+    with _opened(source, path, "\n") as file:
+        text = file.read()
+    rows = _value(source, 1, text)
+    _check_characters(source, text, rows)
+    return rows
+
+
+def _objects(source: str, path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines_of(source, path, newline="\n"), start=1):
+        if line.strip():
+            value = _value(source, number, line.rstrip("\n"))
+            _check_characters(f"{source}, line {number}", line, value)
+            yield number, value
+
+
+def _value(source: str, line: int, text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ParseError as error:
+        raise LineError(source, line + (error.line or 1) - 1, str(error)) from None
+
+
+def _check_characters(where: str, text: str, value: Any) -> None:
+    if _HALF_CHARACTER.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where}: half of a surrogate pair (\\ud…), which is no character; remove it") from None
+
+
+def _table(source: str, rows: Iterable[tuple[int, Any]], unit: str) -> Table:
+    columns: dict[str, list[Any]] = {}
+    numbers: list[int] = []
+    for number, value in rows:
+        if not isinstance(value, dict):
+            raise InputError(f'{source}, {unit} {number}: expected an object like {{"text": …, "label": …}}')
+        for name, cell in value.items():
+            column = columns.setdefault(name, [])
+            column += [None] * (len(numbers) - len(column))  # rows before that do not have it
+            column.append(cell)
+        numbers.append(number)
+        check_size(source, len(numbers), len(numbers) * len(columns))
+    for column in columns.values():
+        column += [None] * (len(numbers) - len(column))
+    return Table(source, columns, numbers if unit == "line" else None)
