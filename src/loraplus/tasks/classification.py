@@ -23,12 +23,14 @@ from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
 from loraplus.tasks.table import read_table
+from loraplus.tasks.token_rows import tokenised
 
 _LENGTH_QUANTILE = 0.99
 _LENGTH_CAP = 512
+_HASHED_AT_ONCE = 10_000
 _OF_OTHER_TASKS = ("loss_on", "packing", "long_examples", "chat_template", "load_in_4bit")
 
-Encoded = list[dict[str, Any]]
+Encoded = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
 
     test = Examples([], [], text_column, label_column)
     if isinstance(config, CompareConfig):
-        train, test = _hold_out(train, config.test_data, config.test_fraction, config.max_test_samples, config, names)
+        train, test = _hold_out(
+            train, config.test_data, config.test_fraction, config.max_test_samples, config, names, "--test-data"
+        )
     train, validation = _hold_out(train, config.eval_data, config.eval_fraction, config.max_eval_samples, config, names)
     kept, removed = without_duplicates(train.texts, validation.texts + test.texts)
     train = _take(train, kept)
@@ -76,8 +80,8 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
     if not train.texts or not validation.texts:
         raise InputError(f"{config.data}: nothing is left to train on after texts of the held-out data were removed")
 
-    token_ids = tokenizer(train.texts, truncation=False, verbose=False)["input_ids"]
-    max_length = checked_length(config, _max_length([len(ids) for ids in token_ids], tokenizer), tokenizer)
+    tokens = tokenised(train.texts, _indices(train, names), tokenizer)
+    max_length = checked_length(config, _max_length(tokens.lengths, tokenizer), tokenizer)
     facts = {
         "source": config.data,
         "text_column": text_column,
@@ -89,27 +93,33 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
         "train_class_counts": dict(sorted(Counter(train.labels).items())),
         "duplicates_removed": removed + removed_validation,
         "max_length": max_length,
-        "truncated_train_examples": sum(len(ids) > max_length for ids in token_ids),
+        "truncated_train_examples": int((tokens.lengths > max_length).sum()),
         "split_seed": config.seed,
         "sha256": _fingerprint(train, validation, test),
     }
     return ClassificationData(
         label_names=names,
-        train=_encode(train, names, tokenizer, max_length),
-        validation=sorted(_encode(validation, names, tokenizer, max_length), key=_length),
-        test=sorted(_encode(test, names, tokenizer, max_length), key=_length),
+        train=tokens.cut(train.texts, tokenizer, max_length),
+        validation=tokenised(validation.texts, _indices(validation, names), tokenizer, max_length).by_length(),
+        test=tokenised(test.texts, _indices(test, names), tokenizer, max_length).by_length(),
         max_length=max_length,
         facts=facts,
     )
 
 
 def _hold_out(
-    data: Examples, source: str | None, fraction: float, at_most: int | None, config: TaskConfig, names: list[str]
+    data: Examples,
+    source: str | None,
+    fraction: float,
+    at_most: int | None,
+    config: TaskConfig,
+    names: list[str],
+    option: str = "--eval-data",
 ) -> tuple[Examples, Examples]:
     """(rest, held out): from a file of its own, or a stratified part of `data`."""
     if source is not None:
         table = read_table(source)
-        rest, held_out = data, examples(table, data.text_column, data.label_column)
+        rest, held_out = data, examples(table, data.text_column, data.label_column, option)
         unknown = sorted(set(held_out.labels) - set(names))
         if unknown:
             raise InputError(f"{source}: labels that the training data lacks: {', '.join(unknown)}")
@@ -128,27 +138,35 @@ def _take(data: Examples, indices: Sequence[int]) -> Examples:
 
 
 def _fingerprint(*splits: Examples) -> str:
-    """Hash of all texts and labels, so that a run is not resumed on data that has been edited."""
-    content = [[split.texts, split.labels] for split in splits]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    """Hash of all texts and labels as JSON, so that a run is not resumed on data that has been edited."""
+    found = hashlib.sha256(b"[")
+    for place, split in enumerate(splits):
+        found.update(b", [" if place else b"[")
+        for values, end in ((split.texts, b", "), (split.labels, b"]")):
+            _add_list(found, values)
+            found.update(end)
+    found.update(b"]")
+    return found.hexdigest()
 
 
-def _max_length(lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+def _add_list(found: Any, values: Sequence[str]) -> None:
+    """Adds a list as JSON, in parts."""
+    found.update(b"[")
+    for start in range(0, len(values), _HASHED_AT_ONCE):
+        part = json.dumps(values[start : start + _HASHED_AT_ONCE])[1:-1]
+        found.update((", " if start else "").encode() + part.encode())
+    found.update(b"]")
+
+
+def _max_length(lengths: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> int:
     """Covers 99% of the texts, in steps of 8, within what the model takes."""
     wanted = int(np.ceil(np.quantile(lengths, _LENGTH_QUANTILE) / 8) * 8)
     return max(8, min(wanted, _LENGTH_CAP, tokenizer.model_max_length))
 
 
-def _encode(data: Examples, names: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    if not data.texts:
-        return []
+def _indices(data: Examples, names: Sequence[str]) -> list[int]:
     index = {name: i for i, name in enumerate(names)}
-    ids = tokenizer(data.texts, truncation=True, max_length=max_length)["input_ids"]
-    return [{"input_ids": row, "labels": index[label]} for row, label in zip(ids, data.labels, strict=True)]
-
-
-def _length(row: dict[str, Any]) -> int:
-    return len(row["input_ids"])
+    return [index[label] for label in data.labels]
 
 
 def classification_metrics(prediction: Any) -> dict[str, float]:

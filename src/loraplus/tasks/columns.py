@@ -124,13 +124,16 @@ def _labels(table: Table, column: str) -> list[str]:
     return labels
 
 
-def examples(table: Table, text_column: str | None = None, label_column: str | None = None) -> Examples:
+def examples(
+    table: Table, text_column: str | None = None, label_column: str | None = None, held_out: str | None = None
+) -> Examples:
     """Texts and labels of a table, checked.
 
     Args:
         table: from `read_table`.
         text_column: guessed if None.
         label_column: guessed if None.
+        held_out: the option that names the table, if it is there to evaluate on.
 
     Returns:
         One text and one label a row; labels as strings ("1" for 1 and 1.0).
@@ -142,6 +145,11 @@ def examples(table: Table, text_column: str | None = None, label_column: str | N
     text_column, label_column = choose_columns(table, text_column, label_column)
     labels = _labels(table, label_column)
     texts = strings(table, "text", text_column)
+    if len(set(labels)) < 2 and held_out:
+        raise InputError(
+            f"{table.source} ({held_out}): all {len(labels)} rows are of the class {labels[0]!r}, so it would say nothing "
+            "of the others; add rows of those"
+        )
     if len(set(labels)) < 2:
         raise InputError(
             f"{table.source}: column {label_column!r} has one class only ({labels[0]!r}); classification needs two"
