@@ -147,7 +147,7 @@ def examples(
     texts = strings(table, "text", text_column)
     if len(set(labels)) < 2 and held_out:
         raise InputError(
-            f"{table.source} ({held_out}): all {len(labels)} rows are of the class {labels[0]!r}, so it would say nothing "
+            f"{table.source} ({held_out}): all {len(labels)} rows are of the class {labels[0]!r}, which says nothing "
             "of the others; add rows of those"
         )
     if len(set(labels)) < 2:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import (
     get_training_chat_template,
@@ -16,14 +15,13 @@ from trl.chat_template_utils import (
 )
 
 from loraplus.errors import InputError, LoraPlusWarning
+from loraplus.tasks.chat import Chats, ChatTemplateError
 from loraplus.tasks.conversations import COMPLETION, CONVERSATION, TEXT, Example, Examples
 from loraplus.tasks.generate import ends_texts, text_ids
-from loraplus.tasks.pretrained import first_line
 
 IGNORED = -100
 ALL, ON_COMPLETION, ON_ASSISTANT = "all", "completion", "assistant"
 LOSS_ON = (ALL, ON_COMPLETION, ON_ASSISTANT)
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str, examples: Examples, on: str) -> None:
-        self._tokenizer, self._on, self._template = tokenizer, on, None
+        self._tokenizer, self._chats, self._on, self._template = tokenizer, Chats(tokenizer), on, None
         self._end: Any = None if ends_texts(tokenizer) else tokenizer.eos_token
         if any(example.is_chat for example in examples.rows):
             if not tokenizer.chat_template:
@@ -117,20 +115,13 @@ class Encoder:
 
     def _chat(self, example: Example, messages: Sequence[Any], **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=True,
-                return_dict=True,
-                chat_template=self._template,
-                tools=example.tools,
-                **options,
+            return self._chats.apply_chat_template(
+                list(messages), chat_template=self._template, tools=example.tools, **options
             )
-        except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"the chat template, line {error.lineno}: not valid Jinja ({error.message})") from None
-        except _TEMPLATE_ERRORS as error:
-            raise InputError(
-                f"{example.where}: the chat template refuses this conversation: {first_line(error)}"
-            ) from None
+        except ChatTemplateError as error:
+            if error.line is not None:
+                raise InputError(f"the chat template, line {error.line}: not valid Jinja ({error})") from None
+            raise InputError(f"{example.where}: the chat template refuses this conversation: {error}") from None
 
     def _conversation(self, example: Example) -> Encoded:
         marked = self._on == ON_ASSISTANT
@@ -180,8 +171,8 @@ def _marking_template(tokenizer: PreTrainedTokenizerBase, model: str) -> str | N
                 "{% generation %}, and TRL knows no version of it that does; give one with --chat-template"
             ) from None
     try:
-        stops = is_chat_template_stop_token_trained(tokenizer, chat_template=template)
-    except _TEMPLATE_ERRORS:  # the template refuses TRL's example; the data will tell
+        stops = is_chat_template_stop_token_trained(Chats(tokenizer), chat_template=template)  # type: ignore[arg-type]
+    except (ChatTemplateError, TypeError):  # the template refuses TRL's example; the data will tell
         return template
     if not stops:
         warnings.warn(

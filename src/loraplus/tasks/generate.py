@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from loraplus.errors import InputError
-from loraplus.tasks.pretrained import first_line
+from loraplus.tasks.chat import Chats, ChatTemplateError
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or a chat as {"role", "content"} messages."""
@@ -108,9 +108,9 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool | None = None, syst
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     opening = [{"role": "system", "content": system}] if system is not None else []
     try:
-        text = tokenizer.apply_chat_template([*opening, *messages], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of its own: what it raises for messages it cannot use varies
-        raise InputError(f"the chat template refuses these messages: {first_line(error)}") from None
+        text = Chats(tokenizer).text([*opening, *messages], add_generation_prompt=True)
+    except ChatTemplateError as error:
+        raise InputError(f"the chat template refuses these messages: {error}") from None
     return text_ids(tokenizer, text, special=False)
 
 

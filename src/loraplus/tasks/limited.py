@@ -1,0 +1,154 @@
+"""Patterns and chat templates of unknown origin, run in a process of their own within limits on time and memory.
+
+Both come with adapters and models, and both are programs: a pattern can take longer than the universe is old, a
+template can count to any number or fill the memory.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loraplus.errors import InputError
+from loraplus.tasks import limited_process
+
+_PROGRAM = "import json, runpy, sys; sys.path = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], {}, '__main__')"
+_MEASURES_ITSELF = hasattr(signal, "setitimer")
+_WALL_SECONDS = 60.0
+"""Where the process cannot measure its own time."""
+_PLAIN = re.compile(r"[\w.\-/ ]*")
+
+
+class TooMuchError(Exception):
+    """A request took longer than it may, or its process did not survive it."""
+
+
+class RefusedError(Exception):
+    """What a request ended with, and the line of the template if that is known."""
+
+    def __init__(self, reason: str, line: int | None) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+class _Process:
+    """Starts at the first request, and again after one that it did not survive."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+
+    def ask(self, kind: str, *arguments: Any) -> Any:
+        """The answer to a request.
+
+        Raises:
+            TooMuchError, RefusedError.
+        """
+        body = pickle.dumps((kind, arguments))
+        with self._lock:
+            process = self._started()
+            guard = None if _MEASURES_ITSELF else threading.Timer(_WALL_SECONDS, process.kill)
+            try:
+                if guard:
+                    guard.start()
+                process.stdin.write(struct.pack("<Q", len(body)) + body)  # type: ignore[union-attr]
+                process.stdin.flush()  # type: ignore[union-attr]
+                head = process.stdout.read(8)  # type: ignore[union-attr]
+                answer = process.stdout.read(*struct.unpack("<Q", head)) if len(head) == 8 else b""  # type: ignore[union-attr]
+            except OSError:
+                answer = b""
+            finally:
+                if guard:
+                    guard.cancel()
+            if not answer:
+                self._end()
+                raise TooMuchError
+        found = json.loads(answer)
+        if "error" in found:
+            raise RefusedError(found["error"], found["line"])
+        return found["result"]
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._running is None or self._owner != os.getpid() or self._running.poll() is not None:
+            self._owner = os.getpid()
+            self._running = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(Path(limited_process.__file__))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )  # fmt: skip
+            atexit.register(self._end)
+        return self._running
+
+    def _end(self) -> None:
+        process, self._running = self._running, None
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.communicate()
+
+
+_PROCESS = _Process()
+
+
+def check_patterns(source: str, settings: Any, names: Iterable[str]) -> None:
+    """Makes sure that no pattern in an adapter's settings takes long on the names of a model's modules.
+
+    Args:
+        source: name of the settings, for messages.
+        settings: whatever adapter_config.json holds; every text in it that is no plain name counts as a pattern.
+        names: of the modules.
+
+    Raises:
+        InputError: one does, or is no regular expression.
+    """
+    names = list(names)
+    for pattern in dict.fromkeys(_texts(settings)):
+        if _PLAIN.fullmatch(pattern):
+            continue
+        try:
+            _PROCESS.ask("patterns", [pattern], names)
+        except TooMuchError:
+            raise InputError(f"{source}: the pattern {pattern!r} takes too long on this model's names") from None
+        except RefusedError:
+            continue  # a sentence, say; where it is used as a pattern, that says so
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value.keys()
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def render_chat(template: str, messages: Sequence[Any], **options: Any) -> tuple[str, list[list[int]]]:
+    """A conversation in the words of a chat template, and where the assistant's parts stand in it.
+
+    Args:
+        template: Jinja, in the sandbox of transformers.
+        messages: of the conversation.
+        **options: of transformers' `render_jinja_template`.
+
+    Raises:
+        RefusedError: the template refuses the conversation, or is not valid.
+    """
+    try:
+        return _PROCESS.ask("chat", {"conversations": [list(messages)], "chat_template": template, **options})
+    except TooMuchError:
+        seconds = limited_process.SECONDS
+        raise RefusedError(f"it takes more than {seconds:g} seconds, or too much memory", None) from None

@@ -1,0 +1,97 @@
+"""The program of `limited`: answers requests one at a time, each within limits on time and memory.
+
+It imports nothing of loraplus, so that it starts fast. A request that takes too long ends the process, whatever it is
+in the middle of: a pattern and a power of two numbers are single calls that no exception interrupts.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import signal
+import struct
+import sys
+from typing import Any, BinaryIO
+
+SECONDS = 2.0
+"""Of processor time for one request."""
+MEMORY = 2**30
+LONGEST = 2**24
+"""Characters that a chat may become."""
+_FORMS = ("{}", r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)")  # as PEFT matches target_modules, rank_pattern, modules_to_save
+
+
+def patterns(expressions: list[str], names: list[str]) -> None:
+    """Matches every expression with every name in all the ways that PEFT does."""
+    for expression in expressions:
+        for form in _FORMS:
+            compiled = re.compile(form.format(expression) if form != "{}" else expression)
+            for name in names:
+                compiled.fullmatch(name)
+                compiled.match(name)
+
+
+def chat(options: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+    """(a conversation in the words of a chat template, where the assistant's parts stand in it)"""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(**options)
+    if len(texts[0]) > LONGEST:
+        raise ValueError(f"it makes more than {LONGEST:,} characters of it")
+    return texts[0], spans[0] if spans else []
+
+
+_ANSWERS = {"patterns": patterns, "chat": chat}
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answers until there are no more requests; what comes in is the parent's own, what goes out is plain JSON."""
+    while len(head := requests.read(8)) == 8:
+        kind, arguments = pickle.loads(requests.read(*struct.unpack("<Q", head)))
+        if kind == "chat":
+            import transformers.utils.chat_template_utils  # noqa: F401  (takes longer than a template may)
+        answer: dict[str, Any]
+        _limit(SECONDS)
+        try:
+            answer = {"result": _ANSWERS[kind](*arguments)}
+        except Exception as error:
+            answer = {"error": _said(error), "line": getattr(error, "lineno", None)}
+        _limit(0)
+        body = json.dumps(answer).encode()
+        answers.write(struct.pack("<Q", len(body)) + body)
+        answers.flush()
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    lines = str(getattr(error, "message", None) or error)[:10_000].strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _limit(seconds: float) -> None:
+    """Ends this process after so much processor time, and refuses it more memory than it has with `MEMORY`."""
+    if not hasattr(signal, "setitimer"):  # Windows: the parent's own limit is all
+        return
+    import resource
+
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = _memory_in_use() + MEMORY if seconds else hard
+    resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _memory_in_use() -> int:
+    import resource
+
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 2**33
+
+
+if __name__ == "__main__":
+    serve(sys.stdin.buffer, sys.stdout.buffer)
