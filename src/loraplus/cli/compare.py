@@ -9,7 +9,7 @@ from rich.table import Table
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.cli.terminal import Terminal, narrated, print_json
+from loraplus.cli.terminal import Console, narrated, print_json
 from loraplus.study.arms import ALL
 from loraplus.tasks.config import CompareConfig
 from loraplus.tasks.measures import ACCURACY, LOSS, measures_of
@@ -26,7 +26,7 @@ def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, pla
     quiet_libraries()
     from loraplus.compare import REPORT_FILE, compare
 
-    console = Terminal(stderr=json, plain=plain)
+    console = Console(stderr=json, plain=plain)
     with narrated(console), study_progress(console, plain=plain) as progress:
         summary = compare(config, overwrite=overwrite, resume=resume, progress=progress)
     if json:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from loraplus.cli.app import app
-from loraplus.cli.terminal import Terminal, print_json
+from loraplus.cli.terminal import Console, print_json
 from loraplus.errors import InputError, visible
 
 
@@ -66,7 +66,7 @@ def run(
         decoder.cuda()
     asked = [text for text in texts for _ in range(num_samples)]
     streams = len(asked) == 1 and target is None and not json
-    console = Terminal(stderr=json or target is None, plain=plain)
+    console = Console(stderr=json or target is None, plain=plain)
     with counting_bar(console, "generating", len(asked), plain=plain or streams) as advance:
         completions = generate(
             decoder, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
@@ -126,7 +126,7 @@ def _show(asked: list[Any], completions: list[str], plain: bool) -> None:
 
     from loraplus.tasks.prompts import shown
 
-    console = Terminal(plain=plain)
+    console = Console(plain=plain)
     for prompt, completion in zip(asked, completions, strict=True):
         console.print(Text(shown(prompt), style="bold"), soft_wrap=True)
         console.say(completion.strip("\n"))

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loraplus.cli.app import app
-from loraplus.cli.terminal import Terminal, print_json
+from loraplus.cli.terminal import Console, print_json
 
 WIDTH_OF_FILES = 120
 _NONE = "–"
@@ -33,7 +33,7 @@ def run(
     if json:
         print_json(found)
         return
-    console = Terminal(plain=plain)
+    console = Console(plain=plain)
     if not console.is_terminal:
         console.width = WIDTH_OF_FILES
     for part in model_parts(found) if found["kind"] == "model" else adapter_parts(found):

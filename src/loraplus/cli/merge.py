@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loraplus.cli.app import app
-from loraplus.cli.terminal import Terminal, print_json
+from loraplus.cli.terminal import Console, print_json
 
 
 @app.command("merge")
@@ -37,7 +37,7 @@ def run(
     if json:
         print_json(record)
         return
-    console = Terminal(plain=plain)
+    console = Console(plain=plain)
     console.say(
         f"{record['parameters']:,} parameters in {record['dtype']}; read back, its logits differ from base and adapter "
         f"by {record['max_difference']:.2g} at most, {record['relative_difference']:.1e} of the largest (allowed: "

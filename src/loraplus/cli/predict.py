@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json as json_format
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 
 from loraplus.cli.app import app
-from loraplus.cli.terminal import Terminal, print_json
+from loraplus.cli.terminal import Console, print_json
 
 _FORMATS = (".csv", ".tsv", ".jsonl")
 
@@ -23,6 +24,9 @@ def run(
     model: Annotated[str | None, typer.Option(help="Base model, if it is no longer where it was.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column with the text; guessed if not given.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 64,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the base model brings.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON on standard output.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")] = False,
@@ -40,12 +44,12 @@ def run(
     table = read_table(data)
     column = choose_text_column(table, text_column)
     texts = ["" if text is None else str(text) for text in table.columns[column]]
-    classifier, tokenizer = load_adapter(adapter, model)
-    console = Terminal(stderr=json, plain=plain)
+    classifier, tokenizer = load_adapter(adapter, model, trust_remote_code=trust_remote_code)
+    console = Console(stderr=json, plain=plain)
     with counting_bar(console, "labelling", len(texts), plain=plain) as advance:
         rows = predict(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)
     names = [*table.columns, *(name for name in ("prediction", "probability") if name not in table.columns)]
-    full = [{**{name: values[i] for name, values in table.columns.items()}, **row} for i, row in enumerate(rows)]
+    full = ({**{name: values[i] for name, values in table.columns.items()}, **row} for i, row in enumerate(rows))
     write_atomically(target, _render(full, names, target.suffix))
     counts = {label: sum(row["prediction"] == label for row in rows) for label in classifier.config.id2label.values()}
     if json:
@@ -56,7 +60,7 @@ def run(
         console.say(f"written to {output}")
 
 
-def _render(rows: list[dict[str, Any]], names: list[str], suffix: str) -> str:
+def _render(rows: Iterable[dict[str, Any]], names: list[str], suffix: str) -> str:
     if suffix == ".jsonl":
         return "".join(json_format.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     buffer = io.StringIO()

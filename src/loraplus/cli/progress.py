@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from loraplus.cli.terminal import Console
 from loraplus.study.arms import ALL
 from loraplus.study.records import Record, Trial
 from loraplus.study.runner import Event
@@ -166,7 +166,7 @@ class PlainProgress:
             self._print(f"{count(event.done)}/{count(event.planned)} runs{about} · {outcome(event, self._words)}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.say(line)
 
 
 class _TimeLeft(ProgressColumn):
@@ -231,4 +231,4 @@ class BarProgress:
         elif event.kind == "finished" and event.record is not None:
             if trial.key in self._runs:
                 self._bars.remove_task(self._runs.pop(trial.key))
-            self._bars.console.print(Text(outcome(event, self._words)))
+            self._bars.console.print(outcome(event, self._words))

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from loraplus.cli.app import app
-from loraplus.cli.terminal import Terminal, print_json
+from loraplus.cli.terminal import Console, print_json
 from loraplus.errors import InputError
 
 DEFAULT_OUTPUT = "runs/reproduce"
@@ -47,7 +47,7 @@ def run(
     from loraplus.cli.console import quiet_libraries
     from loraplus.reproduce.registry import EXPERIMENTS
 
-    console = Terminal(stderr=json, plain=plain)
+    console = Console(stderr=json, plain=plain)
     if list_all:
         _list(console, json)
         return
@@ -82,7 +82,7 @@ def run(
     console.say(f"page: {Path(options.output) / 'index.html'}")
 
 
-def _run(console: Terminal, options: Any, *, overwrite: bool, resume: bool, plain: bool) -> dict[str, Any]:
+def _run(console: Console, options: Any, *, overwrite: bool, resume: bool, plain: bool) -> dict[str, Any]:
     from loraplus.cli.progress import study_progress
     from loraplus.reproduce.command import reproduce
 
@@ -113,7 +113,7 @@ class _Words:
         return f"{main[0].replace('_', ' ')} {main[1]:.4g}" if main else f"done in {record.seconds:.1f} s"
 
 
-def _list(console: Terminal, json: bool) -> None:
+def _list(console: Console, json: bool) -> None:
     from loraplus.reproduce.registry import EXPERIMENTS, experiment_class
 
     found = [(name, experiment_class(name)) for name in EXPERIMENTS]
@@ -132,7 +132,7 @@ def _list(console: Terminal, json: bool) -> None:
     console.print(table)
 
 
-def _show_plan(console: Terminal, plan: dict[str, Any]) -> None:
+def _show_plan(console: Console, plan: dict[str, Any]) -> None:
     lines = [f"{plan['experiment']}: {plan['title']}", *(f"  {claim}" for claim in plan["claims"])]
     lines += [f"runs known so far: {plan['runs_known']}"]
     lines += [f"  {run}" for run in plan["first_runs"]]

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+import rich.console
+from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from loraplus.errors import visible
@@ -21,13 +22,11 @@ from loraplus.errors import visible
 _NOT_IN_JSON = re.compile(r"[\x7f-\x9f\u200e\u200f\u061c\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
 
 
-class Terminal(Console):
+class Console(rich.console.Console):
     """rich's console without markup, emoji codes and guessed highlights, which spells out what would be obeyed."""
 
-    def __init__(self, *, stderr: bool = False, plain: bool = False) -> None:
-        super().__init__(
-            stderr=stderr, no_color=plain or None, markup=False, emoji=False, highlight=False, soft_wrap=False
-        )
+    def __init__(self, *, plain: bool = False, **options: Any) -> None:
+        super().__init__(no_color=plain or None, markup=False, emoji=False, highlight=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """rich's, with the text of every segment made visible; its own control codes come apart from text."""
@@ -57,7 +56,7 @@ def json_for_terminal(text: str) -> str:
 
 
 @contextmanager
-def narrated(console: Terminal) -> Iterator[None]:
+def narrated(console: Console) -> Iterator[None]:
     """Shows on a console what the library says while it reads and prepares data (its log, level INFO)."""
     log = logging.getLogger("loraplus")
     handler = _Lines(console)
@@ -72,7 +71,7 @@ def narrated(console: Terminal) -> Iterator[None]:
 
 
 class _Lines(logging.Handler):
-    def __init__(self, console: Terminal) -> None:
+    def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
         self._console = console
 

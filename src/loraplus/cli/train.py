@@ -7,7 +7,7 @@ from typing import Any
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.cli.terminal import Terminal, narrated, print_json
+from loraplus.cli.terminal import Console, narrated, print_json
 from loraplus.tasks.config import CLASSIFICATION, TrainConfig
 
 
@@ -25,7 +25,7 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
         return
     from loraplus.report.training import write_report
 
-    console = Terminal(stderr=json, plain=plain)
+    console = Console(stderr=json, plain=plain)
     with narrated(console), TrainingProgress(console, plain=plain) as progress:
         metrics = train(config, overwrite=overwrite, resume=resume, callbacks=[progress])
     report = write_report(config.output) if config.task != CLASSIFICATION else None
@@ -37,7 +37,7 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
             console.say(f"report: {report}")
 
 
-def _print_result(console: Terminal, output: str, metrics: dict[str, Any]) -> None:
+def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> None:
     measure = next(name for name in ("eval_accuracy", "eval_perplexity") if name in metrics)
     console.say(
         f"eval_loss {metrics['eval_loss']:.4f} · {measure} {metrics[measure]:.4f} after "

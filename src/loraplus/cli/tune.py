@@ -9,7 +9,7 @@ from rich.table import Table
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.cli.terminal import Terminal, narrated, print_json
+from loraplus.cli.terminal import Console, narrated, print_json
 from loraplus.tasks.config import TuneConfig
 
 
@@ -22,7 +22,7 @@ def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain:
     quiet_libraries()
     from loraplus.study.tune import BEST_FILE, tune
 
-    console = Terminal(stderr=json, plain=plain)
+    console = Console(stderr=json, plain=plain)
     with narrated(console), study_progress(console, plain=plain) as progress:
         result = tune(config, overwrite=overwrite, resume=resume, progress=progress)
     if json:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraplus.errors import InputError
-from loraplus.tasks.pretrained import LOADING_ERRORS, first_line, from_pretrained
+from loraplus.tasks.loading import check_layers, from_pretrained, loading
 
 
 def adaptable_layers(model: str) -> dict[str, Any]:
@@ -28,16 +27,14 @@ def adaptable_layers(model: str) -> dict[str, Any]:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     config = from_pretrained(transformers.AutoConfig, model)
-    named = (getattr(config, "architectures", None) or [None])[0]
-    try:
-        with torch.device("meta"):
-            named_class = getattr(transformers, str(named), None)
-            if isinstance(named_class, type) and issubclass(named_class, transformers.PreTrainedModel):
-                empty = named_class(config)
-            else:
-                empty = transformers.AutoModel.from_config(config)
-    except LOADING_ERRORS as error:
-        raise InputError(f"cannot tell the layers of {model}: {first_line(error)}") from None
+    check_layers(model, config)
+    with loading(f"cannot tell the layers of {model}"), torch.device("meta"):
+        named = (getattr(config, "architectures", None) or [None])[0]
+        named_class = getattr(transformers, str(named), None)
+        if isinstance(named_class, type) and issubclass(named_class, transformers.PreTrainedModel):
+            empty = named_class(config)
+        else:
+            empty = transformers.AutoModel.from_config(config, trust_remote_code=False)
     default = DEFAULTS.get(config.model_type, ())
     rows: dict[tuple[str, int, int], dict[str, Any]] = {}
     for path, module in empty.named_modules():

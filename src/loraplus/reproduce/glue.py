@@ -22,7 +22,8 @@ from loraplus.errors import InputError
 from loraplus.reproduce.classifier import Examples, Parts, encode
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
-from loraplus.tasks.pretrained import first_line, load_tokenizer
+from loraplus.tasks.loading import first_line
+from loraplus.tasks.pretrained import load_tokenizer
 from loraplus.tasks.table import read_table
 
 HUB_NAME = "nyu-mll/glue"

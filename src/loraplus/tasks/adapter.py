@@ -20,8 +20,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from loraplus.errors import InputError
+from loraplus.tasks.limited import check_patterns
+from loraplus.tasks.loading import first_line, from_pretrained, loading, resolve_model
 from loraplus.tasks.output import read_json
-from loraplus.tasks.pretrained import LOADING_ERRORS, first_line, from_pretrained, load_decoder, resolve_model
+from loraplus.tasks.paths import is_file, is_folder, user_path
+from loraplus.tasks.pretrained import load_decoder
 
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _TOKENIZER_FILE = "tokenizer_config.json"
@@ -33,11 +36,11 @@ def adapter_settings(adapter: str) -> dict[str, Any]:
     Raises:
         InputError: no such folder, no adapter in it, or a damaged one.
     """
-    folder = Path(adapter).expanduser()
-    if not folder.is_dir():
+    folder = user_path(adapter)
+    if not is_folder(folder):
         raise InputError(f"there is no adapter folder {adapter}")
     for name in (_CONFIG_FILE, _WEIGHTS_FILE):
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             raise InputError(f"{adapter} is not an adapter that PEFT or `loraplus train` wrote: it has no {name}")
     settings = read_json(folder / _CONFIG_FILE)
     if not isinstance(settings, dict) or not isinstance(settings.get("base_model_name_or_path"), str):
@@ -56,14 +59,16 @@ def put_adapter(base: Any, adapter: str, base_name: str) -> PeftModel:
     Raises:
         InputError: the adapter is damaged, or was trained on a model of another shape.
     """
-    try:
-        model = PeftModel.from_pretrained(base, adapter)
-        if model.peft_config["default"].peft_type == PeftType.LORA:
-            _check_fits(model, adapter)
-    except LOADING_ERRORS as error:
-        raise InputError(
-            f"cannot put {adapter} on {base_name}: {_reason(error)}; name the base model it was trained on with --model"
-        ) from None
+    folder = user_path(adapter)
+    settings, modules = read_json(folder / _CONFIG_FILE), [name for name, _ in base.named_modules()]
+    check_patterns(str(folder / _CONFIG_FILE), settings, modules)
+    with loading(f"cannot put {adapter} on {base_name}", "; name the base model it was trained on with --model"):
+        try:
+            model = PeftModel.from_pretrained(base, str(folder))
+            if model.peft_config["default"].peft_type == PeftType.LORA:
+                _check_fits(model, folder)
+        except RuntimeError as error:
+            raise ValueError(_reason(error)) from None
     return model.eval()
 
 
@@ -91,7 +96,7 @@ def load_causal(
     if settings.get("task_type") not in (None, "CAUSAL_LM"):
         raise InputError(f"{adapter} is an adapter for {settings['task_type']}, not of a causal language model")
     name = model or settings["base_model_name_or_path"]
-    if (Path(name) / _CONFIG_FILE).is_file() and not (Path(name) / "config.json").is_file():
+    if is_file(user_path(name) / _CONFIG_FILE) and not is_file(user_path(name) / "config.json"):
         raise InputError(f"{name} is an adapter, not a model; name it with --adapter")
     try:
         remote = {"trust_remote_code": trust_remote_code}
@@ -100,8 +105,9 @@ def load_causal(
     except InputError as error:
         hint = f"{adapter}: {error}; name the base model that it was trained on with --model"
         raise InputError(hint if adapter and not model else str(error)) from None
-    own_tokenizer = adapter is not None and (Path(adapter) / _TOKENIZER_FILE).is_file()
-    tokenizer = from_pretrained(AutoTokenizer, str(adapter) if own_tokenizer else resolve_model(name), **remote)
+    folder = None if adapter is None else user_path(adapter)
+    own_tokenizer = folder is not None and is_file(folder / _TOKENIZER_FILE)
+    tokenizer = from_pretrained(AutoTokenizer, str(folder) if own_tokenizer else resolve_model(name), **remote)
     if adapter is None:
         return base.eval(), tokenizer, name
     if own_tokenizer and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
@@ -118,9 +124,9 @@ def _check_causal(name: str, config: Any) -> None:
         )
 
 
-def _check_fits(model: PeftModel, adapter: str) -> None:
+def _check_fits(model: PeftModel, folder: Path) -> None:
     """Compares the names of the saved weights with those that the adapter would save now."""
-    with safe_open(Path(adapter) / _WEIGHTS_FILE, framework="pt") as file:
+    with safe_open(folder / _WEIGHTS_FILE, framework="pt") as file:
         saved = _names(file.keys())
     needed = _names(get_peft_model_state_dict(model, save_embedding_layers=False))
     known = _names(get_peft_model_state_dict(model, save_embedding_layers=True))

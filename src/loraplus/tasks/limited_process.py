@@ -12,7 +12,7 @@ import re
 import signal
 import struct
 import sys
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 SECONDS = 2.0
 """Of processor time for one request."""
@@ -36,7 +36,7 @@ def chat(options: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
     """(a conversation in the words of a chat template, where the assistant's parts stand in it)"""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template(**options)
+    texts, spans = cast(Any, render_jinja_template(**options))
     if len(texts[0]) > LONGEST:
         raise ValueError(f"it makes more than {LONGEST:,} characters of it")
     return texts[0], spans[0] if spans else []

@@ -17,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from loraplus.errors import InputError, MergeMismatchError
 from loraplus.tasks.adapter import adapter_settings, load_causal
-from loraplus.tasks.output import read_json, write_json
+from loraplus.tasks.files import follow_umask, read_json, temporary_path, write_json
+from loraplus.tasks.loading import first_line, from_pretrained, loading, resolve_model
+from loraplus.tasks.output import check_writable
+from loraplus.tasks.paths import user_path
 from loraplus.tasks.predict import load_adapter
-from loraplus.tasks.pretrained import LOADING_ERRORS, first_line, from_pretrained, resolve_model
 
 RECORD_FILE = "merge.json"
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -66,15 +68,16 @@ def merge(
     rows = _fixed_inputs(adapted)
     expected = _logits(adapted, rows)
     merged = _merged(adapted, adapter).to(getattr(torch, dtype))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    partial = temporary_path(target)
     try:
         _save(merged, tokenizer, partial)
         del adapted, merged
         remote = {"trust_remote_code": trust_remote_code}
         written = from_pretrained(loader, str(partial), dtype=torch.float32, **remote).eval()
         record = {
-            "adapter": str(Path(adapter).resolve()), "base": base, "task": settings.get("task_type"), "dtype": dtype,
-            "parameters": written.num_parameters(), **_compare(expected, _logits(written, rows), dtype, target),
+            "adapter": str(user_path(adapter).resolve()), "base": base, "task": settings.get("task_type"),
+            "dtype": dtype, "parameters": written.num_parameters(),
+            **_compare(expected, _logits(written, rows), dtype, target),
             "files": sorted([RECORD_FILE, *(path.name for path in partial.iterdir())]),
         }  # fmt: skip
         write_json(partial / RECORD_FILE, record)
@@ -88,11 +91,12 @@ def _check_output(target: Path, sources: dict[str, str], overwrite: bool) -> Non
     if Path.cwd().is_relative_to(target):
         raise InputError("--output is or holds the folder that this runs in, which cannot be replaced; name another")
     for what, name in sources.items():
-        source = Path(name).expanduser().resolve()
+        source = user_path(name).resolve()
         if source.exists() and source.is_relative_to(target):
             raise InputError(f"--output {target} is or holds {what}; name another folder")
     if target.exists() and not target.is_dir():
         raise InputError(f"--output {target} is a file; name a folder")
+    check_writable(target)
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise InputError(f"{target} is not empty: --overwrite replaces an earlier merge, or name another --output")
@@ -126,7 +130,7 @@ def _load(
             "with --model"
         )
     if task == _CLASSIFIER:
-        return AutoModelForSequenceClassification, *load_adapter(adapter, model)
+        return AutoModelForSequenceClassification, *load_adapter(adapter, model, trust_remote_code=trust_remote_code)
     adapted, tokenizer, _ = load_causal(model, adapter, trust_remote_code=trust_remote_code)
     return AutoModelForCausalLM, adapted, tokenizer
 
@@ -189,12 +193,11 @@ def _tie_again(model: Any) -> None:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    try:
+    with loading(f"cannot write to {folder.parent}"):
         folder.mkdir(parents=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except LOADING_ERRORS as error:
-        raise InputError(f"cannot write to {folder.parent}: {first_line(error)}") from None
+    follow_umask(folder)
 
 
 def _compare(expected: torch.Tensor, found: torch.Tensor, dtype: str, target: Path) -> dict[str, float]:

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplus.errors import InputError
 from loraplus.tasks.config import TaskConfig
-from loraplus.tasks.pretrained import first_line, head_modules, load_base, load_decoder
+from loraplus.tasks.loading import first_line
+from loraplus.tasks.pretrained import head_modules, load_base, load_decoder
 
 _ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
 

@@ -28,8 +28,8 @@ from loraplus.tasks.files import (
 from loraplus.tasks.parsing import parse_yaml
 
 __all__ = [
-    "check_file", "check_output", "data_changes", "hold_output", "json_text", "note_data", "prepare_output",
-    "read_json", "saved_config", "write_atomically", "write_csv", "write_json", "write_yaml",
+    "check_file", "check_output", "check_writable", "data_changes", "hold_output", "json_text", "note_data",
+    "prepare_output", "read_json", "saved_config", "write_atomically", "write_csv", "write_json", "write_yaml",
 ]  # fmt: skip
 
 CONFIG_FILE = "config.yaml"
@@ -80,7 +80,7 @@ def check_output(
     if overwrite and resume:
         raise InputError("--overwrite and --resume exclude each other: start again, or go on")
     _check_unicode(config)
-    _check_writable(folder)
+    check_writable(folder)
     if _is_empty(folder):
         return
     saved = saved_config(folder)
@@ -198,7 +198,12 @@ def _check_unicode(config: Mapping[str, Any]) -> None:
             raise InputError(f"--{key.replace('_', '-')}: {value} is not UTF-8 text; rename it")
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Makes sure that a folder takes files, or that it can be made where it is to be.
+
+    Raises:
+        InputError: it does not, or the disk is full.
+    """
     try:
         nearest = folder
         while not os.path.lexists(nearest) and nearest != nearest.parent:

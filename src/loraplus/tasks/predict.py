@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +10,18 @@ from transformers import AutoConfig, AutoTokenizer
 
 from loraplus.errors import InputError
 from loraplus.tasks.adapter import adapter_settings, put_adapter
-from loraplus.tasks.pretrained import from_pretrained, load_base
+from loraplus.tasks.loading import from_pretrained, loading
+from loraplus.tasks.paths import is_file, user_path
+from loraplus.tasks.pretrained import load_base
 
 
-def load_adapter(adapter: str, base_model: str | None = None) -> tuple[Any, Any]:
+def load_adapter(adapter: str, base_model: str | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Loads what `loraplus train` wrote, through transformers and PEFT alone.
 
     Args:
         adapter: folder with adapter_config.json and config.json.
         base_model: folder or name of the base model. Default: the one the adapter was trained on.
+        trust_remote_code: run code that the base model brings.
 
     Returns:
         (model in evaluation mode, tokenizer).
@@ -30,12 +32,14 @@ def load_adapter(adapter: str, base_model: str | None = None) -> tuple[Any, Any]
     settings = adapter_settings(adapter)
     if settings.get("task_type") == "CAUSAL_LM":
         raise InputError(f"{adapter} is an adapter of a language model, which labels nothing; try `loraplus generate`")
-    if not (Path(adapter) / "config.json").is_file():
+    folder = user_path(adapter)
+    if not is_file(folder / "config.json"):
         raise InputError(f"{adapter} is not a classifier that `loraplus train` wrote: it has no config.json")
     name = base_model or str(settings["base_model_name_or_path"])
-    config = from_pretrained(AutoConfig, adapter)
+    config = from_pretrained(AutoConfig, str(folder), trust_remote_code=trust_remote_code)
+    _check_labels(adapter, config)
     try:
-        base, fresh = load_base(name, config=config)
+        base, fresh = load_base(name, config=config, trust_remote_code=trust_remote_code)
     except InputError as error:
         raise InputError(f"{adapter}: {error}; name the base model that it was trained on with --model") from None
     unsaved = [head for head in fresh if not head.endswith(tuple(settings.get("modules_to_save") or ()))]
@@ -44,7 +48,17 @@ def load_adapter(adapter: str, base_model: str | None = None) -> tuple[Any, Any]
             f"{name} lacks weights of {', '.join(unsaved)}, which {adapter} does not bring; name the base model "
             "that it was trained on with --model"
         )
-    return put_adapter(base, adapter, name), from_pretrained(AutoTokenizer, adapter)
+    model = put_adapter(base, adapter, name)
+    tokenizer = from_pretrained(AutoTokenizer, str(folder), trust_remote_code=trust_remote_code)
+    with loading(f"{adapter} cannot be used", "; its files do not belong together"):
+        predict(model, tokenizer, ["a", "b c"])
+    return model, tokenizer
+
+
+def _check_labels(adapter: str, config: Any) -> None:
+    names = getattr(config, "id2label", None)
+    if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
+        raise InputError(f"the config.json of {adapter} does not number its labels (id2label); it is damaged")
 
 
 @torch.inference_mode()

@@ -7,13 +7,10 @@ with the adapter. Anywhere else it means that the weights are not those of this 
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,63 +21,17 @@ from transformers import (
 
 from loraplus.errors import InputError
 from loraplus.tasks.config import TaskConfig
+from loraplus.tasks.loading import check_fits, from_pretrained, resolve_model
 
-LOADING_ERRORS = (
-    OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, EOFError, pickle.UnpicklingError,
-    SafetensorError, StrictDataclassError,
-)  # fmt: skip
-"""What transformers and PEFT raise for files that are missing, damaged, or of another model."""
-
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 # RoBERTa and its relatives number positions from pad_token_id + 1, so that many rows of the table are never used.
 _POSITIONS_AFTER_PADDING = frozenset({
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 })  # fmt: skip
+_SUMMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMED_IN_MESSAGE = 3
 _NO_LIMIT = 10**9  # a tokenizer without a length says 10³⁰
 _FAST_MULTIPLE = 8
-
-
-def resolve_model(model: str) -> str:
-    """Turns a model folder into its absolute path, and leaves a hub name as it is.
-
-    Raises:
-        InputError: a path that does not exist, or a folder without a model's files.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"model folder {model} has no config.json; it is not a transformers model")
-        if not any(found for pattern in _WEIGHT_FILES for found in path.glob(pattern)):
-            raise InputError(f"model folder {model} has no weights (model.safetensors or pytorch_model.bin)")
-        return str(path.resolve())
-    looks_like_path = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_like_path:
-        raise InputError(f"there is no model folder {model}")
-    return model
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
-
-
-def from_pretrained(loader: Any, model: str, **options: Any) -> Any:
-    """`loader.from_pretrained`, whose errors become one line.
-
-    Raises:
-        InputError: a file is missing, damaged or of another kind.
-    """
-    try:
-        return loader.from_pretrained(model, **options)
-    except LOADING_ERRORS as error:
-        if not Path(model).is_dir():
-            raise InputError(
-                f"cannot load the model {model}: no such folder here, and the hub did not give it ({first_line(error)})"
-            ) from None
-        raise InputError(f"cannot load the model in {model}: {first_line(error)}") from None
 
 
 def load_tokenizer(config: TaskConfig) -> PreTrainedTokenizerBase:
@@ -100,6 +51,8 @@ def load_tokenizer(config: TaskConfig) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise InputError(f"the tokenizer of {config.model} has neither a padding token nor an end-of-text token")
+    if not isinstance(tokenizer.model_max_length, (int, float)) or tokenizer.model_max_length < 2:
+        raise InputError(f"the tokenizer of {config.model} takes {tokenizer.model_max_length!r} tokens; it is damaged")
     positions = _positions(from_pretrained(AutoConfig, model, trust_remote_code=config.trust_remote_code))
     if positions is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
@@ -129,13 +82,9 @@ def load_base(model: str, **options: Any) -> tuple[Any, list[str]]:
     Raises:
         InputError: it cannot be loaded, or lacks weights outside its head.
     """
-    loaded, info = from_pretrained(
-        AutoModelForSequenceClassification, resolve_model(model), output_loading_info=True,
-        ignore_mismatched_sizes=True, **options,
-    )  # fmt: skip
-    other_size = {key for key, *_ in info["mismatched_keys"]}
-    unset = set(info["missing_keys"]) | other_size
+    loaded, unset, other_size = _load(AutoModelForSequenceClassification, model, **options)
     _refuse(model, loaded, sorted(key for key in unset if head_of(loaded, key) is None), other_size)
+    _check_finite(model, loaded, unset)
     return loaded, sorted({head for key in unset if (head := head_of(loaded, key)) is not None})
 
 
@@ -149,12 +98,33 @@ def load_decoder(model: str, **options: Any) -> Any:
     Raises:
         InputError: it cannot be loaded, is no causal language model, or lacks weights.
     """
-    loaded, info = from_pretrained(
-        AutoModelForCausalLM, resolve_model(model), output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
-    other_size = {key for key, *_ in info["mismatched_keys"]}
-    _refuse(model, loaded, sorted(set(info["missing_keys"]) | other_size), other_size)
+    loaded, unset, other_size = _load(AutoModelForCausalLM, model, **options)
+    _refuse(model, loaded, sorted(unset), other_size)
+    _check_finite(model, loaded, unset)
     return loaded
+
+
+def _load(loader: Any, model: str, **options: Any) -> tuple[Any, set[str], set[str]]:
+    """(model, weights that the checkpoint does not set, those of them that have another size there)."""
+    folder = resolve_model(model)
+    check_fits(loader, folder, **options)
+    loaded, info = from_pretrained(loader, folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    other_size = {key for key, *_ in info["mismatched_keys"]}
+    return loaded, set(info["missing_keys"]) | other_size, other_size
+
+
+@torch.no_grad()
+def _check_finite(model: str, loaded: Any, unset: set[str]) -> None:
+    """Refuses weights that are NaN or infinite: training on them would blame the rates."""
+    for name, weight in loaded.named_parameters():
+        # A sum is much faster than looking at each, and NaN or infinite if one of them is.
+        if name in unset or weight.dtype not in _SUMMED or math.isfinite(float(weight.sum(dtype=torch.float32))):
+            continue
+        if broken := int((~weight.isfinite()).sum()):
+            raise InputError(
+                f"{model}: {broken} of {weight.numel()} numbers in {name} are NaN or infinite, so this model computes "
+                "nothing; take another copy of it"
+            )
 
 
 def _refuse(model: str, loaded: Any, unset: list[str], other_size: set[str]) -> None:

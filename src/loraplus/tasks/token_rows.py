@@ -80,7 +80,9 @@ def tokenised(
         max_length: cut to so many tokens; None for all of them.
     """
     telling = Telling("tokenising, texts", len(texts))
-    cutting = {"truncation": False} if max_length is None else {"truncation": True, "max_length": max_length}
+    cutting: dict[str, Any] = (
+        {"truncation": False} if max_length is None else {"truncation": True, "max_length": max_length}
+    )
     parts: list[np.ndarray] = []
     lengths: list[int] = []
     for start in range(0, len(texts), _AT_ONCE):

@@ -1,0 +1,196 @@
+"""The one place where transformers and PEFT read other people's files.
+
+Nothing that comes with a model is run unless the user asked for it, nobody is asked in between, and whatever a library
+raises for damaged files becomes one line.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from loraplus.errors import InputError, LoraPlusError
+from loraplus.tasks.files import read_json
+from loraplus.tasks.paths import is_file, is_folder, is_inside, user_path
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_COUNTED, _MOST_LAYERS = ("layer", "expert", "_blocks"), 10_000
+_SLACK = 2**27
+"""Parameters that a model may have beside those of its file: a new head, a pooler."""
+_SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
+
+
+def resolve_model(model: str) -> str:
+    """Turns a model folder into its absolute path, and leaves a hub name as it is.
+
+    Raises:
+        InputError: a path that does not exist, or a folder without a model's files.
+    """
+    path = user_path(model)
+    if is_folder(path):
+        if not is_file(path / "config.json"):
+            raise InputError(f"model folder {model} has no config.json; it is not a transformers model")
+        if not any(found for pattern in _WEIGHT_FILES for found in path.glob(pattern)):
+            raise InputError(f"model folder {model} has no weights (model.safetensors or pytorch_model.bin)")
+        return str(path.resolve())
+    looks_like_path = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_like_path:
+        raise InputError(f"there is no model folder {model}")
+    return model
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line; with its name where it would say little without."""
+    lines = str(error).strip().splitlines()
+    line = lines[0].strip() if lines else ""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    return line if line and isinstance(error, _SPEAKING) else f"{type(error).__name__}: {line}".removesuffix(": ")
+
+
+@contextmanager
+def loading(what: str, advice: str = "") -> Iterator[None]:
+    """Makes one line of whatever a library raises for files that are missing, damaged, or of another model.
+
+    Args:
+        what: begins the line.
+        advice: ends it.
+
+    Raises:
+        InputError: anything was raised.
+    """
+    try:
+        yield
+    except LoraPlusError:
+        raise
+    except BaseException as error:
+        # Rust's panics, of damaged tokenizers, are no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what}: {first_line(error)}{advice}") from None
+
+
+def from_pretrained(loader: Any, model: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """`loader.from_pretrained`, which runs no code of the model's own unless it is trusted.
+
+    Args:
+        loader: a class of transformers.
+        model: folder or hub name.
+        trust_remote_code: run code that comes with the model.
+        **options: of the loader.
+
+    Raises:
+        InputError: a file is missing, damaged or of another kind, or the model does not load without its own code.
+    """
+    folder = Path(model)
+    here = is_folder(folder)
+    if here:
+        _check_folder(folder, trust_remote_code)
+        what = f"cannot load the model in {model}"
+    else:
+        what = f"cannot load the model {model}: no such folder here, and the hub did not give it"
+    with loading(what):
+        try:
+            return loader.from_pretrained(model, trust_remote_code=trust_remote_code, **options)
+        except ValueError as error:
+            if trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise _needs_code(model) from None
+
+
+def _needs_code(model: str) -> InputError:
+    return InputError(
+        f"{model} brings code of its own, which is not run; where you trust it, say --trust-remote-code to a command "
+        "that has the flag"
+    )
+
+
+def _check_folder(folder: Path, trust_remote_code: bool) -> None:
+    """Looks at what transformers would follow without looking: names of files and of kernels, sizes of archives."""
+    if is_file(folder / "config.json"):
+        config = _settings(folder, folder / "config.json")
+        for key, value in config.items():
+            # "owner/name" is a kernel of the hub: code that is fetched and run.
+            if key.strip("_").endswith("_implementation") and "/" in str(value) and not trust_remote_code:
+                raise _needs_code(str(folder))
+    for index in folder.glob("*.index.json"):
+        names = _settings(folder, index).get("weight_map")
+        if not isinstance(names, dict) or not all(map(is_inside, names.values())):
+            raise InputError(f"{index} does not say in which file of this folder which weight is")
+    for file in folder.glob("*.bin"):
+        check_archive(file)
+
+
+def _settings(folder: Path, path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path)
+    except InputError as error:
+        raise InputError(f"cannot load the model in {folder}: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"cannot load the model in {folder}: {path.name} holds no settings")
+    return content
+
+
+def check_archive(path: Path) -> None:
+    """Refuses a file of torch that unpacks to more than it is: torch stores and never compresses.
+
+    Raises:
+        InputError: it does.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, RuntimeError):
+        return  # torch's own words are better
+    if packed:
+        raise InputError(f"{path} is compressed, which torch never does; it is no file of weights")
+
+
+def check_fits(loader: Any, model: str, *, config: Any = None, trust_remote_code: bool = False, **options: Any) -> None:
+    """Refuses a configuration of a far larger model than its weights: what they lack would fill the memory.
+
+    Args:
+        loader: a model class of transformers.
+        model: folder; hub names are not looked at.
+        config: instead of the folder's.
+        trust_remote_code: models with code of their own are not looked at.
+        **options: as for `from_pretrained`; not used.
+
+    Raises:
+        InputError: it is, or it cannot be read.
+    """
+    folder = Path(model)
+    if trust_remote_code or not is_folder(folder):
+        return
+    config = config or from_pretrained(AutoConfig, model)
+    check_layers(model, config)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            empty = loader.from_config(config, trust_remote_code=False)
+    except Exception:  # loading says what is wrong with it
+        return
+    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    wanted = sum(weight.numel() for weight in empty.parameters())
+    if wanted > 8 * size + _SLACK:  # no weight is stored in less than a bit
+        raise InputError(
+            f"cannot load the model in {model}: its configuration describes {wanted:,} weights, and its files hold "
+            f"{size:,} bytes"
+        )
+
+
+def check_layers(model: str, config: Any) -> None:
+    """Refuses a configuration with so many layers that to list them would take hours.
+
+    Raises:
+        InputError: it has.
+    """
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
+    for key, value in (item for part in parts for item in vars(part).items()):
+        if any(what in key for what in _COUNTED) and isinstance(value, int) and value > _MOST_LAYERS:
+            raise InputError(f"cannot load the model in {model}: its configuration says {key} {value:.3g}")
