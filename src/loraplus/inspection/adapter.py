@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,13 @@ from torch import nn
 from loraplus.errors import InputError
 from loraplus.inspection.tensors import TensorFiles
 from loraplus.layouts import Role, recognise_peft
+from loraplus.tasks.limited import check_patterns
 from loraplus.tasks.output import read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NAMED_IN_MESSAGE = 3
+_LARGEST_RANK = 2**31
 _PREFIX = "base_model.model."
 # PEFT leaves the adapter's name out of what it saves; `recognise_peft` expects it.
 _FACTOR = re.compile(r"((?:^|\.)(?:lora_[A-Za-z_]+|trainable_tokens_delta))(?=\.(?:weight|bias|\w+_prior)$|$)")
@@ -97,6 +100,11 @@ class Adapter:
             elif ".lora_diag" in name:
                 found[layer_of(name), Role.OTHER] = name
         pairs = []
+        check_patterns(
+            str(path.with_name(CONFIG_FILE)),
+            [self.config["rank_pattern"], self.config["alpha_pattern"]],
+            dict.fromkeys(layer for layer, _ in found),
+        )
         for first, second in _PAIRS:
             for layer in {layer: None for layer, role in found if role in (first, second)}:
                 for role in (first, second):
@@ -117,6 +125,9 @@ class Adapter:
                 raise InputError(
                     f"{path}: {name} is flattened or sharded away (FSDP, ZeRO-3); save the adapter gathered"
                 )
+        diagonal = found.get((layer, Role.OTHER))
+        if diagonal is not None and self.tensors.numel(diagonal) != self.tensors.shapes[a][0]:
+            raise InputError(f"{path}: {diagonal} has not one number for each rank of {layer}")
         rows = self.tensors.shapes[a][0]
         if rows != rank and not self.config.get("target_parameters"):  # those stack the factors of experts
             raise InputError(
@@ -125,7 +136,7 @@ class Adapter:
         scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         return Pair(
             layer, a, found[layer, second], rank, alpha, scaling, first is Role.EMBEDDING_A,
-            found.get((layer, Role.MAGNITUDE)), found.get((layer, Role.OTHER)),
+            found.get((layer, Role.MAGNITUDE)), diagonal,
         )  # fmt: skip
 
 
@@ -177,7 +188,8 @@ def saved_name(name: str) -> str:
 
 
 def _natural_order(name: str) -> list[tuple[bool, int, str]]:
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
+    # Of two numbers the longer is the larger; a name may hold more digits than an int is made from.
+    return [(part.isdecimal(), len(part) if part.isdecimal() else 0, part) for part in name.split(".")]
 
 
 def _by_pattern(patterns: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
@@ -186,6 +198,13 @@ def _by_pattern(patterns: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", layer):
             return value
     return otherwise
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -202,8 +221,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key in ("r", "lora_alpha"):
         pattern = config["rank_pattern" if key == "r" else "alpha_pattern"]
         for value in (config[key], *pattern.values()):
-            usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not usable or (key == "r" and (value < 1 or value != int(value))):
+            if not _is_number(value) or (key == "r" and not (1 <= value <= _LARGEST_RANK and value == int(value))):
                 raise InputError(
                     f"{path}: {key} must be a number{' of 1 or more' if key == 'r' else ''}, got {value!r}"
                 )

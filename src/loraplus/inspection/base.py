@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ class BaseWeights:
         if not paths:
             raise InputError(f"{folder} has no model.safetensors to read base weights from")
         self._tensors = TensorFiles(paths)
+        self._by_tail = _by_tail(self._tensors.shapes)
         self._names: dict[str, str] = {}
         exact = not (adapter.config.get("use_qalora") or adapter.config.get("use_bdlora"))
         for pair in adapter.pairs:
@@ -55,7 +57,7 @@ class BaseWeights:
         for ending in ("weight", "in_proj_weight"):
             for start in range(last_start + 1):
                 tail = ".".join([*parts[start:], ending])
-                found = [name for name in self._tensors.shapes if name == tail or name.endswith("." + tail)]
+                found = self._by_tail.get(tail, [])
                 if tail in found:
                     return tail
                 if found:
@@ -75,3 +77,13 @@ class BaseWeights:
                 f"{folder} does not fit this adapter: {name} is {'×'.join(map(str, shape))}, the factors of "
                 f"{pair.name} make {outputs}×{inputs}"
             )
+
+
+def _by_tail(names: Iterable[str]) -> dict[str, list[str]]:
+    """{what a name ends with after a dot, or all of it: the names}"""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            found.setdefault(".".join(parts[start:]), []).append(name)
+    return found

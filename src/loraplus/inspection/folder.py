@@ -26,6 +26,7 @@ from loraplus.inspection.rates import (
 from loraplus.inspection.update import update_size
 from loraplus.movement import rms
 from loraplus.tasks.output import read_json
+from loraplus.tasks.paths import is_folder, user_path
 
 _PREFIX = "base_model.model."
 
@@ -92,8 +93,8 @@ def inspect_folder(path: str, model: str | None = None) -> dict[str, Any]:
 
 def _find(path: str) -> Path:
     """The folder, or the snapshot of a hub repository."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    folder = user_path(path)
+    if is_folder(folder):
         return folder
     if folder.exists():
         raise InputError(f"{path} is a file; name the folder that it is in")
@@ -104,11 +105,10 @@ def _find(path: str) -> Path:
 
 def _snapshot(name: str, files: list[str], *, only_here: bool = False) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(name, allow_patterns=files, local_files_only=only_here))
-    except (OSError, ValueError, HFValidationError, HfHubHTTPError) as error:
+    except Exception as error:  # the hub client raises many kinds; each means that it is not to be had
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"there is no folder {name}, and the hub did not give it ({reason})") from None
 
@@ -138,9 +138,10 @@ def _base_weights(adapter: Adapter, model: str | None) -> tuple[BaseWeights | No
     if not isinstance(name, str):
         return None, {**facts, "name": None, "note": "no base model is recorded"}
     files = ["config.json", "*.safetensors", "model.safetensors.index.json"]
-    folder = Path(name).expanduser()
+    folder = Path()
     try:
-        if not folder.is_dir():
+        folder = user_path(name)
+        if not is_folder(folder):
             is_hub_name = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
             if model and not is_hub_name:
                 raise InputError(f"--model: there is no folder {model}")
@@ -184,9 +185,12 @@ def _training(folder: Path, saved: Mapping[str, Any] | None) -> dict[str, Any]:
                        (STATE_FILE, {"global_step": "step", "max_steps": "max_steps"})):  # fmt: skip
         if (folder / name).is_file():
             content = read_json(folder / name)
-            if not isinstance(content, dict):
-                raise InputError(f"{folder / name} is damaged: it holds no facts of a run")
-            facts |= {ours: content[theirs] for theirs, ours in keys.items() if theirs in content}
+            found = (
+                {ours: content.get(theirs) for theirs, ours in keys.items()} if isinstance(content, dict) else {"": ""}
+            )
+            if not all(value is None or type(value) in (int, float) for value in found.values()):
+                raise InputError(f"{folder / name} is damaged: it does not hold the facts of a run")
+            facts |= {name: value for name, value in found.items() if value is not None}
     return facts
 
 

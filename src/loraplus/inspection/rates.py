@@ -16,11 +16,12 @@ from typing import Any
 
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.inspection.adapter import Adapter, saved_name
-from loraplus.inspection.tensors import load_pickle
 from loraplus.integrations.checkpoints import RATES_FILE
 from loraplus.rates import Rates
 from loraplus.roles import Role
+from loraplus.tasks.limited import check_patterns
 from loraplus.tasks.output import read_json
+from loraplus.tasks.pickles import load_pickle
 
 OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, METRICS_FILE = (
     "optimizer.pt", "scheduler.pt", "trainer_state.json", "metrics.json",
@@ -29,6 +30,8 @@ _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "sta
 _GROUP_NAME = re.compile(
     rf"({'|'.join(sorted(map(re.escape, Role), key=len, reverse=True))})(?:_ratio[^_]+)?(?:_x[^_]+)?(?:_no_decay)?"
 )
+_RATES = ("lr", "lr_ratio", "lr_embedding", "lr_head", "lr_magnitude")
+_DAMAGED = (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError, RuntimeError)
 Row = dict[str, Any]
 
 
@@ -43,15 +46,27 @@ def read_rates_file(folder: Path) -> dict[str, Any] | None:
         return None
     saved = read_json(path)
     try:
+        saved = _numbers(saved)
         _rates(saved)
-        automatic = saved.get("auto") or {}
-        asked = [rate for layer in automatic.get("layers", {}).values() for rate in layer.values()]
-        for rate in (automatic.get("lr_a"), automatic.get("lr_b"), *asked):
-            _as_float(rate)
-        {**saved.get("roles", {})}.values()
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, OverflowError, AttributeError):
         raise InputError(f"{path} is damaged: it does not hold rates and roles") from None
+    overrides = [saved.get(name) for name in ("lr_overrides", "lr_ratio_overrides")]
+    check_patterns(str(path), overrides, saved.get("roles", {}))
     return saved
+
+
+def _numbers(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of loraplus.json with every rate a float or None, and roles and automatic rates as they are read."""
+    found = {**saved, **{name: _as_float(saved[name]) for name in _RATES if name in saved}}
+    found["roles"] = {**saved.get("roles", {})}
+    automatic = found.pop("auto", None)
+    if automatic:
+        layers = {name: {**rates} for name, rates in automatic.get("layers", {}).items()}
+        found["auto"] = {
+            **{name: _as_float(automatic.get(name)) for name in ("lr_a", "lr_b")},
+            "layers": {name: {key: _as_float(rate) for key, rate in rates.items()} for name, rates in layers.items()},
+        }
+    return found
 
 
 def learn_roles(adapter: Adapter, saved: Mapping[str, Any] | None) -> None:
@@ -102,6 +117,8 @@ def _of_metrics(path: Path) -> list[Row]:
 
 
 def _as_float(value: Any) -> float | None:
+    if isinstance(value, (str, bool)):
+        raise TypeError
     return None if value is None else float(value)
 
 
@@ -128,7 +145,7 @@ def _with_adapter(name: str, saved: Mapping[str, Any] | None) -> str:
 def _rates(saved: Mapping[str, Any] | None) -> Rates | None:
     if saved is None:
         return None
-    names = ("lr", "lr_ratio", "lr_embedding", "lr_head", "lr_magnitude", "lr_overrides", "lr_ratio_overrides")
+    names = (*_RATES, "lr_overrides", "lr_ratio_overrides")
     with warnings.catch_warnings(action="ignore", category=LoraPlusWarning):  # a ratio below 1: it is too late for that
         return Rates(**{name: saved.get(name) for name in names})  # type: ignore[arg-type]
 
@@ -141,12 +158,15 @@ def _of_optimizer(folder: Path, adapter: Adapter, saved: Mapping[str, Any] | Non
         groups = content["param_groups"]
         shapes = [[_shape(content["state"].get(key)) for key in group["params"]] for group in groups]
         for index, (group, base) in enumerate(zip(groups, _bases(folder, groups), strict=True)):
-            name = str(group.get("name", f"group {index}"))
+            name = group.get("name")
+            name = name if isinstance(name, str) else f"group {index}"  # what else it may be can be endless as text
             for role, tensors, count in _split(name, index, shapes, adapter) if group["params"] else ():
                 decay = _as_float(group.get("weight_decay"))
                 row = _row(name, role, float(group["lr"]), base, decay, tensors, count)
                 rows.append(_automatic(row, saved) if role in (Role.A, Role.B) else row)
-    except (TypeError, KeyError, AttributeError, ValueError):
+    except InputError:
+        raise
+    except _DAMAGED:
         raise InputError(f"{path} does not hold the state of a torch optimizer") from None
     return rows
 
@@ -159,7 +179,7 @@ def _bases(folder: Path, groups: list[Mapping[str, Any]]) -> list[float | None]:
         bases = scheduler.get("base_lrs") if isinstance(scheduler, dict) else None
         if isinstance(bases, list) and len(bases) == len(groups):
             found = bases
-    return [None if value is None else float(value) for value in found]
+    return [_as_float(value) for value in found]
 
 
 def _automatic(row: Row, saved: Mapping[str, Any] | None) -> Row:

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import math
-import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from loraplus.errors import InputError
 from loraplus.tasks.output import read_json
+from loraplus.tasks.paths import is_file, is_inside
+from loraplus.tasks.pickles import is_whole, load_pickle
 
+_MOST_TENSORS, _LONGEST_NAME = 200_000, 500
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
-
-
-def load_pickle(path: Path) -> Any:
-    """What torch wrote, tensors mapped rather than read; nothing in the file is executed.
-
-    Raises:
-        InputError: damaged, or holds more than tensors and plain values.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
-        raise InputError(f"cannot read {path}: damaged, or no file of tensors that torch wrote") from None
 
 
 class TensorFiles:
@@ -45,14 +34,22 @@ class TensorFiles:
         self._loaded: dict[str, torch.Tensor] = {}
         for path in paths:
             self._read_pickle(path) if path.suffix == ".bin" else self._read_header(path)
+            if len(self.shapes) > _MOST_TENSORS or any(len(name) > _LONGEST_NAME for name in self.shapes):
+                raise InputError(
+                    f"{path} is damaged: it holds more than {_MOST_TENSORS:,} tensors, or names of more than "
+                    f"{_LONGEST_NAME} characters"
+                )
 
     def get(self, name: str) -> torch.Tensor:
         """The values, in double precision."""
         tensor = self._loaded.get(name)
-        if tensor is None:
+        if tensor is not None:
+            return tensor.double()
+        try:
             with safe_open(self._where[name], framework="pt") as file:
-                tensor = file.get_tensor(name)
-        return tensor.double()
+                return file.get_tensor(name).double()
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError, RuntimeError) as error:
+            raise InputError(f"cannot read {name} in {self._where[name]}: {type(error).__name__}: {error}") from None
 
     def is_floating(self, name: str) -> bool:
         """Whether the values are plain numbers; those of quantized weights are not."""
@@ -63,6 +60,8 @@ class TensorFiles:
         return math.prod(self.shapes[name])
 
     def _read_header(self, path: Path) -> None:
+        if not is_file(path):
+            raise InputError(f"cannot read {path}: no such file")
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (no mapping)
@@ -71,13 +70,18 @@ class TensorFiles:
                     self._where[name] = path
                     if view.get_dtype() in _FLOATING:
                         self._floating.add(name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise InputError(f"cannot read {path}: damaged or cut off ({error})") from None
 
     def _read_pickle(self, path: Path) -> None:
         content = load_pickle(path)
-        if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        if not isinstance(content, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+            for name, value in content.items()
+        ):
             raise InputError(f"{path} holds something else than named tensors")
+        if not all(map(is_whole, content.values())):
+            raise InputError(f"{path} holds tensors of more numbers than there are in it; it is damaged")
         for name, tensor in content.items():
             self.shapes[name] = tuple(tensor.shape)
             self._loaded[name] = tensor
@@ -99,8 +103,10 @@ def model_files(folder: Path) -> list[Path]:
     content = read_json(index)
     try:
         names = sorted(set(content["weight_map"].values()))
-    except (TypeError, KeyError, AttributeError):
-        raise InputError(f"{index} does not say in which file which weight is") from None
+        if not all(map(is_inside, names)):
+            raise ValueError
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise InputError(f"{index} does not say in which file of its folder which weight is") from None
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder} lacks {missing[0]}, which its index names")

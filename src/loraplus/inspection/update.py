@@ -31,7 +31,7 @@ def update_size(a: torch.Tensor, b: torch.Tensor, scaling: float) -> UpdateSize 
         scaling: s.
 
     Returns:
-        None if the factors do not multiply, or hold NaN or infinity.
+        None if the factors do not multiply, or hold NaN or infinity, or numbers whose product is.
 
     Example:
         >>> size = update_size(torch.eye(2, 3), torch.eye(4, 2), scaling=0.5)
@@ -46,6 +46,8 @@ def update_size(a: torch.Tensor, b: torch.Tensor, scaling: float) -> UpdateSize 
     if flat_b.shape[1] != rank or not (flat_a.isfinite().all() and flat_b.isfinite().all()):
         return None
     core = torch.linalg.qr(flat_b).R @ torch.linalg.qr(flat_a.T).R.T
+    if not core.isfinite().all():
+        return None
     values = torch.linalg.svdvals(core)
     total = values.sum()
     if not total:

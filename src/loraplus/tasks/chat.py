@@ -68,6 +68,8 @@ class Chats:
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
         found = {"input_ids": encoded["input_ids"]}
         if return_assistant_tokens_mask:
+            if not encoded.encodings:
+                raise ChatTemplateError("its tokenizer does not say where in the text a token stands")
             found["assistant_masks"] = _marked(encoded.encodings[0].offsets, spans)
         return found
 

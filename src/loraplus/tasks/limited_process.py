@@ -30,6 +30,7 @@ def patterns(expressions: list[str], names: list[str]) -> None:
             for name in names:
                 compiled.fullmatch(name)
                 compiled.match(name)
+                compiled.search(name)
 
 
 def chat(options: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:

@@ -6,7 +6,6 @@ raises for damaged files becomes one line.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from loraplus.errors import InputError, LoraPlusError
 from loraplus.tasks.files import read_json
 from loraplus.tasks.paths import is_file, is_folder, is_inside, user_path
+from loraplus.tasks.pickles import check_archive
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _COUNTED, _MOST_LAYERS = ("layer", "expert", "_blocks"), 10_000
@@ -135,21 +135,6 @@ def _settings(folder: Path, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"cannot load the model in {folder}: {path.name} holds no settings")
     return content
-
-
-def check_archive(path: Path) -> None:
-    """Refuses a file of torch that unpacks to more than it is: torch stores and never compresses.
-
-    Raises:
-        InputError: it does.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, RuntimeError):
-        return  # torch's own words are better
-    if packed:
-        raise InputError(f"{path} is compressed, which torch never does; it is no file of weights")
 
 
 def check_fits(loader: Any, model: str, *, config: Any = None, trust_remote_code: bool = False, **options: Any) -> None:
