@@ -19,7 +19,15 @@ from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers
 from loraplus.study.store import StudyStore
 from loraplus.study.summary import runs_csv_rows, summarise
 from loraplus.study.trial import data_facts, run_trial
-from loraplus.tasks.config import ADDED, DEFAULT_ARMS, CompareConfig
+from loraplus.tasks.config import (
+    ADDED,
+    DEFAULT_ARMS,
+    HIGHEST_LR,
+    HIGHEST_LR_RATIO,
+    LOWEST_LR,
+    CompareConfig,
+    check_held,
+)
 from loraplus.tasks.measures import measures_of
 from loraplus.tasks.output import (
     CONFIG_FILE,
@@ -138,6 +146,8 @@ def _check(config: CompareConfig) -> None:
         raise InputError(f"--lr-ratio must be above 1, got {config.lr_ratio:g}: a ratio of 1 is the LoRA arm")
     if not (math.isfinite(config.untuned_lr) and config.untuned_lr > 0):
         raise InputError(f"--untuned-lr must be a positive number, got {config.untuned_lr:g}")
+    check_held("--lr-ratio", config.lr_ratio, 1, HIGHEST_LR_RATIO)
+    check_held("--untuned-lr", config.untuned_lr, LOWEST_LR, HIGHEST_LR)
 
 
 def _write(folder: Path, summary: dict[str, Any], records: list[Any]) -> None:

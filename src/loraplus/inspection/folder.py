@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -185,10 +186,9 @@ def _training(folder: Path, saved: Mapping[str, Any] | None) -> dict[str, Any]:
                        (STATE_FILE, {"global_step": "step", "max_steps": "max_steps"})):  # fmt: skip
         if (folder / name).is_file():
             content = read_json(folder / name)
-            found = (
-                {ours: content.get(theirs) for theirs, ours in keys.items()} if isinstance(content, dict) else {"": ""}
-            )
-            if not all(value is None or type(value) in (int, float) for value in found.values()):
+            known = content if isinstance(content, dict) else {}
+            found = {ours: known.get(theirs) for theirs, ours in keys.items()}
+            if known is not content or not all(type(value) in (int, float, NoneType) for value in found.values()):
                 raise InputError(f"{folder / name} is damaged: it does not hold the facts of a run")
             facts |= {name: value for name, value in found.items() if value is not None}
     return facts

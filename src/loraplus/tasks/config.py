@@ -16,6 +16,8 @@ AUTO = "auto"
 # search over η_A and λ would be a search over the head's rate, too.
 DEFAULT_LR_HEAD = 2e-3
 DEFAULT_TUNING_RUNS = 4
+# What a study keeps is wider, so that a search that begins within these has room to move.
+LOWEST_LR, HIGHEST_LR, HIGHEST_LR_RATIO = 1e-10, 1e3, 1e6
 DEFAULT_ARMS = "lora,loraplus"
 CLASSIFICATION = "classification"
 # Settings that came later, with the value that runs without them had.
@@ -41,6 +43,16 @@ def learning_rate(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise InvalidRateError(f'--lr must be a number or "auto", got {text!r}') from None
+
+
+def check_held(option: str, value: float, lowest: float, highest: float) -> None:
+    """Refuses a rate or ratio that the study of a comparison or search does not hold, or soon would not.
+
+    Raises:
+        InvalidRateError: names the option.
+    """
+    if not lowest <= value <= highest:
+        raise InvalidRateError(f"{option} must lie between {lowest:g} and {highest:g}, got {value:g}")
 
 
 @dataclass(kw_only=True)
