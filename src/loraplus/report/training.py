@@ -34,19 +34,22 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     metrics, config = read_json(folder / METRICS_FILE), saved_config(folder)
-    if config is None or "eval_perplexity" not in metrics:
+    if config is None or not isinstance(metrics, dict) or "eval_perplexity" not in metrics:
         raise InputError(f"{folder} holds no run with --task sft or lm")
     samples = read_json(folder / SAMPLES_FILE) if (folder / SAMPLES_FILE).exists() else []
-    with (folder / CURVES_FILE).open(encoding="utf-8", newline="") as file:
-        curves = [_numbers(row) for row in csv.DictReader(file)]
-    page = template(_TEMPLATE).render(
-        config=config,
-        metrics=metrics,
-        data=metrics["data"],
-        samples=samples,
-        plotly_js=Markup(get_plotlyjs()),
-        curves=Markup(plots.as_json(plots.training(curves))),
-    )
+    try:
+        with (folder / CURVES_FILE).open(encoding="utf-8", newline="") as file:
+            curves = [_numbers(row) for row in csv.DictReader(file)]
+        page = template(_TEMPLATE).render(
+            config=config,
+            metrics=metrics,
+            data=metrics["data"],
+            samples=samples,
+            plotly_js=Markup(get_plotlyjs()),
+            curves=Markup(plots.as_json(plots.training(curves))),
+        )
+    except Exception as error:  # a page of facts that are not there, or of another kind, fails wherever they are used
+        raise InputError(f"the files of the run in {folder} are damaged ({type(error).__name__}: {error})") from None
     return write_atomically(folder / REPORT_FILE, page)
 
 

@@ -38,11 +38,11 @@ def check_file(output: str, suffixes: Sequence[str], *, overwrite: bool) -> Path
     if target.suffix not in suffixes:
         one_of = "one of " if len(suffixes) > 1 else ""
         raise InputError(f"--output {output} must end in {one_of}{', '.join(suffixes)}")
-    if target.is_dir() or (os.path.lexists(target) and not overwrite):
-        raise InputError(f"{output} exists; name another file or pass --overwrite")
     if not is_folder(target.parent):
         raise InputError(f"there is no folder {target.parent} to write {target.name} to")
     check_takes_files(target.parent, target)
+    if target.is_dir() or (os.path.lexists(target) and not overwrite):
+        raise InputError(f"{output} exists; name another file or pass --overwrite")
     return target
 
 

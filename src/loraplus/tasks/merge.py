@@ -19,7 +19,7 @@ from loraplus.errors import InputError, MergeMismatchError
 from loraplus.tasks.adapter import adapter_settings, load_causal
 from loraplus.tasks.files import follow_umask, read_json, temporary_path, write_json
 from loraplus.tasks.loading import first_line, from_pretrained, loading, resolve_model
-from loraplus.tasks.output import check_writable
+from loraplus.tasks.output import check_unicode, check_writable
 from loraplus.tasks.paths import user_path
 from loraplus.tasks.predict import load_adapter
 
@@ -56,6 +56,7 @@ def merge(
     """
     if dtype is not None and dtype not in TOLERANCES:
         raise InputError(f"--dtype must be one of {', '.join(TOLERANCES)}, got {dtype!r}")
+    check_unicode({"adapter": adapter, "output": output, "model": model})
     settings = adapter_settings(adapter)
     base = model or settings["base_model_name_or_path"]
     target = Path(output).resolve()  # a link stays one

@@ -28,8 +28,9 @@ from loraplus.tasks.files import (
 from loraplus.tasks.parsing import parse_yaml
 
 __all__ = [
-    "check_file", "check_output", "check_writable", "data_changes", "hold_output", "json_text", "note_data",
-    "prepare_output", "read_json", "saved_config", "write_atomically", "write_csv", "write_json", "write_yaml",
+    "check_file", "check_output", "check_unicode", "check_writable", "data_changes", "hold_output", "json_text",
+    "note_data", "prepare_output", "read_json", "saved_config", "write_atomically", "write_csv", "write_json",
+    "write_yaml",
 ]  # fmt: skip
 
 CONFIG_FILE = "config.yaml"
@@ -79,7 +80,7 @@ def check_output(
     folder = Path(path)
     if overwrite and resume:
         raise InputError("--overwrite and --resume exclude each other: start again, or go on")
-    _check_unicode(config)
+    check_unicode(config)
     check_writable(folder)
     if _is_empty(folder):
         return
@@ -187,8 +188,12 @@ def note_data(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
         raise InputError(f"--resume: the data has changed since this run was started: {changes}")
 
 
-def _check_unicode(config: Mapping[str, Any]) -> None:
-    """Every setting is written down, so that names that are not UTF-8 end a run before it begins."""
+def check_unicode(config: Mapping[str, Any]) -> None:
+    """Settings are written down, so names that are not UTF-8 end a run before it begins.
+
+    Raises:
+        InputError: names the setting.
+    """
     for key, value in config.items():
         try:
             usable = b"\0" not in str(value).encode()
