@@ -152,6 +152,10 @@ def _loaded(folder: Path) -> list[Reader]:
         config = TrainConfig(model=str(root), data="d", output="o", rank=2, task="lm")
         return load_language_model(config, load_tokenizer(config), 0)
 
+    def continued(root: Path, name: str) -> Any:
+        model, tokenizer, _ = load_causal(str(root))
+        return generate(model, tokenizer, ["the light"], max_new_tokens=1)
+
     def chat(root: Path, name: str) -> Any:
         chats.chat_template = (root / name).read_bytes().decode("utf-8", "replace")
         return prompt_ids(chats, [{"role": "user", "content": "hi"}])
@@ -161,6 +165,7 @@ def _loaded(folder: Path) -> list[Reader]:
         Reader("decoder's adapter", _all(folder / "adapter"), answers, 2),
         Reader("encoder folder", _all(base), classifier, 2),
         Reader("decoder folder", _all(decoder), language, 1),
+        Reader("decoder that goes on", _all(decoder), continued, 1),
         Reader("chat template", {"chat_template.jinja": TEMPLATE.encode()}, chat, 2),
     ]
 

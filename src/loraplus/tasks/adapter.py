@@ -6,6 +6,7 @@ both are errors.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from loraplus.tasks.paths import is_file, is_folder, user_path
 from loraplus.tasks.pretrained import load_decoder
 
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_MOST_COPIES = 1000
 _TOKENIZER_FILE = "tokenizer_config.json"
 
 
@@ -63,6 +65,7 @@ def put_adapter(base: Any, adapter: str, base_name: str) -> PeftModel:
     settings, modules = read_json(folder / _CONFIG_FILE), [name for name, _ in base.named_modules()]
     check_patterns(str(folder / _CONFIG_FILE), settings, modules)
     with loading(f"cannot put {adapter} on {base_name}", "; name the base model it was trained on with --model"):
+        _check_size(folder, settings)
         try:
             model = PeftModel.from_pretrained(base, str(folder))
             if model.peft_config["default"].peft_type == PeftType.LORA:
@@ -122,6 +125,26 @@ def _check_causal(name: str, config: Any) -> None:
         raise InputError(
             f"{name} is a {kind}, no causal language model (as Llama, Qwen or GPT-2 are): it writes no text"
         )
+
+
+def _check_size(folder: Path, settings: Any) -> None:
+    """Refuses settings by which PEFT would make, or count to, far more than the adapter's file holds."""
+    with safe_open(folder / _WEIGHTS_FILE, framework="pt") as file:
+        sizes = [size for name in file.keys() for size in file.get_slice(name).get_shape()]  # noqa: SIM118
+    ranks = [settings.get("r"), *_numbers_in(settings.get("rank_pattern"))]
+    steps = re.fullmatch(r"pissa_niter_(\d+)", str(settings.get("init_lora_weights")))
+    copies = settings.get("layer_replication")
+    for what, value, most in (
+        ("a rank", max((rank for rank in ranks if isinstance(rank, int)), default=0), max(sizes, default=0)),
+        ("a number of iterations", len(steps[1]) if steps else 0, 3),
+        ("a number of copies of layers", len(copies) if isinstance(copies, list) else 0, _MOST_COPIES),
+    ):
+        if value > most:
+            raise InputError(f"{folder / _CONFIG_FILE} says {what} that no adapter like this has; it is damaged")
+
+
+def _numbers_in(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else []
 
 
 def _check_fits(model: PeftModel, folder: Path) -> None:

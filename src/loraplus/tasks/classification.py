@@ -20,7 +20,7 @@ from loraplus.tasks.columns import Examples, choose_columns, examples, label_nam
 from loraplus.tasks.config import ADDED, CompareConfig, TaskConfig
 from loraplus.tasks.data_parallel import DataParallelTrainer
 from loraplus.tasks.model import load_classifier
-from loraplus.tasks.pretrained import checked_length, load_tokenizer, padding_multiple
+from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
 from loraplus.tasks.table import read_table
 from loraplus.tasks.token_rows import tokenised
@@ -43,6 +43,7 @@ class ClassificationData:
     test: Encoded
     max_length: int
     facts: dict[str, Any]
+    largest_token: int = 0
 
 
 def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> ClassificationData:
@@ -104,6 +105,7 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
         test=tokenised(test.texts, _indices(test, names), tokenizer, max_length).by_length(),
         max_length=max_length,
         facts=facts,
+        largest_token=tokens.largest,
     )
 
 
@@ -205,7 +207,9 @@ class Classification:
         self, config: TaskConfig, data: ClassificationData, tokenizer: PreTrainedTokenizerBase, seed: int
     ) -> PeftModel:
         """As `load_classifier`."""
-        return load_classifier(config, data.label_names, tokenizer, seed)
+        model = load_classifier(config, data.label_names, tokenizer, seed)
+        check_tokens(model, data.largest_token, config.model)
+        return model
 
     def arguments(self, **options: Any) -> LoraPlusTrainingArguments:
         """Trainer's arguments."""

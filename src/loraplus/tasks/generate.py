@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from loraplus.errors import InputError
 from loraplus.tasks.chat import Chats, ChatTemplateError
+from loraplus.tasks.pretrained import check_tokens
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or a chat as {"role", "content"} messages."""
@@ -65,6 +66,7 @@ def generate(
             rows.append(prompt_ids(tokenizer, prompt, chat=chat, system=system))
         except InputError as error:
             raise InputError(f"{places[index]}: {error}" if places else str(error)) from None
+    check_tokens(model, max((max(row) for row in rows if row), default=0), "this model")
     rooms = _rooms(model, rows, max_new_tokens, places)
     texts = [""] * len(rows)
     devices = [model.device] if model.device.type == "cuda" else []
@@ -178,6 +180,8 @@ def _settings(model: Any, tokenizer: Any, room: int, temperature: float, top_p: 
     """All that shapes the output is set here, so that nothing of the model's own generation settings comes in."""
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    if not all(isinstance(end, int) for end in ends):
+        raise InputError("the generation_config.json of the model does not say which token ends a text; it is damaged")
     pad = tokenizer.pad_token_id
     drawing: dict[str, Any] = {"do_sample": False}
     if temperature:

@@ -22,7 +22,7 @@ from loraplus.tasks.encoding import Encoded, Encoder, Fitted, fit, how_to_fit, l
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
 from loraplus.tasks.model import load_language_model
 from loraplus.tasks.packing import PackingCollator, keeps_apart
-from loraplus.tasks.pretrained import checked_length, load_tokenizer, padding_multiple
+from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.samples import answers
 from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
 from loraplus.tasks.table import read_table
@@ -198,7 +198,9 @@ class LanguageModelling:
         self, config: TaskConfig, data: LanguageData, tokenizer: PreTrainedTokenizerBase, seed: int
     ) -> PeftModel:
         """As `load_language_model`."""
-        return load_language_model(config, tokenizer, seed)
+        model = load_language_model(config, tokenizer, seed)
+        check_tokens(model, max(map(max, data.train["input_ids"])), config.model)
+        return model
 
     def arguments(self, **options: Any) -> LoraPlusTrainingArguments:
         """SFTTrainer's arguments; the rows it gets are tokenised, and packed by our collator."""

@@ -127,6 +127,25 @@ def _check_finite(model: str, loaded: Any, unset: set[str]) -> None:
             )
 
 
+def check_tokens(model: Any, largest: int, name: str) -> None:
+    """Refuses token ids that a model has no embedding of: its tokenizer is another's.
+
+    Args:
+        model: with an embedding of tokens.
+        largest: id that the tokenizer makes.
+        name: of the model, for the message.
+
+    Raises:
+        InputError: there is no such row.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise InputError(
+            f"the tokenizer of {name} makes token {largest} and the model knows {known} of them; they do not belong "
+            "together"
+        )
+
+
 def _refuse(model: str, loaded: Any, unset: list[str], other_size: set[str]) -> None:
     """Refuses weights that the checkpoint did not set."""
     if unset:

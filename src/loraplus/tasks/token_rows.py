@@ -40,6 +40,11 @@ class TokenRows(Sequence[dict[str, Any]]):
         """Tokens of each row."""
         return np.diff(self._ends, prepend=0)
 
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return int(self._ids.max(initial=0))
+
     def by_length(self) -> TokenRows:
         """The same rows, short ones first, equal ones in their order."""
         order = np.argsort(self.lengths, kind="stable")
