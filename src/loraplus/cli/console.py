@@ -13,7 +13,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from loraplus.cli.terminal import Console
+from loraplus.cli.terminal import Console, narrated
+from loraplus.tasks.telling import Telling
 
 _SHOWN = ("eval_loss", "eval_accuracy", "eval_perplexity")
 
@@ -50,10 +51,11 @@ def _bar(console: Console) -> Progress:
 
 
 @contextmanager
-def counting_bar(console: Console, title: str, total: int, *, plain: bool) -> Iterator[Callable[[int], None] | None]:
-    """Yields a function that moves a bar by so many, or None where no bar is shown."""
+def counting_bar(console: Console, title: str, total: int, *, plain: bool) -> Iterator[Callable[[int], None]]:
+    """Yields a function that moves a bar by so many; where no bar is shown, it says so in lines now and then."""
     if not is_moving(console, plain):
-        yield None
+        with narrated(console):
+            yield Telling(title, total).advance
         return
     with _bar(console) as progress:
         task = progress.add_task(title, total=total)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json as json_format
+from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 
 from loraplus.cli.app import app
-from loraplus.cli.terminal import Console, print_json
+from loraplus.cli.terminal import Console, narrated, print_json
 
 _FORMATS = (".csv", ".tsv", ".jsonl")
 
@@ -41,17 +42,19 @@ def run(
     from loraplus.tasks.table import read_table
 
     target = check_file(output, _FORMATS, overwrite=overwrite)
-    table = read_table(data)
+    console = Console(stderr=json, plain=plain)
+    with narrated(console):
+        table = read_table(data)
     column = choose_text_column(table, text_column)
     texts = ["" if text is None else str(text) for text in table.columns[column]]
     classifier, tokenizer = load_adapter(adapter, model, trust_remote_code=trust_remote_code)
-    console = Console(stderr=json, plain=plain)
     with counting_bar(console, "labelling", len(texts), plain=plain) as advance:
         rows = predict(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)
     names = [*table.columns, *(name for name in ("prediction", "probability") if name not in table.columns)]
     full = ({**{name: values[i] for name, values in table.columns.items()}, **row} for i, row in enumerate(rows))
     write_atomically(target, _render(full, names, target.suffix))
-    counts = {label: sum(row["prediction"] == label for row in rows) for label in classifier.config.id2label.values()}
+    found = Counter(row["prediction"] for row in rows)
+    counts = {label: found[label] for label in classifier.config.id2label.values()}
     if json:
         print_json({"output": output, "examples": len(rows), "predictions": counts})
     else:

@@ -112,8 +112,8 @@ def _from_dataset(source: str, loaded: Any, split: str) -> Table:
         if split not in loaded:
             raise InputError(f"{source} has no split {split!r}; it has {', '.join(map(str, loaded))}")
         loaded = loaded[split]
+    loaded.data.table.validate(full=True)  # first: Arrow follows the offsets in its own files wherever they lead
     check_size(source, len(loaded), len(loaded) * len(loaded.column_names), loaded.data.table.nbytes)
-    loaded.data.table.validate(full=True)  # Arrow trusts the offsets in its own files, wherever they lead
     table = _from_batches(
         source, loaded.column_names, loaded.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE), len(loaded)
     )

@@ -6,13 +6,13 @@ lists of messages; or a text. `conversations`, with "from" and "value" too, is r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loraplus.errors import InputError
 from loraplus.tasks.columns import TEXT_NAMES, choose_text_column, strings
+from loraplus.tasks.parsing import ParseError, parse_json
 from loraplus.tasks.table import Table
 
 CONVERSATION, COMPLETION, TEXT = "conversation", "prompt and completion", "text"
@@ -124,9 +124,9 @@ def _tools(value: Any, where: str) -> Any:
     """The tools of an example, which stand in some data as JSON text."""
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else None
-        except ValueError:
-            raise InputError(f"{where}: the tools are a string that is not valid JSON") from None
+            value = parse_json(value) if value.strip() else None
+        except ParseError as error:
+            raise InputError(f"{where}: the tools are a string that is {error}") from None
     if value is not None and not isinstance(value, (list, tuple)):
         raise InputError(f"{where}: the tools are a {type(value).__name__}, expected a list")
     return _without_none(value)

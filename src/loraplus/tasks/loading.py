@@ -6,6 +6,8 @@ raises for damaged files becomes one line.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bi
 _COUNTED, _MOST_LAYERS = ("layer", "expert", "_blocks"), 10_000
 _SLACK = 2**27
 """Parameters that a model may have beside those of its file: a new head, a pooler."""
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
 _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
 
 
@@ -39,8 +42,7 @@ def resolve_model(model: str) -> str:
         if not any(found for pattern in _WEIGHT_FILES for found in path.glob(pattern)):
             raise InputError(f"model folder {model} has no weights (model.safetensors or pytorch_model.bin)")
         return str(path.resolve())
-    looks_like_path = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_like_path:
+    if os.path.lexists(path) or not _HUB_NAME.fullmatch(model):
         raise InputError(f"there is no model folder {model}")
     return model
 

@@ -11,6 +11,7 @@ from loraplus.tasks.columns import choose_text_column
 from loraplus.tasks.conversations import MESSAGES_NAMES, messages_of
 from loraplus.tasks.generate import Prompt
 from loraplus.tasks.table import Table, read_table
+from loraplus.tasks.tabular import LONGEST_ROW
 
 PROMPT_NAMES = ("prompt", *MESSAGES_NAMES)
 
@@ -39,12 +40,15 @@ def read_stdin() -> str:
     """All of standard input as one prompt.
 
     Raises:
-        InputError: nothing is piped in, or it is not UTF-8 text.
+        InputError: nothing is piped in, far too much, or it is not UTF-8 text.
     """
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError("there is nothing to generate from: name a --prompt or --prompts, or pipe a text in")
     try:
-        return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
+        content = sys.stdin.buffer.read(4 * LONGEST_ROW + 1)
+        if len(content) > 4 * LONGEST_ROW:
+            raise InputError("standard input is too long for a prompt; name a file with --prompts")
+        return content.decode("utf-8").rstrip("\n")
     except UnicodeDecodeError:
         raise InputError("standard input is not UTF-8 text") from None
 

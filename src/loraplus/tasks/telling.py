@@ -24,7 +24,7 @@ class Telling:
     def advance(self, count: int = 1) -> None:
         """So many more are done."""
         self._done += count
-        if time.monotonic() >= self._next:
+        if time.monotonic() >= self._next and self._done != self._total:
             self._next = time.monotonic() + _BETWEEN
             of = "" if self._total is None else f" of {self._total:,}"
             _LOG.info("%s: %s%s", self._what, f"{self._done:,}", of)
