@@ -56,7 +56,7 @@ class _Process:
         Raises:
             TooMuchError, RefusedError.
         """
-        body = pickle.dumps((kind, arguments))
+        body = pickle.dumps((kind, arguments, limited_process.SECONDS))
         with self._lock:
             process = self._started()
             guard = None if _MEASURES_ITSELF else threading.Timer(_WALL_SECONDS, process.kill)

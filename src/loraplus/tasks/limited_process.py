@@ -49,11 +49,11 @@ _ANSWERS = {"patterns": patterns, "chat": chat}
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answers until there are no more requests; what comes in is the parent's own, what goes out is plain JSON."""
     while len(head := requests.read(8)) == 8:
-        kind, arguments = pickle.loads(requests.read(*struct.unpack("<Q", head)))
+        kind, arguments, seconds = pickle.loads(requests.read(*struct.unpack("<Q", head)))
         if kind == "chat":
             import transformers.utils.chat_template_utils  # noqa: F401  (takes longer than a template may)
         answer: dict[str, Any]
-        _limit(SECONDS)
+        _limit(seconds)
         try:
             answer = {"result": _ANSWERS[kind](*arguments)}
         except Exception as error:

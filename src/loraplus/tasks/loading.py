@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,9 @@ def first_line(error: BaseException) -> str:
     line = lines[0].strip() if lines else ""
     if isinstance(error, MemoryError):
         return "there is not enough memory"
-    return line if line and isinstance(error, _SPEAKING) else f"{type(error).__name__}: {line}".removesuffix(": ")
+    if line and isinstance(error, _SPEAKING) and not isinstance(error, RecursionError):
+        return line
+    return f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 @contextmanager
@@ -68,7 +71,8 @@ def loading(what: str, advice: str = "") -> Iterator[None]:
         InputError: anything was raised.
     """
     try:
-        yield
+        with warnings.catch_warnings(record=True) as said:
+            yield
     except LoraPlusError:
         raise
     except BaseException as error:
@@ -76,6 +80,8 @@ def loading(what: str, advice: str = "") -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{what}: {first_line(error)}{advice}") from None
+    for warning in said:  # what was said before an error is part of it
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def from_pretrained(loader: Any, model: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
@@ -180,4 +186,4 @@ def check_layers(model: str, config: Any) -> None:
     parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
     for key, value in (item for part in parts for item in vars(part).items()):
         if any(what in key for what in _COUNTED) and isinstance(value, int) and value > _MOST_LAYERS:
-            raise InputError(f"cannot load the model in {model}: its configuration says {key} {value:.3g}")
+            raise InputError(f"cannot load the model in {model}: its configuration says {key} {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ def load_pickle(path: Path) -> Any:
     """
     check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickles that torch did not write; that it says below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except PermissionError:
         raise InputError(f"cannot read {path}: permission denied") from None
     except Exception:  # a changed opcode fails as whatever the next one makes of it
