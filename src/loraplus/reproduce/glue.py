@@ -23,6 +23,7 @@ from loraplus.reproduce.classifier import Examples, Parts, encode
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.loading import first_line
+from loraplus.tasks.paths import user_path
 from loraplus.tasks.pretrained import load_tokenizer
 from loraplus.tasks.table import read_table
 
@@ -63,7 +64,7 @@ def in_folder_or_hub(data: str, name: str) -> str:
         >>> in_folder_or_hub("no-such-folder", "nyu-mll/glue")
         'nyu-mll/glue'
     """
-    folder = Path(data).expanduser() / Path(name).name
+    folder = user_path(data) / Path(name).name
     return str(folder) if folder.is_dir() else name
 
 
@@ -118,7 +119,7 @@ def _take(rows: Examples, order: list[int]) -> Examples:
 
 
 def _examples(task: GlueTask, source: str, split: str) -> Examples:
-    columns = read_split(source, task.name, split, folder=Path(source).expanduser() / task.name)
+    columns = read_split(source, task.name, split, folder=user_path(source) / task.name)
     wanted = [name for name in (task.text, task.pair, "label") if name]
     if missing := [name for name in wanted if name not in columns]:
         raise InputError(f"{source}: {task.name}/{split} has no column {missing[0]!r}; it has {', '.join(columns)}")
@@ -151,7 +152,7 @@ def read_split(source: str, configuration: str, split: str, *, folder: Path) -> 
     Raises:
         InputError: it cannot be had.
     """
-    root = Path(source).expanduser()
+    root = user_path(source)
     if root.is_dir() and not (root / "README.md").is_file():
         return _from_files(folder, split)
     datasets = importlib.import_module("datasets")

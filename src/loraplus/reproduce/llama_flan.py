@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from loraplus.reproduce.llama_mnli import MODEL
 from loraplus.reproduce.rate_grid import RateGrid
 from loraplus.study.worker import OnStep
 from loraplus.tasks.config import TaskConfig
+from loraplus.tasks.paths import user_path
 from loraplus.tasks.pretrained import load_decoder, load_tokenizer
 from loraplus.tasks.table import read_table
 from loraplus.tasks.training import DivergenceGuard, StepClock
@@ -124,7 +124,7 @@ def flan_rows(data: str) -> dict[str, list[str]]:
     Raises:
         InputError: there is none, or its columns are others.
     """
-    folder = Path(data).expanduser() / FLAN
+    folder = user_path(data) / FLAN
     rows: dict[str, list[str]] = {"prompt": [], "completion": []}
     for file in files_of(folder, "train"):
         columns = read_table(str(file)).columns

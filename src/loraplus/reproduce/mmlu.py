@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from loraplus.errors import InputError
 from loraplus.reproduce.glue import read_split
+from loraplus.tasks.paths import user_path
 
 HUB_NAME = "cais/mmlu"
 LETTERS = "ABCD"
@@ -37,7 +37,7 @@ def questions(source: str, split: str) -> list[Question]:
     Raises:
         InputError: it cannot be had, or is not of this form.
     """
-    columns = read_split(source, "all", split, folder=Path(source).expanduser())
+    columns = read_split(source, "all", split, folder=user_path(source))
     names = ("subject", "question", "choices", "answer")
     if missing := [name for name in names if name not in columns]:
         raise InputError(f"{source}: MMLU's {split} has no column {missing[0]!r}; it has {', '.join(columns)}")

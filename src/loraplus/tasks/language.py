@@ -22,12 +22,14 @@ from loraplus.tasks.encoding import Encoded, Encoder, Fitted, fit, how_to_fit, l
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
 from loraplus.tasks.model import load_language_model
 from loraplus.tasks.packing import PackingCollator, keeps_apart
+from loraplus.tasks.paths import user_path
 from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.samples import answers
 from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
 from loraplus.tasks.table import read_table
 
 _LENGTH_CAP = 1024  # TRL's default
+_LONGEST_TEMPLATE = 2**20
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ class LanguageModelling:
         tokenizer = load_tokenizer(config)
         if config.chat_template is not None:
             try:
-                tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+                with user_path(config.chat_template).open(encoding="utf-8") as file:
+                    tokenizer.chat_template = file.read(_LONGEST_TEMPLATE)
             except OSError as error:
                 raise InputError(f"--chat-template: cannot read {config.chat_template}: {error.strerror}") from None
             except UnicodeDecodeError:
