@@ -178,6 +178,8 @@ def main() -> int:
             for reader, results in found["counts"].items():
                 counts.setdefault(reader, Counter()).update(results)
             failures += found["failures"]
+            for failure in found["failures"]:
+                print(f"{failure['reader']}, {failure['file']}: {failure['why']}")
             slowest = max(slowest, found["slowest"], key=lambda call: call["seconds"])
             peak = max(peak, found["peak_mb"])
             total = sum(map(Counter.total, counts.values()))
@@ -193,8 +195,6 @@ def main() -> int:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for failure in failures[:50]:
-        print(f"{failure['reader']}, {failure['file']}: {failure['why']}")
     print(
         f"{result['inputs']:,} inputs: {result['refused_in_one_line']:,} refused in one line, {result['read']:,} read, "
         f"{result['failures']} failures; slowest {slowest['seconds']:.1f} s ({slowest['reader']}), peak {peak} MB"

@@ -184,7 +184,7 @@ def test_a_damaged_file_of_a_model_is_one_line(model_folder, tmp_path, name, con
         {"r": 10**9}, {"r": 10**30}, {"r": "8"}, {"rank_pattern": "x"}, {"rank_pattern": {"q_proj": 10**8}},
         {"alpha_pattern": 3}, {"modules_to_save": 3}, {"target_modules": "(.*)*query"}, {"peft_type": {}},
         {"layer_replication": [[0, 2]] * 10**5}, {"init_lora_weights": "pissa_niter_1000000000"}, {"lora_dropout": "x"},
-        {"layers_to_transform": "x"}, {"exclude_modules": "(.+)+q_proj.x"},
+        {"alora_invocation_tokens": [10**30]}, {"layers_to_transform": "x"}, {"exclude_modules": "(.+)+q_proj.x"},
     ],
     ids=lambda changes: str(changes)[:40],
 )  # fmt: skip

@@ -169,6 +169,13 @@ def test_a_defect_is_one_line_that_names_file_and_place(tmp_path, defect):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("option", ["--eval-data", "--test-data"])
+def test_held_out_data_of_one_class_is_not_called_training_data(option):
+    table = Table("eval.csv", {"text": ["a film", "b film"], "label": ["good", "good"]})
+    with pytest.raises(InputError, match=f"eval.csv \\({option}\\): all 2 rows are of the class 'good'"):
+        examples(table, held_out=option)
+
+
 @pytest.mark.parametrize("source", ["nowhere.csv", "./nowhere", "/no/where"])
 def test_a_missing_file_is_named(source):
     with pytest.raises(InputError, match=f"no file or folder {source}"):

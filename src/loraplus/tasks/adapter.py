@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
 )
@@ -115,7 +116,18 @@ def load_causal(
         return base.eval(), tokenizer, name
     if own_tokenizer and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer))
-    return put_adapter(base, adapter, name), tokenizer, name
+    adapted = put_adapter(base, adapter, name)
+    _try(adapted, adapter, name)
+    return adapted, tokenizer, name
+
+
+@torch.inference_mode()
+def _try(model: PeftModel, adapter: str, base_name: str) -> None:
+    """Lets the model take one step: some of an adapter's settings are used, and found to be nonsense, only then."""
+    with loading(f"cannot use {adapter} on {base_name}", "; its settings are damaged"):
+        token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        settings = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0)
+        model.generate(input_ids=token, attention_mask=torch.ones_like(token), generation_config=settings)
 
 
 def _check_causal(name: str, config: Any) -> None:

@@ -93,7 +93,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
 
 def temporary_path(target: Path) -> Path:
     """A name beside the target that nobody can guess, so that no link waits there; see `TEMPORARY`."""
-    return target.with_name(f".{target.name[:80]}.{secrets.token_hex(8)}.tmp")
+    return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
 
 
 def _new_file(path: Path) -> Any:
