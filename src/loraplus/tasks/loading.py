@@ -169,7 +169,7 @@ def check_fits(loader: Any, model: str, *, config: Any = None, trust_remote_code
     except Exception:  # loading says what is wrong with it
         return
     size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
-    wanted = sum(weight.numel() for weight in empty.parameters())
+    wanted = sum(weight.numel() for weight in (*empty.parameters(), *empty.buffers()))
     if wanted > 8 * size + _SLACK:  # no weight is stored in less than a bit
         raise InputError(
             f"cannot load the model in {model}: its configuration describes {wanted:,} weights, and its files hold "
