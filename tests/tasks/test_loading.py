@@ -221,6 +221,23 @@ def test_whatever_a_library_raises_is_one_line(error):
     assert first_line(error) in str(caught.value) and type(error).__name__ in str(caught.value)
 
 
+@pytest.mark.parametrize("length", ["x", None, [], {}, -1, True])
+def test_a_tokenizer_of_no_length_is_one_line_wherever_it_is(base, adapter, model_folder, tmp_path, length):
+    folder, model = shutil.copytree(adapter, tmp_path / "a"), shutil.copytree(model_folder, tmp_path / "m")
+    for place in (folder, model):
+        rewritten(place, "tokenizer_config.json", model_max_length=length)
+    for load in (
+        lambda: load_causal(str(base), str(folder)),
+        lambda: load_tokenizer(TrainConfig(model=str(model), data="d", output="o")),
+    ):
+        try:
+            load()
+        except InputError as error:
+            assert "it is damaged" in str(error) or "cannot load" in str(error)
+        else:  # None is no limit
+            assert length is None
+
+
 def test_a_panic_of_a_library_is_one_line_and_an_interrupt_is_none():
     class PanicException(BaseException):
         """As pyo3 calls those of Rust."""

@@ -87,6 +87,21 @@ def test_a_small_file_that_unpacks_to_much_is_one_line(tmp_path, limits, name, k
         read_table(str(path))
 
 
+def test_facts_of_columns_that_arrow_does_not_survive_are_one_line(tmp_path):
+    """Arrow ends the process over a size histogram that does not fit the column's depth."""
+    parquet.write_table(pyarrow.table({"text": ["a"] * 40, "label": ["b"] * 40}), tmp_path / "d.parquet")
+    good = (tmp_path / "d.parquet").read_bytes()
+    end = len(good) - 8
+    refused = 0
+    for place in range(end - int.from_bytes(good[-8:-4], "little"), end, 3):
+        (tmp_path / "d.parquet").write_bytes(good[:place] + bytes([good[place] ^ 0x11]) + good[place + 1 :])
+        try:
+            read_table(str(tmp_path / "d.parquet"))
+        except InputError:
+            refused += 1
+    assert refused > 20
+
+
 def test_a_header_of_100000_columns_is_read_at_once(tmp_path):
     names = [f"c{i}" for i in range(100_000)]
     (tmp_path / "d.csv").write_text(",".join(names) + "\n" + ",".join("x" for _ in names) + "\n")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
 )
@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from loraplus.errors import InputError
 from loraplus.tasks.limited import check_patterns
-from loraplus.tasks.loading import first_line, from_pretrained, loading, resolve_model
+from loraplus.tasks.loading import first_line, from_pretrained, load_any_tokenizer, loading, resolve_model
 from loraplus.tasks.output import read_json
 from loraplus.tasks.paths import is_file, is_folder, user_path
 from loraplus.tasks.pretrained import load_decoder
@@ -111,7 +111,7 @@ def load_causal(
         raise InputError(hint if adapter and not model else str(error)) from None
     folder = None if adapter is None else user_path(adapter)
     own_tokenizer = folder is not None and is_file(folder / _TOKENIZER_FILE)
-    tokenizer = from_pretrained(AutoTokenizer, str(folder) if own_tokenizer else resolve_model(name), **remote)
+    tokenizer = load_any_tokenizer(str(folder) if own_tokenizer else resolve_model(name), **remote)
     if adapter is None:
         return base.eval(), tokenizer, name
     if own_tokenizer and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:

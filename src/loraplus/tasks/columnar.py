@@ -10,6 +10,7 @@ from typing import Any
 
 from loraplus.errors import InputError
 from loraplus.tasks.files import read_json
+from loraplus.tasks.limited import TooMuchError, parquet_values
 from loraplus.tasks.paths import is_inside
 from loraplus.tasks.tabular import Table, check_size
 from loraplus.tasks.telling import Telling
@@ -29,14 +30,16 @@ def read_parquet(source: str, path: Path) -> Table:
         with parquet.ParquetFile(path) as file:
             facts = file.metadata
             groups = [facts.row_group(index) for index in range(facts.num_row_groups)]
-            cells = sum(group.column(index).num_values for group in groups for index in range(group.num_columns))
-            check_size(source, facts.num_rows, cells, sum(group.total_byte_size for group in groups))
+            size = sum(group.total_byte_size for group in groups)
+            check_size(source, facts.num_rows, parquet_values(str(path)), size)
             # A value can be no larger than the part of the file that it is in, but repeated in every row.
             largest = max((group.total_byte_size for group in groups), default=1)
             rows = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, largest)))
             return _from_batches(source, file.schema_arrow.names, file.iter_batches(batch_size=rows), facts.num_rows)
     except InputError:
         raise
+    except TooMuchError:
+        raise InputError(f"{source} cannot be read as Parquet (what it says of its columns is damaged)") from None
     except Exception as error:  # Arrow raises many kinds; each means that the file cannot be used
         raise InputError(f"{source} cannot be read as Parquet ({_reason(error)})") from None
 

@@ -136,6 +136,16 @@ def _texts(value: Any) -> Iterable[str]:
             yield from _texts(inner)
 
 
+def parquet_values(path: str) -> int:
+    """The values in all columns of a Parquet file, those inside of lists each by itself.
+
+    Raises:
+        TooMuchError: what the file says of its columns is so damaged that Arrow does not survive it.
+        RefusedError: it is damaged.
+    """
+    return _PROCESS.ask("parquet", path)
+
+
 def render_chat(template: str, messages: Sequence[Any], **options: Any) -> tuple[str, list[list[int]]]:
     """A conversation in the words of a chat template, and where the assistant's parts stand in it.
 

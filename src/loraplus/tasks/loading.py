@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from loraplus.errors import InputError, LoraPlusError
 from loraplus.tasks.files import read_json
@@ -110,6 +110,19 @@ def from_pretrained(loader: Any, model: str, *, trust_remote_code: bool = False,
             if trust_remote_code or "trust_remote_code" not in str(error):
                 raise
             raise _needs_code(model) from None
+
+
+def load_any_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        InputError: as `from_pretrained`, or it does not say how many tokens it takes.
+    """
+    tokenizer = from_pretrained(AutoTokenizer, model, trust_remote_code=trust_remote_code)
+    length = tokenizer.model_max_length
+    if not isinstance(length, (int, float)) or length < 2:
+        raise InputError(f"the tokenizer of {model} takes {length!r} tokens; it is damaged")
+    return tokenizer
 
 
 def _needs_code(model: str) -> InputError:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from loraplus.errors import InputError
 from loraplus.tasks.adapter import adapter_settings, put_adapter
-from loraplus.tasks.loading import from_pretrained, loading
+from loraplus.tasks.loading import from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.paths import is_file, user_path
 from loraplus.tasks.pretrained import load_base
 
@@ -49,7 +49,7 @@ def load_adapter(adapter: str, base_model: str | None = None, *, trust_remote_co
             "that it was trained on with --model"
         )
     model = put_adapter(base, adapter, name)
-    tokenizer = from_pretrained(AutoTokenizer, str(folder), trust_remote_code=trust_remote_code)
+    tokenizer = load_any_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     with loading(f"{adapter} cannot be used", "; its files do not belong together"):
         predict(model, tokenizer, ["a", "b c"])
     return model, tokenizer

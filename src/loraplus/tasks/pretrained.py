@@ -15,13 +15,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
 from loraplus.errors import InputError
 from loraplus.tasks.config import TaskConfig
-from loraplus.tasks.loading import check_fits, from_pretrained, resolve_model
+from loraplus.tasks.loading import check_fits, from_pretrained, load_any_tokenizer, resolve_model
 
 # RoBERTa and its relatives number positions from pad_token_id + 1, so that many rows of the table are never used.
 _POSITIONS_AFTER_PADDING = frozenset({
@@ -41,7 +40,7 @@ def load_tokenizer(config: TaskConfig) -> PreTrainedTokenizerBase:
         InputError: it cannot be loaded, knows no words, or has nothing to pad with.
     """
     model = resolve_model(config.model)
-    tokenizer = from_pretrained(AutoTokenizer, model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_any_tokenizer(model, trust_remote_code=config.trust_remote_code)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise InputError(
             f"the tokenizer of {config.model} knows special tokens only; put the tokenizer's files (tokenizer.json, or "
@@ -51,8 +50,6 @@ def load_tokenizer(config: TaskConfig) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise InputError(f"the tokenizer of {config.model} has neither a padding token nor an end-of-text token")
-    if not isinstance(tokenizer.model_max_length, (int, float)) or tokenizer.model_max_length < 2:
-        raise InputError(f"the tokenizer of {config.model} takes {tokenizer.model_max_length!r} tokens; it is damaged")
     positions = _positions(from_pretrained(AutoConfig, model, trust_remote_code=config.trust_remote_code))
     if positions is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
