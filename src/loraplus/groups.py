@@ -18,6 +18,7 @@ from loraplus.errors import FlattenedParametersError, InvalidRateError, RateMism
 from loraplus.existing_groups import Groups, base_rates, refuse_beside_groups
 from loraplus.rates import DEFAULT_LR_RATIO, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, trainable_parameters
+from loraplus.step_probe import refusal, try_step, warn_unproved
 
 _RELATIVE_TOLERANCE = 1e-6
 _NAMED_IN_MESSAGE = 5
@@ -195,6 +196,11 @@ def _parameters_by_group(optimizer: Any) -> Iterator[tuple[int, list[Any]]]:
         yield index, group["params"]
 
 
+def _group_of(optimizer: Any) -> dict[int, int]:
+    """{id of a parameter: index of its group}."""
+    return {id(p): index for index, parameters in _parameters_by_group(optimizer) for p in parameters}
+
+
 def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
     """Reads back which role, rate and weight decay every trainable parameter has in any optimizer.
 
@@ -212,14 +218,11 @@ def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
     Example:
         >>> print(loraplus.explain(model, optimizer))  # doctest: +SKIP
     """
-    group_of = {
-        id(parameter): (index, optimizer.param_groups[index])
-        for index, parameters in _parameters_by_group(optimizer)
-        for parameter in parameters
-    }
+    group_of = _group_of(optimizer)
     entries = []
     for entry in trainable_parameters(model):
-        index, group = group_of.get(id(entry.parameter), (None, {}))
+        index = group_of.get(id(entry.parameter))
+        group = {} if index is None else optimizer.param_groups[index]
         entries.append(
             ParameterRate(
                 name=entry.name,
@@ -247,10 +250,11 @@ def verify(
     lr_ratio_overrides: Mapping[str, float] | None = None,
     groups: Groups | None = None,
 ) -> RateTable:
-    """Checks that the optimizer gives every trainable parameter the LoRA+ rate asked for.
+    """Checks that the optimizer gives every trainable parameter the LoRA+ rate asked for, and that its step follows it.
 
     Both the present rates and the base rates that a scheduler multiplies are checked, so it can be called at any time:
-    after wrapping, in warm-up (where every rate may be 0), or after resuming.
+    after wrapping, in warm-up (where every rate may be 0), or after resuming. The step is tried on two small matrices in
+    a twin of the optimizer, which is left alone; a step that cannot be tried is a LoraPlusWarning.
 
     Args:
         model: the model, wrapped or not.
@@ -265,7 +269,8 @@ def verify(
         The table of `explain`, as the proof.
 
     Raises:
-        RateMismatchError: names the parameters that have another rate, or none.
+        RateMismatchError: names the parameters that have another rate, or none; or the optimizer whose step takes no
+            notice of its groups' rates.
         ParameterGroupError, InvalidRateError: groups that cannot be split.
 
     Example:
@@ -306,7 +311,21 @@ def verify(
             + "; ".join(wrong[:_NAMED_IN_MESSAGE])
             + more
         )
+    _prove_step(optimizer, sources, lr_ratio)
     return table
+
+
+def _prove_step(optimizer: Any, sources: list[TrainableParameter], lr_ratio: float) -> None:
+    group_of = _group_of(optimizer)
+    held = sorted({group_of[id(source.parameter)] for source in sources})
+    rates = {index: rate_of_group(optimizer, optimizer.param_groups[index], base=True) or 0.0 for index in held}
+    trial = try_step(optimizer, rates)
+    if trial.follows is False:
+        raise RateMismatchError(
+            f"the groups have the rates of lr_ratio = {lr_ratio:g}, the step does not: {refusal(optimizer, trial)}"
+        )
+    if trial.follows is None:
+        warn_unproved(optimizer, trial)
 
 
 def _base_rate(table: RateTable, unit: Rates) -> float:

@@ -14,6 +14,7 @@ from loraplus.groups import param_groups
 from loraplus.paper import LR_EMBEDDING, paper_groups
 from loraplus.rates import DEFAULT_LR_RATIO
 from loraplus.roles import Role, trainable_parameters
+from loraplus.step_probe import refusal, try_step, warn_unproved
 
 _EMBEDDINGS = frozenset({Role.EMBEDDING, Role.EMBEDDING_A, Role.EMBEDDING_B})
 
@@ -53,8 +54,8 @@ def create_optimizer(
         An instance of `optimizer_cls`.
 
     Raises:
-        OptimizerSetupError: the class takes one group only (LBFGS) or one rate (Prodigy), or cannot train some
-            parameter (Muon).
+        OptimizerSetupError: the class takes one group only (LBFGS), its step does not follow the rates of its groups
+            (Prodigy, D-Adaptation), or it cannot train some parameter (Muon).
         The errors of `param_groups`, and of `split_groups` with groups.
 
     Example:
@@ -90,18 +91,30 @@ def build(
         **kwargs: passed on to the optimizer.
 
     Returns:
-        An instance of `optimizer_cls`, with 32-bit states for embeddings if it has 8-bit ones.
+        An instance of `optimizer_cls`, with 32-bit states for embeddings if it has 8-bit ones. Where its groups have
+        different rates its step is tried (`step_probe`).
 
     Raises:
-        OptimizerSetupError: the class cannot take these groups.
+        OptimizerSetupError: the class cannot take these groups, or its step does not follow their rates.
     """
-    _check_class(model, optimizer_cls, groups)
-    optimizer = optimizer_cls(groups, **kwargs)
+    _check_class(model, optimizer_cls)
+    try:
+        optimizer = optimizer_cls(groups, **kwargs)
+    except (TypeError, ValueError) as error:
+        name = getattr(optimizer_cls, "__name__", repr(optimizer_cls))
+        raise OptimizerSetupError(f"{name} cannot be built over groups with these options: {error}") from error
     _keep_embeddings_in_32_bits(model, optimizer)
+    trial = try_step(optimizer, {index: float(group["lr"]) for index, group in enumerate(optimizer.param_groups)})
+    if trial.follows is False:
+        raise OptimizerSetupError(refusal(optimizer, trial))
+    if trial.follows is None:
+        warn_unproved(optimizer, trial)
     return optimizer
 
 
-def _check_class(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]]) -> None:
+def _check_class(model: nn.Module, optimizer_cls: Any) -> None:
+    if not isinstance(optimizer_cls, type):  # a factory: what it builds is tried
+        return
     if issubclass(optimizer_cls, torch.optim.LBFGS):
         raise OptimizerSetupError(
             "LBFGS takes one parameter group, so A and B cannot have their own rates; use an optimizer that takes "
@@ -116,15 +129,6 @@ def _check_class(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], g
                 "freeze them, or give Muon the groups of loraplus.param_groups that hold matrices and AdamW the others "
                 "(docs/optimizers.md)"
             )
-    # prodigyopt's own error comes at the first step. Subclasses may step group by group, as `SplitProdigy` does.
-    if (
-        optimizer_cls.__module__.startswith("prodigyopt.")
-        and len({float(group["lr"]) for group in groups if "lr" in group}) > 1
-    ):
-        raise OptimizerSetupError(
-            f"{optimizer_cls.__name__} estimates one rate for all groups and takes none by group; use "
-            "loraplus.tasks.prodigy.SplitProdigy with lr=1 and lr_ratio=1, which estimates a rate for A and one for B"
-        )
 
 
 def _keep_embeddings_in_32_bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
