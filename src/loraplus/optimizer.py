@@ -12,11 +12,9 @@ from loraplus.errors import InvalidRateError, OptimizerSetupError
 from loraplus.existing_groups import Groups, refuse_beside_groups, split_groups
 from loraplus.groups import param_groups
 from loraplus.paper import LR_EMBEDDING, paper_groups
-from loraplus.rates import DEFAULT_LR_RATIO
-from loraplus.roles import Role, trainable_parameters
+from loraplus.rates import DEFAULT_LR_RATIO, Rates
+from loraplus.roles import EMBEDDINGS, trainable_parameters
 from loraplus.step_probe import refusal, try_step, warn_unproved
-
-_EMBEDDINGS = frozenset({Role.EMBEDDING, Role.EMBEDDING_A, Role.EMBEDDING_B})
 
 
 def create_optimizer(
@@ -32,6 +30,7 @@ def create_optimizer(
     lr_overrides: Mapping[str, float] | None = None,
     lr_ratio_overrides: Mapping[str, float] | None = None,
     groups: Groups | None = None,
+    prefix: str = "",
     **optimizer_kwargs: Any,
 ) -> torch.optim.Optimizer:
     """Builds `optimizer_cls` over the trainable parameters with η_A = lr and η_B = lr_ratio·lr.
@@ -42,12 +41,13 @@ def create_optimizer(
     Args:
         model: a model with LoRA factors.
         optimizer_cls: any optimizer class that takes parameter groups with an `lr`.
-        lr: η_A, in the optimizer's own unit.
+        lr: η_A, in the optimizer's own unit; a tensor gives every group a tensor of its own.
         lr_ratio: λ = η_B / η_A.
         weight_decay: decay of all but biases and norms. None: the optimizer's own default, on every parameter.
         lr_embedding, lr_head, lr_magnitude, lr_overrides, lr_ratio_overrides: as in `param_groups`.
         groups: parameter groups that exist already, to be split by role (`split_groups`); `lr` and `weight_decay` are
             then for groups that have none of their own.
+        prefix: the model's name, put before the names of the groups.
         **optimizer_kwargs: passed on (betas, eps, fused, …).
 
     Returns:
@@ -67,13 +67,13 @@ def create_optimizer(
         made = param_groups(
             model, lr, lr_ratio, weight_decay,
             lr_embedding=lr_embedding, lr_head=lr_head, lr_magnitude=lr_magnitude, lr_overrides=lr_overrides,
-            lr_ratio_overrides=lr_ratio_overrides,
+            lr_ratio_overrides=lr_ratio_overrides, prefix=prefix,
         )  # fmt: skip
     else:
         refuse_beside_groups(
             lr_embedding=lr_embedding, lr_head=lr_head, lr_magnitude=lr_magnitude, lr_overrides=lr_overrides
         )
-        made = split_groups(model, groups, lr_ratio, lr=lr, lr_ratio_overrides=lr_ratio_overrides)
+        made = split_groups(model, groups, lr_ratio, lr=lr, lr_ratio_overrides=lr_ratio_overrides, prefix=prefix)
         if weight_decay is not None:
             optimizer_kwargs["weight_decay"] = weight_decay
     return build(model, optimizer_cls, made, lr=lr, **optimizer_kwargs)
@@ -137,7 +137,7 @@ def _keep_embeddings_in_32_bits(model: nn.Module, optimizer: torch.optim.Optimiz
         return
     from bitsandbytes.optim import GlobalOptimManager  # type: ignore[import-not-found]
 
-    embeddings = [entry.parameter for entry in trainable_parameters(model) if entry.role in _EMBEDDINGS]
+    embeddings = [entry.parameter for entry in trainable_parameters(model) if entry.role in EMBEDDINGS]
     if embeddings:
         GlobalOptimManager.get_instance().override_config(embeddings, "optim_bits", 32)
 
@@ -166,6 +166,7 @@ def create_loraplus_optimizer(
         lr: η_A.
         loraplus_lr_ratio: λ = η_B / η_A.
         loraplus_lr_embedding: rate of embedding factors and rows. Default: lr; the authors' 1e-6 if paper_compatible.
+            As in PEFT it may be given for a model that has none, so that one configuration serves several.
         loraplus_weight_decay: PEFT's name for weight_decay; 0 if neither is given, as in PEFT.
         weight_decay: decay of all but biases and norms.
         paper_compatible: group exactly as the authors do (`paper.paper_groups`).
@@ -186,6 +187,9 @@ def create_loraplus_optimizer(
         lr_embedding = LR_EMBEDDING if loraplus_lr_embedding is None else loraplus_lr_embedding
         groups = paper_groups(model, lr, loraplus_lr_ratio, decay, lr_embedding)
         return build(model, optimizer_cls, groups, lr=lr, **optimizer_kwargs)
+    if not any(entry.role in EMBEDDINGS for entry in trainable_parameters(model)):
+        Rates(lr, loraplus_lr_ratio, loraplus_lr_embedding)  # a value that cannot be used is refused all the same
+        loraplus_lr_embedding = None
     return create_optimizer(
         model, optimizer_cls, lr=lr, lr_ratio=loraplus_lr_ratio, weight_decay=decay,
         lr_embedding=loraplus_lr_embedding, **optimizer_kwargs,

@@ -88,9 +88,7 @@ def _no_global_hooks() -> Iterator[None]:
             table.update(hooks)
 
 
-def _copied(
-    optimizer: Any, owned: set[int], memo: dict[int, Any], sources: Mapping[torch.Tensor, torch.Tensor]
-) -> Any:
+def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], sources: Mapping[torch.Tensor, torch.Tensor]) -> Any:
     # Not copy.copy: Optimizer.__getstate__ drops the attributes that subclasses have of their own.
     twin = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin

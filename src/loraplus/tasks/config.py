@@ -85,7 +85,7 @@ class TaskConfig:
     use_rslora: bool = _option(False, "Scale by α / √r (rsLoRA).")
     use_dora: bool = _option(False, "Learn magnitudes apart (DoRA).")
     lr_embedding: float | None = _option(None, "Rate of embedding factors. Default: lr.")
-    lr_head: float = _option(DEFAULT_LR_HEAD, "Rate of the new classification head.")
+    lr_head: float = _option(DEFAULT_LR_HEAD, "Rate of the new classification head; sft and lm have none.")
     weight_decay: float = _option(0.0, "Decoupled weight decay, not on biases and norms.")
     warmup_ratio: float = _option(0.06, "Part of the steps over which the rate rises linearly.")
     lr_scheduler_type: str = _option("linear", "Schedule after warm-up, any of transformers' names.")
@@ -103,6 +103,12 @@ class TaskConfig:
     seed: int = _option(0, "Seed of the splits, of initialisation and of data order.")
     bf16: bool = _option(False, "Compute in bfloat16 where it pays.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model. Only for models you trust.")
+
+    @property
+    def other_rates(self) -> dict[str, float | None]:
+        """The rates of what is neither A nor B, as `Rates` takes them; a decoder trains no head."""
+        head = self.lr_head if self.task == CLASSIFICATION else None
+        return {"lr_embedding": self.lr_embedding, "lr_head": head}
 
 
 @dataclass(kw_only=True)
