@@ -14,6 +14,7 @@ from loraplus.groups import param_groups
 from loraplus.paper import LR_EMBEDDING, paper_groups
 from loraplus.rates import DEFAULT_LR_RATIO
 from loraplus.roles import Role, trainable_parameters
+from loraplus.watch import watch_rates
 
 _EMBEDDINGS = frozenset({Role.EMBEDDING, Role.EMBEDDING_A, Role.EMBEDDING_B})
 
@@ -98,6 +99,7 @@ def build(
     _check_class(model, optimizer_cls, groups)
     optimizer = optimizer_cls(groups, **kwargs)
     _keep_embeddings_in_32_bits(model, optimizer)
+    watch_rates(model, optimizer)
     return optimizer
 
 
