@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusError
-from loraplus.roles import Role, TrainableParameter, trainable_parameters
+from loraplus.roles import Role, TrainableParameter, clean_name, trainable_parameters
 
 Groups = Sequence[Mapping[str, Any]]
 _TOLERANCE = 1e-3
@@ -37,6 +37,11 @@ class Membership:
             for entry in _factors(model):
                 if id(entry.parameter) in places:
                     self._homes.setdefault(id(entry.parameter), places[id(entry.parameter)])
+
+    def names(self) -> dict[int, str]:
+        """{id of a parameter: its name}, of all models."""
+        models = [model for known in self._models if (model := known()) is not None]
+        return {id(parameter): clean_name(name) for model in models for name, parameter in model.named_parameters()}
 
     def problems(self, groups: Groups, reference: int) -> dict[str, str]:
         """{name of a factor: what is wrong with its place}; each new place is looked at once.
@@ -85,14 +90,12 @@ class Membership:
     ) -> dict[str, str]:
         """Factors that have come into a group, unfrozen or loaded later, without their rate in relation to A's."""
 
-        def of(role: Role, known: bool) -> float | None:
-            labels = (
-                places[id(entry.parameter)] for entry in factors
-                if entry.role is role and id(entry.parameter) in places and (id(entry.parameter) in self._homes) == known
-            )  # fmt: skip
+        def of(role: Role, *, known: bool) -> float | None:
+            keys = [id(entry.parameter) for entry in factors if entry.role is role]
+            labels = [places[key] for key in keys if key in places and (key in self._homes) is known]
             return next((relations[label] for label in labels if label in relations), None)
 
-        of_a, of_b, of_new_a = of(Role.A, True), of(Role.B, True), of(Role.A, False)
+        of_a, of_b, of_new_a = of(Role.A, known=True), of(Role.B, known=True), of(Role.A, known=False)
         found = {}
         for entry in factors:
             place = places.get(id(entry.parameter))
@@ -128,6 +131,11 @@ def group_labels(groups: Groups) -> list[str]:
             label = f"{name}.{number}"
         labels.append(label)
     return labels
+
+
+def reference_group(labels: Sequence[str]) -> int:
+    """Index of the group that the others' rates are compared with: the first of A by name, else the first."""
+    return next((index for index, label in enumerate(labels) if Role.A in label), 0)
 
 
 def rate_as_number(rate: Any) -> float | None:

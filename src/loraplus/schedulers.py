@@ -21,6 +21,7 @@ _OF_SCHEDULERS = {"min_lrs": "min_lr", "max_lrs": "max_lr"}  # kept in the sched
 _MULTIPLY = (
     lr_scheduler.LinearLR, lr_scheduler.ConstantLR, lr_scheduler.StepLR, lr_scheduler.MultiStepLR,
     lr_scheduler.ExponentialLR, lr_scheduler.PolynomialLR, lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler,
+    lr_scheduler.ReduceLROnPlateau,
 )  # fmt: skip
 
 
@@ -82,15 +83,16 @@ def _told(scheduler: Any, relations: Sequence[float | None], reference: int) -> 
                 f"transformers' get_cosine_with_min_lr_schedule_with_warmup with min_lr_rate={part:.6g}"
             )
         listed = ", ".join(f"{argument}=[{', '.join(f'{r:.6g}' for r in rates)}]" for argument, rates in right.items())
-        return rank, f"{name} did it: it was given one rate for all groups; give it one a group: {listed}"
-    if not wrote or isinstance(scheduler, _MULTIPLY) or isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        given = " and ".join(right)
+        return rank, f"{name} did it: its {given} is not in the ratio of the groups; give it one a group: {listed}"
+    if not wrote or isinstance(scheduler, _MULTIPLY):
         return None
     lambdas = getattr(scheduler, "lr_lambdas", None)
     if lambdas is not None:
         if all(each is lambdas[0] for each in lambdas):
             return None
         return rank, (
-            f"{name} did it: its lambdas differ between the groups; if that is meant, there is nothing to do, else give "
+            f"{name} did it: its lambdas differ between the groups; if that is meant, nothing is to be done, else give "
             "it one lambda for all"
         )
     return 2, f"{name} did it; use one that multiplies each group's own rate, as torch's LambdaLR does"

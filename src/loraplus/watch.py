@@ -15,14 +15,16 @@ import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusWarning
-from loraplus.membership import Groups, Membership, base_rate, group_labels, rate_as_number
-from loraplus.roles import Role
+from loraplus.membership import Groups, Membership, base_rate, group_labels, rate_as_number, reference_group
 from loraplus.schedulers import cause
 
 _TOLERANCE = 1e-3  # relative: above all rounding in a schedule, below any change of a ratio that matters
 _NOTHING = 1e-4  # a rate of which part of its own trains nothing: no more is said of it than of 0
 _SELDOM = 100  # steps between two looks that cost something: at rates in an accelerator's memory, at all parameters
 _NAMED = 3
+_MEMBERS = (
+    "give what is trained later groups at its own rates: those of loraplus.param_groups, to optimizer.add_param_group"
+)
 
 
 def watch_rates(model: nn.Module | None, optimizer: Any) -> RateWatch | None:
@@ -96,7 +98,7 @@ class RateWatch:
         self._handles = [step, optimizer.register_load_state_dict_post_hook(self._after_load)]
         groups = optimizer.param_groups
         labels, base = group_labels(groups), [base_rate(group) for group in groups]
-        self._base_of_a = of_a = base[_reference(labels)] or 0.0
+        self._base_of_a = of_a = base[reference_group(labels)] or 0.0
         if of_a:
             self._relations = {label: rate / of_a for label, rate in zip(labels, base, strict=True) if rate}
         self.members = Membership(self._relations)
@@ -133,7 +135,7 @@ class RateWatch:
         labels = group_labels(groups)
         self._sizes = [len(group["params"]) for group in groups]
         self._expected = [self._relations.get(label) for label in labels]
-        self._reference = _reference(labels)
+        self._reference = reference_group(labels)
 
     def _off(self, groups: Groups, *, on_accelerator: bool) -> list[int]:
         """Indices of the groups whose rate is not in relation to that of A's group."""
@@ -172,13 +174,3 @@ class RateWatch:
             text = "; ".join(problems[:_NAMED]) + more
             # 4: the hook, torch's wrapper of `step`, and whoever takes the step.
             warnings.warn(f"at step {self.steps}, {text}. {why[0].upper()}{why[1:]}", LoraPlusWarning, stacklevel=4)
-
-
-_MEMBERS = (
-    "make the groups of what is trained later with loraplus.param_groups, and give them to optimizer.add_param_group"
-)
-
-
-def _reference(labels: list[str]) -> int:
-    """Index of the group that the others' rates are compared with: the first of A by name, else the first."""
-    return next((index for index, label in enumerate(labels) if Role.A in label), 0)
