@@ -81,7 +81,7 @@ class Membership:
             now, home = places.get(id(entry.parameter)), self._homes.get(id(entry.parameter))
             if now is None and complete:
                 found[entry.name] = "is in no group, so it does not learn"
-            elif now and home and not _same(relations.get(now), relations.get(home)):
+            elif now and home and now != home and not _same(relations.get(now), relations.get(home)):
                 found[entry.name] = f"was moved from {home} to {now}"
         return found
 

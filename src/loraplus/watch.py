@@ -110,6 +110,14 @@ class RateWatch:
             handle.remove()
         self._handles = []
 
+    def why(self, optimizer: Any) -> str | None:
+        """What set the present rates, if they are not in the ratios that the optimizer was built with."""
+        if not self._off(optimizer.param_groups, on_accelerator=True):
+            return None
+        if self._loaded_off:
+            return "load_state_dict did it: the state was trained at other rates, and torch goes on with those"
+        return cause(optimizer, self._expected, self._reference)
+
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling() or not self._handles:
             return
@@ -162,15 +170,11 @@ class RateWatch:
             f"{labels[self._reference]} and was built with {self._expected[index]:.4g}"
             for index in off
         ]
-        if self._loaded_off:
-            why = "load_state_dict did it: the state was trained at other rates, and torch goes on with those"
-        else:
-            why = cause(optimizer, self._expected, self._reference)
-        self._tell(problems, why)
+        self._tell(problems, self.why(optimizer) or "")
 
     def _tell(self, problems: list[str], why: str) -> None:
         if problems:
             more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
             text = "; ".join(problems[:_NAMED]) + more
-            # 4: the hook, torch's wrapper of `step`, and whoever takes the step.
-            warnings.warn(f"at step {self.steps}, {text}. {why[0].upper()}{why[1:]}", LoraPlusWarning, stacklevel=4)
+            # 5: the line that takes the step, past the hook and torch's wrapper of `step`.
+            warnings.warn(f"at step {self.steps}, {text}. {why[:1].upper()}{why[1:]}", LoraPlusWarning, stacklevel=5)

@@ -22,7 +22,7 @@ from loraplus.integrations.checkpoints import (
 from loraplus.integrations.pytorch import rates_for_log
 from loraplus.membership import base_rate, group_labels, reference_group
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
-from loraplus.watch import watch_rates
+from loraplus.watch import unwrapped, watch_rates
 
 RECORD = "loraplus"
 """Key of the rates in a Lightning checkpoint."""
@@ -129,12 +129,13 @@ class LoraPlusCallback(Callback):
         try:
             verify(pl_module, trainer.optimizers[0], **self._asked)
         except RateMismatchError as error:
-            if not any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):
+            watch = watch_rates(pl_module, trainer.optimizers[0])
+            why = watch.why(unwrapped(trainer.optimizers[0])) if watch is not None else None
+            if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):
+                why = "LearningRateFinder gives every group one rate; leave it out, or have update_attr=False"
+            if why is None:
                 raise
-            raise RateMismatchError(
-                f"LearningRateFinder has given every group one rate, which is that of plain LoRA; leave it out, or have "
-                f"it report only (update_attr=False). {error}"
-            ) from None
+            raise RateMismatchError(f"{error}. {why}") from None
 
     def _check_resume(self, trainer: Any) -> None:
         if self._loaded is not None and self._rates is not None:
