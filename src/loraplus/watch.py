@@ -177,4 +177,4 @@ class RateWatch:
             more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
             text = "; ".join(problems[:_NAMED]) + more
             # 5: the line that takes the step, past the hook and torch's wrapper of `step`.
-            warnings.warn(f"at step {self.steps}, {text}. {why[:1].upper()}{why[1:]}", LoraPlusWarning, stacklevel=5)
+            warnings.warn(f"at step {self.steps}, {text}; {why}", LoraPlusWarning, stacklevel=5)

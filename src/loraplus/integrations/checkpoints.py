@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,9 @@ def _rounded(ratio: float) -> float:
 
 def all_auto_rates(optimizer: Any) -> list[AutoRates]:
     """Every `AutoRates` installed on an optimizer, wrapped or not: one for each of its models, or none."""
-    found = getattr(unwrapped(optimizer), "loraplus_auto", None)
-    if found is None:
-        return []
-    return list(found) if isinstance(found, Iterable) else [found]
+    optimizer = unwrapped(optimizer)
+    first = getattr(optimizer, "loraplus_auto", None)
+    return list(getattr(optimizer, "loraplus_autos", [] if first is None else [first]))
 
 
 def auto_rates(optimizer: Any, model: nn.Module | None = None) -> AutoRates | None:

@@ -135,7 +135,7 @@ class LoraPlusCallback(Callback):
                 why = "LearningRateFinder gives every group one rate; leave it out, or have update_attr=False"
             if why is None:
                 raise
-            raise RateMismatchError(f"{error}. {why}") from None
+            raise RateMismatchError(f"{error}; {why}") from None
 
     def _check_resume(self, trainer: Any) -> None:
         if self._loaded is not None and self._rates is not None:
