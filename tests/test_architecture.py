@@ -9,8 +9,8 @@ import loraplus
 
 # Left to right, as in the picture.
 ORDER = (
-    "errors layouts roles rates existing_groups groups paper optimizer movement feature_updates auto integrations "
-    "tasks inspection study report compare reproduce cli"
+    "errors layouts roles rates schedulers membership watch existing_groups groups paper optimizer movement "
+    "feature_updates auto integrations tasks inspection study report compare reproduce cli"
 ).split()
 
 

@@ -15,6 +15,7 @@ from loraplus.paper import LR_EMBEDDING, paper_groups
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.roles import EMBEDDINGS, trainable_parameters
 from loraplus.step_probe import refusal, try_step, warn_unproved
+from loraplus.watch import watch_rates
 
 
 def create_optimizer(
@@ -109,6 +110,7 @@ def build(
         raise OptimizerSetupError(refusal(optimizer, trial))
     if trial.follows is None:
         warn_unproved(optimizer, trial)
+    watch_rates(model, optimizer)
     return optimizer
 
 

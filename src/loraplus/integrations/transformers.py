@@ -23,7 +23,13 @@ from loraplus.auto import AutoRates
 from loraplus.errors import InvalidRateError, TrainerSetupError
 from loraplus.feature_updates import UpdateMonitor
 from loraplus.groups import groups_for, rate_of_group
-from loraplus.integrations.checkpoints import check_resume, read_auto_state, write_auto_state, write_rates
+from loraplus.integrations.checkpoints import (
+    check_resume,
+    rates_record,
+    read_auto_state,
+    write_auto_state,
+    write_rates,
+)
 from loraplus.integrations.deepspeed import check_plugin
 from loraplus.optimizer import build
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
@@ -168,7 +174,7 @@ class LoraPlusMixin:
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            write_rates(folder, self.loraplus_rates, self.model, self.loraplus_auto)
+            write_rates(folder, rates_record(self.loraplus_rates, self.model, self.loraplus_auto))
             if self.loraplus_auto is not None:
                 write_auto_state(folder, self.loraplus_auto)
 

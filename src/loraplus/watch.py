@@ -1,0 +1,180 @@
+"""Notices when something takes an optimizer's groups away from the ratios they were built with, and says so once.
+
+`verify` proves the rates of one moment. Later a scheduler with a rate of its own, a callback or a line of the user's
+can give all groups one rate, or add B to a group at A's, and training goes on as plain LoRA. A hook compares the rates
+before every step. It changes nothing, neither in the optimizer nor in its state.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraplus.errors import LoraPlusWarning
+from loraplus.membership import Groups, Membership, base_rate, group_labels, rate_as_number, reference_group
+from loraplus.schedulers import cause
+
+_TOLERANCE = 1e-3  # relative: above all rounding in a schedule, below any change of a ratio that matters
+_NOTHING = 1e-4  # a rate of which part of its own trains nothing: no more is said of it than of 0
+_SELDOM = 100  # steps between two looks that cost something: at rates in an accelerator's memory, at all parameters
+_NAMED = 3
+_MEMBERS = (
+    "give what is trained later groups at its own rates: those of loraplus.param_groups, to optimizer.add_param_group"
+)
+
+
+def watch_rates(model: nn.Module | None, optimizer: Any) -> RateWatch | None:
+    """Has an optimizer warn, once, when its groups leave the ratios that they have now.
+
+    Every optimizer that loraplus builds is watched. A schedule that multiplies all rates, from or to 0 included, says
+    nothing. What is told: a group whose rate changes in relation to A's, with what did it; a B factor that comes into
+    a group at another ratio; a factor that is moved, or trainable and in no group.
+
+    Args:
+        model: whose factors should be in the groups; call it for each of several. None: only the groups' rates.
+        optimizer: any torch optimizer, wrapped or not.
+
+    Returns:
+        The watch, whose `.remove()` ends it; None if the optimizer has none of torch's step hooks.
+
+    Example:
+        >>> a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+        >>> groups = [{"params": [a], "lr": 1.0, "name": "lora_A"}, {"params": [b], "lr": 16.0, "name": "lora_B"}]
+        >>> optimizer = torch.optim.SGD(groups)
+        >>> watch_rates(None, optimizer) is watch_rates(None, optimizer)
+        True
+    """
+    optimizer = unwrapped(optimizer)
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return None
+    watch = getattr(optimizer, "loraplus_watch", None)
+    if not (isinstance(watch, RateWatch) and watch.on):
+        watch = optimizer.loraplus_watch = RateWatch()
+        watch.start(optimizer)
+    if model is not None:
+        watch.members.add(model, optimizer.param_groups)
+    return watch
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside Accelerate's, DeepSpeed's and others' wrappers."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
+
+
+class RateWatch:
+    """A hook before an optimizer's steps; made by `watch_rates`. A copy of it, pickled or deep, watches nothing."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.members = Membership({})
+        self._handles: list[Any] = []
+        self._relations: dict[str, float] = {}  # label of a group: its base rate over that of A's group
+        self._base_of_a = 0.0
+        self._sizes: list[int] = []
+        self._expected: list[float | None] = []  # the relations of the groups that are there now
+        self._reference = 0
+        self._told_rates = self._loaded_off = False
+        self._told_of: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RateWatch, ()
+
+    @property
+    def on(self) -> bool:
+        """Whether its hooks are on an optimizer."""
+        return bool(self._handles)
+
+    def start(self, optimizer: Any) -> None:
+        """Puts the hooks on; the rates of this moment are what is held to."""
+        step = optimizer.register_step_pre_hook(self._before_step)
+        # Before `AutoRates`, which may put its own rates into the groups for the length of a step.
+        optimizer._optimizer_step_pre_hooks.move_to_end(step.id, last=False)
+        self._handles = [step, optimizer.register_load_state_dict_post_hook(self._after_load)]
+        groups = optimizer.param_groups
+        labels, base = group_labels(groups), [base_rate(group) for group in groups]
+        self._base_of_a = of_a = base[reference_group(labels)] or 0.0
+        if of_a:
+            self._relations = {label: rate / of_a for label, rate in zip(labels, base, strict=True) if rate}
+        self.members = Membership(self._relations)
+        self._match(groups)
+
+    def remove(self) -> None:
+        """Ends the watch, until `watch_rates` is called again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def why(self, optimizer: Any) -> str | None:
+        """What set the present rates, if they are not in the ratios that the optimizer was built with."""
+        if not self._off(optimizer.param_groups, on_accelerator=True):
+            return None
+        if self._loaded_off:
+            return "load_state_dict did it: the state was trained at other rates, and torch goes on with those"
+        return cause(optimizer, self._expected, self._reference)
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or not self._handles:
+            return
+        self.steps += 1
+        groups, seldom = optimizer.param_groups, self.steps % _SELDOM == 1
+        changed = [len(group["params"]) for group in groups] != self._sizes
+        if changed:
+            self._match(groups)
+        if changed or seldom:
+            problems = self.members.problems(groups, self._reference)
+            self._tell([f"{name} {what}" for name, what in problems.items() if name not in self._told_of], _MEMBERS)
+            self._told_of |= problems.keys()
+        if not self._told_rates and (off := self._off(groups, on_accelerator=seldom)):
+            self._told_rates = True
+            self._tell_rates(optimizer, off)
+
+    def _after_load(self, optimizer: Any) -> None:
+        self._told_rates = False
+        self._match(optimizer.param_groups)
+        self._loaded_off = bool(self._off(optimizer.param_groups, on_accelerator=True))
+
+    def _match(self, groups: Groups) -> None:
+        labels = group_labels(groups)
+        self._sizes = [len(group["params"]) for group in groups]
+        self._expected = [self._relations.get(label) for label in labels]
+        self._reference = reference_group(labels)
+
+    def _off(self, groups: Groups, *, on_accelerator: bool) -> list[int]:
+        """Indices of the groups whose rate is not in relation to that of A's group."""
+        rates = [group.get("lr") for group in groups]
+        if not on_accelerator and any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates):
+            return []  # reading them would have the device waited for
+        of_a = rate_as_number(rates[self._reference]) if rates and self._expected[self._reference] else None
+        if of_a is None:
+            return []
+        least = _NOTHING * self._base_of_a
+        return [
+            index
+            for index, (rate, relation) in enumerate(zip(map(rate_as_number, rates), self._expected, strict=True))
+            if relation and rate is not None and max(of_a, rate / relation) > least
+            and not math.isclose(rate, of_a * relation, rel_tol=_TOLERANCE)
+        ]  # fmt: skip
+
+    def _tell_rates(self, optimizer: Any, off: list[int]) -> None:
+        labels = group_labels(optimizer.param_groups)
+        rates = [rate_as_number(group.get("lr")) or 0.0 for group in optimizer.param_groups]
+        of_a = rates[self._reference]
+        problems = [
+            f"{labels[index]} is at {rates[index] / of_a if of_a else math.inf:.4g} times the rate of "
+            f"{labels[self._reference]} and was built with {self._expected[index]:.4g}"
+            for index in off
+        ]
+        self._tell(problems, self.why(optimizer) or "")
+
+    def _tell(self, problems: list[str], why: str) -> None:
+        if problems:
+            more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+            text = "; ".join(problems[:_NAMED]) + more
+            # 5: the line that takes the step, past the hook and torch's wrapper of `step`.
+            warnings.warn(f"at step {self.steps}, {text}; {why}", LoraPlusWarning, stacklevel=5)
