@@ -95,13 +95,23 @@ def build(
     Raises:
         OptimizerSetupError: the class cannot take these groups.
     """
-    _check_class(model, optimizer_cls, groups)
+    check_class(model, optimizer_cls, groups)
     optimizer = optimizer_cls(groups, **kwargs)
-    _keep_embeddings_in_32_bits(model, optimizer)
+    finish(model, optimizer)
     return optimizer
 
 
-def _check_class(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]]) -> None:
+def finish(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What `build` does with an optimizer that it has made; for one that somebody else made, over LoRA+ groups."""
+    _keep_embeddings_in_32_bits(model, optimizer)
+
+
+def check_class(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]]) -> None:
+    """Refuses classes that cannot take these groups.
+
+    Raises:
+        OptimizerSetupError: see `build`.
+    """
     if issubclass(optimizer_cls, torch.optim.LBFGS):
         raise OptimizerSetupError(
             "LBFGS takes one parameter group, so A and B cannot have their own rates; use an optimizer that takes "

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraplus.integrations.checkpoints import LOOP_WAY, auto_rates, check_resume, rates_in_use, write_rates
+from loraplus.integrations.checkpoints import (
+    LOOP_WAY,
+    auto_rates,
+    check_resume,
+    rates_in_use,
+    rates_record,
+    write_rates,
+)
 from loraplus.integrations.deepspeed import check_plugin
 from loraplus.integrations.pytorch import rates_for_log
 from loraplus.rates import Rates
@@ -38,10 +45,11 @@ def register_rates(accelerator: Any, model: nn.Module, optimizer: torch.optim.Op
     """
     check_plugin(accelerator)
     rates, auto = rates_in_use(model, optimizer), auto_rates(optimizer)
+    record = rates_record(rates, model, auto)
 
     def save(models: Any, weights: Any, output_dir: str) -> None:
         if accelerator.is_main_process:
-            write_rates(Path(output_dir), rates, model, auto)
+            write_rates(Path(output_dir), record, auto)
 
     def load(models: Any, input_dir: str) -> None:
         check_resume(Path(input_dir), rates, auto=auto is not None, instead=LOOP_WAY)

@@ -73,6 +73,8 @@ def auto_rates(optimizer: Any) -> AutoRates | None:
 def rates_record(rates: Rates, model: nn.Module, auto: AutoRates | None = None) -> dict[str, Any]:
     """The content of loraplus.json: the rates, the role of every parameter, what automatic rates have arrived at.
 
+    Made once, with the optimizer: what is merged, frozen or disabled later had these rates, and is saved with them.
+
     Args:
         rates: that the optimizer's groups were built with.
         model: whose parameters have roles.
@@ -86,11 +88,22 @@ def rates_record(rates: Rates, model: nn.Module, auto: AutoRates | None = None) 
     }
 
 
-def write_rates(folder: Path, rates: Rates, model: nn.Module, auto: AutoRates | None = None) -> None:
-    """Writes `rates_record` to loraplus.json in a folder, which is made if it does not exist."""
+def up_to_date(record: Mapping[str, Any], auto: AutoRates | None) -> dict[str, Any]:
+    """A record with what automatic rates have arrived at by now; it needs no model."""
+    return {**record, **({} if auto is None else {"auto": auto.summary()})}
+
+
+def write_rates(folder: Path, record: Mapping[str, Any], auto: AutoRates | None = None) -> None:
+    """Writes a `rates_record` to loraplus.json in a folder, which is made if it does not exist.
+
+    Args:
+        folder: of the checkpoint.
+        record: made when the optimizer was.
+        auto: what sets η_A and η_B, for what they are by now.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / (RATES_FILE + ".tmp")
-    temporary.write_text(json.dumps(rates_record(rates, model, auto), indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(up_to_date(record, auto), indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / RATES_FILE)
 
 
