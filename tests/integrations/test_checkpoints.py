@@ -9,12 +9,12 @@ from test_groups import adapted
 
 import loraplus
 from loraplus.inspection.rates import _GROUP_NAME, read_rates_file
-from loraplus.integrations.checkpoints import RATES_FILE, check_resume, write_rates
+from loraplus.integrations.checkpoints import RATES_FILE, check_resume, rates_record, write_rates
 
 
 def test_resuming_under_other_ratios_by_name_is_refused(tmp_path):
     rates = loraplus.Rates(1e-3, 16.0, lr_ratio_overrides={"query": 4.0})
-    write_rates(tmp_path, rates, adapted())
+    write_rates(tmp_path, rates_record(rates, adapted()))
     check_resume(tmp_path, rates)
     assert read_rates_file(tmp_path)["lr_ratio_overrides"] == {"query": 4.0}
     for other in ({}, {"query": 8.0}, {"value": 4.0}):
@@ -23,7 +23,7 @@ def test_resuming_under_other_ratios_by_name_is_refused(tmp_path):
 
 
 def test_a_checkpoint_from_before_ratios_by_name_goes_on_without_them_only(tmp_path):
-    write_rates(tmp_path, loraplus.Rates(1e-3, 16.0), adapted())
+    write_rates(tmp_path, rates_record(loraplus.Rates(1e-3, 16.0), adapted()))
     content = json.loads((tmp_path / RATES_FILE).read_text())
     del content["lr_ratio_overrides"]
     (tmp_path / RATES_FILE).write_text(json.dumps(content))

@@ -24,7 +24,7 @@ from loraplus.groups import groups_for
 from loraplus.integrations.trainer_settings import RateSettings
 from loraplus.optimizer import check_class, finish
 from loraplus.rates import Rates
-from loraplus.roles import FACTORS, TrainableParameter, trainable_parameters
+from loraplus.roles import FACTORS, Role, TrainableParameter, trainable_parameters
 
 _GROUP_THEMSELVES = ("galore", "apollo", "lomo", "adalomo")
 _REST = "rest"  # what LoRA+ says nothing of: parameters that are frozen, or not the model's (a loss's)
@@ -52,10 +52,10 @@ def own_class(trainer: Any, model: nn.Module) -> Iterator[None]:
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if given is None and optim.startswith(_GROUP_THEMSELVES):
         raise _groups_itself(f"optim = {optim}")
+    known = None if given is None else _class_and_kwargs(model, *given)
     build = trainer.get_optimizer_cls_and_kwargs
     try:
-        if given is not None:
-            trainer.optimizer_cls_and_kwargs = _class_and_kwargs(model, *given)
+        trainer.optimizer_cls_and_kwargs = known
         trainer.get_optimizer_cls_and_kwargs = lambda *args, **kwargs: _class_and_kwargs(model, *build(*args, **kwargs))
         yield
     finally:
@@ -66,9 +66,9 @@ def own_class(trainer: Any, model: nn.Module) -> Iterator[None]:
 
 
 def _class_and_kwargs(model: nn.Module, optimizer_cls: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    partial = isinstance(optimizer_cls, functools.partial) and not optimizer_cls.args
-    if partial and _is_optimizer(optimizer_cls.func):  # Trainer would take it for a factory, and fail
-        optimizer_cls, kwargs = optimizer_cls.func, {**optimizer_cls.keywords, **kwargs}
+    given: Any = optimizer_cls
+    if isinstance(given, functools.partial) and not given.args and _is_optimizer(given.func):
+        optimizer_cls, kwargs = given.func, {**given.keywords, **kwargs}  # Trainer would take it for a factory
     if _is_optimizer(optimizer_cls):
         check_class(model, optimizer_cls, [])
     return optimizer_cls, dict(kwargs)  # a copy, since Trainer takes some out
@@ -95,7 +95,7 @@ def split(trainer: Any, model: nn.Module, settings: RateSettings, rates_at: Call
         rates_at: `settings.rates`, which may be remembered.
 
     Raises:
-        TrainerSetupError: no torch optimizer, or one whose groups cannot be set from outside.
+        TrainerSetupError: no torch optimizer, one that has LoRA+ rates already, or whose groups cannot be reached.
         ParameterGroupError: a factor is in no group.
         InvalidRateError: a setting contradicts the trainer's own groups; else as `loraplus.param_groups`.
     """
@@ -111,6 +111,7 @@ def split(trainer: Any, model: nn.Module, settings: RateSettings, rates_at: Call
     listed = trainable_parameters(model)
     home = _home(who, listed, optimizer)
     lrs = _rates_of(home, listed)
+    _refuse_twice(who, home, listed)
     rates = rates_at(lrs[0])
     if len(lrs) > 1 and settings.absolute:
         name, value = next(iter(settings.absolute.items()))
@@ -173,6 +174,18 @@ def _rates_of(home: Mapping[int, Group], listed: list[TrainableParameter]) -> li
             factor = entry.role in FACTORS
             found[float(rate_of(group, f"of {entry.name}", None) if factor else group["lr"])] = None
     return list(found)
+
+
+def _refuse_twice(who: str, home: Mapping[int, Group], listed: list[TrainableParameter]) -> None:
+    """Refuses groups that have a ratio already: another would multiply it."""
+    of_a, of_b = (
+        {float(home[id(entry.parameter)]["lr"]) for entry in listed if entry.role is role} for role in (Role.A, Role.B)
+    )
+    if of_a and of_b and not of_a & of_b:
+        raise TrainerSetupError(
+            f"the optimizer that {who} builds has A at {min(of_a):g} and B at {min(of_b):g} already; set LoRA+ up "
+            "once: there, or with loraplus.attach"
+        )
 
 
 def _asked(
@@ -276,11 +289,11 @@ class _Parts:
         groups[:] = [part for _, part in sorted(found, key=lambda item: item[0])]
 
     def _of(self, index: int, group: Group) -> list[tuple[int, Group]]:
-        behind = len(self._entries) + index
+        nothing = len(self._entries) + index, None  # behind the model's
         parts: dict[str, tuple[int, Group]] = {}
         names = group.get("param_names") or [None] * len(group["params"])
-        members = [
-            (*self._entries.get(id(parameter), (behind, None)), parameter, name)
+        members: list[tuple[int, TrainableParameter | None, Any, str | None]] = [
+            (*self._entries.get(id(parameter), nothing), parameter, name)  # type: ignore[misc]
             for parameter, name in zip(group["params"], names, strict=True)
         ]
         for place, entry, parameter, name in sorted(members, key=lambda member: member[0]):
@@ -303,11 +316,11 @@ def _empty(group: Group, lr: float | None) -> Group:
     part = {**group, "params": []}
     if "param_names" in group:
         part["param_names"] = []
-    old = group.get("lr")
-    if lr is None:
-        lr = old
-    elif "initial_lr" in part and old:
+    old = part.get("lr")
+    if lr is not None and old and "initial_lr" in part:
         part["initial_lr"] = part["initial_lr"] * lr / float(old)
-    # A tensor of its own: a scheduler writes into it.
-    part["lr"] = torch.full_like(old, lr) if isinstance(old, torch.Tensor) else lr
+    if isinstance(old, torch.Tensor):  # each group has its own, as schedulers write into it
+        part["lr"] = old.clone() if lr is None else torch.full_like(old, lr)
+    elif lr is not None:
+        part["lr"] = lr
     return part
