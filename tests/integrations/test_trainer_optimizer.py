@@ -168,7 +168,7 @@ TRAINERS = {
 
 def make(how, folder, **more):
     trainer = TRAINERS[how] if isinstance(how, str) else how
-    args = TrainingArguments(**common(folder, **{"max_steps": 6, "warmup_steps": 0, **more}))
+    args = TrainingArguments(**common(folder, **{"max_steps": 3, "warmup_steps": 0, **more}))
     return trainer(model=adapted(bias="lora_only"), args=args, train_dataset=Tokens(24))
 
 
