@@ -98,12 +98,22 @@ def build(
     Raises:
         OptimizerSetupError: the class cannot take these groups, or its step does not follow their rates.
     """
-    _check_class(model, optimizer_cls)
+    check_class(model, optimizer_cls)
     try:
         optimizer = optimizer_cls(groups, **kwargs)
     except (TypeError, ValueError) as error:
         name = getattr(optimizer_cls, "__name__", repr(optimizer_cls))
         raise OptimizerSetupError(f"{name} cannot be built over groups with these options: {error}") from error
+    finish(model, optimizer)
+    return optimizer
+
+
+def finish(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What `build` does with an optimizer that it has made; for one that somebody else made, over LoRA+ groups.
+
+    Raises:
+        OptimizerSetupError: its step does not follow the rates of its groups.
+    """
     _keep_embeddings_in_32_bits(model, optimizer)
     trial = try_step(optimizer, {index: float(group["lr"]) for index, group in enumerate(optimizer.param_groups)})
     if trial.follows is False:
@@ -111,10 +121,14 @@ def build(
     if trial.follows is None:
         warn_unproved(optimizer, trial)
     watch_rates(model, optimizer)
-    return optimizer
 
 
-def _check_class(model: nn.Module, optimizer_cls: Any) -> None:
+def check_class(model: nn.Module, optimizer_cls: Any) -> None:
+    """Refuses classes that cannot take groups of several rates, or the model's parameters.
+
+    Raises:
+        OptimizerSetupError: see `build`.
+    """
     if not isinstance(optimizer_cls, type):  # a factory: what it builds is tried
         return
     if issubclass(optimizer_cls, torch.optim.LBFGS):

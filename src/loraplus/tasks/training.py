@@ -165,6 +165,8 @@ def build_trainer(
     steps = total_steps(config, len(data.train))
     eval_steps = min(steps, config.eval_steps or steps_between_evaluations(steps))
     task = task_of(config)
+    if optimizer is not None:  # Trainer passes no learning_rate on
+        optimizer = optimizer[0], {"lr": rates.lr, **optimizer[1]}
     try:
         args = task.arguments(
             output_dir=output,
