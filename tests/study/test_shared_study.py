@@ -1,4 +1,4 @@
-"""Several processes on one study, in a journal file and in a real PostgreSQL: no run is lost, none counts twice."""
+"""Several processes on one study, in a journal file, SQLite and a real PostgreSQL: no run is lost, none counts twice."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ TRIAL = Trial("tuning", "loraplus", 2.5e-4, 16.0, 0, 100)
 DONE = Record(TRIAL, "done", 100, 0.4, 0.9, 0.1)
 
 
-@pytest.fixture(params=["journal", "postgresql"])
+@pytest.fixture(params=["journal", "sqlite", "postgresql"])
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        pytest.importorskip("sqlalchemy")
+        return f"sqlite:///{tmp_path / 'study.db'}"
     return str(tmp_path / "study.journal") if request.param == "journal" else request.getfixturevalue("postgresql_url")
 
 
@@ -200,7 +203,7 @@ def test_the_run_of_a_killed_process_is_taken_up_by_the_other(location: str, nam
     assert Counter(fake_runs.noted(tmp_path)) == Counter(list(expected)), "every run once, the victim's among them"
     trials = open_study(location, name).trials
     assert all(trial.state.is_finished() for trial in trials)
-    assert trials[0].user_attrs["key"] == held.user_attrs["key"] and trials[0].state == TrialState.FAIL
+    assert trials[0].user_attrs["key"] == held.user_attrs["key"] and trials[0].state == TrialState.PRUNED
     assert RECORD not in trials[0].user_attrs
     counted = Counter(trial.user_attrs["key"] for trial in trials if RECORD in trial.user_attrs)
     assert counted == Counter(list(expected)), "every run counts once"
@@ -213,7 +216,7 @@ def test_an_interrupted_process_gives_its_run_back(location: str, name: str, tmp
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 130
     assert output.strip() == "interrupted after 0 of 4 runs; go on with the same command and --resume"
-    assert all(trial.state == TrialState.FAIL for trial in open_study(location, name).trials)
+    assert all(trial.state == TrialState.PRUNED for trial in open_study(location, name).trials)
 
 
 def test_a_search_goes_on_from_any_point_to_the_same_end(tmp_path: Path):
