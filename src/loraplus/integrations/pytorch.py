@@ -39,9 +39,10 @@ def rates_for_log(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def guard_resume(optimizer: torch.optim.Optimizer) -> RemovableHandle:
-    """Makes `optimizer.load_state_dict` refuse a state that was trained at another ratio.
+    """Makes `optimizer.load_state_dict` refuse a state that was trained at another ratio or another lr.
 
-    torch takes the rates of the state that it loads, so a run resumed under another ratio would go on at the old one.
+    torch takes the rates of the state that it loads, so a run resumed under others would go on at the old ones. Where
+    no scheduler notes the base rates, another lr may be another point of a schedule set by hand: that is a warning.
 
     Args:
         optimizer: with named groups, as `loraplus.create_optimizer` makes them.
@@ -50,7 +51,7 @@ def guard_resume(optimizer: torch.optim.Optimizer) -> RemovableHandle:
         A handle whose `.remove()` takes the guard off.
 
     Raises:
-        ResumeMismatchError: from `load_state_dict`; groups of other names, or at other rates relative to A's.
+        ResumeMismatchError: from `load_state_dict`; groups of other names, or at other rates.
 
     Example:
         >>> optimizer = loraplus.create_optimizer(model, lr=2e-4, lr_ratio=16)  # doctest: +SKIP
@@ -78,8 +79,14 @@ def _refuse_other_rates(optimizer: torch.optim.Optimizer, state: Mapping[str, An
                 f"{factor:.6g}; resume with {old_factor:.6g}, {LOOP_WAY}"
             )
     if not math.isclose(lr, old_lr, rel_tol=_RELATIVE_TOLERANCE):
+        if all("initial_lr" in group for group in state["param_groups"]):
+            raise ResumeMismatchError(
+                f"the checkpoint was trained with lr = {old_lr:.6g}, this run asks for {lr:.6g}; resume with "
+                f"lr = {old_lr:.6g}, {LOOP_WAY}"
+            )
         warnings.warn(
-            f"the checkpoint was trained with lr = {old_lr:.6g}; it goes on with that, and lr = {lr:.6g} is not used",
+            f"the checkpoint stood at lr = {old_lr:.6g}, this run at {lr:.6g}: unless your loop sets the rate at every "
+            f"step, it goes on at {old_lr:.6g}",
             LoraPlusWarning,
             stacklevel=4,
         )
