@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -26,7 +27,13 @@ AUTO_FILE = "loraplus_auto.pt"
 OF_PARAMETERS_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "state1")
 """Names of an optimizer's states that have their parameter's own shape."""
 _FORMAT_VERSION = 1
+_RELATIVE_TOLERANCE = 1e-6
 _EMBEDDING_ROLES = (Role.EMBEDDING_A, Role.EMBEDDING_B, Role.EMBEDDING)
+_RATE_OF_ITS_OWN = {
+    **{role.value: "lr_embedding" for role in _EMBEDDING_ROLES},
+    Role.HEAD.value: "lr_head",
+    Role.MAGNITUDE.value: "lr_magnitude",
+}
 _TRAINER_WAY = (
     "or start a new run from its weights: load them with PeftModel.from_pretrained(model, {checkpoint!r}, "
     "is_trainable=True) and train without resume_from_checkpoint"
@@ -170,8 +177,8 @@ def check_resume(
         instead: what else the user can do, as the end of a sentence.
 
     Raises:
-        ResumeMismatchError: another ratio or another rate of a role, other parameters, a checkpoint without LoRA+, or
-            a damaged one.
+        ResumeMismatchError: another lr, ratio or rate of a role, other parameters, a checkpoint without LoRA+, or a
+            damaged one.
     """
     instead = instead.format(checkpoint=str(checkpoint))
     saved = read_record(checkpoint, instead)
@@ -225,20 +232,13 @@ def check_record(
         )
     if roles is not None:
         refuse_other_parameters(saved.get("roles"), roles, where, instead)
-    asked = asdict(rates)
-    for name, value in asked.items():
+    for name, value in asdict(rates).items():
         # A setting that this version has and the one that wrote the checkpoint did not was not in use.
-        if name == "lr" or (saved.get(name) or None) == (value or None):
+        if _same(saved.get(name) or None, value or None) or (name == "lr" and auto and not _learns_at_lr(saved)):
             continue
         raise ResumeMismatchError(
             f"{where} was trained with {name} = {saved.get(name)}, this run asks for {value}; resume with "
             f"{name} = {saved.get(name)}, {instead}"
-        )
-    if saved.get("lr") != asked["lr"]:
-        warnings.warn(
-            f"{where} was trained with lr = {saved.get('lr')}; its schedule goes on and lr = {asked['lr']} is not used",
-            LoraPlusWarning,
-            stacklevel=4,
         )
 
 
@@ -271,3 +271,16 @@ def refuse_other_parameters(saved: Any, roles: Mapping[str, str], where: str, in
             f"{where} was trained with other parameters: {', '.join(found)}; resume with the adapter, target modules "
             f"and frozen parameters that it was trained with, {instead}"
         )
+
+
+def _same(saved: Any, value: Any) -> bool:
+    """Of rates, up to the rounding of a rate that was kept in single precision."""
+    if isinstance(saved, float) and isinstance(value, float):
+        return math.isclose(saved, value, rel_tol=_RELATIVE_TOLERANCE)
+    return saved == value
+
+
+def _learns_at_lr(saved: Mapping[str, Any]) -> bool:
+    """Whether a parameter learns at lr itself where A's and B's rates are automatic: a head without lr_head, say."""
+    roles = set(saved.get("roles", {}).values()) - {Role.A.value, Role.B.value}
+    return any(not saved.get(_RATE_OF_ITS_OWN.get(role, "")) for role in roles)

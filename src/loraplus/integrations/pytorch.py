@@ -44,10 +44,11 @@ def rates_for_log(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def guard_resume(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> RemovableHandle:
-    """Makes `optimizer.load_state_dict` refuse a state that was trained at another ratio, or of other parameters.
+    """Makes `optimizer.load_state_dict` refuse a state that was trained at another ratio or lr, or of other parameters.
 
-    torch takes the rates of the state that it loads, so a run resumed under another ratio would go on at the old one;
-    it tells parameters by their number, so other layers of the same count would be given each other's state.
+    torch takes the rates of the state that it loads, so a run resumed under others would go on at the old ones. Where
+    no scheduler notes the base rates, another lr may be another point of a schedule set by hand: that is a warning.
+    And torch tells parameters by their number, so other layers of the same count would be given each other's state.
 
     Args:
         optimizer: with named groups, as `loraplus.create_optimizer` makes them.
@@ -59,7 +60,7 @@ def guard_resume(optimizer: torch.optim.Optimizer, model: nn.Module | None = Non
 
     Raises:
         ResumeMismatchError: from `load_state_dict`; groups of other names, other parameters in them, or groups at other
-            rates relative to A's.
+            rates.
 
     Example:
         >>> optimizer = loraplus.create_optimizer(model, lr=2e-4, lr_ratio=16)  # doctest: +SKIP
@@ -155,8 +156,15 @@ def _refuse_other_rates(groups: Groups, saved_groups: Groups) -> None:
                 f"{rate / lr:.6g}; resume with {old_rate / old_lr:.6g}, {LOOP_WAY}"
             )
     if not math.isclose(lr, old_lr, rel_tol=_RELATIVE_TOLERANCE):
+        # OneCycleLR notes a base rate of its own, which this run may not have yet.
+        if all("initial_lr" in group and "max_lr" not in group for group in saved_groups):
+            raise ResumeMismatchError(
+                f"the checkpoint was trained with lr = {old_lr:.6g}, this run asks for {lr:.6g}; resume with "
+                f"lr = {old_lr:.6g}, {LOOP_WAY}"
+            )
         warnings.warn(
-            f"the checkpoint was trained with lr = {old_lr:.6g}; it goes on with that, and lr = {lr:.6g} is not used",
+            f"the checkpoint stood at lr = {old_lr:.6g}, this run at {lr:.6g}: unless your loop sets the rate at every "
+            f"step, it goes on at {old_lr:.6g}",
             LoraPlusWarning,
             stacklevel=5,
         )
