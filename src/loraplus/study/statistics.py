@@ -8,7 +8,7 @@ examples tells how sure a figure is for the models that were trained, and nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
@@ -23,6 +23,8 @@ Scores = NDArray[np.float64]
 
 LEVEL = 0.05
 """How often a difference may be found where there is none."""
+LEAST_SEEDS = 3
+"""Two seeds can agree with each other by luck: no verdict rests on fewer than three."""
 _RESAMPLES = 9_999
 _CELLS = 1_000_000  # resamples × examples held at a time
 _EXACT_UP_TO = 12
@@ -54,11 +56,17 @@ class Estimate:
         return Estimate(self.mean, max(self.low, least), min(self.high, most))
 
 
-def t_interval(values: Sequence[float]) -> Estimate:
+def _standard_error(values: Sequence[float], step: float) -> float:
+    return max(float(np.std(values, ddof=1)), step * math.sqrt(2 / 12)) / math.sqrt(len(values))
+
+
+def t_interval(values: Sequence[float], step: float = 0.0) -> Estimate:
     """The mean of one value a seed with its 95% interval by Student's t; with one seed the interval is unbounded.
 
     Args:
         values: one a seed, at least one, all finite.
+        step: of the two numbers that each value is the difference of, such as 1/E for accuracies on E examples. Seeds
+            that agree to the last example have no spread to judge by; it is not taken for less than rounding makes it.
 
     Example:
         >>> t_interval([1.0, 1.0, 1.0])
@@ -67,7 +75,7 @@ def t_interval(values: Sequence[float]) -> Estimate:
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Estimate(mean, -math.inf, math.inf)
-    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * _standard_error(values, step)
     return Estimate(mean, mean - half, mean + half)
 
 
@@ -76,13 +84,14 @@ def finite_t_interval(values: Sequence[float]) -> Estimate | None:
     return t_interval(values) if len(values) and np.isfinite(values).all() else None
 
 
-def t_test(differences: Sequence[float]) -> float | None:
+def t_test(differences: Sequence[float], step: float = 0.0) -> float | None:
     """Two-sided p of a mean of paired differences by Student's t; None with one of them, which has no spread.
 
     It is below 0.05 exactly where `t_interval` leaves 0 out.
 
     Args:
         differences: one a seed, all finite.
+        step: as in `t_interval`.
 
     Example:
         >>> t_test([0.0, 0.0, 0.0])
@@ -93,7 +102,7 @@ def t_test(differences: Sequence[float]) -> float | None:
     if len(differences) < 2:
         return None
     mean = math.fsum(differences) / len(differences)
-    error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    error = _standard_error(differences, step)
     if error == 0:
         return 0.0 if mean else 1.0
     return float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
@@ -122,6 +131,29 @@ def holm(p_values: Sequence[float]) -> list[float]:
         so_far = max(so_far, min(1.0, (len(p_values) - place) * p_values[i]))
         adjusted[i] = so_far
     return adjusted
+
+
+def decisions(family: Mapping[str, Sequence[float]], step: float = 0.0) -> dict[str, float | None]:
+    """The p-values that verdicts rest on: `t_test` over the seeds of each comparison, then `holm` over all of them.
+
+    Args:
+        family: {comparison: its differences, one a seed}.
+        step: as in `t_interval`.
+
+    Returns:
+        {comparison: p}; None for those with fewer than `LEAST_SEEDS` seeds, which are no part of the family.
+
+    Example:
+        >>> decisions({"two seeds": [0.1, 0.1], "three": [0.0, 0.0, 0.0]})
+        {'two seeds': None, 'three': 1.0}
+    """
+    p_values = {
+        name: p
+        for name, differences in family.items()
+        if len(differences) >= LEAST_SEEDS and (p := t_test(differences, step)) is not None
+    }
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return {name: adjusted.get(name) for name in family}
 
 
 def _checked(scores: Sequence[Sequence[float]] | Scores) -> Scores:
@@ -188,17 +220,18 @@ class PairedDifference:
 
 
 def paired_difference(
-    a: Sequence[Sequence[float]] | Scores, b: Sequence[Sequence[float]] | Scores, seed: int = 0
+    a: Sequence[Sequence[float]] | Scores, b: Sequence[Sequence[float]] | Scores, *, step: float = 0.0, seed: int = 0
 ) -> PairedDifference:
     """Mean of b − a with interval and test over seeds, and the same over examples.
 
     `difference` and `p_value` are Student's t over the seeds' differences: do the *methods* differ on new seeds, tested
     on these examples? `p_value_over_seeds` is the exact permutation test for the same question; with S seeds it cannot
-    fall below 2/2^S. `over_examples` and `p_value_over_examples` (Student's t, and a permutation test that swaps the arms
-    within an example, scores averaged over seeds) ask another one: do *these models* differ on new examples?
+    fall below 2/2^S. `over_examples` and `p_value_over_examples` (Student's t, and a permutation test that swaps the
+    arms within an example, scores averaged over seeds) ask another one: do *these models* differ on new examples?
 
     Args:
         a, b: shape (seeds, test examples), paired in both.
+        step: of a seed's mean, as in `t_interval`.
         seed: of the permutations over examples, where there are too many to try them all.
 
     Returns:
@@ -219,7 +252,7 @@ def paired_difference(
     difference = b - a
     by_seed, by_example = difference.mean(axis=1), difference.mean(axis=0)
     return PairedDifference(
-        tuple(by_seed.tolist()), t_interval(by_seed), t_test(by_seed), _sign_flip_p(by_seed, seed),
+        tuple(by_seed.tolist()), t_interval(by_seed, step), t_test(by_seed, step), _sign_flip_p(by_seed, seed),
         t_interval(by_example), _sign_flip_p(by_example, seed),
     )  # fmt: skip
 
