@@ -19,7 +19,7 @@ from loraplus.study.plan import Plan, same_training
 from loraplus.study.records import Record, Trial
 from loraplus.study.summary import runs_csv_rows, summarise
 from study.test_runner import distance_from, without_processes
-from study.test_summary import record, study
+from study.test_summary import by_seed, record, study
 from study.test_summary import summary_of as summarised
 
 EVERY = ",".join(ALL)
@@ -147,6 +147,33 @@ def test_each_further_arm_is_compared_with_lora():
     assert "μA (0 tuning runs) is worse than tuned LoRA in test accuracy" in verdict
     assert "Prodigy (0 tuning runs): no difference found to tuned LoRA" in verdict
     assert "schedule-free (3 tuning runs): no difference found to tuned LoRA" in verdict
+
+
+def test_all_arms_are_one_family_and_each_shows_the_p_that_decides():
+    """Each arm alone would be found; of four arms at once, that is no longer rare enough."""
+    alone = by_seed(5, 2, 3, 1)
+    assert summarised(alone)["paired"]["found"] and 0.0125 < summarised(alone)["paired"]["p_value"] < 0.05
+    others = [r for arm in ("auto", "mua", "prodigy") for r in by_seed(5, 2, 3, 1, arm=arm) if r.trial.arm == arm]
+    others = [r for r in others if r.trial.phase == "final"]
+    summary = summarised([*alone, *others])
+    pairs = {"loraplus": summary["paired"], **summary["paired_with_lora"]}
+    assert summary["decision"]["family"] == list(pairs)
+    for pair in pairs.values():
+        assert pair["p_value_holm"] == pytest.approx(4 * pair["p_value"]) and pair["found"] is False
+    words = f"p = {pairs['auto']['p_value_holm']:.3f}, corrected for 4 arms"
+    assert summary["verdict"].count(words) == 4 and summary["verdict"].count("no difference found") == 4
+    html = page([*alone, *others])
+    assert html.count(f'<span class="p">p = {pairs["auto"]["p_value_holm"]:.3f}</span>') == 4
+    assert "corrected by Holm for 4 comparisons with LoRA" in html
+
+
+def test_an_arm_without_seeds_for_a_verdict_is_no_part_of_the_family():
+    auto = [r for r in by_seed(5, 2, arm="auto") if (r.trial.arm, r.trial.phase) == ("auto", "final")]
+    summary = summarised([*by_seed(5, 2, 3, 1), *auto])
+    assert summary["decision"]["family"] == ["loraplus"] and summary["paired"]["found"]
+    assert summary["paired"]["p_value_holm"] == summary["paired"]["p_value"]
+    assert summary["paired_with_lora"]["auto"]["found"] is None
+    assert "LoRA+ auto (0 tuning runs) − tuned LoRA in test accuracy is +3.5 points" in summary["verdict"]
 
 
 def test_an_arm_that_diverged_everywhere_does_not_spoil_the_others():

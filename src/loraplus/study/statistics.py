@@ -14,7 +14,7 @@ from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from loraplus.errors import InputError
 
@@ -105,7 +105,7 @@ def t_test(differences: Sequence[float], step: float = 0.0) -> float | None:
     error = _standard_error(differences, step)
     if error == 0:
         return 0.0 if mean else 1.0
-    return float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
+    return float(2 * special.stdtr(len(differences) - 1, -abs(mean) / error))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -171,9 +171,9 @@ def _checked(scores: Sequence[Sequence[float]] | Scores) -> Scores:
 def two_way_interval(scores: Sequence[Sequence[float]] | Scores) -> Estimate:
     """The mean of (seeds × examples) scores with a 95% interval for new seeds and new test examples.
 
-    V = s²_seeds/S + s²_examples/E − s²_rest/(S·E), with the variances of the seeds' means, of the examples' means, and
-    of what both leave over, which the first two hold once each; Student's t with Satterthwaite's degrees of freedom.
-    With one seed only the examples vary, with one example only the seeds.
+    half² = half²_seeds + half²_examples, of the t intervals over the seeds' means and over the examples' means. It is
+    wide rather than narrow: what neither seed nor example explains counts in both. With one seed only the examples
+    vary, with one example only the seeds.
 
     Args:
         scores: shape (seeds, test examples).
@@ -188,22 +188,11 @@ def two_way_interval(scores: Sequence[Sequence[float]] | Scores) -> Estimate:
         >>> two_way_interval([[1.0, 1.0], [1.0, 1.0]])
         Estimate(mean=1.0, low=1.0, high=1.0)
 
-    Source: Satterthwaite, Biometrics Bulletin 2 (1946), for sums of variances; Searle, Casella and McCulloch, Variance
-    Components (1992), for two crossed ways.
+    Source: Banerjee, Sankhyā 22 (1960), for a sum of variances each known from its own sample.
     """
     scores = _checked(scores)
-    by_seed, by_example = scores.mean(axis=1), scores.mean(axis=0)
-    if 1 in scores.shape:
-        return t_interval(by_example if len(by_seed) == 1 else by_seed)
-    mean, (seeds, examples) = float(scores.mean()), scores.shape
-    rest = scores - by_seed[:, None] - by_example + mean
-    of_seeds, of_examples = float(by_seed.var(ddof=1)) / seeds, float(by_example.var(ddof=1)) / examples
-    of_rest = float((rest**2).sum()) / ((seeds - 1) * (examples - 1)) / scores.size
-    variance = max(of_seeds + of_examples - of_rest, of_seeds, of_examples)
-    if variance == 0:
-        return Estimate(mean, mean, mean)
-    freedom = variance**2 / (of_seeds**2 / (seeds - 1) + of_examples**2 / (examples - 1))
-    half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * math.sqrt(variance)
+    ways = [t_interval(means) for means in (scores.mean(axis=1), scores.mean(axis=0)) if len(means) > 1]
+    mean, half = float(scores.mean()), math.hypot(*(way.high - way.mean for way in ways)) if ways else math.inf
     return Estimate(mean, mean - half, mean + half)
 
 
