@@ -131,7 +131,9 @@ class CompareConfig(TaskConfig):
     test_fraction: float = _option(0.2, "Part of --data kept for the test when --test-data is not given.")
     max_test_samples: int | None = _option(None, "Use at most so many test examples (stratified, by seed).")
     tuning_runs: int = _option(8, "Tuning runs for each arm that has rates to tune.")
-    seeds: int = _option(3, "Fresh seeds on which each arm's winner is trained and tested.")
+    seeds: int = _option(
+        5, "Fresh seeds on which each arm's winner is trained and tested. Fewer than 3 give no verdict."
+    )
     lr_ratio: float = _option(
         DEFAULT_LR_RATIO, "λ at which tuning of LoRA+ starts, of its untuned run, and of schedulefree."
     )
