@@ -28,7 +28,7 @@ _KEEPS = frozenset(
     "chunk split unbind expand index_select narrow requires_grad_".split()
 )
 # Name of a function: the places of the left and the right operand of its matrix product.
-_PRODUCTS = dict.fromkeys(("matmul", "mm", "bmm", "_grouped_mm", "grouped_mm"), (0, 1))
+_PRODUCTS: dict[str, tuple[int, int]] = dict.fromkeys(("matmul", "mm", "bmm", "_grouped_mm", "grouped_mm"), (0, 1))
 _PRODUCTS |= dict.fromkeys(("addmm", "baddbmm", "addbmm"), (1, 2))
 _DEPTH = 3  # methods that hand the weight on to others
 
@@ -158,9 +158,8 @@ class _Reader(ast.NodeVisitor):
             left, right = _PRODUCTS[name]
             if right < len(operands):
                 self._product(operands[left], operands[right])
-        elif name == "linear":
-            weights = [keyword.value for keyword in node.keywords if keyword.arg == "weight"] + node.args[1:2]
-            for weight in weights:
+        elif name in ("linear", "multi_head_attention_forward"):
+            for weight in (*node.args, *(keyword.value for keyword in node.keywords)):
                 self._found(self._weight(weight), _LAST)
         elif name == "einsum":
             self._einsum(node.args)

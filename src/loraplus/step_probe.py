@@ -205,7 +205,7 @@ def _moved(
     with _random_state_kept(device):
         random_state = torch.get_rng_state()
         mapping = dict(zip(held, stand_ins, strict=True))
-        twin = twin_over(optimizer, mapping, with_state=state, state_of={parameter: held[0] for parameter in held})
+        twin = twin_over(optimizer, mapping, with_state=state, state_of=dict.fromkeys(held, held[0]))
         _set_up(twin, slots, asked)
         for step in range(steps):
             if step == _SETTLING:
