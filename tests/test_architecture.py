@@ -9,7 +9,8 @@ import loraplus
 
 # Left to right, as in the picture.
 ORDER = (
-    "errors layouts roles rates existing_groups groups paper optimizer movement feature_updates auto integrations "
+    "errors twin step_probe layouts orientation structure adapter_types memory roles rates existing_groups groups "
+    "paper optimizer movement feature_updates auto integrations "
     "tasks inspection study report compare reproduce cli"
 ).split()
 
