@@ -8,16 +8,14 @@ from torch import nn
 
 _ROTATES = "it rotates the weights instead of adding a product of A and B"
 _RANDOM_BASES = "its bases are random and frozen, and it trains what scales or mixes them"
+_SHARED_FACTORS = "its A and B are random, frozen and shared by all layers, and it trains vectors that scale them"
 _COEFFICIENTS = "it trains coefficients of a transform of the weights"
 _TOKENS = "it trains virtual tokens, and no layer has factors"
 
 # PEFT's name of a type: the name it goes by, and what it trains.
 _KINDS = {
-    "VERA": ("VeRA", "its A and B are random, frozen and shared by all layers, and it trains vectors that scale them"),
-    "PVERA": (
-        "PVeRA",
-        "its A and B are random, frozen and shared by all layers, and it trains vectors that scale them",
-    ),
+    "VERA": ("VeRA", _SHARED_FACTORS),
+    "PVERA": ("PVeRA", _SHARED_FACTORS),
     "RANDLORA": ("RandLoRA", _RANDOM_BASES),
     "TINYLORA": ("TinyLoRA", _RANDOM_BASES),
     "UNILORA": ("Uni-LoRA", _RANDOM_BASES),
@@ -46,24 +44,26 @@ _KINDS = {
     "CARTRIDGE": ("Cartridge", _TOKENS),
     "ADAPTION_PROMPT": ("LLaMA-Adapter", "it trains prompts inside the attention layers"),
 }
-_OTHERWISE = "no known layout says which of its parameters is A and which B"
+_OTHERWISE = "no known layout says which of its parameters is A and which B (loraplus.register_layout teaches one)"
+_FROZEN = "all its LoRA factors are frozen; load the adapter with is_trainable=True, or unfreeze them"
 
 
 def cause(model: nn.Module) -> str | None:
-    """Why a model with an adapter of PEFT has no LoRA factor, as the end of a sentence; None if it is plain LoRA.
+    """Why a model with an adapter of PEFT has no LoRA factor to train, as the end of a sentence; None without adapter.
 
     Read off the `peft_config` that PEFT, diffusers and transformers keep on a model.
     """
-    for module in model.modules():
-        configs = getattr(module, "peft_config", None)
-        for config in configs.values() if isinstance(configs, Mapping) else ():
-            kind = getattr(config, "peft_type", None)
-            name = str(getattr(kind, "value", kind))
-            if name in ("LORA", "None"):
-                continue
-            title, trains = _KINDS.get(name, (name, _OTHERWISE))
-            return (
-                f"this is a {title} adapter: {trains}, so LoRA+ has nothing to set; train it with a plain optimizer, or "
-                "take LoRA: peft.LoraConfig(...)"
-            )
-    return None
+    names = {
+        str(getattr(kind, "value", kind))
+        for module in model.modules()
+        if isinstance(configs := getattr(module, "peft_config", None), Mapping)
+        for config in configs.values()
+        if (kind := getattr(config, "peft_type", None)) is not None
+    }
+    for name in sorted(names - {"LORA"}):
+        title, trains = _KINDS.get(name, (name, _OTHERWISE))
+        return (
+            f"this is a {title} adapter: {trains}, so LoRA+ has nothing to set; "
+            "train it with a plain optimizer, or take LoRA: peft.LoraConfig(...)"
+        )
+    return _FROZEN if names else None

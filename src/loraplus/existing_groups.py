@@ -168,8 +168,8 @@ def _check_memory(groups: Iterable[Mapping[str, Any]], listed: Sequence[Trainabl
         rates = [float(rate_of(group, label, lr)) for label, group in ((name, one), (other_name, other))]
         if not math.isclose(*rates):
             raise ParameterGroupError(
-                f"{entry.shares} (group {name}, lr {rates[0]:g}) and {entry.name} (group {other_name}, lr {rates[1]:g}) "
-                "are on one memory, which can have one rate only; put them into one group"
+                f"{entry.shares} (group {name}, lr {rates[0]:g}) and {entry.name} (group {other_name}, lr "
+                f"{rates[1]:g}) are on one memory, which can have one rate only; put them into one group"
             )
 
 

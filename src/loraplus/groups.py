@@ -270,8 +270,8 @@ def verify(
     """Checks that the optimizer gives every trainable parameter the LoRA+ rate asked for, and that its step follows it.
 
     Both the present rates and the base rates that a scheduler multiplies are checked, so it can be called at any time:
-    after wrapping, in warm-up (where every rate may be 0), or after resuming. The step is tried on two small matrices in
-    a twin of the optimizer, which is left alone; a step that cannot be tried is a LoraPlusWarning.
+    after wrapping, in warm-up (where every rate may be 0), or after resuming. The step is tried on two small matrices
+    in a twin of the optimizer, which is left alone; a step that cannot be tried is a LoraPlusWarning.
 
     Args:
         model: the model, wrapped or not.
@@ -347,7 +347,7 @@ def _prove_step(optimizer: Any, sources: list[TrainableParameter], lr_ratio: flo
 
 
 def _base_rate(table: RateTable, unit: Rates, own: Mapping[str, float | None]) -> float:
-    """η_A as the optimizer has it: the base rate of the first parameter that has η_A, over what `unit` (lr = 1) gives it.
+    """η_A as the optimizer has it: the base rate of a parameter that has η_A, over what `unit` (lr = 1) gives it.
 
     Raises:
         RateMismatchError: no relation to B's rate can be read off.

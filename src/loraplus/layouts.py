@@ -67,7 +67,7 @@ _PEFT = _patterns(
     (r"lora_monteclora_sampler\.(?:std_prior|expert_weights_prior)", Role.OTHER),
     (r"trainable_tokens_delta", Role.EMBEDDING),
 )
-_MODULES_TO_SAVE = re.compile(r"(?:^|\.)modules_to_save\.[^.]+\.")
+_MODULES_TO_SAVE = re.compile(r"(?:^|\.)modules_to_save\.")
 
 
 def recognise_peft(name: str, owner: nn.Module) -> Role | None:

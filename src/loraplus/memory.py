@@ -1,7 +1,7 @@
 """Parameters that are different objects on one memory: views, transposes, ties that a library made by hand.
 
-PEFT's `ensure_weight_tying` makes `lora_embedding_A` of the embedding the transpose of `lora_B` of the output layer. Each
-has a gradient of its own, and a step of either moves both.
+PEFT's `ensure_weight_tying` makes `lora_embedding_A` of the embedding the transpose of `lora_B` of the output layer.
+Each has a gradient of its own, and a step of either moves both.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _span(place: int, tensor: torch.Tensor) -> _Span | None:
     try:
         if local.is_meta or not local.numel() or not local.untyped_storage().data_ptr():
             return None
-        first = local.storage_offset()
-        reach = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
+        first = int(local.storage_offset())
+        reach = sum((int(size) - 1) * int(stride) for size, stride in zip(local.shape, local.stride(), strict=True))
     except (RuntimeError, NotImplementedError):  # a subclass without storage
         return None
     return _Span(place, local, first * local.element_size(), (first + reach + 1) * local.element_size())

@@ -2,8 +2,8 @@ r"""Which factor of a PEFT `ParamWrapper` meets the input: read off how the laye
 
 With `LoraConfig(target_parameters=…)` PEFT adapts a bare parameter W, such as the weights of all experts. Its `lora_A`
 has W's last dimension as columns, or the one before it where the layer says `is_transposed`. That is the input's side
-for y = W x; for y = x W (Llama 4's experts, GPT-2's Conv1D) it is the output's, and A and B have changed names. What the
-layer's own code multiplies W with decides; names and sizes do not.
+for y = W x; for y = x W (Llama 4's experts, GPT-2's Conv1D) it is the output's, and A and B have changed names. What
+the layer's own code multiplies W with decides; names and sizes do not.
 """
 
 from __future__ import annotations
@@ -28,13 +28,8 @@ _KEEPS = frozenset(
     "chunk split unbind expand index_select narrow requires_grad_".split()
 )
 # Name of a function: the places of the left and the right operand of its matrix product.
-_PRODUCTS = {
-    "matmul": (0, 1),
-    "mm": (0, 1),
-    "bmm": (0, 1),
-    "_grouped_mm": (0, 1),
-    "grouped_mm": (0, 1),
-} | dict.fromkeys(("addmm", "baddbmm", "addbmm"), (1, 2))
+_PRODUCTS: dict[str, tuple[int, int]] = dict.fromkeys(("matmul", "mm", "bmm", "_grouped_mm", "grouped_mm"), (0, 1))
+_PRODUCTS |= dict.fromkeys(("addmm", "baddbmm", "addbmm"), (1, 2))
 _DEPTH = 3  # methods that hand the weight on to others
 
 
@@ -163,9 +158,8 @@ class _Reader(ast.NodeVisitor):
             left, right = _PRODUCTS[name]
             if right < len(operands):
                 self._product(operands[left], operands[right])
-        elif name == "linear":
-            weights = [keyword.value for keyword in node.keywords if keyword.arg == "weight"] + node.args[1:2]
-            for weight in weights:
+        elif name in ("linear", "multi_head_attention_forward"):
+            for weight in (*node.args, *(keyword.value for keyword in node.keywords)):
                 self._found(self._weight(weight), _LAST)
         elif name == "einsum":
             self._einsum(node.args)

@@ -155,12 +155,16 @@ class Rates:
         """
         entries = list(parameters)
         roles = {entry.role for entry in entries}
-        for name, (of, what) in ROLES_OF.items():
-            if getattr(self, name) is not None and not roles & of:
-                raise InvalidRateError(
-                    f"{name} = {getattr(self, name):g} reaches no parameter: nothing that trains is {what}; leave it "
-                    f"out (what trains: {', '.join(sorted(roles))})"
-                )
+        unused = [
+            f"{name} = {getattr(self, name):g} (nothing that trains is {what})"
+            for name, (of, what) in ROLES_OF.items()
+            if getattr(self, name) is not None and not roles & of
+        ]
+        if unused:
+            raise InvalidRateError(
+                f"a setting that reaches no parameter: {', '.join(unused)}; leave it out (what trains: "
+                f"{', '.join(sorted(roles))})"
+            )
         if self.lr_ratio != 1 and Role.B not in roles:
             warnings.warn(
                 f"lr_ratio = {self.lr_ratio:g} reaches no parameter: no factor B of a linear layer trains "

@@ -1,9 +1,9 @@
 """What an optimizer's step does with two rates, tried on stand-ins: the proof behind what its groups say.
 
-An optimizer may take groups and never read their lr: those that estimate one rate for all (D-Adaptation, Prodigy), those
-that make their own from the step count, those that read `defaults["lr"]`. The groups then say η_B = λ·η_A and B moves as
-A does. So two small matrices with the same start and the same gradients stand in a twin of the optimizer, one in each
-of two groups, and take some steps: how far they come must be as far apart as the groups' rates.
+An optimizer may take groups and never read their lr: those that estimate one rate for all (D-Adaptation, Prodigy),
+those that make their own from the step count, those that read `defaults["lr"]`. The groups then say η_B = λ·η_A, and B
+moves as A does. So two small matrices with the same start and the same gradients stand in a twin of the optimizer, one
+in each of two groups, and take some steps: how far they come must be as far apart as the groups' rates.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _Slots(NamedTuple):
 
 
 def try_step(optimizer: Any, rates: Mapping[int, float]) -> Trial:
-    """Tries whether a step follows the rates of the groups. Nothing of the optimizer is touched, no random number drawn.
+    """Tries whether a step follows the rates of the groups; the optimizer and the random state stay as they are.
 
     Args:
         optimizer: any torch optimizer, in Accelerate's or DeepSpeed's wrapper or not.

@@ -50,8 +50,9 @@ class Structure:
     def is_factor(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether a parameter that no layout knows is part of an adapter's product all the same.
 
-        The evidence is where it stands: as a matrix in the part of a layer that PEFT calls the adapter's, in a module of
-        LyCORIS, under the very name of a factor, or as one of two matrices called lora-something that make a low rank.
+        The evidence is where it stands: as a matrix in the part of a layer that PEFT calls the adapter's, in a module
+        of LyCORIS, under the very name of a factor, or as one of two matrices called lora-something that make a low
+        rank.
         """
         holder = self.holder(owner)
         if id(owner) in self._in_adapter and parameter.ndim > 1:

@@ -77,7 +77,7 @@ def step_of(twin: torch.optim.Optimizer, closure: Callable[[], Any] | None = Non
 @contextmanager
 def _no_global_hooks() -> Iterator[None]:
     # torch wraps the step of every class, so a step that calls `super().step()` would call them from within too.
-    tables = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    tables: tuple[Any, ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
     kept = [dict(table) for table in tables]
     try:
         for table in tables:

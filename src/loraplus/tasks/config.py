@@ -105,10 +105,9 @@ class TaskConfig:
     trust_remote_code: bool = _option(False, "Run code that comes with the model. Only for models you trust.")
 
     @property
-    def other_rates(self) -> dict[str, float | None]:
-        """The rates of what is neither A nor B, as `Rates` takes them; a decoder trains no head."""
-        head = self.lr_head if self.task == CLASSIFICATION else None
-        return {"lr_embedding": self.lr_embedding, "lr_head": head}
+    def head_rate(self) -> float | None:
+        """`lr_head` where the task trains a head; a decoder's output layer stays as it is."""
+        return self.lr_head if self.task == CLASSIFICATION else None
 
 
 @dataclass(kw_only=True)

@@ -31,7 +31,7 @@ def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float) -> Rates:
     """
     if isinstance(lr, str):
         lr, lr_ratio = DEFAULT_LR, 1.0
-    return Rates(lr, lr_ratio, **config.other_rates)
+    return Rates(lr, lr_ratio, lr_embedding=config.lr_embedding, lr_head=config.head_rate)
 
 
 def total_steps(config: TaskConfig, train_examples: int) -> int:
