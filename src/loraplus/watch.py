@@ -168,8 +168,10 @@ class RateWatch:
     def _off(self, groups: Groups, *, on_accelerator: bool) -> list[int]:
         """Indices of the groups whose rate is not in relation to that of A's group."""
         rates = [group.get("lr") for group in groups]
-        if not on_accelerator and any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates):
-            return []  # reading them would have the device waited for
+        if any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates) and (
+            not on_accelerator or torch.cuda.is_current_stream_capturing()
+        ):
+            return []  # reading them waits for the device, and cannot be done while a graph is recorded
         of_a = rate_as_number(rates[self._reference]) if rates and self._expected[self._reference] else None
         if of_a is None:
             return []
