@@ -11,7 +11,8 @@ is made with gradient 0 and one with gradient 1, and
     rate = (drop with gradient 1) − (drop with gradient 0),    weight decay = (drop with gradient 0) / rate.
 
 A case judges one thing, so that one defect counts once: empty groups and weight decay have lines of their own. What a
-tool refuses with an error of its own counts as refused, neither right nor wrong. What cannot run counts for nobody.
+tool refuses with an error of its own counts as refused, neither right nor wrong; what it goes on with and says so, with
+what did it, as warned. What cannot run counts for nobody.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from peft.optimizers import create_loraplus_optimizer as peft_optimizer
 from stacks_cases import RATES, CannotRun, Case, adapted, kohya, library, tied
+from stacks_later import LATER
 from stacks_processes import WRAPPINGS
 from torch import nn
 
@@ -51,7 +53,7 @@ WHO = ("PEFT", "loraplus")
 
 
 class Verdict(NamedTuple):
-    """right, wrong, refused or cannot run, and what was seen."""
+    """right, wrong, refused, warned or cannot run, and what was seen."""
 
     kind: str
     detail: str = ""
@@ -344,6 +346,7 @@ CASES: dict[str, Judge] = {
     "ratio 1 is plain AdamW after 20 steps": ratio_one,
     "8-bit AdamW: embeddings in 32 bits": eight_bit,
     "resuming under another ratio": resume,
+    **{name: lambda who, judge=judge: Verdict(*judge(who)) for name, judge in LATER.items()},
     **{name: in_two_processes(wrapping) for wrapping, name in WRAPPINGS.items()},
 }
 
@@ -379,7 +382,9 @@ def versions() -> str:
 
 def total(rows: list[tuple[str, dict[str, Verdict]]], who: str) -> str:
     counts = Counter(verdicts[who].kind for _, verdicts in rows)
-    return ", ".join(f"{counts[kind]} {kind}" for kind in ("right", "refused", "wrong", "cannot run") if counts[kind])
+    return ", ".join(
+        f"{counts[kind]} {kind}" for kind in ("right", "refused", "warned", "wrong", "cannot run") if counts[kind]
+    )
 
 
 def markdown(rows: list[tuple[str, dict[str, Verdict]]]) -> str:

@@ -268,11 +268,11 @@ def test_a_copy_is_an_optimizer_without_a_watch():
     model = adapted()
     optimizer = made(model)
     for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert not copied._optimizer_step_pre_hooks
+        assert not hasattr(copied, "loraplus_watch")
         copied.step()
     inert = copy.deepcopy(optimizer.loraplus_watch)
     assert isinstance(inert, RateWatch) and not inert.on
-    inert._before_step(optimizer, (), {})
+    inert.look(optimizer)
     assert optimizer.loraplus_watch.on
 
 
@@ -280,10 +280,14 @@ def test_it_is_there_once_and_comes_back_after_being_taken_off():
     model = adapted()
     optimizer = made(model)
     watch = optimizer.loraplus_watch
-    assert watch_rates(model, optimizer) is watch and len(optimizer._optimizer_step_pre_hooks) == 1
+    assert watch_rates(model, optimizer) is watch and len(optimizer._optimizer_load_state_dict_post_hooks) == 1
     watch.remove()
-    assert not optimizer._optimizer_step_pre_hooks
-    assert watch_rates(model, optimizer).on and len(optimizer._optimizer_step_pre_hooks) == 1
+    optimizer.param_groups[1]["lr"] = LR
+    assert stepped(optimizer) == [] and not optimizer._optimizer_load_state_dict_post_hooks
+    optimizer.param_groups[1]["lr"] = LR * RATIO
+    assert watch_rates(model, optimizer).on
+    optimizer.param_groups[1]["lr"] = LR
+    assert len(stepped(optimizer)) == 1
 
 
 def test_it_keeps_neither_model_nor_optimizer_alive():

@@ -1,18 +1,21 @@
 """Notices when something takes an optimizer's groups away from the ratios they were built with, and says so once.
 
 `verify` proves the rates of one moment. Later a scheduler with a rate of its own, a callback or a line of the user's
-can give all groups one rate, or add B to a group at A's, and training goes on as plain LoRA. A hook compares the rates
+can give all groups one rate, or add B to a group at A's, and training goes on as plain LoRA. The rates are compared
 before every step. It changes nothing, neither in the optimizer nor in its state.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from loraplus.errors import LoraPlusWarning
 from loraplus.membership import Groups, Membership, base_rate, group_labels, rate_as_number, reference_group
@@ -53,6 +56,7 @@ def watch_rates(model: nn.Module | None, optimizer: Any) -> RateWatch | None:
         return None
     watch = getattr(optimizer, "loraplus_watch", None)
     if not (isinstance(watch, RateWatch) and watch.on):
+        _hook_all_optimizers()
         watch = optimizer.loraplus_watch = RateWatch()
         watch.start(optimizer)
     if model is not None:
@@ -67,13 +71,30 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
+@functools.cache
+def _hook_all_optimizers() -> None:
+    """One hook for all, so that an optimizer has none of ours, and ours is asked before its own.
+
+    `AutoRates`' hook puts other rates into the groups for the length of a step.
+    """
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        watch = getattr(optimizer, "loraplus_watch", None)
+        if watch is not None:
+            watch.look(optimizer)
+
+
 class RateWatch:
-    """A hook before an optimizer's steps; made by `watch_rates`. A copy of it, pickled or deep, watches nothing."""
+    """What `watch_rates` has found in an optimizer, and holds it to. A copy, pickled or deep, watches nothing."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.members = Membership({})
-        self._handles: list[Any] = []
+        self._optimizer: weakref.ref[Any] | None = None
+        self._handle: Any = None
         self._relations: dict[str, float] = {}  # label of a group: its base rate over that of A's group
         self._base_of_a = 0.0
         self._sizes: list[int] = []
@@ -87,15 +108,13 @@ class RateWatch:
 
     @property
     def on(self) -> bool:
-        """Whether its hooks are on an optimizer."""
-        return bool(self._handles)
+        """Whether it watches an optimizer."""
+        return self._optimizer is not None
 
     def start(self, optimizer: Any) -> None:
-        """Puts the hooks on; the rates of this moment are what is held to."""
-        step = optimizer.register_step_pre_hook(self._before_step)
-        # Before `AutoRates`, which may put its own rates into the groups for the length of a step.
-        optimizer._optimizer_step_pre_hooks.move_to_end(step.id, last=False)
-        self._handles = [step, optimizer.register_load_state_dict_post_hook(self._after_load)]
+        """The rates of this moment are what the optimizer is held to."""
+        self._optimizer = weakref.ref(optimizer)
+        self._handle = optimizer.register_load_state_dict_post_hook(self._after_load)
         groups = optimizer.param_groups
         labels, base = group_labels(groups), [base_rate(group) for group in groups]
         self._base_of_a = of_a = base[reference_group(labels)] or 0.0
@@ -106,9 +125,9 @@ class RateWatch:
 
     def remove(self) -> None:
         """Ends the watch, until `watch_rates` is called again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._handle is not None:
+            self._handle.remove()
+        self._optimizer = self._handle = None
 
     def why(self, optimizer: Any) -> str | None:
         """What set the present rates, if they are not in the ratios that the optimizer was built with."""
@@ -118,8 +137,9 @@ class RateWatch:
             return "load_state_dict did it: the state was trained at other rates, and torch goes on with those"
         return cause(optimizer, self._expected, self._reference)
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or not self._handles:
+    def look(self, optimizer: Any) -> None:
+        """Compares rates and places before a step, and warns."""
+        if self._optimizer is None or self._optimizer() is not optimizer:  # a twin of the optimizer has its attributes
             return
         self.steps += 1
         groups, seldom = optimizer.param_groups, self.steps % _SELDOM == 1
@@ -148,8 +168,10 @@ class RateWatch:
     def _off(self, groups: Groups, *, on_accelerator: bool) -> list[int]:
         """Indices of the groups whose rate is not in relation to that of A's group."""
         rates = [group.get("lr") for group in groups]
-        if not on_accelerator and any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates):
-            return []  # reading them would have the device waited for
+        if any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates) and (
+            not on_accelerator or torch.cuda.is_current_stream_capturing()
+        ):
+            return []  # reading them waits for the device, and cannot be done while a graph is recorded
         of_a = rate_as_number(rates[self._reference]) if rates and self._expected[self._reference] else None
         if of_a is None:
             return []
@@ -176,5 +198,5 @@ class RateWatch:
         if problems:
             more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
             text = "; ".join(problems[:_NAMED]) + more
-            # 5: the line that takes the step, past the hook and torch's wrapper of `step`.
-            warnings.warn(f"at step {self.steps}, {text}; {why}", LoraPlusWarning, stacklevel=5)
+            # 6: the line that takes the step, past our hook and torch's wrapper of `step`.
+            warnings.warn(f"at step {self.steps}, {text}; {why}", LoraPlusWarning, stacklevel=6)

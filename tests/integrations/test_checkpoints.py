@@ -41,3 +41,9 @@ def test_inspect_reads_roles_off_every_name_that_a_group_can_have():
     assert "lora_B_ratio4_x0.5" in names
     roles = [_GROUP_NAME.fullmatch(name).group(1) for name in names]
     assert all(name.startswith(role) for name, role in zip(names, roles, strict=True))
+
+
+def test_a_folder_of_several_models_says_nothing_of_which_the_adapter_is(tmp_path):
+    record = rates_record(loraplus.Rates(1e-3, 16.0), adapted())
+    write_rates(tmp_path, {"models": {"unet": record, "text_encoder": record}})
+    assert read_rates_file(tmp_path) is None
