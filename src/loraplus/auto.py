@@ -35,11 +35,14 @@ from torch.distributed.tensor import DTensor
 from loraplus.compiled import anything_is_compiled, is_compiled, run_eagerly
 from loraplus.errors import LoraPlusWarning, TrainerSetupError
 from loraplus.feature_updates import FeatureUpdates
-from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, full, movement, rms
+from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, full, local, movement, rms
 from loraplus.owned_groups import OwnedGroups
-from loraplus.proposal import StepSize, asking_rate, holds, is_of_adams_size, proposed, scales_with_rate
+from loraplus.proposal import STEP_OF_ADAM, asking_rate, holds, is_of_adams_size, proposed, scales_with_rate
 from loraplus.roles import Role
 from loraplus.step_watcher import StepWatcher, unwrapped
+
+
+_ROLES = (Role.A, Role.B)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,6 @@ class LayerRates:
 
     lr_a: float | None
     lr_b: float | None
-
-    def scaled(self, by_a: float, by_b: float) -> LayerRates:
-        """Each times its own number."""
-        return LayerRates(self.lr_a and self.lr_a * by_a, self.lr_b and self.lr_b * by_b)
 
 
 class AutoRates(StepWatcher):
@@ -122,7 +121,8 @@ class AutoRates(StepWatcher):
         self.updates: FeatureUpdates | None = None
         self.lr_a = self.lr_b = 0.0  # without the schedule
         self._groups, self._process_group = groups, process_group
-        self._size = None if adams else StepSize()
+        self._pair = (0.0, 0.0)  # for steps of Adam's size
+        self._units: dict[Role, float] | None = None if adams else {Role.A: 1.0, Role.B: 1.0}
         self._compiled = self._missed = self._skipped = self._told = False
         self._state_hook = self._optimizer.register_state_dict_pre_hook(lambda _: self._groups.give_back())
         _register(self._optimizer, [*installed(self._optimizer), self])
@@ -143,16 +143,15 @@ class AutoRates(StepWatcher):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold."""
-        size = {} if self._size is None else {"sizes": {role.value: size for role, size in self._size.known.items()}}
-        return {"lr_a": self.lr_a, "lr_b": self.lr_b, "steps": self.steps, **self._groups.state_dict(), **size}
+        pair = {"lr_a": self.lr_a, "lr_b": self.lr_b, "pair": list(self._pair)}
+        return {**pair, "steps": self.steps, **self._groups.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint."""
         self.lr_a, self.lr_b = float(state["lr_a"]), float(state["lr_b"])
         self.steps = int(state["steps"])
         self._groups.load_state_dict(state)
-        if self._size is not None:
-            self._size.known = {Role(role): float(size) for role, size in state.get("sizes", {}).items()}
+        self._pair = tuple(state.get("pair", (self.lr_a, self.lr_b)))
         self._look()
 
     def summary(self) -> dict[str, Any]:
@@ -176,6 +175,9 @@ class AutoRates(StepWatcher):
     def _rate(self, role: Role) -> float:
         return self.lr_a if role is Role.A else self.lr_b
 
+    def _unit(self, role: Role) -> float:
+        return 1.0 if self._units is None else self._units[role]
+
     def _look(self) -> None:
         """Watches the forward passes up to the next step if that is to be measured."""
         due = self.steps < self.rule.measured_at_first or self.steps % self.rule.measured_every == 0 or self._missed
@@ -188,9 +190,10 @@ class AutoRates(StepWatcher):
         self._groups.give_back()
         found_inf = getattr(self._optimizer, "found_inf", None) if self._recorder.on else None
         self._skipped = found_inf is not None and bool(found_inf)  # as GradScaler tells a fused optimizer
-        if self._recorder.on and not self._skipped and any(w.grad is not None for w in factors(self._layers)):
-            self._measure()
-        return self._groups.lend({role: self._rate(role) for role in (Role.A, Role.B)})
+        asks = (self._recorder.on or self._units is not None) and not self._skipped
+        if asks and any(weight.grad is not None for weight in factors(self._layers)):
+            self._ask()
+        return self._groups.lend({role: self._rate(role) for role in _ROLES})
 
     def _after_step(self) -> None:
         self._groups.give_back()
@@ -198,14 +201,35 @@ class AutoRates(StepWatcher):
         self.steps += not self._skipped
         self._look()
 
-    def _measure(self) -> None:
+    def _ask(self) -> None:
+        """Sets the rates of the coming step, from what the optimizer would do."""
         device = factors(self._layers)[0].device
-        seen, terms = self._summed([float(len(self._recorder.samples)), self._recorder.loss_terms], device)
-        self._missed = not seen
-        if not seen:
-            return self._cope_with_nothing_seen()
-        self._say_what_was_not_seen()
-        steps = self._proposed()
+        seen = terms = 0.0
+        if self._recorder.on:
+            seen, terms = self._summed([float(len(self._recorder.samples)), self._recorder.loss_terms], device)
+            self._missed = not seen
+            if not seen:
+                self._cope_with_nothing_seen()
+            else:
+                self._say_what_was_not_seen()
+        if seen or self._units is not None:
+            steps = self._proposed()
+            if self._units is not None:
+                self._set_units(steps, device)
+            if seen:
+                self._measure([None if step is None else full(step) for step in steps], terms, device)
+            self.lr_a, self.lr_b = (eta * self._unit(role) for eta, role in zip(self._pair, _ROLES, strict=True))
+
+    def _set_units(self, steps: Sequence[torch.Tensor | None], device: torch.device) -> None:
+        """The rates at which the coming step has the size of Adam's, over all A and over all B."""
+        for first, role in enumerate(_ROLES):
+            parts = [local(step) for step in steps[first::2] if step is not None]
+            squares = sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts)
+            total, count = self._summed([squares, float(sum(part.numel() for part in parts))], device)
+            if 0 < total < math.inf:
+                self._units[role] = STEP_OF_ADAM * math.sqrt(count / total)
+
+    def _measure(self, steps: Sequence[torch.Tensor | None], terms: float, device: torch.device) -> None:
         part = self.rule.part(terms, len(self._layers)) if math.isfinite(terms) else math.nan
         moved: dict[str, tuple[Movement, float, float]] = {}
         for i, entry in enumerate(self._layers):
@@ -214,18 +238,13 @@ class AutoRates(StepWatcher):
             found = None if sample is None else _moved(entry, sample, weights, steps[2 * i], steps[2 * i + 1])
             if found is not None:
                 moved[entry.name] = found
-        if self._size is not None:
-            self._size.measure(Role.A, self._mean([size for _, size, _ in moved.values()], device))
-            self._size.measure(Role.B, self._mean([size for _, _, size in moved.values()], device))
         asked = {name: self._asked_for(*found, part) for name, found in moved.items()}
-        unit_a, unit_b = (1.0 if self._size is None else self._size.unit(role) for role in (Role.A, Role.B))
-        lr_a, lr_b = _balanced(
-            self._mean([rates.lr_a for rates in asked.values()], device) or self.lr_a / unit_a,
-            self._mean([rates.lr_b for rates in asked.values()], device) or self.lr_b / unit_b,
+        self._pair = _balanced(
+            self._mean([rates.lr_a for rates in asked.values()], device) or self._pair[0],
+            self._mean([rates.lr_b for rates in asked.values()], device) or self._pair[1],
             self.rule,
         )
-        self.lr_a, self.lr_b = lr_a * unit_a, lr_b * unit_b
-        self.layer_rates |= {name: rates.scaled(unit_a, unit_b) for name, rates in asked.items()}
+        self.layer_rates |= asked
         self._note_updates(moved)
 
     def _proposed(self) -> list[torch.Tensor | None]:
@@ -235,9 +254,8 @@ class AutoRates(StepWatcher):
                 f"{type(self._optimizer).__name__} does not hold the model's factors themselves, as under DeepSpeed; use "
                 "DDP or FSDP2, or give lr and lr_ratio as numbers"
             )
-        rates = (1.0, 1.0) if self._size is None else (asking_rate(weights[::2]), asking_rate(weights[1::2]))
-        steps = proposed(self._optimizer, weights, rates * len(self._layers))
-        return [None if step is None else full(step) for step in steps]
+        rates = (1.0, 1.0) if self._units is None else (asking_rate(weights[::2]), asking_rate(weights[1::2]))
+        return proposed(self._optimizer, weights, rates * len(self._layers))
 
     def _asked_for(self, moved: Movement, size_a: float, size_b: float, part: float) -> LayerRates:
         lr_a = lr_b = None
@@ -257,7 +275,8 @@ class AutoRates(StepWatcher):
             if entry.name in moved:
                 found, size_a, size_b = moved[entry.name]
                 a, b = (factor.get(id(weight), 0.0) for weight in entry.weights)
-                scaled[entry.name] = found.scaled(self.lr_a * a * size_a, self.lr_b * b * size_b)
+                rate_a, rate_b = (eta * self._unit(role) for eta, role in zip(self._pair, _ROLES, strict=True))
+                scaled[entry.name] = found.scaled(rate_a * a * size_a, rate_b * b * size_b)
         if scaled:
             self.updates = FeatureUpdates.from_movements(self._layers, scaled)
 

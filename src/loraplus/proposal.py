@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from loraplus.movement import local, rms
-from loraplus.roles import Role
 from loraplus.twin import step_of, twin_over
 
 STEP_OF_ADAM = 0.3
@@ -82,22 +81,6 @@ def is_of_adams_size(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) 
     same = all(1 / _SAME < one / other < _SAME for one, other in zip(ones, others, strict=True))
     _, middle, last = ones
     return same and _SIZES[0] < last < _SIZES[1] and last > middle / _SAME  # Adagrad's fall by √2
-
-
-class StepSize:
-    """For optimizers whose steps are not of Adam's size: what makes them so, as last measured."""
-
-    def __init__(self) -> None:
-        self.known: dict[Role, float] = {}
-
-    def measure(self, role: Role, size: float) -> None:
-        """Takes the RMS of a role's steps per unit of rate; one small gradient among large ones is not believed."""
-        if size:
-            self.known[role] = max(size, self.known.get(role, 0.0) / 2)
-
-    def unit(self, role: Role) -> float:
-        """The rate at which a step has the size of Adam's at rate 1."""
-        return STEP_OF_ADAM / self.known[role] if role in self.known else 1.0
 
 
 def asking_rate(weights: Sequence[nn.Parameter]) -> float:

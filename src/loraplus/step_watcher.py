@@ -59,9 +59,9 @@ class StepWatcher:
     def _step_begins(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_within_a_step(optimizer):
             return None
-        args, kwargs = _closure_called(args, kwargs)
-        held = _Arguments(args)
-        held.kept = self._before_step()
+        called, kwargs = _closure_called(args, kwargs)
+        held = _Arguments(called)
+        held.kept = (args, self._before_step())  # args may hold what another watcher keeps
         return held, kwargs
 
     def _step_ends(self, optimizer: Any, args: Any, kwargs: Any) -> None:
