@@ -19,7 +19,6 @@ import pytest
 from optuna.trial import TrialState
 
 from loraplus.errors import InputError
-from loraplus.study.lease import Leases
 from loraplus.study.records import Record, Trial
 from loraplus.study.runner import run_all
 from loraplus.study.storage import open_study, without_password
@@ -111,18 +110,6 @@ def test_a_heartbeat_keeps_a_run(location: str, name: str):
         first.refresh()
         second.refresh()
         assert second.elsewhere() == [TRIAL]
-
-
-def test_a_lease_goes_by_the_own_clock_alone():
-    now = 0.0
-    leases = Leases(10, clock=lambda: now)
-    assert leases.is_alive(1, 5)
-    now = 10.0
-    assert leases.is_alive(1, 5)
-    assert leases.is_alive(2, 5), "seen for the first time"
-    now = 10.1
-    assert not leases.is_alive(1, 5)
-    assert leases.is_alive(1, 6)
 
 
 def test_other_settings_and_other_data_than_the_study_has_are_refused(location: str, name: str):
