@@ -1,6 +1,7 @@
 """How often `compare` finds a difference where there is none, and where there is one. No training: runs are drawn.
 
-    python benchmarks/null_comparisons.py
+    python benchmarks/null_comparisons.py            draws everything anew, in some minutes
+    python benchmarks/null_comparisons.py --table    what the committed results come to
 
 A run is right on example e with probability σ(skill of the run + ease of the example). Skills are drawn run by run and
 spread over seeds by 2.5 or 3 points of accuracy; eases are drawn once a comparison, so the same examples are hard for
@@ -12,6 +13,7 @@ rule does with two methods that are level over all examples but are each better 
 from __future__ import annotations
 
 import argparse
+import csv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,32 @@ def beside(generator: np.random.Generator, setting: Setting, comparisons: int) -
     return {name: count / comparisons for name, count in shares.items()}
 
 
+def table() -> None:
+    """For seeds and test examples, the lowest and highest share over spreads and eases, as in docs/comparisons.md."""
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def shares(column: str, difference: str, seeds: str, examples: str) -> str:
+        values = [
+            100 * float(row[column])
+            for row in rows
+            if (row["seeds"], row["examples"], row["difference"]) == (seeds, examples, difference)
+        ]
+        return "–" if not values else f"{min(values):.1f}–{max(values):.1f}%"
+
+    for columns in (
+        [(name, "0") for name in ("alone", "family", "over_examples", "rule_before", "own_examples")],
+        [(name, difference) for difference in ("1", "2", "4") for name in ("alone", "family")],
+    ):
+        print("| seeds | test examples |", " | ".join(f"{name}, {points} points" for name, points in columns), "|")
+        print("|" + "---|" * (2 + len(columns)))
+        for seeds in dict.fromkeys(row["seeds"] for row in rows):
+            for examples in dict.fromkeys(row["examples"] for row in rows):
+                cells = [shares(name, points, seeds, examples) for name, points in columns]
+                print("|", " | ".join([seeds, examples, *cells]), "|")
+        print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -138,7 +166,11 @@ def main() -> None:
         help="Drawn for each row; a fifth where there is a difference, a twentieth example by example.",
     )
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="Draw nothing; show the committed results.")
     options = parser.parse_args()
+    if options.table:
+        table()
+        return
     rows: list[dict[str, Any]] = []
     for spread, ease_sd in ((2.5, 0.0), (2.5, 2.0), (3.0, 0.0), (3.0, 2.0)):
         for examples in (400, 20_000):

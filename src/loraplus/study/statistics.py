@@ -56,8 +56,8 @@ class Estimate:
         return Estimate(self.mean, max(self.low, least), min(self.high, most))
 
 
-def _standard_error(values: Sequence[float], step: float) -> float:
-    return max(float(np.std(values, ddof=1)), step * math.sqrt(2 / 12)) / math.sqrt(len(values))
+def _spread(values: Sequence[float], step: float) -> float:
+    return max(float(np.std(values, ddof=1)), step * math.sqrt(2 / 12))
 
 
 def t_interval(values: Sequence[float], step: float = 0.0) -> Estimate:
@@ -75,7 +75,7 @@ def t_interval(values: Sequence[float], step: float = 0.0) -> Estimate:
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Estimate(mean, -math.inf, math.inf)
-    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * _standard_error(values, step)
+    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * _spread(values, step) / math.sqrt(len(values))
     return Estimate(mean, mean - half, mean + half)
 
 
@@ -102,7 +102,7 @@ def t_test(differences: Sequence[float], step: float = 0.0) -> float | None:
     if len(differences) < 2:
         return None
     mean = math.fsum(differences) / len(differences)
-    error = _standard_error(differences, step)
+    error = _spread(differences, step) / math.sqrt(len(differences))
     if error == 0:
         return 0.0 if mean else 1.0
     return float(2 * special.stdtr(len(differences) - 1, -abs(mean) / error))
