@@ -40,6 +40,7 @@ import torch
 from peft.optimizers import create_loraplus_optimizer as peft_optimizer
 from stacks_cases import RATES, CannotRun, Case, adapted, kohya, library
 from stacks_processes import WRAPPINGS
+from stacks_trainer import TRAINER
 from torch import nn
 
 import loraplus
@@ -264,6 +265,10 @@ def in_two_processes(wrapping: str) -> Judge:
     return judge
 
 
+def in_trainer(case: Callable[[str], tuple[str, str]]) -> Judge:
+    return lambda who: Verdict(*case(who))
+
+
 CASES: dict[str, Judge] = {
     **{name: rates_of(case) for name, case in RATES.items()},
     "U-Net and text encoder at ratios of their own": own_ratios,
@@ -273,6 +278,7 @@ CASES: dict[str, Judge] = {
     "ratio 1 is plain AdamW after 20 steps": ratio_one,
     "8-bit AdamW: embeddings in 32 bits": eight_bit,
     "resuming under another ratio": resume,
+    **{name: in_trainer(case) for name, case in TRAINER.items()},
     **{name: in_two_processes(wrapping) for wrapping, name in WRAPPINGS.items()},
 }
 
