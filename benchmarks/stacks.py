@@ -42,6 +42,7 @@ from peft.optimizers import create_loraplus_optimizer as peft_optimizer
 from stacks_cases import RATES, CannotRun, Case, adapted, kohya, library, tied
 from stacks_later import LATER
 from stacks_processes import WRAPPINGS
+from stacks_trainer import TRAINER
 from torch import nn
 
 import loraplus
@@ -333,6 +334,10 @@ def in_two_processes(wrapping: str) -> Judge:
     return judge
 
 
+def in_trainer(case: Callable[[str], tuple[str, str]]) -> Judge:
+    return lambda who: Verdict(*case(who))
+
+
 CASES: dict[str, Judge] = {
     **{name: rates_of(case) for name, case in RATES.items()},
     "U-Net and text encoder at ratios of their own": own_ratios,
@@ -347,6 +352,7 @@ CASES: dict[str, Judge] = {
     "8-bit AdamW: embeddings in 32 bits": eight_bit,
     "resuming under another ratio": resume,
     **{name: lambda who, judge=judge: Verdict(*judge(who)) for name, judge in LATER.items()},
+    **{name: in_trainer(case) for name, case in TRAINER.items()},
     **{name: in_two_processes(wrapping) for wrapping, name in WRAPPINGS.items()},
 }
 

@@ -258,7 +258,9 @@ def test_rates_of_roles_apply_where_the_trainer_has_one_rate_and_contradict_seve
     assert trainer.optimizer.defaults["lr"] == 0.2 and trainer.loraplus_rates.lr == 0.2
     for given in ({"lr": 1e-3}, {"lr_head": 1e-4}, {"lr_embedding": 1e-4}):
         trainer = loraplus.attach(make("layer-wise", tmp_path), **given)
-        with pytest.raises(InvalidRateError, match=rf"{next(iter(given))} = .* contradicts LayerWise, whose own groups"):
+        with pytest.raises(
+            InvalidRateError, match=rf"{next(iter(given))} = .* contradicts LayerWise, whose own groups"
+        ):
             trainer.create_optimizer()
     factored = loraplus.attach(make("layer-wise", tmp_path), lr_ratio=4, lr_overrides={"query": 0.5})
     factored.create_optimizer()

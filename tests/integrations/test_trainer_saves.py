@@ -57,7 +57,9 @@ CHANGES = [merge, unload, freeze, freeze_factors, disable, another_adapter, anot
 
 def attached(folder, **given):
     args = TrainingArguments(**common(folder, max_steps=2, logging_steps=1, warmup_steps=0))
-    trainer = Trainer(adapted(target_modules=["query", "value"]), args, train_dataset=Tokens(16), eval_dataset=Tokens(4))
+    trainer = Trainer(
+        adapted(target_modules=["query", "value"]), args, train_dataset=Tokens(16), eval_dataset=Tokens(4)
+    )
     return loraplus.attach(trainer, **given)
 
 

@@ -1,4 +1,4 @@
-"""No schedule of Trainer's brings the rates of A, B and head together, not where it ends at a rate of its own either."""
+"""No schedule of Trainer's brings the rates of A, B and head together, one that ends at a rate of its own included."""
 
 from __future__ import annotations
 
@@ -98,9 +98,11 @@ def test_at_ratio_one_a_schedule_is_left_as_it_is(tmp_path):
 
 
 def test_least_rates_given_for_each_group_are_the_users_own(tmp_path):
-    groups = loraplus.attach(
-        Trainer(adapted(), TrainingArguments(**common(tmp_path)), train_dataset=Tokens())
-    ).create_optimizer().param_groups
+    groups = (
+        loraplus.attach(Trainer(adapted(), TrainingArguments(**common(tmp_path)), train_dataset=Tokens()))
+        .create_optimizer()
+        .param_groups
+    )
     least = [5e-4 * (index + 1) for index in range(len(groups))]
     rows = run(tmp_path, Trainer, "reduce_lr_on_plateau", {**NEVER_BETTER, "min_lr": least}, lr_ratio=16)
     names = [group["name"] for group in groups]

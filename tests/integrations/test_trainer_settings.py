@@ -103,7 +103,9 @@ def test_an_attached_trainer_can_be_searched_over_its_own_arguments(tmp_path):
 
 def test_a_hyperparameter_that_reaches_nothing_is_refused(tmp_path):
     trainer, seen = searched(tmp_path, Trainer)
-    with pytest.raises(TrainerSetupError, match="loraplus_lr_ratio is searched, but is no field of TrainingArguments.*L"):
+    with pytest.raises(
+        TrainerSetupError, match="loraplus_lr_ratio is searched, but is no field of TrainingArguments.*L"
+    ):
         search(loraplus.attach(trainer), {"loraplus_lr_ratio": [1.0, 4.0]})
     with pytest.raises(TrainerSetupError, match="lr_ratio is searched, but is no field of LoraPlusTrainingArguments"):
         search(searched(tmp_path)[0], {"lr_ratio": [1.0, 4.0]})
@@ -223,7 +225,9 @@ class TooLarge(Trainer):
 
 @pytest.mark.parametrize("given", [{"lr_ratio": 16}, {"lr_ratio": 4, "lr_head": 1e-4}, {"lr": "auto"}])
 def test_the_rates_hold_when_a_smaller_batch_size_is_tried(tmp_path, given):
-    args = TrainingArguments(**common(tmp_path, max_steps=4, auto_find_batch_size=True, logging_steps=1, warmup_steps=0))
+    args = TrainingArguments(
+        **common(tmp_path, max_steps=4, auto_find_batch_size=True, logging_steps=1, warmup_steps=0)
+    )
     trainer = loraplus.attach(TooLarge(factors(), args, train_dataset=Tokens(64)), **given)
     trainer.train()
     assert trainer._train_batch_size < 8 and trainer.state.global_step == 4
