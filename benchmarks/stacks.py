@@ -334,7 +334,7 @@ def in_two_processes(wrapping: str) -> Judge:
     return judge
 
 
-def in_trainer(case: Callable[[str], tuple[str, str]]) -> Judge:
+def judged(case: Callable[[str], tuple[str, str]]) -> Judge:
     return lambda who: Verdict(*case(who))
 
 
@@ -351,8 +351,7 @@ CASES: dict[str, Judge] = {
     "ratio 1 is plain AdamW after 20 steps": ratio_one,
     "8-bit AdamW: embeddings in 32 bits": eight_bit,
     "resuming under another ratio": resume,
-    **{name: lambda who, judge=judge: Verdict(*judge(who)) for name, judge in LATER.items()},
-    **{name: in_trainer(case) for name, case in TRAINER.items()},
+    **{name: judged(case) for name, case in (LATER | TRAINER).items()},
     **{name: in_two_processes(wrapping) for wrapping, name in WRAPPINGS.items()},
 }
 
