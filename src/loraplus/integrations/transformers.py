@@ -89,6 +89,7 @@ class LoraPlusMixin:
     model_init: Any
     optimizer: Any
     optimizer_cls_and_kwargs: Any
+    is_fsdp_enabled: bool
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -235,12 +236,15 @@ class LoraPlusMixin:
         """Holds the checkpoint against the rates, as soon as these are known: a trainer's own hooks set the base."""
         if self._resumed is not None:
             auto = self.loraplus_settings.auto
-            roles = roles_of(self.model) if self._made is None else self._made.record["roles"]
+            # FSDP names flat parameters otherwise once it has wrapped the model.
+            wrapped_later = self._made is None and self.is_fsdp_enabled
+            roles = None if wrapped_later else roles_of(self.model) if self._made is None else self._made.record["roles"]
             check_resume(self._resumed, self.loraplus_rates, auto=auto, roles=roles)
             self._auto_state = read_auto_state(self._resumed) if auto else None
             if self.loraplus_auto is not None and self._auto_state is not None:
                 self.loraplus_auto.load_state_dict(self._auto_state)
-            self._resumed = None
+            if not wrapped_later:
+                self._resumed = None
 
     def hyperparameter_search(self, hp_space: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, over any training argument; a name that reaches none of them is refused.
