@@ -87,6 +87,17 @@ def test_of_experts_a_is_the_factor_that_meets_the_input(kind, which):
     assert_a_meets_the_input(model)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_of_two_parameters_of_one_layer_each_has_its_own_a():
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(**SHAPE | MODELS["Llama4Text"])
+    model = adapted(transformers.Llama4ForCausalLM(config), "experts.gate_up_proj", "experts.down_proj")
+    entries = trainable_parameters(model)
+    assert sorted(entry.role for entry in entries) == [Role.A, Role.A, Role.B, Role.B]
+    sizes = {tuple(entry.parameter.shape): entry.role for entry in entries}  # the rank and experts make 8
+    assert sizes == {(32, 8): Role.A, (8, 96): Role.B, (48, 8): Role.A, (8, 32): Role.B}
+
+
 class Layer(nn.Module):
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__()

@@ -114,6 +114,7 @@ FOLLOWING = {
         "Muon",
     )},
     "SGD with momentum and decay": ("torch.optim.SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.5}),
+    "AdamW capturable": ("torch.optim.AdamW", {"capturable": True}),
     "AdamW foreach": ("torch.optim.AdamW", {"foreach": True, "amsgrad": True, "weight_decay": 1.0}),
     "Adafactor of transformers": ("transformers.optimization.Adafactor", {"relative_step": False}),
     "schedule-free, warming up": ("schedulefree.AdamWScheduleFree", {"warmup_steps": 1000}),

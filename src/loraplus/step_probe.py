@@ -31,6 +31,7 @@ _MOST_APART = 64.0
 _ALIKE = 0.02  # rates nearer to each other than this (in log) prove nothing
 _TOLERANCE = 0.15  # in log; some divide by what the weights are, so that their step is not quite linear in the rate
 _SIGNATURES = 8
+_WRAPPERS = ("accelerate.", "deepspeed.", "torch.distributed.")
 _PER_GROUP = frozenset({"params", "param_names", "lr", "initial_lr", "name"})
 
 
@@ -124,9 +125,14 @@ def try_step(optimizer: Any, rates: Mapping[int, float]) -> Trial:
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that takes the step: without Accelerate's or DeepSpeed's wrapper, with any that is part of it."""
-    while type(optimizer).__module__.startswith(("accelerate.", "deepspeed.")) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    """The optimizer that takes the step: without a wrapper of Accelerate, DeepSpeed or torch.distributed."""
+    while type(optimizer).__module__.startswith(_WRAPPERS):
+        inner = getattr(
+            optimizer, "optimizer", getattr(optimizer, "optim", None)
+        )  # the latter: ZeroRedundancyOptimizer
+        if inner is None:
+            break
+        optimizer = inner
     return optimizer
 
 
@@ -227,6 +233,8 @@ def _set_up(twin: torch.optim.Optimizer, slots: _Slots, asked: float) -> None:
     for group, rate in ((first, _LR), (second, _LR * asked)):
         group.update(copy.deepcopy(options))
         group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else rate
+        if group["params"][0].device.type == "cpu" and "capturable" in group:
+            group["capturable"] = False  # on a CPU torch takes such a step compiled only
     if callable(getattr(twin, "train", None)):  # schedule-free optimizers step in training mode only
         twin.train()  # type: ignore[attr-defined]
 
