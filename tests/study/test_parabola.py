@@ -110,7 +110,7 @@ def test_a_ratio_far_worse_than_the_best_has_no_say(lowest_tried: dict[float, fl
 
 
 def test_the_ratio_moves_by_no_more_than_a_factor_of_four():
-    """The lowest points of these parabolas are at λ = 6 and at λ = 42."""
+    """The lowest points of these parabolas are at λ = 6 and at λ = 43."""
     assert lowest_ratio({1.0: 0.3001, 4.0: 0.3002, 16.0: 0.3010, 64.0: 0.3, 256.0: 0.3299}) == 16
     assert lowest_ratio({256.0: 0.3001, 64.0: 0.3002, 16.0: 0.3010, 4.0: 0.3, 1.0: 0.3299}) == 16
 
