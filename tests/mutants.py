@@ -53,6 +53,10 @@ NEAREST: dict[str, list[str]] = {
 """The tests of each module that `make mutants` goes through; what is near is also what is quick."""
 
 
+Change = tuple[Any, int]
+"""An operator, and which of the places that it finds it changes."""
+
+
 @dataclass(frozen=True)
 class Mutant:
     """One change: the whole code with it, and the line before and after."""
@@ -63,28 +67,34 @@ class Mutant:
     code: str
 
 
-def mutants(code: str, seed: int = 0) -> list[Mutant]:
-    """All changes of a module, those of one place as far apart as they can be."""
+def changes(code: str, seed: int = 0) -> list[Change]:
+    """All changes of a module in the order in which they are tried: one of every place, then a second of each, …"""
     from cosmic_ray.ast import ast_nodes, get_ast
-    from cosmic_ray.mutating import mutate_code
 
     skipped = _annotations(code)
-    at: dict[tuple[int, int], list[Mutant]] = defaultdict(list)
-    seen = {code}
+    at: dict[tuple[int, int], list[Change]] = defaultdict(list)
     for operator in _operators():
-        tree = get_ast(code)
-        positions = [start for node in ast_nodes(tree) for start, _ in operator.mutation_positions(node)]
+        positions = [start for node in ast_nodes(get_ast(code)) for start, _ in operator.mutation_positions(node)]
         for occurrence, start in enumerate(positions):
-            if any(first <= start < last for first, last in skipped):
-                continue
-            changed = mutate_code(code, operator, occurrence)
-            if changed is not None and changed not in seen:
-                seen.add(changed)
-                at[start].append(_mutant(code, changed))
+            if not any(first <= start < last for first, last in skipped):
+                at[start].append((operator, occurrence))
     order = random.Random(seed)
     places = [order.sample(found, len(found)) for _, found in sorted(at.items())]
     order.shuffle(places)
     return [found[turn] for turn in range(max(map(len, places), default=0)) for found in places if turn < len(found)]
+
+
+def mutants(code: str) -> Iterator[Mutant | None]:
+    """The mutant of each of `changes`; None for one that comes to the same as an earlier one."""
+    from cosmic_ray.mutating import mutate_code
+
+    seen = {code, None}
+    for operator, occurrence in changes(code):
+        changed = None
+        with contextlib.suppress(AttributeError):  # ExceptionReplacer on `except (A, B)`
+            changed = mutate_code(code, operator, occurrence)
+        yield None if changed in seen else _mutant(code, changed)
+        seen.add(changed)
 
 
 def _mutant(code: str, changed: str) -> Mutant:
@@ -234,7 +244,7 @@ def main() -> int:
     if not tests:
         parser.error(f"no nearest tests of {name} are known: name them with --tests, or in {Path(__file__).name}")
     code = module.read_text(encoding="utf-8")
-    found = mutants(code)
+    left = len(changes(code))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="loraplus-mutants-") as folder:
         bench = Bench(module.relative_to(ROOT), tests, Path(folder))
@@ -243,16 +253,18 @@ def main() -> int:
             print(bench.log.read_text(), f"the tests of {name} fail without any change", sep="\n", file=sys.stderr)
             return 2
         limit = 10 + 3 * (time.monotonic() - before)
-        survivors, tried = [], 0
-        for mutant in found[: asked.changes]:
-            if time.monotonic() - started > asked.seconds:
+        survivors = tried = 0
+        for mutant in mutants(code):
+            if tried == asked.changes or time.monotonic() - started > asked.seconds:
                 break
+            left -= 1
+            if mutant is None:
+                continue
             tried += 1
             if bench.passes(mutant.code, limit):
-                survivors.append(mutant)
+                survivors += 1
                 print(f"{asked.module}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}", flush=True)
-    print(f"{name}: {tried - len(survivors)} of {tried} changes noticed, {len(survivors)} survived", end="")
-    print(f"; {len(found) - tried} more not tried" if tried < len(found) else "")
+    print(f"{name}: {tried - survivors} of {tried} changes noticed, {survivors} survived; {left} more not tried")
     return 0
 
 

@@ -24,16 +24,16 @@ def capped(value: float | None, more: bool = False) -> float | None:
 
 
 def test_numbers_conditions_extremes_and_calls_are_changed_and_types_are_not():
-    changed = {mutant.after for mutant in mutants(CODE)}
+    changed = {mutant.after for mutant in mutants(CODE) if mutant}
     assert {"LIMIT = (4.0 * 2)", "LIMIT = (4.0 / 2)", "return max(value, LIMIT)", "pass"} <= changed
     assert {"if value is None and more:", "if value is not None or more:"} <= changed
     assert not any(after.startswith("def capped(value: float +") for after in changed)
 
 
 def test_every_place_is_changed_once_before_any_is_twice():
-    lines = [mutant.line for mutant in mutants(CODE)]
+    lines = [mutant.line for mutant in mutants(CODE) if mutant]
     assert set(lines[: len(set(lines)) + 2]) == set(lines)
-    assert [mutant.code for mutant in mutants(CODE)] == [mutant.code for mutant in mutants(CODE)]
+    assert list(mutants(CODE)) == list(mutants(CODE))
 
 
 def test_changes_that_no_test_notices_are_shown():

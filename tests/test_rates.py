@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from types import SimpleNamespace
@@ -35,6 +36,11 @@ def test_a_rate_of_its_own_counts_for_its_roles_and_no_other(setting: str, roles
     plain, own = Rates(1e-3), Rates(1e-3, **{setting: 7e-3})
     for role in Role:
         assert own.of(role) == (7e-3 if role in roles else plain.of(role)), role
+
+
+def test_rates_stay_what_they_are():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Rates(1e-3).lr = 2e-3  # type: ignore[misc]
 
 
 def test_a_ratio_by_name_counts_for_b_alone():
