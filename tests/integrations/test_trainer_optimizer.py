@@ -83,6 +83,18 @@ class LayerWise(Trainer):
         return self.optimizer
 
 
+class OwnNames(Trainer):
+    """Groups that have names, one of them without factors."""
+
+    def create_optimizer(self, model=None):
+        trained = trained_of(self)
+        groups = [
+            {"params": [p for name, p in trained if "classifier" not in name], "name": "encoder", "lr": 2e-3},
+            {"params": [p for name, p in trained if "classifier" in name], "name": "top", "lr": 7e-3},
+        ]
+        self.optimizer = torch.optim.Adamax(groups)
+
+
 class Wrapped(Trainer):
     def create_optimizer(self):
         if self.optimizer is None:
@@ -155,6 +167,7 @@ TRAINERS = {
     "static": Momentum,
     "decay names": NoDecayOnA,
     "layer-wise": LayerWise,
+    "groups with names": OwnNames,
     "Lookahead": Wrapped,
     "a group added": AddsGroup,
     "named parameters": Named,
@@ -219,6 +232,16 @@ def test_b_learns_that_many_times_faster_within_each_group_and_all_else_is_kept(
     assert len(set(names)) == len(names) and all(group["params"] for group in found.optimizer.param_groups)
 
 
+@pytest.mark.parametrize("how", TRAINERS)
+def test_it_is_proved_against_the_trainers_own_groups(tmp_path, how):
+    trainer = loraplus.attach(make(how, tmp_path), lr_ratio=16)
+    assert trainer.loraplus_groups is None
+    trainer.train()
+    loraplus.verify(trainer.model, trainer.optimizer, 16, groups=trainer.loraplus_groups)
+    with pytest.raises(loraplus.RateMismatchError):
+        loraplus.verify(trainer.model, trainer.optimizer, 8, groups=trainer.loraplus_groups)
+
+
 @pytest.mark.parametrize("how", ["static", "Lookahead", "layer-wise", "factory", "loss in a group of its own"])
 def test_the_step_moves_b_that_many_times_further(tmp_path, how):
     trainer = loraplus.attach(make(how, tmp_path, weight_decay=0.0), lr_ratio=16)
@@ -244,6 +267,9 @@ def test_groups_have_the_names_that_users_know_whatever_the_decay(tmp_path):
     names = [group["name"] for group in trainer.create_optimizer().param_groups]
     assert names[:2] == ["group_0/lora_embedding_A", "group_0/lora_embedding_B"]
     assert {"group_1/lora_A", "group_1/lora_B", "group_2/lora_A", "group_2/lora_B", "group_0/head"} <= set(names)
+    trainer = loraplus.attach(make("groups with names", tmp_path))
+    names = [group["name"] for group in trainer.create_optimizer().param_groups]
+    assert {"encoder/lora_A", "encoder/lora_B", "top"} <= set(names)
     trainer = loraplus.attach(make("a group added", tmp_path))
     assert {"loss", "lora_A", "lora_B"} <= {group["name"] for group in trainer.create_optimizer().param_groups}
 

@@ -33,10 +33,11 @@ Group = dict[str, Any]
 
 
 class Split(NamedTuple):
-    """An optimizer whose groups were split; `factors` are the rates of its groups over that of A."""
+    """An optimizer whose groups were split, the groups that it had, and the rates of those it has over that of A."""
 
     optimizer: torch.optim.Optimizer
     rates: Rates
+    own_groups: list[Group]
     factors: list[float]
 
 
@@ -122,6 +123,7 @@ def split(trainer: Any, model: nn.Module, settings: RateSettings, rates_at: Call
     groups_for(listed, rates, trainer.args.weight_decay)  # raises what the model or a setting makes impossible
     asked = _asked(home, listed, rates, one_rate=len(lrs) == 1)
     holding = [group for group in optimizer.param_groups if any(id(p) in asked for p in group["params"])]
+    own = [{"params": [p for p in group["params"] if id(p) in asked], "lr": float(group["lr"])} for group in holding]
     parts = _Parts(listed, asked, rates, _suffixes(holding, lambda: _decaying(trainer, model)))
     for holder in _with_inner(optimizer):
         parts.replace(holder.param_groups)
@@ -135,7 +137,7 @@ def split(trainer: Any, model: nn.Module, settings: RateSettings, rates_at: Call
         )
     check_class(model, type(optimizer))
     finish(model, optimizer)
-    return Split(optimizer, rates, [float(group["lr"]) / rates.lr for group in optimizer.param_groups])
+    return Split(optimizer, rates, own, [float(group["lr"]) / rates.lr for group in optimizer.param_groups])
 
 
 def keep_ratio(scheduler: Any, made: Split) -> None:

@@ -53,7 +53,7 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 class Made(NamedTuple):
     """An optimizer as it was when it was made: what was asked for, its groups, and the record for checkpoints."""
 
-    asked: tuple[RateSettings, float]
+    asked: tuple[Rates, bool]
     split: Split
     record: dict[str, Any]
 
@@ -107,6 +107,14 @@ class LoraPlusMixin:
         """The rates of the optimizer, or those that one made now would have."""
         return self._rates_at(self.args.learning_rate) if self._made is None else self._made.split.rates
 
+    @property
+    def loraplus_groups(self) -> list[dict[str, Any]] | None:
+        """The groups that the trainer's own hooks made, as `verify(..., groups=...)` takes them; None before that."""
+        return None if self._made is None else self._made.split.own_groups
+
+    def _asked(self) -> tuple[Rates, bool]:
+        return self._rates_at(self.args.learning_rate), self.loraplus_settings.auto
+
     def _rates_at(self, lr: float) -> Rates:
         settings = self.loraplus_settings
         if self._known_rates is None or self._known_rates[:2] != (settings, lr):  # once, as a low ratio is warned of
@@ -126,8 +134,7 @@ class LoraPlusMixin:
         if self.optimizer is None:
             self._drop()
             check_plugin(self.accelerator)  # type: ignore[attr-defined]
-            settings = self.loraplus_settings
-            asked = settings, self.args.learning_rate
+            settings, asked = self.loraplus_settings, self._asked()
             self._making = True
             try:
                 with own_class(self, model):
@@ -160,6 +167,7 @@ class LoraPlusMixin:
         if self._watching:
             return
         settings, earlier = self.loraplus_settings, self.loraplus_auto
+        self._monitor = None
         if settings.auto:
             self.loraplus_auto = AutoRates(model, self.optimizer)
             state = earlier.state_dict() if self._auto_state is None and earlier is not None else self._auto_state
@@ -213,8 +221,7 @@ class LoraPlusMixin:
 
         An optimizer of an earlier `train()` is kept, as Trainer keeps it, unless other rates are asked for since.
         """
-        asked = self.loraplus_settings, self.args.learning_rate
-        if self._made is not None and (self.model_init is not None or self._made.asked != asked):
+        if self._made is not None and (self.model_init is not None or self._made.asked != self._asked()):
             self._check_ours()
             self._drop()
             self.optimizer = None
