@@ -234,9 +234,13 @@ def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
     Example:
         >>> print(loraplus.explain(model, optimizer))  # doctest: +SKIP
     """
+    return _table(trainable_parameters(model), optimizer)
+
+
+def _table(parameters: list[TrainableParameter], optimizer: Any) -> RateTable:
     group_of = _group_of(optimizer)
     entries = []
-    for entry in trainable_parameters(model):
+    for entry in parameters:
         index = group_of.get(id(entry.parameter))
         group = {} if index is None else optimizer.param_groups[index]
         entries.append(
@@ -294,8 +298,8 @@ def verify(
     Example:
         >>> loraplus.verify(model, optimizer, lr_ratio=16.0)  # doctest: +SKIP
     """
-    table = explain(model, optimizer)
     sources = trainable_parameters(model)
+    table = _table(sources, optimizer)
     own = {"lr_embedding": lr_embedding, "lr_head": lr_head, "lr_magnitude": lr_magnitude}
     overrides, ratios = lr_overrides or {}, lr_ratio_overrides or {}
     if groups is not None:

@@ -13,7 +13,7 @@ import functools
 import inspect
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -33,14 +33,14 @@ _PRODUCTS |= dict.fromkeys(("addmm", "baddbmm", "addbmm"), (1, 2))
 _DEPTH = 3  # methods that hand the weight on to others
 
 
-def wrapped_roles(model: nn.Module) -> dict[int, Role]:
+def wrapped_roles(modules: Iterable[nn.Module]) -> dict[int, Role]:
     """{id of a factor's module: its role}, for those of wrapped parameters whose name in PEFT says another.
 
     Warns once for each layer whose code does not tell; PEFT's names are taken there.
     """
     found: dict[int, Role] = {}
-    for module in model.modules():
-        name = getattr(module, "parameter_name", None)
+    for module in modules:
+        name = vars(module).get("parameter_name")
         if not isinstance(name, str) or not hasattr(module, "get_param") or not hasattr(module, "lora_A"):
             continue
         wrapper: Any = module

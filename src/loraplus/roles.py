@@ -176,10 +176,11 @@ def _unknown(name: str) -> UnknownAdapterParameterError:
 
 
 def _as_head(entry: TrainableParameter, owner: nn.Module, heads: set[int]) -> TrainableParameter:
-    """A layer of the output that is trained in full is a head, whoever unfroze it."""
+    """A layer of the output whose weight trains is a head, whoever unfroze it."""
     is_plain = entry.role in (Role.OTHER, Role.NORM_BIAS) and not _NORM_MODULE.search(type(owner).__name__)
-    in_full = all(parameter.requires_grad for parameter in owner.parameters(recurse=False))
-    return entry._replace(role=Role.HEAD) if is_plain and in_full and id(owner) in heads else entry
+    own = owner.named_parameters(recurse=False)
+    more_than_bias = any(parameter.requires_grad for name, parameter in own if name != "bias")
+    return entry._replace(role=Role.HEAD) if is_plain and more_than_bias and id(owner) in heads else entry
 
 
 def _one_role_a_memory(entries: list[TrainableParameter]) -> list[TrainableParameter]:

@@ -127,9 +127,7 @@ def try_step(optimizer: Any, rates: Mapping[int, float]) -> Trial:
 def unwrapped(optimizer: Any) -> Any:
     """The optimizer that takes the step: without a wrapper of Accelerate, DeepSpeed or torch.distributed."""
     while type(optimizer).__module__.startswith(_WRAPPERS):
-        inner = getattr(
-            optimizer, "optimizer", getattr(optimizer, "optim", None)
-        )  # the latter: ZeroRedundancyOptimizer
+        inner = getattr(optimizer, "optimizer", getattr(optimizer, "optim", None))  # ZeroRedundancyOptimizer has optim
         if inner is None:
             break
         optimizer = inner
@@ -203,7 +201,7 @@ def _moved(
     Raises:
         ArithmeticError: neither moves by more than rounding.
     """
-    held = [optimizer.param_groups[index]["params"][0] for index in (slots.slow, slots.fast)]
+    held: list[torch.Tensor] = [optimizer.param_groups[index]["params"][0] for index in (slots.slow, slots.fast)]
     device = torch.device("cpu") if held[0].is_meta else held[0].device
     start = held[0].detach() if state else torch.full(_SHAPE, 0.0 if zero else 0.5, device=device, dtype=torch.float32)
     stand_ins = [nn.Parameter(start.clone()) for _ in held]
@@ -251,7 +249,7 @@ def _step(twin: torch.optim.Optimizer, stand_ins: list[nn.Parameter], step: int,
 
 def _gradient(step: int, like: torch.Tensor) -> torch.Tensor:
     """Of full rank, of changing size and constant sign, so that no sum over steps cancels."""
-    entries = torch.arange(like.numel(), dtype=torch.float32)
+    entries = torch.arange(like.numel(), device="cpu", dtype=torch.float32)
     values = torch.cos(1.7 * entries) * (1 + 0.5 * torch.cos(step + 0.9 * entries))
     return values.reshape(like.shape).to(like.device, like.dtype)
 

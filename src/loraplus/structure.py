@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -41,7 +42,7 @@ class Structure:
                 above = self.owners[parent]
                 self._holders.setdefault(id(module), self._holders.get(id(above), above) if own in WRAPPERS else above)
             self._in_adapter |= {id(part) for container in _containers(module) for part in container.modules()}
-        self.wrapped = wrapped_roles(model)
+        self.wrapped = wrapped_roles(self.owners.values())
 
     def holder(self, module: nn.Module) -> nn.Module | None:
         """The module that holds another, wrappers not counted."""
@@ -73,10 +74,9 @@ class Structure:
         adapted = {id(owner) for owner in factor_owners}
         found = list(_behind(self.model, adapted))
         for module in self.owners.values():
-            get = getattr(module, "get_output_embeddings", None)
-            output = _called(get) if callable(get) else None
-            if isinstance(output, nn.Module):
-                found.append(output)
+            if hasattr(type(module), "get_output_embeddings"):
+                output = _output_layer(module)
+                found += [output] if isinstance(output, nn.Module) else []
         return {id(part) for module in found for part in module.modules() if id(part) not in self._in_adapter}
 
 
@@ -112,8 +112,8 @@ def _behind(module: nn.Module, adapted: set[int]) -> Iterator[nn.Module]:
         yield from children[places[-1] + 1 :]
 
 
-def _called(get: object) -> object:
+def _output_layer(module: Any) -> Any:
     try:
-        return get()  # type: ignore[operator]
+        return module.get_output_embeddings()
     except (NotImplementedError, AttributeError, TypeError):  # transformers' models without an output layer
         return None
