@@ -274,6 +274,15 @@ def test_groups_have_the_names_that_users_know_whatever_the_decay(tmp_path):
     assert {"loss", "lora_A", "lora_B"} <= {group["name"] for group in trainer.create_optimizer().param_groups}
 
 
+def test_parameters_stand_in_the_models_order_so_that_states_of_older_checkpoints_are_theirs(tmp_path):
+    trainer = loraplus.attach(make(Trainer, tmp_path, weight_decay=0.1))
+    expected = loraplus.param_groups(trainer.model, lr=5e-3, weight_decay=0.1)
+    found = trainer.create_optimizer().param_groups
+    assert [[id(p) for p in group["params"]] for group in found] == [
+        [id(p) for p in group["params"]] for group in expected
+    ]
+
+
 def test_rates_of_roles_apply_where_the_trainer_has_one_rate_and_contradict_several(tmp_path):
     trainer = loraplus.attach(make("class with its own lr", tmp_path), lr=0.2, lr_head=0.3, lr_overrides={"query": 0.5})
     trainer.create_optimizer()
