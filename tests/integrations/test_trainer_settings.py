@@ -7,6 +7,7 @@ import warnings
 import optuna
 import pytest
 import torch
+from pytorch_optimizer import Lookahead
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loraplus
@@ -183,6 +184,37 @@ def test_a_second_train_goes_on_with_the_optimizer_as_trainer_does(tmp_path):
     assert all(torch.equal(value, weights(plain.model)[name]) for name, value in weights(ours.model).items())
     faster, _ = twice(16)
     loraplus.verify(faster.model, faster.optimizer, lr_ratio=16, lr=5e-3)
+
+
+class Anew(Trainer):
+    """Builds an optimizer whenever it is asked for one, as many overrides do."""
+
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.1)
+
+
+class WrapsAgain(Trainer):
+    """Wraps what is there already, when it is asked a second time."""
+
+    def create_optimizer(self, model=None):
+        self.optimizer = Lookahead(super().create_optimizer(), k=2)
+
+
+@pytest.mark.parametrize("kind", [Anew, WrapsAgain])
+def test_a_hook_that_builds_anew_for_each_train_does_so(tmp_path, kind):
+    def twice(ratio):
+        args = TrainingArguments(**common(tmp_path, max_steps=2))
+        trainer = kind(adapted(), args, train_dataset=Tokens(32))
+        if ratio is not None:
+            loraplus.attach(trainer, lr_ratio=ratio)
+        trainer.train()
+        trainer.train()
+        return trainer
+
+    plain, ours = twice(None), twice(1)
+    assert all(torch.equal(value, weights(plain.model)[name]) for name, value in weights(ours.model).items())
+    faster = twice(16)
+    loraplus.verify(faster.model, faster.optimizer, lr_ratio=16, lr=0.1 if kind is Anew else 5e-3)
 
 
 def test_automatic_rates_go_on_in_a_second_train(tmp_path):

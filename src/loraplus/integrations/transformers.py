@@ -131,32 +131,35 @@ class LoraPlusMixin:
         if self._making:
             return build(*given)
         model = given[0] if given and given[0] is not None else self.model
-        if self.optimizer is None:
+        if self.optimizer is not None:  # of an earlier run, which most hooks keep
+            self._check_ours()
+        check_plugin(self.accelerator)  # type: ignore[attr-defined]
+        settings, asked = self.loraplus_settings, self._asked()
+        self._making = True
+        try:
+            with own_class(self, model):
+                build(*given)
+            new = None if self._is_ours() else split(self, model, settings, self._rates_at)
+        except BaseException:
+            self.optimizer = None  # not to be trained with, should train() be called again
+            raise
+        finally:
+            self._making = False
+        if new is not None:
             self._drop()
-            check_plugin(self.accelerator)  # type: ignore[attr-defined]
-            settings, asked = self.loraplus_settings, self._asked()
-            self._making = True
-            try:
-                with own_class(self, model):
-                    build(*given)
-                made = split(self, model, settings, self._rates_at)
-            except BaseException:
-                self.optimizer = None  # not to be trained with, should train() be called again
-                raise
-            finally:
-                self._making = False
-            self._made = Made(asked, made, rates_record(made.rates, model))
+            self._made = Made(asked, new, rates_record(new.rates, model))
             self._check_resumed()
-        self._check_ours()
         self._watch(model)
         return self.optimizer
 
-    def _check_ours(self) -> None:
-        ours = None if self._made is None else self._made.split.optimizer
-        found = self.optimizer
+    def _is_ours(self) -> bool:
+        found, ours = self.optimizer, None if self._made is None else self._made.split.optimizer
         while found is not None and found is not ours:  # in Accelerate's and DeepSpeed's wrappers
             found = getattr(found, "optimizer", None)
-        if found is None:
+        return found is not None
+
+    def _check_ours(self) -> None:
+        if not self._is_ours():
             raise TrainerSetupError(
                 f"{type(self).__name__} trains with an optimizer that LoRA+ did not split: one was put in its place; "
                 "leave trainer.optimizer alone, or change trainer.create_optimizer before loraplus.attach(trainer)"
@@ -182,8 +185,8 @@ class LoraPlusMixin:
         watcher = self.loraplus_auto or self._monitor
         if self._watching and watcher is not None:
             watcher.remove()
-            if self.loraplus_auto is not None:  # where `explain` finds the rates that it arrived at
-                getattr(self.optimizer, "optimizer", self.optimizer).loraplus_auto = self.loraplus_auto
+            if self._made is not None and self.loraplus_auto is not None:  # where `explain` finds what it arrived at
+                self._made.split.optimizer.loraplus_auto = self.loraplus_auto  # type: ignore[attr-defined]
         self._watching = False
 
     def _drop(self) -> None:
