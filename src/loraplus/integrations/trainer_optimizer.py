@@ -202,7 +202,7 @@ def _asked(
         group = home.get(id(entry.parameter))
         if group is not None:
             own = (rates, 1.0) if one_rate else (unit, float(group["lr"]))
-            found[id(entry.parameter)] = own[0].of(entry.role, entry.name) * own[1]
+            found[id(entry.parameter)] = own[0].of(entry.role, entry.rate_name) * own[1]
     return found
 
 
@@ -299,7 +299,7 @@ class _Parts:
             for parameter, name in zip(group["params"], names, strict=True)
         ]
         for place, entry, parameter, name in sorted(members, key=lambda member: member[0]):
-            label = _REST if entry is None else self._rates.group_name(entry.role, entry.name)
+            label = _REST if entry is None else self._rates.group_name(entry.role, entry.rate_name)
             if label not in parts:
                 parts[label] = place, _empty(group, None if entry is None else self._asked[id(parameter)])
             parts[label][1]["params"].append(parameter)
