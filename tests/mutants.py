@@ -28,7 +28,12 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 # What takes long to import, once for all: each mutant's tests run in a fork.
 HEAVY = ("torch", "transformers", "peft", "accelerate", "optuna", "sqlalchemy", "scipy.stats", "hypothesis", "pytest")
-ONE_OUTCOME = ["tests/study/test_one_outcome.py", "-k", "not postgresql and not sqlite"]
+_SHARED = "tests/study/test_shared_study.py::test_"
+_STORE = [
+    "tests/study/test_store.py", "tests/study/test_one_outcome.py", f"{_SHARED}a_run_is_claimed_by_one_process_only",
+    f"{_SHARED}an_abandoned_run_is_free_at_once", f"{_SHARED}a_heartbeat_keeps_a_run",
+    "-k", "not postgresql and not sqlite",
+]  # fmt: skip
 NEAREST: dict[str, list[str]] = {
     "layouts": ["tests/test_layouts.py", "tests/test_roles.py"],
     "roles": ["tests/test_roles.py", "tests/test_layouts.py"],
@@ -42,7 +47,7 @@ NEAREST: dict[str, list[str]] = {
     "step_probe": ["tests/test_step_probe.py"],
     "twin": ["tests/test_twin.py", "tests/test_auto.py"],
     "study/lease": ["tests/study/test_lease.py"],
-    "study/store": ["tests/study/test_store.py", *ONE_OUTCOME],
+    "study/store": _STORE,
     "study/statistics": ["tests/study/test_statistics.py"],
     "study/pairs": ["tests/study/test_statistics.py"],
     "study/halving": ["tests/study/test_halving.py"],

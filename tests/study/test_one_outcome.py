@@ -94,6 +94,7 @@ def test_a_successor_that_is_faster_keeps_its_outcome(locations: Callable[[], st
     successor.finish(outcome(0.5))
     late.finish(outcome(0.7))
     assert all_read(location, late, successor) == outcome(0.5)
+    assert len(open_study(location, "s").trials) == 2, "a late outcome leaves no trial"
 
 
 def test_a_process_that_goes_on_after_a_late_outcome_decides_on_it(locations: Callable[[], str]):
