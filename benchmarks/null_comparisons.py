@@ -131,6 +131,22 @@ def beside(generator: np.random.Generator, setting: Setting, comparisons: int) -
     return {name: count / comparisons for name, count in shares.items()}
 
 
+TABLES = (
+    {
+        "LoRA+ alone": ("alone", "0"),
+        "any of four arms": ("family", "0"),
+        "p over examples < 0.05": ("over_examples", "0"),
+        "earlier rule": ("rule_before", "0"),
+        "own examples": ("own_examples", "0"),
+    },
+    {
+        f"{points} point{'s' if points > '1' else ''}, {words}": (name, points)
+        for points in ("1", "2", "4")
+        for name, words in (("alone", "alone"), ("family", "of four arms"))
+    },
+)
+
+
 def table() -> None:
     """For seeds and test examples, the lowest and highest share over spreads and eases, as in docs/comparisons.md."""
     with RESULTS.open(newline="") as file:
@@ -142,18 +158,16 @@ def table() -> None:
             for row in rows
             if (row["seeds"], row["examples"], row["difference"]) == (seeds, examples, difference)
         ]
-        return "–" if not values else f"{min(values):.1f}–{max(values):.1f}%"
+        return f"{min(values):.1f} to {max(values):.1f}%" if values else "–"
 
-    for columns in (
-        [(name, "0") for name in ("alone", "family", "over_examples", "rule_before", "own_examples")],
-        [(name, difference) for difference in ("1", "2", "4") for name in ("alone", "family")],
-    ):
-        print("| seeds | test examples |", " | ".join(f"{name}, {points} points" for name, points in columns), "|")
+    for columns in TABLES:
+        print("| seeds | test examples |", " | ".join(columns), "|")
         print("|" + "---|" * (2 + len(columns)))
         for seeds in dict.fromkeys(row["seeds"] for row in rows):
             for examples in dict.fromkeys(row["examples"] for row in rows):
-                cells = [shares(name, points, seeds, examples) for name, points in columns]
-                print("|", " | ".join([seeds, examples, *cells]), "|")
+                cells = [shares(name, points, seeds, examples) for name, points in columns.values()]
+                if "–" not in cells:
+                    print("|", " | ".join([seeds, f"{int(examples):,}", *cells]), "|")
         print()
 
 
