@@ -37,10 +37,9 @@ from loraplus.errors import LoraPlusWarning, TrainerSetupError
 from loraplus.feature_updates import FeatureUpdates
 from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, full, local, movement, rms
 from loraplus.owned_groups import OwnedGroups
-from loraplus.proposal import STEP_OF_ADAM, asking_rate, holds, is_of_adams_size, proposed, scales_with_rate
+from loraplus.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
 from loraplus.roles import Role
 from loraplus.step_watcher import StepWatcher, unwrapped
-
 
 _ROLES = (Role.A, Role.B)
 
@@ -76,11 +75,12 @@ class AutoRates(StepWatcher):
     η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), 2 ≤ λ = η_B / η_A ≤ 4
 
     Each is multiplied by what the scheduler makes of each group's own base rate; the rates that the optimizer was built
-    with do not matter, but those of one role keep their relation (`lr_overrides`). Measured at the first steps and every
-    twentieth one: the optimizer is asked for its step on a copy of A and B, and takes it once, at the rates that this
-    gave. Between its steps the groups hold the scheduler's numbers. No random number is drawn. Under
-    DistributedDataParallel and FSDP2 every process arrives at the same rates. Groups that hold neither A nor B of this
-    model keep their rates; several models may share an optimizer, each with an AutoRates of its own.
+    with do not matter, but those of one role keep their relation (`lr_overrides`). At the first steps and every
+    twentieth one the optimizer is asked for its step on a copy of A and B, and takes it once, at the rates that this
+    gave. Steps that are not of Adam's size (SGD, Lion, Adagrad, …) are scaled to go as far as Adam's, each of them.
+    Between steps the groups hold the scheduler's numbers. No random number is drawn. Under DistributedDataParallel and
+    FSDP2 every process arrives at the same rates. Groups that hold neither A nor B of this model keep their rates;
+    several models may share an optimizer, each with an AutoRates of its own.
 
     Args:
         model: a PEFT model, wrapped or not, with a trainable `lora_A` or `lora_B`.
@@ -108,8 +108,8 @@ class AutoRates(StepWatcher):
         optimizer = unwrapped(optimizer)
         _check_layers(adapted_layers(model))
         groups = OwnedGroups(model, optimizer)
-        adams = _check_steps(optimizer, groups)
-        if adams:
+        size = _check_steps(optimizer, groups)
+        if size is None:
             groups.warn_of_dummies(model)
         for other in installed(optimizer):
             if set(other._groups.roles) & set(groups.roles):  # a notebook's cell run again
@@ -122,7 +122,8 @@ class AutoRates(StepWatcher):
         self.lr_a = self.lr_b = 0.0  # without the schedule
         self._groups, self._process_group = groups, process_group
         self._pair = (0.0, 0.0)  # for steps of Adam's size
-        self._units: dict[Role, float] | None = None if adams else {Role.A: 1.0, Role.B: 1.0}
+        self._size = size or 1.0
+        self._units: dict[Role, float] | None = None if size is None else {Role.A: 1.0, Role.B: 1.0}
         self._compiled = self._missed = self._skipped = self._told = False
         self._state_hook = self._optimizer.register_state_dict_pre_hook(lambda _: self._groups.give_back())
         _register(self._optimizer, [*installed(self._optimizer), self])
@@ -188,11 +189,12 @@ class AutoRates(StepWatcher):
 
     def _before_step(self) -> Any:
         self._groups.give_back()
-        found_inf = getattr(self._optimizer, "found_inf", None) if self._recorder.on else None
-        self._skipped = found_inf is not None and bool(found_inf)  # as GradScaler tells a fused optimizer
-        asks = (self._recorder.on or self._units is not None) and not self._skipped
-        if asks and any(weight.grad is not None for weight in factors(self._layers)):
-            self._ask()
+        self._skipped = False
+        if self._recorder.on or self._units is not None:
+            found_inf = getattr(self._optimizer, "found_inf", None)  # as GradScaler tells a fused optimizer
+            self._skipped = found_inf is not None and bool(found_inf)
+            if not self._skipped and any(weight.grad is not None for weight in factors(self._layers)):
+                self._ask()
         return self._groups.lend({role: self._rate(role) for role in _ROLES})
 
     def _after_step(self) -> None:
@@ -215,19 +217,19 @@ class AutoRates(StepWatcher):
         if seen or self._units is not None:
             steps = self._proposed()
             if self._units is not None:
-                self._set_units(steps, device)
+                self._set_units(self._units, steps, device)
             if seen:
                 self._measure([None if step is None else full(step) for step in steps], terms, device)
             self.lr_a, self.lr_b = (eta * self._unit(role) for eta, role in zip(self._pair, _ROLES, strict=True))
 
-    def _set_units(self, steps: Sequence[torch.Tensor | None], device: torch.device) -> None:
-        """The rates at which the coming step has the size of Adam's, over all A and over all B."""
+    def _set_units(self, units: dict[Role, float], steps: Sequence[torch.Tensor | None], device: torch.device) -> None:
+        """The rates at which the coming step goes as far as Adam's, over all A and over all B."""
         for first, role in enumerate(_ROLES):
             parts = [local(step) for step in steps[first::2] if step is not None]
             squares = sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts)
             total, count = self._summed([squares, float(sum(part.numel() for part in parts))], device)
             if 0 < total < math.inf:
-                self._units[role] = STEP_OF_ADAM * math.sqrt(count / total)
+                units[role] = self._size * math.sqrt(count / total)
 
     def _measure(self, steps: Sequence[torch.Tensor | None], terms: float, device: torch.device) -> None:
         part = self.rule.part(terms, len(self._layers)) if math.isfinite(terms) else math.nan
@@ -244,18 +246,22 @@ class AutoRates(StepWatcher):
             self._mean([rates.lr_b for rates in asked.values()], device) or self._pair[1],
             self.rule,
         )
-        self.layer_rates |= asked
+        for name, rates in asked.items():
+            in_units = (lr and lr * self._unit(role) for lr, role in zip((rates.lr_a, rates.lr_b), _ROLES, strict=True))
+            self.layer_rates[name] = LayerRates(*in_units)
         self._note_updates(moved)
 
     def _proposed(self) -> list[torch.Tensor | None]:
         weights = factors(self._layers)
-        if not holds(self._optimizer, [weight for weight in weights if weight.grad is not None]):
-            raise TrainerSetupError(
-                f"{type(self._optimizer).__name__} does not hold the model's factors themselves, as under DeepSpeed; use "
-                "DDP or FSDP2, or give lr and lr_ratio as numbers"
-            )
         rates = (1.0, 1.0) if self._units is None else (asking_rate(weights[::2]), asking_rate(weights[1::2]))
-        return proposed(self._optimizer, weights, rates * len(self._layers))
+        # What is scaled to a size is scaled with its weight decay, or a rate for small gradients would make that large.
+        steps = proposed(self._optimizer, weights, rates * len(self._layers), decay=self._units is not None)
+        if all(step is None for step in steps):
+            raise TrainerSetupError(
+                f"{type(self._optimizer).__name__} does not hold the model's factors themselves, as under DeepSpeed; "
+                "use DDP or FSDP2, or give lr and lr_ratio as numbers"
+            )
+        return steps
 
     def _asked_for(self, moved: Movement, size_a: float, size_b: float, part: float) -> LayerRates:
         lr_a = lr_b = None
@@ -294,7 +300,7 @@ class AutoRates(StepWatcher):
         if unseen and not self._told:
             warnings.warn(
                 f"AutoRates cannot measure {len(unseen)} of {len(self._layers)} adapted layers (first: {unseen[0]}): "
-                "experts, or no input, output or gradient of theirs was seen; they get the rates that the others ask for",
+                "experts, or no input, output or gradient was seen; their rates are those that the others ask for",
                 LoraPlusWarning,
                 stacklevel=2,
             )
@@ -340,8 +346,8 @@ def _moved(
         size = 0.0 if step is None else rms(step)
         units.append(torch.zeros_like(weight) if step is None or not size else step / size)
         sizes.append(size)
-    moved = movement(entry, sample, *units, weights)
-    return (moved, *sizes) if moved.finite and all(map(math.isfinite, sizes)) else None
+    moved = movement(entry, sample, units[0], units[1], weights)
+    return (moved, sizes[0], sizes[1]) if moved.finite and all(map(math.isfinite, sizes)) else None
 
 
 def _balanced(lr_a: float, lr_b: float, rule: Rule) -> tuple[float, float]:
@@ -370,12 +376,13 @@ def _check_layers(layers: list[AdaptedLayer]) -> None:
         )
 
 
-def _check_steps(optimizer: torch.optim.Optimizer, groups: OwnedGroups) -> bool:
-    """Refuses an optimizer that cannot be asked what it would do; tells whether its steps are of Adam's size."""
+def _check_steps(optimizer: torch.optim.Optimizer, groups: OwnedGroups) -> float | None:
+    """Refuses an optimizer that cannot be asked what it would do; tells the size that its steps need to be given."""
     parameters = groups.examples()
     if not all(scales_with_rate(optimizer, parameter) for parameter in parameters):
         raise TrainerSetupError(
             f"AutoRates cannot set the rates of {type(optimizer).__name__}: its steps do not simply scale with lr; use "
             "AdamW, Adam, SGD, Lion or the like, or give lr and lr_ratio as numbers"
         )
-    return all(is_of_adams_size(optimizer, parameter) for parameter in parameters)
+    sizes = [size_like_adams(optimizer, parameter) for parameter in parameters]
+    return None if None in sizes else min(size for size in sizes if size is not None)

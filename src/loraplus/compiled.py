@@ -15,7 +15,7 @@ _stance: Any = None
 
 
 def is_compiled(modules: Iterable[nn.Module]) -> bool:
-    """Whether one of the modules is compiled, as far as it shows: `torch.compile(model)` shows in what it returns only."""
+    """Whether one of the modules shows that it is compiled; what `torch.compile(model)` is given does not."""
     return any(
         getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
         for module in modules
@@ -24,7 +24,7 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
 
 def anything_is_compiled() -> bool:
     """Whether this process has compiled anything."""
-    return "torch._dynamo" in sys.modules and sum(torch._dynamo.utils.counters["frames"].values()) > 0
+    return "torch._dynamo" in sys.modules and bool(torch._dynamo.utils.counters.get("stats"))
 
 
 def run_eagerly(holder: object, wanted: bool) -> None:

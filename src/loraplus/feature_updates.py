@@ -66,14 +66,18 @@ class FeatureUpdates:
     @classmethod
     def from_movements(cls, layers: Sequence[AdaptedLayer], found: Mapping[str, Movement]) -> FeatureUpdates:
         """Of the layers that were measured, by name."""
-        return cls(tuple(LayerUpdate.from_movement(layer, found[layer.name]) for layer in layers if layer.name in found))
+        return cls(
+            tuple(LayerUpdate.from_movement(layer, found[layer.name]) for layer in layers if layer.name in found)
+        )
 
     @property
     def diagnosis(self) -> str:
         """The paper's efficiency condition in words; none where nothing moved, as at a rate of 0."""
         total = len(self.layers)
         if not any(layer.delta1 or layer.delta2 for layer in self.layers):
-            return f"neither A nor B moved in any of {total} layers, so nothing is concluded: is the rate 0 at this step?"
+            return (
+                f"neither A nor B moved in any of {total} layers, so nothing is concluded: is the rate 0 at this step?"
+            )
         parts = []
         for factor, other in (("A", "B"), ("B", "A")):
             count = sum(layer.stuck == factor for layer in self.layers)

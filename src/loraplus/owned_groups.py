@@ -54,7 +54,7 @@ class OwnedGroups:
         self._lent: Lent = []
 
     def examples(self) -> list[torch.Tensor]:
-        """A parameter of each kind of group: groups that differ in more than rate and weight decay are trained apart."""
+        """A parameter of each kind of group; rate, weight decay and name make no kind."""
         kinds = {}
         for _, group in self._groups():
             options = {key: value for key, value in group.items() if key not in _OF_NO_ACCOUNT}

@@ -1,8 +1,8 @@
-r"""What an optimizer would do: asked of a twin at rate 1 and without weight decay, with nothing of the user's touched.
+r"""What an optimizer would do: asked of a twin, with nothing of the user's touched.
 
 Two things are found out about an optimizer beforehand, on small matrices: whether its steps are its rate times a
 direction that does not depend on the rate, and whether they are of the size of Adam's. Where gradients are pure noise,
-Adam's step has the size √((1−β₁)/(1+β₁)) whatever the scale of the gradient, 0.23 for β₁ = 0.9.
+whatever their scale, Adam's steps have the size √((1−β₁)/(1+β₁)), 0.23 for β₁ = 0.9, and n of them lead as far as √n.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from torch import nn
 from loraplus.movement import local, rms
 from loraplus.twin import step_of, twin_over
 
-STEP_OF_ADAM = 0.3
-"""RMS of Adam's steps in training (β₁ = 0.9), by which rates for other steps are set."""
-
 _RATE = 1e-3
 _TRIED = 7  # steps; what looks back every fifth or sixth of them (Lookahead) shows too
 _SEEN = 1e-6
@@ -29,36 +26,31 @@ _SAME = 1.25
 
 
 def proposed(
-    optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], rates: Sequence[float]
+    optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], rates: Sequence[float], *, decay: bool = False
 ) -> list[torch.Tensor | None]:
-    """The optimizer's next step for each weight, per unit of rate; None where a weight has no gradient.
+    """The optimizer's next step for each weight, per unit of rate; None where it has no gradient or is held elsewhere.
 
     Args:
         optimizer: holds the weights, which have their gradients.
         weights: some of its parameters.
         rates: at which to ask for each: 1, or where steps are far smaller than weights what they are not rounded at.
+        decay: whether weight decay is part of the step.
     """
-    stand_ins = {}
+    stand_ins, members = {}, {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for weight in weights:
-        if weight.grad is not None:
+        if weight.grad is not None and id(weight) in members:
             stand_ins[weight] = weight.detach().clone()
             stand_ins[weight].grad = weight.grad.detach().clone()
     twin = twin_over(optimizer, stand_ins)
     rate_of = {id(stand_ins[weight]): rate for weight, rate in zip(weights, rates, strict=True) if weight in stand_ins}
     for group in twin.param_groups:
-        _set_rate(group, rate_of[id(group["params"][0])])
+        _set_rate(group, rate_of[id(group["params"][0])], decay)
     step_of(twin)
     steps: list[torch.Tensor | None] = []
     for weight, rate in zip(weights, rates, strict=True):
         stand_in = stand_ins.get(weight)
         steps.append(None if stand_in is None else (weight.detach() - stand_in.detach()).float() / rate)
     return steps
-
-
-def holds(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> bool:
-    """Whether all weights are parameters of the optimizer."""
-    members = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return all(id(weight) in members for weight in weights)
 
 
 def scales_with_rate(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> bool:
@@ -72,15 +64,20 @@ def scales_with_rate(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) 
     return size > _SEEN and all(float((moved - plain).abs().max()) < 1e-2 * size for moved in tried)
 
 
-def is_of_adams_size(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> bool:
-    """Whether the steps are as large as Adam's, whatever the size of gradient and weight, matrix and past."""
-    ones = _sizes_in_noise(optimizer, parameter, shape=(16, 16), weight=1.0, gradient=1.0)
-    others = _sizes_in_noise(optimizer, parameter, shape=(4, 64), weight=1e-2, gradient=1e-3)
-    if not (min(ones) > 0 and min(others) > 0):
-        return False
-    same = all(1 / _SAME < one / other < _SAME for one, other in zip(ones, others, strict=True))
-    _, middle, last = ones
-    return same and _SIZES[0] < last < _SIZES[1] and last > middle / _SAME  # Adagrad's fall by √2
+def size_like_adams(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> float | None:
+    r"""The root mean square that steps need to go as far as Adam's; None if they are of Adam's size as they are.
+
+    n steps of RMS σ in pure noise lead as far as q·σ·√n: q = 1 where each goes its own way, √((1+β)/(1−β)) with a
+    momentum. Adam's lead as far as √n. So σ = 1/q: 1 for SGD, Adagrad and RMSprop, 0.24 with a momentum of 0.9.
+    """
+    ones, q = _in_noise(optimizer, parameter, shape=(16, 16), weight=1.0, gradient=1.0)
+    others, _ = _in_noise(optimizer, parameter, shape=(4, 64), weight=1e-2, gradient=1e-3)
+    if min(ones) > 0 and min(others) > 0:
+        same = all(1 / _SAME < one / other < _SAME for one, other in zip(ones, others, strict=True))
+        _, middle, last = ones
+        if same and _SIZES[0] < last < _SIZES[1] and last > middle / _SAME:  # Adagrad's fall by √2
+            return None
+    return 1 / q if q else 1.0
 
 
 def asking_rate(weights: Sequence[nn.Parameter]) -> float:
@@ -108,31 +105,35 @@ def _path(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, at_one: Seq
     return weight.detach() - start
 
 
-def _sizes_in_noise(
+def _in_noise(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, shape: tuple[int, int], weight: float, gradient: float
-) -> tuple[float, float, float]:
-    """RMS of the steps that noise makes, per unit of rate: of the first five, of five midway, of the last five."""
+) -> tuple[tuple[float, float, float], float]:
+    """(RMS of steps per unit of rate: the first five, five midway, the last five; q of the second half)."""
     generator = torch.Generator().manual_seed(0)
     twin, tried = _fresh(optimizer, parameter, shape)
     with torch.no_grad():
         tried += weight * torch.randn(tried.shape, generator=generator).to(tried.device)
     rate = _RATE * weight
     _set_rate(twin.param_groups[0], rate)
-    sizes = []
-    for _ in range(_NOISE_STEPS):
+    sizes, half, halfway = [], _NOISE_STEPS // 2, tried.detach().clone()
+    for step in range(_NOISE_STEPS):
+        if step == half:
+            halfway = tried.detach().clone()
         before = tried.detach().clone()
         tried.grad = gradient * torch.randn(tried.shape, generator=generator).to(tried.device)
         step_of(twin)
         sizes.append(rms(before - tried) / rate)
-    half = _NOISE_STEPS // 2
-    first, middle, last = (math.sqrt(sum(s * s for s in part) / 5) for part in (sizes[:5], sizes[half:half + 5], sizes[-5:]))
-    return first, middle, last
+    first, middle, last = (
+        math.sqrt(sum(s * s for s in part) / 5) for part in (sizes[:5], sizes[half : half + 5], sizes[-5:])
+    )
+    apart = math.sqrt(sum(s * s for s in sizes[half:]))
+    return (first, middle, last), rms(tried - halfway) / rate / apart if apart else 0.0
 
 
 def _fresh(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, shape: tuple[int, int]
 ) -> tuple[torch.optim.Optimizer, torch.Tensor]:
-    """A twin without a past, over a matrix of zeros; of the parameter's shape if the optimizer needs a state to start."""
+    """A twin without a past, over a matrix of zeros; of the parameter's shape if it needs a state to start with."""
 
     def over(size: Any) -> tuple[torch.optim.Optimizer, torch.Tensor]:
         weight = torch.zeros(size, device=parameter.device)
@@ -159,10 +160,10 @@ def _blank(value: Any, parameter: torch.Tensor, weight: torch.Tensor) -> Any:
     return torch.zeros_like(weight) if value.shape == parameter.shape else torch.zeros_like(value)
 
 
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    """The rate of a twin's group, whose weight decay is no part of a step that is asked for."""
+def _set_rate(group: dict[str, Any], rate: float, decay: bool = False) -> None:
+    """The rate of a twin's group, and no weight decay unless that is part of what is asked for."""
     group["lr"] = as_before(group["lr"], rate)
-    if "weight_decay" in group:
+    if "weight_decay" in group and not decay:
         group["weight_decay"] = 0.0
 
 

@@ -211,10 +211,11 @@ class Recorder:
         x, y = inputs.detach(), output.detach()
         if entry.experts or not x.is_floating_point():
             return None
-        if isinstance(entry.base, nn.modules.conv._ConvNd) and x.dim() == entry.a.weight.dim():  # the first dimension counts examples, which are few
+        a, b = entry.weights
+        if isinstance(entry.base, nn.modules.conv._ConvNd) and x.dim() == a.dim():
+            # The first dimension counts examples, which are few.
             chosen = _evenly(len(x), x.device, max(1, self._tokens // 16))
             return Sample(x[chosen], rms(y[chosen]))
-        a, b = entry.weights
         if a.dim() != 2 or x.shape[-1] != a.shape[1]:
             return None
         chosen = self._chosen(x, current.mask_of(entry.path, x))

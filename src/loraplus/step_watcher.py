@@ -38,7 +38,9 @@ class StepWatcher:
             self._optimizer.register_step_pre_hook(self._step_begins),
             self._optimizer.register_step_post_hook(self._step_ends),
         ]
-        weakref.finalize(self, self._recorder.remove).atexit = False  # an optimizer that is gone leaves no hooks on its model
+        weakref.finalize(
+            self, self._recorder.remove
+        ).atexit = False  # an optimizer that is gone leaves no hooks on its model
 
     def rest(self) -> None:
         """Takes the hooks off the model until a next step is taken, as when training has ended."""
