@@ -248,8 +248,8 @@ class LoraPlusMixin:
             auto = self.loraplus_settings.auto
             # FSDP names flat parameters otherwise once it has wrapped the model.
             wrapped_later = self._made is None and self.is_fsdp_enabled
-            roles = None if wrapped_later else roles_of(self.model) if self._made is None else self._made.record["roles"]
-            check_resume(self._resumed, self.loraplus_rates, auto=auto, roles=roles)
+            roles = roles_of(self.model) if self._made is None else self._made.record["roles"]
+            check_resume(self._resumed, self.loraplus_rates, auto=auto, roles=None if wrapped_later else roles)
             self._auto_state = read_auto_state(self._resumed) if auto else None
             if self.loraplus_auto is not None and self._auto_state is not None:
                 self.loraplus_auto.load_state_dict(self._auto_state)
