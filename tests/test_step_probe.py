@@ -89,7 +89,7 @@ class HasConstructedState(Sign):
                 self.state[p]["scale"] = torch.ones_like(p)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):  # takes no closure
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
