@@ -120,17 +120,17 @@ def test_a_ratio_of_one_is_not_warned_of():
 
 def test_a_pattern_that_matches_nothing_is_refused_with_a_name_that_there_is():
     names = parameters("layer.0.lora_B", "layer.1.lora_B")
-    Rates(1e-3, lr_overrides={"layer": 2, r"1\.": 3}).check_overrides(names)
+    Rates(1e-3, lr_overrides={"layer": 2, r"1\.": 3}).check(names)
     with pytest.raises(InvalidRateError, match=r"lr_overrides: 'vlaue' matches no .*; the names are like layer\.0\.lo"):
-        Rates(1e-3, lr_overrides={"layer": 2, "vlaue": 2}).check_overrides(iter(names))
+        Rates(1e-3, lr_overrides={"layer": 2, "vlaue": 2}).check(iter(names))
 
 
 def test_a_ratio_by_name_must_meet_b_factors_and_each_only_once():
     entries = [*parameters("layer.0.lora_A", role=Role.A), *parameters("layer.0.lora_B", "layer.1.lora_B")]
-    Rates(1e-3, lr_ratio_overrides={r"\.0\.": 4, r"\.1\.": 8}).check_overrides(entries)
+    Rates(1e-3, lr_ratio_overrides={r"\.0\.": 4, r"\.1\.": 8}).check(entries)
     with pytest.raises(InvalidRateError, match=r"'lora_A' matches no B factor; the names are like layer\.0\.lora_B$"):
-        Rates(1e-3, lr_ratio_overrides={"lora_A": 4}).check_overrides(entries)
+        Rates(1e-3, lr_ratio_overrides={"lora_A": 4}).check(entries)
     with pytest.raises(InvalidRateError, match=r"'lora' matches no B factor, and there is none$"):
-        Rates(1e-3, lr_ratio_overrides={"lora": 4}).check_overrides(entries[:1])
+        Rates(1e-3, lr_ratio_overrides={"lora": 4}).check(entries[:1])
     with pytest.raises(InvalidRateError, match=r"'layer' and 'lora_B' both match layer\.0\.lora_B; make them"):
-        Rates(1e-3, lr_ratio_overrides={"layer": 4, "lora_B": 4}).check_overrides(entries)
+        Rates(1e-3, lr_ratio_overrides={"layer": 4, "lora_B": 4}).check(entries)

@@ -19,7 +19,7 @@ from loraplus.errors import LoraPlusWarning, ResumeMismatchError
 from loraplus.groups import ParameterRate, explain
 from loraplus.movement import factors
 from loraplus.rates import Rates
-from loraplus.roles import Role, trainable_parameters
+from loraplus.roles import FACTORS, Role, trainable_parameters
 from loraplus.watch import unwrapped
 
 RATES_FILE = "loraplus.json"
@@ -230,11 +230,15 @@ def check_record(
         raise ResumeMismatchError(
             f"{where} was trained with {was}, this run asks for {asks}; resume with {was}, {instead}"
         )
-    if roles is not None:
-        refuse_other_parameters(saved.get("roles"), roles, where, instead)
+    known = saved.get("roles")
+    if roles is not None and isinstance(known, Mapping):
+        refuse_other_parameters(_factors_apart(known), _factors_apart(roles), where, instead)
     for name, value in asdict(rates).items():
-        # A setting that this version has and the one that wrote the checkpoint did not was not in use.
+        # A setting that this version has and the one that wrote the checkpoint did not was not in use, nor was one that
+        # reached no parameter.
         if _same(saved.get(name) or None, value or None) or (name == "lr" and auto and not _learns_at_lr(saved)):
+            continue
+        if value is None and isinstance(known, Mapping) and _reaches_nothing(name, known):
             continue
         raise ResumeMismatchError(
             f"{where} was trained with {name} = {saved.get(name)}, this run asks for {value}; resume with "
@@ -242,11 +246,11 @@ def check_record(
         )
 
 
-def refuse_other_parameters(saved: Any, roles: Mapping[str, str], where: str, instead: str) -> None:
+def refuse_other_parameters(saved: Mapping[str, str], roles: Mapping[str, str], where: str, instead: str) -> None:
     """Refuses other layers, another adapter's name, a factor that is frozen now or was then.
 
     Args:
-        saved: {name of a parameter: its role or group} of a checkpoint; anything else is no record, and passes.
+        saved: {name of a parameter: its role or group} of a checkpoint.
         roles: the same of this run.
         where: the checkpoint, as the start of a sentence.
         instead: what else the user can do, as its end.
@@ -254,8 +258,6 @@ def refuse_other_parameters(saved: Any, roles: Mapping[str, str], where: str, in
     Raises:
         ResumeMismatchError: says how many differ, and names the first.
     """
-    if not isinstance(saved, Mapping):
-        return
     gone, new = [name for name in saved if name not in roles], [name for name in roles if name not in saved]
     changed = [name for name in saved if saved[name] != roles.get(name, saved[name])]
     found = []
@@ -278,6 +280,16 @@ def _same(saved: Any, value: Any) -> bool:
     if isinstance(saved, float) and isinstance(value, float):
         return math.isclose(saved, value, rel_tol=_RELATIVE_TOLERANCE)
     return saved == value
+
+
+def _factors_apart(roles: Mapping[str, str]) -> dict[str, str]:
+    """Roles as they are compared: what is no factor keeps its place, whatever role a version has for it."""
+    return {name: role if role in FACTORS else "no factor" for name, role in roles.items()}
+
+
+def _reaches_nothing(name: str, roles: Mapping[str, str]) -> bool:
+    """Whether a rate of its own had no parameter to set."""
+    return name in _RATE_OF_ITS_OWN.values() and not any(_RATE_OF_ITS_OWN.get(role) == name for role in roles.values())
 
 
 def _learns_at_lr(saved: Mapping[str, Any]) -> bool:
