@@ -97,6 +97,22 @@ def test_a_successor_that_is_faster_keeps_its_outcome(locations: Callable[[], st
     assert len(open_study(location, "s").trials) == 2, "a late outcome leaves no trial"
 
 
+def test_an_outcome_that_comes_between_another_s_look_and_its_close_counts(locations: Callable[[], str]):
+    location = locations()
+    late, successor = taken_over(location)
+    successor._leases.lease_seconds = FOREVER
+    prune = late._prune
+
+    def after_the_successor_s_close(trial_id: int) -> None:
+        successor._prune = lambda other: None  # type: ignore[method-assign]  # it is killed before it does
+        successor.finish(outcome(0.5))
+        prune(trial_id)
+
+    late._prune = after_the_successor_s_close  # type: ignore[method-assign]
+    late.finish(outcome(0.7))
+    assert all_read(location, late, successor) == outcome(0.5)
+
+
 def test_a_process_that_goes_on_after_a_late_outcome_decides_on_it(locations: Callable[[], str]):
     location = locations()
     late, successor = taken_over(location)
