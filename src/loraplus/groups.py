@@ -188,7 +188,7 @@ def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *,
     found = auto.rates_of(group) if auto is not None else None
     if found is not None:
         return found[1] if base else found[0]
-    return _as_float(group.get("initial_lr", group.get("lr")) if base else group.get("lr"))
+    return _own_rate(optimizer, group, base=base)
 
 
 def _parameters_by_group(optimizer: Any) -> Iterator[tuple[int, list[Any]]]:
@@ -237,7 +237,17 @@ def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
     return _table(trainable_parameters(model), optimizer)
 
 
-def _table(parameters: list[TrainableParameter], optimizer: Any) -> RateTable:
+def built_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
+    """`explain` with the rates that the groups were built with, whatever `AutoRates` has made of them."""
+    return _table(trainable_parameters(model), optimizer, _own_rate)
+
+
+def _own_rate(optimizer: Any, group: Mapping[str, Any], *, base: bool = False) -> float | None:
+    return _as_float(group.get("initial_lr", group.get("lr")) if base else group.get("lr"))
+
+
+def _table(parameters: list[TrainableParameter], optimizer: Any, rate_of: Any = None) -> RateTable:
+    rate_of = rate_of or rate_of_group
     group_of = _group_of(optimizer)
     entries = []
     for entry in parameters:
@@ -248,8 +258,8 @@ def _table(parameters: list[TrainableParameter], optimizer: Any) -> RateTable:
                 name=entry.name,
                 role=entry.role.value,
                 group="(not optimized)" if index is None else str(group.get("name", f"group {index}")),
-                lr=rate_of_group(optimizer, group),
-                base_lr=rate_of_group(optimizer, group, base=True),
+                lr=rate_of(optimizer, group),
+                base_lr=rate_of(optimizer, group, base=True),
                 weight_decay=_as_float(group.get("weight_decay")),
                 parameters=0 if entry.shares else _number_of(entry.parameter),
                 shares=entry.shares,

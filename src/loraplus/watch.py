@@ -64,6 +64,13 @@ def watch_rates(model: nn.Module | None, optimizer: Any) -> RateWatch | None:
     return watch
 
 
+def unwatch_rates(optimizer: Any) -> None:
+    """Ends what `watch_rates` began, until it is called again."""
+    watch = getattr(unwrapped(optimizer), "loraplus_watch", None)
+    if watch is not None:
+        watch.remove()
+
+
 def unwrapped(optimizer: Any) -> Any:
     """The optimizer inside Accelerate's, DeepSpeed's and others' wrappers."""
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
@@ -94,13 +101,13 @@ class RateWatch:
         self.steps = 0
         self.members = Membership({})
         self._optimizer: weakref.ref[Any] | None = None
-        self._handle: Any = None
+        self._handles: list[Any] = []
         self._relations: dict[str, float] = {}  # label of a group: its base rate over that of A's group
         self._base_of_a = 0.0
         self._sizes: list[int] = []
         self._expected: list[float | None] = []  # the relations of the groups that are there now
         self._reference = 0
-        self._told_rates = self._loaded_off = False
+        self._told_rates = self._off_before = self._loaded_off = False
         self._told_of: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -114,7 +121,10 @@ class RateWatch:
     def start(self, optimizer: Any) -> None:
         """The rates of this moment are what the optimizer is held to."""
         self._optimizer = weakref.ref(optimizer)
-        self._handle = optimizer.register_load_state_dict_post_hook(self._after_load)
+        self._handles = [
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
         groups = optimizer.param_groups
         labels, base = group_labels(groups), [base_rate(group) for group in groups]
         self._base_of_a = of_a = base[reference_group(labels)] or 0.0
@@ -125,9 +135,9 @@ class RateWatch:
 
     def remove(self) -> None:
         """Ends the watch, until `watch_rates` is called again."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._optimizer = self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._optimizer, self._handles = None, []
 
     def why(self, optimizer: Any) -> str | None:
         """What set the present rates, if they are not in the ratios that the optimizer was built with."""
@@ -154,10 +164,14 @@ class RateWatch:
             self._told_rates = True
             self._tell_rates(optimizer, off)
 
+    def _before_load(self, optimizer: Any, state: Any) -> None:
+        self._off_before = bool(self._off(optimizer.param_groups, on_accelerator=True))
+
     def _after_load(self, optimizer: Any) -> None:
         self._told_rates = False
         self._match(optimizer.param_groups)
-        self._loaded_off = bool(self._off(optimizer.param_groups, on_accelerator=True))
+        # Accelerate loads an optimizer's own state into it.
+        self._loaded_off = not self._off_before and bool(self._off(optimizer.param_groups, on_accelerator=True))
 
     def _match(self, groups: Groups) -> None:
         labels = group_labels(groups)

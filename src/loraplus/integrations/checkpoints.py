@@ -16,10 +16,10 @@ from torch import nn
 
 from loraplus.auto import AutoRates
 from loraplus.errors import LoraPlusWarning, ResumeMismatchError
-from loraplus.groups import ParameterRate, explain
+from loraplus.groups import ParameterRate, built_rates
 from loraplus.movement import factors
 from loraplus.rates import Rates
-from loraplus.roles import FACTORS, Role, trainable_parameters
+from loraplus.roles import Role, trainable_parameters
 from loraplus.watch import unwrapped
 
 RATES_FILE = "loraplus.json"
@@ -52,7 +52,7 @@ def rates_in_use(model: nn.Module, optimizer: torch.optim.Optimizer) -> Rates:
         Base rates, those that a scheduler multiplies; a parameter whose rate is not its role's has an override of its
         own. With `AutoRates` lr_ratio is 1, as it sets A's and B's.
     """
-    entries = [entry for entry in explain(model, optimizer).entries if entry.base_lr]
+    entries = [entry for entry in built_rates(model, optimizer).entries if entry.base_lr]
     of_role: dict[str, float] = {}
     for entry in entries:
         of_role.setdefault(entry.role, entry.base_lr or 0.0)
@@ -232,7 +232,7 @@ def check_record(
         )
     known = saved.get("roles")
     if roles is not None and isinstance(known, Mapping):
-        refuse_other_parameters(_factors_apart(known), _factors_apart(roles), where, instead)
+        refuse_other_parameters(_places_of_factors(known), _places_of_factors(roles), where, instead)
     for name, value in asdict(rates).items():
         # A setting that this version has and the one that wrote the checkpoint did not was not in use, nor was one that
         # reached no parameter.
@@ -282,9 +282,9 @@ def _same(saved: Any, value: Any) -> bool:
     return saved == value
 
 
-def _factors_apart(roles: Mapping[str, str]) -> dict[str, str]:
-    """Roles as they are compared: what is no factor keeps its place, whatever role a version has for it."""
-    return {name: role if role in FACTORS else "no factor" for name, role in roles.items()}
+def _places_of_factors(roles: Mapping[str, str]) -> dict[str, str]:
+    """Roles as they are compared: only A's and B's decide a rate that no setting names."""
+    return {name: role if role in (Role.A, Role.B) else "another role" for name, role in roles.items()}
 
 
 def _reaches_nothing(name: str, roles: Mapping[str, str]) -> bool:

@@ -25,6 +25,7 @@ from loraplus.integrations.trainer_settings import RateSettings
 from loraplus.optimizer import check_class, finish
 from loraplus.rates import Rates
 from loraplus.roles import FACTORS, Role, TrainableParameter, trainable_parameters
+from loraplus.watch import unwatch_rates
 
 _GROUP_THEMSELVES = ("galore", "apollo", "lomo", "adalomo")
 _REST = "rest"  # what LoRA+ says nothing of: parameters that are frozen, or not the model's (a loss's)
@@ -125,6 +126,7 @@ def split(trainer: Any, model: nn.Module, settings: RateSettings, rates_at: Call
     holding = [group for group in optimizer.param_groups if any(id(p) in asked for p in group["params"])]
     own = [{"params": [p for p in group["params"] if id(p) in asked], "lr": float(group["lr"])} for group in holding]
     parts = _Parts(listed, asked, rates, _suffixes(holding, lambda: _decaying(trainer, model)))
+    unwatch_rates(optimizer)  # whoever built it may have had its groups watched as they were
     for holder in _with_inner(optimizer):
         parts.replace(holder.param_groups)
         if settings.given_lr is not None and "lr" in holder.defaults:
@@ -309,7 +311,10 @@ class _Parts:
         suffix = self._suffixes.get(id(group))
         whole = len(parts) == 1 and not any(e.role in FACTORS for _, e, *_ in members if e is not None)
         for label, (_, part) in parts.items():
-            part["name"] = own if suffix is None and whole else f"{own}/{label}" if suffix is None else label + suffix
+            if suffix is not None:
+                part["name"] = label + suffix
+            else:
+                part["name"] = own if whole or own == label else f"{own}/{label}"
         return list(parts.values())
 
 

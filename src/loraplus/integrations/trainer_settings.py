@@ -54,8 +54,11 @@ class RateSettings:
         """The rates that the groups have in a trainer whose optimizer is at this lr."""
         given = {name: getattr(self, name) for name in (*ABSOLUTE, "lr_overrides")}
         if self.auto:
-            if self.lr_ratio_overrides:
-                raise InvalidRateError("lr_ratio_overrides is not used with automatic rates, which set the ratio")
+            for name, default in (("lr_ratio", DEFAULT_LR_RATIO), ("lr_ratio_overrides", {})):
+                if getattr(self, name) != default:
+                    raise InvalidRateError(
+                        f"{name} is not used with automatic rates, which set the ratio; leave it out"
+                    )
             return Rates(lr, 1.0, **given)
         lr = lr if self.given_lr is None else self.given_lr
         return Rates(lr, self.lr_ratio, **given, lr_ratio_overrides=self.lr_ratio_overrides)

@@ -25,6 +25,7 @@ from loraplus.feature_updates import UpdateMonitor
 from loraplus.groups import groups_for
 from loraplus.integrations.checkpoints import (
     check_resume,
+    rates_in_use,
     rates_record,
     read_auto_state,
     roles_of,
@@ -34,6 +35,7 @@ from loraplus.integrations.checkpoints import (
 from loraplus.integrations.deepspeed import check_plugin
 from loraplus.integrations.pytorch import rates_for_log
 from loraplus.integrations.trainer_optimizer import Split, keep_ratio, own_class, split
+from loraplus.integrations.trainer_search import check_searched, checked_space
 from loraplus.integrations.trainer_settings import LoraPlusTrainingArguments, RateSettings, overrides_from
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.roles import Role, trainable_parameters
@@ -55,6 +57,7 @@ class Made(NamedTuple):
 
     asked: tuple[Rates, bool]
     split: Split
+    rates: Rates
     record: dict[str, Any]
 
 
@@ -100,12 +103,16 @@ class LoraPlusMixin:
     @property
     def loraplus_settings(self) -> RateSettings:
         """What is asked for at this moment: what `attach` was given, else the training arguments."""
-        return self.args.loraplus_settings() if self._given is None else self._given
+        if self._given is None:
+            return self.args.loraplus_settings()
+        if isinstance(self.args, LoraPlusTrainingArguments):  # they may have been changed since
+            return _in_arguments(self.args, self._given) or self.args.loraplus_settings()
+        return self._given
 
     @property
     def loraplus_rates(self) -> Rates:
         """The rates of the optimizer, or those that one made now would have."""
-        return self._rates_at(self.args.learning_rate) if self._made is None else self._made.split.rates
+        return self._rates_at(self.args.learning_rate) if self._made is None else self._made.rates
 
     @property
     def loraplus_groups(self) -> list[dict[str, Any]] | None:
@@ -147,7 +154,9 @@ class LoraPlusMixin:
             self._making = False
         if new is not None:
             self._drop()
-            self._made = Made(asked, new, rates_record(new.rates, model))
+            several = len({group["lr"] for group in new.own_groups}) > 1  # by layer, say: each is part of the record
+            rates = rates_in_use(model, new.optimizer) if several else new.rates
+            self._made = Made(asked, new, rates, rates_record(rates, model))
             self._check_resumed()
         self._watch(model)
         return self.optimizer
@@ -263,7 +272,9 @@ class LoraPlusMixin:
             TrainerSetupError: a name in the space that is no training argument.
         """
         if callable(hp_space):
-            hp_space = functools.partial(_checked_space, self, hp_space)
+            hp_space = functools.partial(checked_space, self, hp_space)
+        elif hp_space is None:  # Trainer's own spaces all hold it
+            check_searched(self, "learning_rate")
         return super().hyperparameter_search(hp_space, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -292,25 +303,6 @@ def _builds_as_trainer(trainer: Any) -> bool:
     return trainer.optimizer_cls_and_kwargs is None and not any(hooks & names.keys() for names in (*own, vars(trainer)))
 
 
-def _checked_space(trainer: Any, hp_space: Callable[[Any], Any], trial: Any) -> Any:
-    """A trial's hyperparameters, if all of them reach something."""
-    by_model = dict(getattr(trial, "params", {}))  # what `model_init` has asked the trial for
-    space = hp_space(trial)
-    for name in space.get("parameters", space):  # a sweep of W&B has them one level down
-        args = type(trainer.args).__name__
-        if not (hasattr(trainer.args, name) or name in by_model):
-            ours = name.startswith("loraplus_")
-            raise TrainerSetupError(
-                f"{name} is searched, but is no field of {args}, so it would reach nothing; "
-                + ("use LoraPlusTrainer with LoraPlusTrainingArguments" if ours else "leave it out of the search space")
-            )
-        if name == "learning_rate" and trainer.loraplus_settings.given_lr is not None:
-            raise TrainerSetupError(
-                "learning_rate is searched, but loraplus.attach was given lr, so it would reach nothing; leave lr out"
-            )
-    return space
-
-
 class _AtStart(TrainerCallback):
     """When all of a run is built, whoever built it: the optimizer is ours, and its scheduler keeps the ratio."""
 
@@ -320,6 +312,9 @@ class _AtStart(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
         self.trainer._check_ours()
         keep_ratio(lr_scheduler, self.trainer._made.split)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._check_ours()  # a callback may put another one there at any time
 
 
 class LoraPlusTrainer(LoraPlusMixin, Trainer):  # type: ignore[misc]
@@ -422,12 +417,13 @@ def _set_up(trainer: Any, given: RateSettings | None) -> None:
         )
     check_plugin(trainer.accelerator)
     trainer._given = given
-    rates = trainer.loraplus_rates
+    trains = trainer.train_dataset is not None
+    rates = trainer._rates_at(trainer.args.learning_rate) if trains else None
     own = vars(trainer).get("create_optimizer")
     if own is not None:  # set on the instance, in front of every class
         trainer.create_optimizer = functools.partial(trainer._make, own)
     if not any(isinstance(callback, _AtStart) for callback in trainer.callback_handler.callbacks):
         trainer.add_callback(_AtStart(trainer))
-    # Every error that the model causes, early; without data there will be no training, and any model will do.
-    if trainer.model is not None and trainer.model_init is None and trainer.train_dataset is not None:
+    # Every error that the model causes, early; without data there will be no training, and any model and rate will do.
+    if rates is not None and trainer.model is not None and trainer.model_init is None:
         groups_for(trainable_parameters(trainer.model), rates, None)

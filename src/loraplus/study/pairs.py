@@ -21,6 +21,7 @@ from loraplus.study.statistics import (
 )
 from loraplus.tasks.measures import ACCURACY, LOSS, PERPLEXITY, perplexity
 
+_ROUNDING = 1e-6  # of a loss in single precision, summed in whatever order
 _NAMES = {ACCURACY: ("accuracy_difference", "p_value"), LOSS: ("loss_difference", "loss_p_value")}
 # What a measure can be, and what a difference in it can be.
 _RANGES = {ACCURACY: (0.0, 1.0), LOSS: (0.0, math.inf)}
@@ -191,8 +192,12 @@ def _scores(runs: Sequence[Record], kind: str) -> list[list[float]]:
 
 
 def _step(runs: Sequence[Record], kind: str) -> float:
-    """From one value of a run's mean to the next: accuracy goes by examples."""
-    return 1 / len(runs[0].test_correct) if runs and kind == ACCURACY else 0.0
+    """From one value of a run's mean to the next: accuracy goes by examples, a loss by the rounding of its model."""
+    if not runs:
+        return 0.0
+    if kind == ACCURACY:
+        return 1 / len(runs[0].test_correct)
+    return _ROUNDING * max(abs(fmean(run.test_losses)) for run in runs)
 
 
 def _mean_curve(runs: Sequence[Record]) -> tuple[list[int], list[float]]:

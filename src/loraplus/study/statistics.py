@@ -87,7 +87,7 @@ def finite_t_interval(values: Sequence[float]) -> Estimate | None:
 def t_test(differences: Sequence[float], step: float = 0.0) -> float | None:
     """Two-sided p of a mean of paired differences by Student's t; None with one of them, which has no spread.
 
-    It is below 0.05 exactly where `t_interval` leaves 0 out.
+    It is below 0.05 exactly where `t_interval` leaves 0 out; `holm` can raise it above.
 
     Args:
         differences: one a seed, all finite.

@@ -58,7 +58,7 @@ def summarise(records: Sequence[Record], *, config: dict[str, Any], data_facts: 
         lost = divergence(records, "final", ARMS if _MAIN in arms else arms)
         raise DivergedError(
             f"no seed's final run finished in both arms ({lost or 'none diverged'}), so there "
-            " is nothing to compare; start again with more --tuning-runs or more --seeds"
+            "is nothing to compare; start again with more --tuning-runs or more --seeds"
         )
     runs = {pair.arm: pair.runs for pair in others}
     if _MAIN in arms:

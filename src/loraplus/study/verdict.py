@@ -140,8 +140,9 @@ def _support(pair: Pair, judged: PairedDifference, scale: float, digits: int) ->
     if pair.found is None:
         return f"seed by seed {' and '.join(_signed(scale * value, digits) for value in judged.by_seed)}"
     low, high = (_signed(scale * value, digits) for value in (judged.difference.low, judged.difference.high))
-    corrected = f", corrected for {pair.family} arms" if pair.family > 1 else ""
-    return f"95% interval {low} to {high} over {_seeds(len(pair.runs))}, {p_value(pair.p_value_holm)}{corrected}"
+    alone, corrected = (" of this arm alone", f" corrected for {pair.family} arms") if pair.family > 1 else ("", "")
+    interval = f"95% interval{alone} {low} to {high} over {_seeds(len(pair.runs))}"
+    return f"{interval}, {p_value(pair.p_value_holm)}{corrected}"
 
 
 def _seeds(count: int) -> str:

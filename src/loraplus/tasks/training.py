@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from loraplus.errors import DivergedError, InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
-from loraplus.rates import Rates
+from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.tasks.config import DEFAULT_LR, TaskConfig
 from loraplus.tasks.data_parallel import processes
 from loraplus.tasks.task import TaskData, task_of
@@ -171,7 +171,7 @@ def build_trainer(
         args = task.arguments(
             output_dir=output,
             learning_rate=rates.lr,
-            loraplus_lr_ratio=rates.lr_ratio,
+            loraplus_lr_ratio=DEFAULT_LR_RATIO if auto else rates.lr_ratio,  # which automatic rates set
             loraplus_lr_embedding=rates.lr_embedding,
             loraplus_lr_head=rates.lr_head,
             loraplus_auto_rates=auto,
