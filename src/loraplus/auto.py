@@ -296,15 +296,17 @@ class AutoRates(StepWatcher):
         )
 
     def _say_what_was_not_seen(self) -> None:
+        if self._told or (not self._compiled and is_compiled(self._recorder.modules.values())):
+            return
+        self._told = True
         unseen = [entry.name for entry in self._layers if entry.name not in self._recorder.samples]
-        if unseen and not self._told:
+        if unseen:
             warnings.warn(
                 f"AutoRates cannot measure {len(unseen)} of {len(self._layers)} adapted layers (first: {unseen[0]}): "
                 "experts, or no input, output or gradient was seen; their rates are those that the others ask for",
                 LoraPlusWarning,
                 stacklevel=2,
             )
-        self._told = True
 
     def _mean(self, values: Sequence[float | None], device: torch.device) -> float:
         """The geometric mean over the layers that gave a value, in all processes; 0 if none did."""
