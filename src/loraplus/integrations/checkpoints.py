@@ -240,9 +240,12 @@ def check_record(
             continue
         if value is None and isinstance(known, Mapping) and _reaches_nothing(name, known):
             continue
+        before = saved.get(name)
+        if isinstance(value, Mapping):  # by name of a parameter, so there may be hundreds
+            name, before, value = _first_difference(name, before or {}, value)
         raise ResumeMismatchError(
-            f"{where} was trained with {name} = {saved.get(name)}, this run asks for {value}; resume with "
-            f"{name} = {saved.get(name)}, {instead}"
+            f"{where} was trained with {name} = {before}, this run asks for {value}; resume with {name} = {before}, "
+            f"{instead}"
         )
 
 
@@ -279,7 +282,15 @@ def _same(saved: Any, value: Any) -> bool:
     """Of rates, up to the rounding of a rate that was kept in single precision."""
     if isinstance(saved, float) and isinstance(value, float):
         return math.isclose(saved, value, rel_tol=_RELATIVE_TOLERANCE)
+    if isinstance(saved, Mapping) and isinstance(value, Mapping):
+        return saved.keys() == value.keys() and all(_same(saved[key], value[key]) for key in saved)
     return saved == value
+
+
+def _first_difference(name: str, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """(name of a setting and of the first pattern that differs, its value there, its value here)."""
+    pattern = next(key for key in {**saved, **asked} if not _same(saved.get(key), asked.get(key)))
+    return f"{name}[{pattern!r}]", saved.get(pattern), asked.get(pattern)
 
 
 def _places_of_factors(roles: Mapping[str, str]) -> dict[str, str]:
