@@ -186,7 +186,7 @@ def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *,
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
     auto = getattr(optimizer, "loraplus_auto", None)
     found = auto.rates_of(group) if auto is not None else None
-    if found is not None:
+    if found is not None and (found[1] or not base):  # before the first measured step there is none yet
         return found[1] if base else found[0]
     return _own_rate(optimizer, group, base=base)
 

@@ -28,6 +28,7 @@ class Membership:
         self._relations = relations
         self._models: list[weakref.ref[nn.Module]] = []
         self._homes: dict[int, str] = {}  # id of a factor: label of the group that it was first seen in
+        self._elsewhere: set[int] = set()  # ids of those that another optimizer trains
 
     def add(self, model: nn.Module, groups: Groups) -> None:
         """Looks after a model's factors from now on; one that is looked after already stays as it is."""
@@ -35,7 +36,9 @@ class Membership:
             self._models.append(weakref.ref(model))
             places = _places(groups)
             for entry in _factors(model):
-                if id(entry.parameter) in places:
+                if id(entry.parameter) not in places:
+                    self._elsewhere.add(id(entry.parameter))
+                else:
                     self._homes.setdefault(id(entry.parameter), places[id(entry.parameter)])
 
     def names(self) -> dict[int, str]:
@@ -79,7 +82,7 @@ class Membership:
         found = {}
         for entry in factors:
             now, home = places.get(id(entry.parameter)), self._homes.get(id(entry.parameter))
-            if now is None and complete:
+            if now is None and complete and id(entry.parameter) not in self._elsewhere:
                 found[entry.name] = "is in no group, so it does not learn"
             elif now and home and now != home and not _same(relations.get(now), relations.get(home)):
                 found[entry.name] = f"was moved from {home} to {now}"

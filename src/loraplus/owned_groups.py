@@ -7,6 +7,7 @@ going up to 1, so that no rate is ever above what was asked for.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -85,6 +86,7 @@ class OwnedGroups:
             What has to be kept until the step ends; when it goes, an error in the step included, the rates go too.
         """
         self.give_back()
+        self._lent = []  # a new list: an earlier loan ends by itself
         for index, group in self._groups():
             self._bases[index] = self._bases[index] or float(group["lr"])
             self._peaks[index] = max(self._peaks[index], self._scheduled(index))
@@ -97,7 +99,6 @@ class OwnedGroups:
     def give_back(self) -> None:
         """Puts the scheduler's own rates back."""
         _give_back(self._lent)
-        self._lent = []
 
     def state_dict(self) -> dict[str, Any]:
         """What the reading of a schedule depends on."""
@@ -125,7 +126,7 @@ class OwnedGroups:
     def _scheduled(self, index: int) -> float:
         """The scheduler's own rate over the base rate."""
         group = self._optimizer.param_groups[index]
-        own = next((own for lent, put, own in self._lent if lent is group and group["lr"] is put), group["lr"])
+        own = next((_without_loan(*loan) for loan in self._lent if loan[0] is group), group["lr"])
         base = float(group.get("max_lr") or group.get("initial_lr") or self._bases[index] or own)
         return float(own) / base if base else 0.0
 
@@ -153,9 +154,26 @@ class _Loan:
 
 
 def _give_back(lent: Lent) -> None:
-    for group, put, own in lent:
-        if group["lr"] is put:  # else a scheduler has set it meanwhile, or this was done before
-            group["lr"] = own
+    for loan in lent:
+        loan[0]["lr"] = _without_loan(*loan)
+    lent.clear()
+
+
+def _without_loan(group: dict[str, Any], put: Any, own: Any) -> Any:
+    """A group's rate as its scheduler has it, though a step's rate is, or was, in its place.
+
+    After an error inside a step a scheduler may move on before the loan is given back. One that multiplies has then
+    multiplied the step's rate, one that sets has set its own; a schedule moves little in a step, which tells them apart.
+    """
+    now = group["lr"]
+    if now is put:
+        return own
+    set_by_it, multiplied = float(now), float(own) * float(now) / float(put) if float(put) else float(now)
+    if not (set_by_it > 0 and multiplied > 0 and float(own) > 0):
+        return now
+    if abs(math.log(multiplied / float(own))) < abs(math.log(set_by_it / float(own))):
+        return as_before(now, multiplied)
+    return now
 
 
 def _base(group: Mapping[str, Any]) -> float:

@@ -23,6 +23,7 @@ _SEEN = 1e-6
 _NOISE_STEPS = 60
 _SIZES = (0.05, 0.6)  # of a step in pure noise, for it to count as Adam's
 _SAME = 1.25
+_IN_TRAINING = 1.5  # times the size in noise; RMS of Adam's steps is 0.22 to 0.36 (docs/research/auto-rates.md)
 
 
 def proposed(
@@ -68,7 +69,8 @@ def size_like_adams(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -
     r"""The root mean square that steps need to go as far as Adam's; None if they are of Adam's size as they are.
 
     n steps of RMS σ in pure noise lead as far as q·σ·√n: q = 1 where each goes its own way, √((1+β)/(1−β)) with a
-    momentum. Adam's lead as far as √n. So σ = 1/q: 1 for SGD, Adagrad and RMSprop, 0.24 with a momentum of 0.9.
+    momentum. Adam's lead as far as √n, which is q·σ = 1, and in training they are half as large again where gradients
+    agree. So σ = min(1, 1.5/q): 1 for SGD, Adagrad and RMSprop, 0.4 with a momentum of 0.9.
     """
     ones, q = _in_noise(optimizer, parameter, shape=(16, 16), weight=1.0, gradient=1.0)
     others, _ = _in_noise(optimizer, parameter, shape=(4, 64), weight=1e-2, gradient=1e-3)
@@ -77,7 +79,7 @@ def size_like_adams(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -
         _, middle, last = ones
         if same and _SIZES[0] < last < _SIZES[1] and last > middle / _SAME:  # Adagrad's fall by √2
             return None
-    return 1 / q if q else 1.0
+    return min(1.0, _IN_TRAINING / q) if q else 1.0
 
 
 def asking_rate(weights: Sequence[nn.Parameter]) -> float:

@@ -165,7 +165,7 @@ def _try(optimizer: Any, slots: _Slots, asked: float) -> Trial:
         if off <= min(_TOLERANCE, math.log(asked) / 4):
             return Trial(True, asked, moved)
         if not at_random:
-            return Trial(False, asked, moved)
+            return Trial(_follows_when_new(optimizer, slots, asked, attempt), asked, moved)
         random = True
     if random:
         return Trial(None, asked, None, "its steps are partly random")
@@ -176,11 +176,38 @@ def _try(optimizer: Any, slots: _Slots, asked: float) -> Trial:
     return Trial(None, asked, None, refusals[0])
 
 
+def _follows_when_new(optimizer: Any, slots: _Slots, asked: float, attempt: Mapping[str, Any]) -> bool:
+    """Whether the step follows the rates once what it counts in its groups stands at its start.
+
+    Schedule-free optimizers weigh a step by the largest rate so far, which a trial at other rates cannot take over.
+    """
+    with suppress(Exception):
+        counted = _counted(optimizer, slots, asked)
+        if counted:
+            slow, fast, _ = _moved(optimizer, slots, asked, **attempt, counted=counted)
+            return abs(math.log(fast / slow / asked)) <= min(_TOLERANCE, math.log(asked) / 4)
+    return False
+
+
+def _counted(optimizer: Any, slots: _Slots, asked: float) -> dict[str, Any]:
+    """{option that a step changes: its default}."""
+    held = optimizer.param_groups[slots.slow]["params"][0]
+    stand_in = nn.Parameter(torch.full(_SHAPE, 0.5, device="cpu" if held.is_meta else held.device))
+    twin = twin_over(optimizer, {held: stand_in}, with_state=False)
+    (group,) = twin.param_groups
+    if callable(getattr(twin, "train", None)):
+        twin.train()  # type: ignore[attr-defined]
+    before = copy.deepcopy(_options(group))
+    _step(twin, [stand_in], 0, closure=False)
+    return {key: twin.defaults[key] for key, value in before.items() if key in twin.defaults and group[key] != value}
+
+
 _ATTEMPTS: tuple[dict[str, Any], ...] = (
     {},
     {"zero": True},  # steps too small beside a weight of 0.5 are whole beside one of 0
     {"closure": True},
-    {"state": True},  # some make their state when they are built, and need it
+    {"state": True, "zero": True},  # some make their state when they are built, and need it; 16 bits round off steps
+    {"state": True},
     {"state": True, "closure": True},
     {"zero": True, "steps": _MOST_STEPS},
 )
@@ -195,6 +222,7 @@ def _moved(
     state: bool = False,
     closure: bool = False,
     steps: int = _SETTLING + _STEPS,
+    counted: Mapping[str, Any] | None = None,
 ) -> tuple[float, float, bool]:
     """How far a stand-in comes in the slower group and in the faster one, and whether random numbers were drawn.
 
@@ -203,7 +231,10 @@ def _moved(
     """
     held: list[torch.Tensor] = [optimizer.param_groups[index]["params"][0] for index in (slots.slow, slots.fast)]
     device = torch.device("cpu") if held[0].is_meta else held[0].device
-    start = held[0].detach() if state else torch.full(_SHAPE, 0.0 if zero else 0.5, device=device, dtype=torch.float32)
+    if state:
+        start = torch.zeros_like(held[0]) if zero else held[0].detach()
+    else:
+        start = torch.full(_SHAPE, 0.0 if zero else 0.5, device=device, dtype=torch.float32)
     stand_ins = [nn.Parameter(start.clone()) for _ in held]
     before = [start, start]
     with _random_state_kept(device):
@@ -211,6 +242,8 @@ def _moved(
         mapping = dict(zip(held, stand_ins, strict=True))
         twin = twin_over(optimizer, mapping, with_state=state, state_of=dict.fromkeys(held, held[0]))
         _set_up(twin, slots, asked)
+        for group in twin.param_groups:
+            group.update(counted or {})
         for step in range(steps):
             if step == _SETTLING:
                 before = [tensor.detach().clone() for tensor in stand_ins]
@@ -227,12 +260,13 @@ def _moved(
 
 def _set_up(twin: torch.optim.Optimizer, slots: _Slots, asked: float) -> None:
     first, second = twin.param_groups if slots.slow < slots.fast else reversed(twin.param_groups)
-    options = _options(first if slots.options == slots.slow else second)
+    model = first if slots.options == slots.slow else second
+    options, of_model = _options(model), (model["lr"], model.get("initial_lr"))
     for group, rate in ((first, _LR), (second, _LR * asked)):
-        group.update(copy.deepcopy(options))
+        # Some keep the rate of a group under another name, too, and start from there.
+        own_rates = {key: rate for key, value in options.items() if type(value) is float and value in of_model}
+        group.update(copy.deepcopy(options) | own_rates)
         group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else rate
-        if group["params"][0].device.type == "cpu" and "capturable" in group:
-            group["capturable"] = False  # on a CPU torch takes such a step compiled only
     if callable(getattr(twin, "train", None)):  # schedule-free optimizers step in training mode only
         twin.train()  # type: ignore[attr-defined]
 

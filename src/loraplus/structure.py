@@ -108,8 +108,10 @@ def _behind(module: nn.Module, adapted: set[int]) -> Iterator[nn.Module]:
             yield from _behind(child, adapted)
         return
     places = [place for place, child in enumerate(children) if any(id(part) in adapted for part in child.modules())]
-    if places:
-        yield from children[places[-1] + 1 :]
+    behind = children[places[-1] + 1 :] if places else []
+    # What is followed by frozen weights is in the middle of the model, whatever it is.
+    if all(parameter.requires_grad for child in behind for parameter in child.parameters()):
+        yield from behind
 
 
 def _output_layer(module: Any) -> Any:

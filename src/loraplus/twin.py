@@ -108,6 +108,8 @@ def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], sources: Mapp
     for group in twin.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) in owned]
         group.pop("param_names", None)
+        if group.get("capturable") and all(parameter.device.type == "cpu" for parameter in group["params"]):
+            group["capturable"] = False  # a compiled step sets it; on a CPU torch refuses it in one that is not
     twin.param_groups[:] = [group for group in twin.param_groups if group["params"]]
     return twin
 

@@ -11,6 +11,7 @@ import functools
 import math
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -181,7 +182,7 @@ class RateWatch:
 
     def _off(self, groups: Groups, *, on_accelerator: bool) -> list[int]:
         """Indices of the groups whose rate is not in relation to that of A's group."""
-        rates = [group.get("lr") for group in groups]
+        rates = [self._rate_of(group, relation) for group, relation in zip(groups, self._expected, strict=True)]
         if any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates) and (
             not on_accelerator or torch.cuda.is_current_stream_capturing()
         ):
@@ -197,9 +198,19 @@ class RateWatch:
             and not math.isclose(rate, of_a * relation, rel_tol=_TOLERANCE)
         ]  # fmt: skip
 
+    def _rate_of(self, group: Mapping[str, Any], relation: float | None) -> Any:
+        """A group's rate; where rates are automatic, what the schedule makes of the rate that it was built with."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        for auto in getattr(optimizer, "loraplus_autos", ()):
+            found = auto.rates_of(group)
+            if found is not None:
+                return found[0] / found[1] * (relation or 0.0) * self._base_of_a if found[1] else None
+        return group.get("lr")
+
     def _tell_rates(self, optimizer: Any, off: list[int]) -> None:
         labels = group_labels(optimizer.param_groups)
-        rates = [rate_as_number(group.get("lr")) or 0.0 for group in optimizer.param_groups]
+        each = zip(optimizer.param_groups, self._expected, strict=True)
+        rates = [rate_as_number(self._rate_of(group, relation)) or 0.0 for group, relation in each]
         of_a = rates[self._reference]
         problems = [
             f"{labels[index]} is at {rates[index] / of_a if of_a else math.inf:.4g} times the rate of "
