@@ -63,7 +63,7 @@ def cause(model: nn.Module) -> str | None:
     for name in sorted(names - {"LORA"}):
         title, trains = _KINDS.get(name, (name, _OTHERWISE))
         return (
-            f"this is {'an' if title[0] in "AEIO" else 'a'} {title} adapter: {trains}, so LoRA+ has nothing to set; "
+            f"this is {'an' if title[0] in 'AEIO' else 'a'} {title} adapter: {trains}, so LoRA+ has nothing to set; "
             "train it with a plain optimizer, or take LoRA: peft.LoraConfig(...)"
         )
     return _FROZEN if names else None
