@@ -163,7 +163,7 @@ def _without_loan(group: dict[str, Any], put: Any, own: Any) -> Any:
     """A group's rate as its scheduler has it, though a step's rate is, or was, in its place.
 
     After an error inside a step a scheduler may move on before the loan is given back. One that multiplies has then
-    multiplied the step's rate, one that sets has set its own; a schedule moves little in a step, which tells them apart.
+    multiplied the step's rate, one that sets has set its own. A schedule moves little in a step: that tells them apart.
     """
     now = group["lr"]
     if now is put:

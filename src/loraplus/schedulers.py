@@ -84,10 +84,8 @@ def _told(scheduler: Any, relations: Sequence[float | None], reference: int) -> 
             )
         listed = ", ".join(f"{argument}=[{', '.join(f'{r:.6g}' for r in rates)}]" for argument, rates in right.items())
         given = " and ".join(right)
-        return (
-            rank,
-            f"{name} did it: its {given} {'are' if len(right) > 1 else 'is'} not in the ratio of the groups; give it one a group: {listed}",
-        )
+        which = f"its {given} {'are' if len(right) > 1 else 'is'} not in the ratio of the groups"
+        return rank, f"{name} did it: {which}; give it one a group: {listed}"
     if wrote and isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) and scheduler.eps > 0:
         return rank, f"{name} did it: it leaves out changes below its eps = {scheduler.eps:g}; give it eps=0"
     if not wrote or isinstance(scheduler, _MULTIPLY):
