@@ -75,6 +75,8 @@ def _told(scheduler: Any, relations: Sequence[float | None], reference: int) -> 
     if own:
         right = {argument: _in_relation(rates, relations, reference) for argument, rates in own.items()}
         if all(_close(own[argument], right[argument]) for argument in own):
+            if getattr(scheduler, "eps", 0) and wrote:  # ReduceLROnPlateau's
+                return rank, f"{name} did it: it leaves out changes below its eps = {scheduler.eps:g}; give it eps=0"
             return None
         if "eta_min" in own:
             part = own["eta_min"][reference] / float(scheduler.base_lrs[reference])
@@ -86,8 +88,6 @@ def _told(scheduler: Any, relations: Sequence[float | None], reference: int) -> 
         given = " and ".join(right)
         which = f"its {given} {'are' if len(right) > 1 else 'is'} not in the ratio of the groups"
         return rank, f"{name} did it: {which}; give it one a group: {listed}"
-    if wrote and isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) and scheduler.eps > 0:
-        return rank, f"{name} did it: it leaves out changes below its eps = {scheduler.eps:g}; give it eps=0"
     if not wrote or isinstance(scheduler, _MULTIPLY):
         return None
     lambdas = getattr(scheduler, "lr_lambdas", None)

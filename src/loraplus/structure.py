@@ -109,9 +109,10 @@ def _behind(module: nn.Module, adapted: set[int]) -> Iterator[nn.Module]:
         return
     places = [place for place, child in enumerate(children) if any(id(part) in adapted for part in child.modules())]
     behind = children[places[-1] + 1 :] if places else []
-    # What is followed by frozen weights is in the middle of the model, whatever it is.
-    if all(parameter.requires_grad for child in behind for parameter in child.parameters()):
-        yield from behind
+    for child in reversed(behind):
+        if not all(parameter.requires_grad for parameter in child.parameters()):
+            break  # what comes before frozen weights is in the middle of the model, whatever it is
+        yield child
 
 
 def _output_layer(module: Any) -> Any:
