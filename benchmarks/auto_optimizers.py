@@ -3,8 +3,8 @@
     python benchmarks/auto_optimizers.py [OPTIMIZER …]
 
 A decoder that knows one law of pairs of tokens learns another, a classifier another threshold; both were trained in
-full for 400 steps before, anew each time. The grid is η_A = 10^(k/2) with λ = 4; all rates fall linearly to zero.
-Losses of the last eight steps, means of two seeds.
+full for 400 steps before. The grid is η_A = 10^(k/2) with λ = 4; all rates fall linearly to zero. Losses of the last
+eight steps, means of two seeds.
 """
 
 from __future__ import annotations
@@ -107,10 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("optimizers", nargs="*", default=list(OPTIMIZERS))
     torch.set_num_threads(1)
-    print(
-        "| optimizer | decoder: at the start | grid's best | automatic "
-        "| classifier: at the start | grid's best | automatic |"
-    )
+    heads = ["untrained", "grid's best (η_A)", "automatic"]
+    print(f"| optimizer | {' | '.join(f'{task}: {head}' for task in ('decoder', 'classifier') for head in heads)} |")
     print("|---|---|---|---|---|---|---|")
     for name in parser.parse_args().optimizers:
         cells = [name]

@@ -191,11 +191,10 @@ class LoraPlusMixin:
 
     def _unhook(self) -> None:
         """Takes the hooks of a run off model and optimizer; what was measured can still be read."""
-        watcher = self.loraplus_auto or self._monitor
-        if self._watching and watcher is not None:
-            watcher.remove()
-            if self._made is not None and self.loraplus_auto is not None:  # where `explain` finds what it arrived at
-                self._made.split.optimizer.loraplus_auto = self.loraplus_auto  # type: ignore[attr-defined]
+        if self._watching and self.loraplus_auto is not None:
+            self.loraplus_auto.rest()  # `explain` goes on finding what it has arrived at
+        elif self._watching and self._monitor is not None:
+            self._monitor.remove()
         self._watching = False
 
     def _drop(self) -> None:
