@@ -261,14 +261,19 @@ def _moved(
 def _set_up(twin: torch.optim.Optimizer, slots: _Slots, asked: float) -> None:
     first, second = twin.param_groups if slots.slow < slots.fast else reversed(twin.param_groups)
     model = first if slots.options == slots.slow else second
-    options, of_model = _options(model), (model["lr"], model.get("initial_lr"))
+    options = _options(model)
+    # Some keep the rate of a group under another name, too, and start from there.
+    rates = [key for key in options if all(_is_rate(group, key) for group in (first, second))]
     for group, rate in ((first, _LR), (second, _LR * asked)):
-        # Some keep the rate of a group under another name, too, and start from there.
-        own_rates = {key: rate for key, value in options.items() if type(value) is float and value in of_model}
-        group.update(copy.deepcopy(options) | own_rates)
+        group.update(copy.deepcopy(options) | dict.fromkeys(rates, rate))
         group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else rate
     if callable(getattr(twin, "train", None)):  # schedule-free optimizers step in training mode only
         twin.train()  # type: ignore[attr-defined]
+
+
+def _is_rate(group: Mapping[str, Any], key: str) -> bool:
+    value = group.get(key)
+    return type(value) is float and value in (group["lr"], group.get("initial_lr"))
 
 
 def _step(twin: torch.optim.Optimizer, stand_ins: list[nn.Parameter], step: int, closure: bool) -> None:
