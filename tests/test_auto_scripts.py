@@ -408,3 +408,36 @@ def test_a_head_left_at_the_rate_that_stands_for_automatic_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error", LoraPlusWarning)
         automatic(adapted(), lr_head=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        (lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 50), 1 - 8 / 50),
+        (lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95), 0.95**8),
+        (lambda optimizer: torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.9), 0.9**8),
+    ],
+)
+def test_a_schedule_that_goes_on_while_an_error_of_the_step_is_kept_is_not_taken_for_the_rates(schedule, factor):
+    model, optimizer, rates = automatic()
+    scheduler, fails, kept = schedule(optimizer), [], []
+
+    def fail(*_):
+        if fails:
+            raise torch.OutOfMemoryError("as on a full device")
+
+    optimizer.register_step_pre_hook(fail)  # behind ours
+    for number in range(8):
+        fails[:] = [number] if number in (3, 5) else []
+        before = weights_of(model)
+        try:
+            step(model, optimizer, number)
+        except torch.OutOfMemoryError as error:
+            kept.append(error)
+            optimizer.zero_grad()
+        else:
+            assert 1e-6 < max(moved(model, before)) < 0.1
+        scheduler.step()
+    for group in optimizer.param_groups[:2]:
+        now, base = rates.rates_of(group)
+        assert len(kept) == 2 and now / base == pytest.approx(factor)

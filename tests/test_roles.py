@@ -331,3 +331,14 @@ def test_a_registered_layout_is_recognised():
         assert counts(DownUp()) == {"lora_A": 1, "lora_B": 1}
     finally:
         unregister_layout("down-up")
+
+
+def test_what_comes_before_frozen_layers_is_no_head():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    layers = model.base_model.model
+    for middle, last, heads in ((True, False, []), (False, True, ["4"]), (True, True, ["2", "4"])):
+        layers[2].requires_grad_(middle)
+        layers[4].requires_grad_(last)
+        found = {entry.name.split(".")[-2] for entry in trainable_parameters(model) if entry.role is Role.HEAD}
+        assert sorted(found) == heads

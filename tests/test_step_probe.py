@@ -282,3 +282,37 @@ def test_a_factory_is_tried_as_a_class_is():
     loraplus.create_optimizer(adapted(), functools.partial(torch.optim.AdamW, eps=1e-6), lr=1e-3)
     with pytest.raises(loraplus.OptimizerSetupError, match="ReadsDefaults"):
         loraplus.create_optimizer(adapted(), functools.partial(ReadsDefaults), lr=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])
+def test_what_an_optimizer_has_counted_in_its_groups_does_not_spoil_a_later_trial(kind):
+    model = adapted()
+    optimizer = loraplus.create_optimizer(model, load(f"schedulefree.{kind}"), lr=1e-3, lr_ratio=RATIO)
+    optimizer.train()
+    for _ in range(20):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+    loraplus.verify(model, optimizer, RATIO)
+
+
+class WarmedUp(torch.optim.AdamW):
+    """Goes up to each group's own rate, which it keeps beside it."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        self.steps = 0
+        for group in self.param_groups:
+            group["base_lr"] = group["lr"]
+
+    def step(self, closure=None):
+        self.steps += 1
+        for group in self.param_groups:
+            group["lr"] = group["base_lr"] * min(1, self.steps / 100)
+        return super().step(closure)
+
+
+def test_a_warm_up_of_the_optimizers_own_follows_its_groups():
+    model = adapted()
+    loraplus.verify(model, loraplus.create_optimizer(model, WarmedUp, lr=1e-3, lr_ratio=RATIO), RATIO)

@@ -336,3 +336,43 @@ def test_automatic_rates_are_no_change_of_the_ratio(after):
             optimizer.step()
             scheduler.step()
     assert rates.lr_b > rates.lr_a > 0
+
+
+def test_a_schedule_that_sets_one_rate_for_all_says_nothing_under_automatic_rates():
+    model = with_head()
+    optimizer = loraplus.create_optimizer(model, lr=1.0, lr_head=1e-3)
+    rates = loraplus.AutoRates(model, optimizer)
+    heads = [group["lr"] for group in optimizer.param_groups[2:]]
+    scheduler = schedules.OneCycleLR(optimizer, max_lr=[1.0, 1.0, *heads], total_steps=20)
+    ids = torch.arange(5, 35).reshape(3, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", loraplus.LoraPlusWarning)
+        for _ in range(4):
+            model(input_ids=ids, labels=torch.tensor([0, 1, 0])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+    assert rates.lr_b > 0
+
+
+def test_two_optimizers_for_one_model_do_not_miss_each_others_factors():
+    model = adapted()
+    of_a, of_b = loraplus.param_groups(model, lr=LR)
+    optimizers = [torch.optim.AdamW([of_a]), torch.optim.AdamW([of_b])]
+    for optimizer in optimizers:
+        watch_rates(model, optimizer)
+    assert [stepped(optimizer) for optimizer in optimizers] == [[], []]
+
+
+def test_a_plateau_that_leaves_out_small_changes_is_named_with_its_eps():
+    optimizer = loraplus.create_optimizer(adapted(), lr=1e-7, lr_ratio=RATIO)
+    (told,) = stepped(optimizer, schedules.ReduceLROnPlateau(optimizer, patience=0, factor=0.5))
+    assert "ReduceLROnPlateau did it" in told and "give it eps=0" in told
+
+
+def test_an_optimizers_own_state_loaded_into_it_is_not_blamed():
+    optimizer = made()
+    scheduler = schedules.OneCycleLR(optimizer, 1e-3, total_steps=20)
+    optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate does in `prepare`
+    (told,) = stepped(optimizer, scheduler)
+    assert "OneCycleLR did it" in told

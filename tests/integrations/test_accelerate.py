@@ -165,3 +165,13 @@ def test_what_flattens_the_ratio_of_a_prepared_optimizer_is_told():
     (told,) = [str(entry.message) for entry in caught if entry.category is loraplus.LoraPlusWarning]
     assert "unet.lora_B is at 1 times" in told and "text_encoder.lora_B is at 1 times" in told
     assert "OneCycleLR did it" in told and "max_lr=[0.001, 0.016, 0.001, 0.001, 0.004, 0.001]" in told
+
+
+def test_automatic_rates_are_registered_before_their_first_step_where_only_factors_train(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = adapted(modules_to_save=None)
+    model, optimizer = accelerator.prepare(model, loraplus.create_optimizer(model, lr=0.5))
+    loraplus.AutoRates(model, optimizer)
+    assert register_rates(accelerator, model, optimizer) == loraplus.Rates(0.5, 1.0)
+    accelerator.save_state(str(tmp_path))
+    accelerator.load_state(str(tmp_path))

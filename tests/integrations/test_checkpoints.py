@@ -47,3 +47,25 @@ def test_a_folder_of_several_models_says_nothing_of_which_the_adapter_is(tmp_pat
     record = rates_record(loraplus.Rates(1e-3, 16.0), adapted())
     write_rates(tmp_path, {"models": {"unet": record, "text_encoder": record}})
     assert read_rates_file(tmp_path) is None
+
+
+def test_a_role_that_another_version_had_for_a_head_is_no_other_parameter(tmp_path):
+    rates, model = loraplus.Rates(1e-3, 16.0), adapted()
+    record = rates_record(rates, model)
+    heads = [name for name, role in record["roles"].items() if role == "head"]
+    assert heads
+    write_rates(tmp_path, {**record, "roles": {**record["roles"], **dict.fromkeys(heads, "other")}})
+    check_resume(tmp_path, rates, roles=record["roles"])
+    factor = next(name for name, role in record["roles"].items() if role == "lora_A")
+    write_rates(tmp_path, {**record, "roles": {**record["roles"], factor: "lora_B"}})
+    with pytest.raises(loraplus.ResumeMismatchError, match=f"1 have another place .first: {factor}"):
+        check_resume(tmp_path, rates, roles=record["roles"])
+
+
+def test_a_rate_that_reached_no_parameter_then_is_not_missed_now(tmp_path):
+    model = adapted(modules_to_save=None)
+    write_rates(tmp_path, rates_record(loraplus.Rates(1e-3, 16.0, lr_head=2e-3), model))
+    check_resume(tmp_path, loraplus.Rates(1e-3, 16.0))
+    write_rates(tmp_path, rates_record(loraplus.Rates(1e-3, 16.0, lr_head=2e-3), adapted()))
+    with pytest.raises(loraplus.ResumeMismatchError, match="lr_head = 0.002"):
+        check_resume(tmp_path, loraplus.Rates(1e-3, 16.0))

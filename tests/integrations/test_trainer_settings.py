@@ -316,3 +316,68 @@ def test_a_rate_of_the_trainers_own_hook_is_compared_on_resuming(tmp_path, lr):
     loraplus.verify(again.model, again.optimizer, lr_ratio=16, lr=lr)
     with pytest.raises(ResumeMismatchError, match=r"lr_ratio = 16.*asks for 2"):
         trainer(ratio=2).train(resume_from_checkpoint=True)
+
+
+def test_a_search_or_a_change_over_what_attach_was_given_is_refused(tmp_path):
+    args = LoraPlusTrainingArguments(**common(tmp_path))
+    trainer = loraplus.attach(Trainer(None, args, train_dataset=Tokens(), model_init=factors), 4)
+    with pytest.raises(TrainerSetupError, match="loraplus_lr_ratio is searched, but loraplus.attach was given the rat"):
+        trainer.hyperparameter_search(lambda trial: {"loraplus_lr_ratio": 8.0}, n_trials=1, backend="optuna")
+    args.loraplus_lr_ratio = 64.0
+    with pytest.raises(TrainerSetupError, match="ask for lr_ratio = 64.0, loraplus.attach for 4"):
+        trainer.train()
+
+
+def test_trainers_own_space_holds_a_rate_that_attach_was_given(tmp_path):
+    trainer = Trainer(None, TrainingArguments(**common(tmp_path)), train_dataset=Tokens(), model_init=factors)
+    with pytest.raises(TrainerSetupError, match="learning_rate is searched"):
+        loraplus.attach(trainer, lr=1e-3).hyperparameter_search(n_trials=1, backend="optuna")
+
+
+def test_a_ratio_beside_automatic_rates_is_refused(tmp_path):
+    trainer = Trainer(factors(), TrainingArguments(**common(tmp_path)), train_dataset=Tokens())
+    with pytest.raises(InvalidRateError, match="lr_ratio is not used with automatic rates"):
+        loraplus.attach(trainer, 4, lr="auto")
+
+
+class ByLayer(Trainer):
+    """Rates of its own for query and value."""
+
+    of_value = 1e-4
+
+    def create_optimizer(self, model=None):
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        rates = {"query": 1e-3, "value": self.of_value}
+        groups = [{"params": [p for name, p in named if part in name], "lr": lr} for part, lr in rates.items()]
+        self.optimizer = torch.optim.AdamW(groups)
+        return self.optimizer
+
+
+def test_resuming_at_another_rate_of_the_trainers_own_is_refused(tmp_path):
+    def by_layer(kind, folder, steps):
+        args = TrainingArguments(**common(folder, max_steps=steps, save_strategy="steps", save_steps=2))
+        return loraplus.attach(kind(factors(), args, train_dataset=Tokens()), 16)
+
+    by_layer(ByLayer, tmp_path / "a", 2).train()
+    checkpoint = str(tmp_path / "a" / "checkpoint-2")
+    by_layer(ByLayer, tmp_path / "b", 4).train(resume_from_checkpoint=checkpoint)
+    changed = type("Changed", (ByLayer,), {"of_value": 5e-4})
+    with pytest.raises(ResumeMismatchError, match=r"lr_overrides\[.*value.* = 0\.1, this run asks for 0\.5"):
+        by_layer(changed, tmp_path / "c", 4).train(resume_from_checkpoint=checkpoint)
+
+
+def test_an_optimizer_that_a_later_callback_puts_in_place_is_refused(tmp_path):
+    trainer = loraplus.attach(Trainer(factors(), TrainingArguments(**common(tmp_path)), train_dataset=Tokens()), 16)
+
+    class Replaces(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+
+    trainer.add_callback(Replaces())
+    with pytest.raises(TrainerSetupError, match="an optimizer that LoRA. did not split"):
+        trainer.train()
+
+
+def test_evaluation_only_needs_no_rate(tmp_path):
+    args = TrainingArguments(**common(tmp_path, learning_rate=0.0))
+    assert "eval_loss" in loraplus.attach(Trainer(factors(), args, eval_dataset=Tokens(8))).evaluate()
