@@ -56,7 +56,9 @@ def test_the_refusal_names_the_adapter_and_what_it_trains(kind):
     base, options, name, trains = KINDS[kind]
     model = peft.get_peft_model(base(), config(**options))
     for wrapped in (model, nn.DataParallel(model)):
-        with pytest.raises(loraplus.NoLoraFactorsError, match=f"no LoRA factor.* this is a {name} adapter: .*{trains}"):
+        with pytest.raises(
+            loraplus.NoLoraFactorsError, match=f"no LoRA factor.* this is an? {name} adapter: .*{trains}"
+        ):
             loraplus.create_optimizer(wrapped, lr=1e-3)
 
 

@@ -142,7 +142,9 @@ def _pairs(optimizer: Any, rates: Mapping[int, float]) -> list[_Slots]:
         others = [other for other in known if abs(math.log(known[other] / rate)) > _ALIKE]
         signature = repr(_options(optimizer.param_groups[index]))
         if others and signature not in found and len(found) < _SIGNATURES:
-            other = max(others, key=lambda other: abs(math.log(known[other] / rate)))
+            # Groups with other options may be another optimizer's, where two are in one.
+            alike = [o for o in others if optimizer.param_groups[o].keys() == optimizer.param_groups[index].keys()]
+            other = max(alike or others, key=lambda other: abs(math.log(known[other] / rate)))
             slow, fast = sorted((index, other), key=known.__getitem__)
             found[signature] = _Slots(slow, fast, index)
     return list(found.values())

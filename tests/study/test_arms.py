@@ -160,7 +160,7 @@ def test_all_arms_are_one_family_and_each_shows_the_p_that_decides():
     assert summary["decision"]["family"] == list(pairs)
     for pair in pairs.values():
         assert pair["p_value_holm"] == pytest.approx(4 * pair["p_value"]) and pair["found"] is False
-    words = f"p = {pairs['auto']['p_value_holm']:.3f}, corrected for 4 arms"
+    words = f"p = {pairs['auto']['p_value_holm']:.3f} corrected for 4 arms"
     assert summary["verdict"].count(words) == 4 and summary["verdict"].count("no difference found") == 4
     html = page([*alone, *others])
     assert html.count(f'<span class="p">p = {pairs["auto"]["p_value_holm"]:.3f}</span>') == 4
