@@ -6,15 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STAMP_ALL := $(VENV)/.installed-all
+MODULE ?= src/loraplus/rates.py
+SECONDS ?= 900
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help install demo decoder test test-all lint types fmt clean
+.PHONY: help install demo decoder test test-all mutants lint types fmt clean
 
 help:
 	@echo "make demo     compare LoRA with LoRA+ on movie reviews (about a quarter of an hour on 2 cores)"
 	@echo "make decoder  pre-train the small decoder of examples/decoder anew, into data/decoder (under half an hour on 2 cores)"
 	@echo "make test     lint, types and tests"
 	@echo "make test-all the same with every optional stack installed; prints which stack passed what"
+	@echo "make mutants  change MODULE=src/loraplus/rates.py in small ways for SECONDS=900; shows what no near test notices"
 	@echo "make fmt      format the code"
 	@echo "make clean    remove the virtual environment, data and caches (not runs/)"
 
@@ -48,6 +51,9 @@ test-all: lint types $(STAMP_ALL)
 $(STAMP_ALL): $(STAMP)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable ".[dev,all]"
 	touch $@
+
+mutants: install
+	$(BIN)/python tests/mutants.py $(MODULE) --seconds $(SECONDS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from typing import Any
 from rates_grid import Point, lr_of, next_point
 from rates_settings import SETTINGS, Setting
 
-from loraplus.reproduce.intervals import t_interval
+from loraplus.study.statistics import t_interval
 
 RESULTS = Path(__file__).resolve().parent / "results" / "rates"
 SEEDS = (0, 1, 2)

@@ -167,8 +167,9 @@ def run(setting: Setting, seed: int, lr: float, lr_ratio: float, prepare: Prepar
     task = load_task(setting.task, setting.model)
     model = build_model(setting, task, seed)
     optimizer = loraplus.create_optimizer(
-        model, torch.optim.AdamW, lr=lr, lr_ratio=lr_ratio, lr_head=LR_HEAD, weight_decay=0.0, fused=True
-    )
+        model, torch.optim.AdamW, lr=lr, lr_ratio=lr_ratio, lr_head=None if task.kind == "lm" else LR_HEAD,
+        weight_decay=0.0, fused=True,
+    )  # fmt: skip
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, setting.steps))
     extra = prepare(model, optimizer) if prepare else None
     rows, targets = task.train

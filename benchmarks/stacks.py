@@ -11,7 +11,8 @@ is made with gradient 0 and one with gradient 1, and
     rate = (drop with gradient 1) − (drop with gradient 0),    weight decay = (drop with gradient 0) / rate.
 
 A case judges one thing, so that one defect counts once: empty groups and weight decay have lines of their own. What a
-tool refuses with an error of its own counts as refused, neither right nor wrong. What cannot run counts for nobody.
+tool refuses with an error of its own counts as refused, neither right nor wrong; what it goes on with and says so, with
+what did it, as warned. What cannot run counts for nobody.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from peft.optimizers import create_loraplus_optimizer as peft_optimizer
-from stacks_cases import RATES, CannotRun, Case, adapted, kohya, library
+from stacks_cases import RATES, CannotRun, Case, adapted, kohya, library, tied
+from stacks_later import LATER
 from stacks_processes import WRAPPINGS
+from stacks_trainer import TRAINER
 from torch import nn
 
 import loraplus
@@ -51,7 +54,7 @@ WHO = ("PEFT", "loraplus")
 
 
 class Verdict(NamedTuple):
-    """right, wrong, refused or cannot run, and what was seen."""
+    """right, wrong, refused, warned or cannot run, and what was seen."""
 
     kind: str
     detail: str = ""
@@ -190,6 +193,73 @@ def split_groups(who: str) -> Verdict:
     return compare({name: rate * (1 if "layer.0" in name else 4) for name, (rate, _) in found.items()}, r"lora_B")
 
 
+def one_memory(who: str) -> Verdict:
+    """A step of either parameter moves the memory that both are on, so both must have one rate."""
+    model = tied()
+    optimizer = make(who, model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rates = {}
+    for name, parameter in trained.items():  # one at a time, the others have no gradient
+        optimizer.zero_grad()
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        rates[name] = 1.0 - parameter.detach().double().mean().item()
+    places = {name: parameter.data_ptr() for name, parameter in trained.items()}
+    for name, rate in rates.items():
+        for other, other_rate in rates.items():
+            if places[name] == places[other] and not math.isclose(rate, other_rate, rel_tol=1e-4):
+                return Verdict("wrong", f"{name} at {rate / LR:.3g}·lr and {other} at {other_rate / LR:.3g}·lr")
+    return compare(rates, "no factor of a linear layer alone")
+
+
+class ReadsItsDefaults(torch.optim.SGD):
+    """Takes groups and steps at the rate that it was built with, as estimators of one rate for all groups do."""
+
+    def step(self, closure=None):  # type: ignore[override]
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.sub_(parameter.grad, alpha=self.defaults["lr"])
+
+
+def ignores_rates(who: str) -> Verdict:
+    """B moves 16 times as far as A, or the optimizer is refused."""
+    model = adapted()
+    found = measured(model, make(who, model, ReadsItsDefaults))
+    return compare({name: rate for name, (rate, _) in found.items()}, r"lora_B")
+
+
+def unused_rate(who: str) -> Verdict:
+    """A rate of embeddings, given for a model in which no embedding trains."""
+    if who == "PEFT":
+        peft_optimizer(
+            adapted(),
+            torch.optim.SGD,
+            lr=LR,
+            loraplus_lr_ratio=RATIO,
+            loraplus_lr_embedding=1.0,  # type: ignore[arg-type]
+        )
+    else:
+        loraplus.create_optimizer(adapted(), torch.optim.SGD, lr=LR, lr_ratio=RATIO, lr_embedding=1.0)
+    return Verdict("wrong", "ignored, silently")
+
+
+def rate_in_a_tensor(who: str) -> Verdict:
+    """Every group's rate is a tensor of its own, so that capturable and compiled optimizers can change each."""
+    model, lr = adapted(), torch.tensor(LR)
+    if who == "PEFT":
+        optimizer = peft_optimizer(model, torch.optim.SGD, lr=lr, loraplus_lr_ratio=RATIO)  # type: ignore[arg-type]
+    else:
+        optimizer = loraplus.create_optimizer(model, torch.optim.SGD, lr=lr, lr_ratio=RATIO)  # type: ignore[arg-type]
+    rates = [group["lr"] for group in optimizer.param_groups if group["params"]]
+    if not all(isinstance(rate, torch.Tensor) for rate in rates):
+        return Verdict("wrong", "the rates of the groups are numbers")
+    if len({rate.data_ptr() for rate in (*rates, lr)}) <= len(rates):
+        return Verdict("wrong", "a group shares its tensor with the one that was given")
+    return compare({name: rate for name, (rate, _) in measured(model, optimizer).items()}, r"lora_B")
+
+
 def eight_bit(who: str) -> Verdict:
     """States of an embedding trained in full stay in 32 bits, those of the factors are in 8."""
     cls = library("bitsandbytes.optim").AdamW8bit  # type: ignore[attr-defined]
@@ -264,15 +334,24 @@ def in_two_processes(wrapping: str) -> Judge:
     return judge
 
 
+def judged(case: Callable[[str], tuple[str, str]]) -> Judge:
+    return lambda who: Verdict(*case(who))
+
+
 CASES: dict[str, Judge] = {
     **{name: rates_of(case) for name, case in RATES.items()},
     "U-Net and text encoder at ratios of their own": own_ratios,
     "groups of the user's own are split": split_groups,
+    "embedding and output layer adapted on one memory": one_memory,
+    "an optimizer that takes no notice of its groups' rates": ignores_rates,
+    "a rate that reaches no parameter": unused_rate,
+    "the rate in a tensor": rate_in_a_tensor,
     "no group is empty": empty_groups,
     "weight_decay= is honoured": weight_decay,
     "ratio 1 is plain AdamW after 20 steps": ratio_one,
     "8-bit AdamW: embeddings in 32 bits": eight_bit,
     "resuming under another ratio": resume,
+    **{name: judged(case) for name, case in (LATER | TRAINER).items()},
     **{name: in_two_processes(wrapping) for wrapping, name in WRAPPINGS.items()},
 }
 
@@ -308,7 +387,9 @@ def versions() -> str:
 
 def total(rows: list[tuple[str, dict[str, Verdict]]], who: str) -> str:
     counts = Counter(verdicts[who].kind for _, verdicts in rows)
-    return ", ".join(f"{counts[kind]} {kind}" for kind in ("right", "refused", "wrong", "cannot run") if counts[kind])
+    return ", ".join(
+        f"{counts[kind]} {kind}" for kind in ("right", "refused", "warned", "wrong", "cannot run") if counts[kind]
+    )
 
 
 def markdown(rows: list[tuple[str, dict[str, Verdict]]]) -> str:

@@ -60,6 +60,37 @@ def second_adapter() -> nn.Module:
     return model
 
 
+def named_like_a_factor() -> nn.Module:
+    return get_peft_model(bert(), LoraConfig(r=4, target_modules=["query", "value"]), adapter_name="lora_A")
+
+
+def unfrozen_by_hand() -> nn.Module:
+    model = adapted()
+    model.base_model.model.classifier.requires_grad_(True)  # type: ignore[union-attr]
+    return model
+
+
+def llama4() -> nn.Module:
+    """Experts stored (experts, in, out), y = x W: what PEFT calls lora_A has the columns of the output."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        hidden_size=16, intermediate_size=24, intermediate_size_mlp=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, vocab_size=64, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    parameters = ["feed_forward.experts.gate_up_proj"]
+    return adapted(lambda: Llama4ForCausalLM(config), target_modules=[], target_parameters=parameters)
+
+
+def tied() -> nn.Module:
+    """The adapters of the embedding and of the output layer are on one memory, one the transpose of the other."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=48, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    return adapted(lambda: GPT2LMHeadModel(config), target_modules=["wte", "lm_head"], ensure_weight_tying=True)
+
+
 def unet() -> nn.Module:
     return library("diffusers").UNet2DConditionModel(  # type: ignore[attr-defined]
         sample_size=8, block_out_channels=(8, 16), norm_num_groups=2, layers_per_block=1, cross_attention_dim=16,
@@ -122,11 +153,14 @@ RATES: dict[str, Case] = {
     "linear layers": Case(adapted),
     "rsLoRA": Case(lambda: adapted(use_rslora=True)),
     "several adapters, the second active": Case(second_adapter),
+    "an adapter called lora_A": Case(named_like_a_factor, r"\.lora_B\.lora_A\.weight$"),
+    "experts stored (experts, in, out): Llama 4": Case(llama4, r"\.lora_A\.[^.]+\.weight$"),
     "convolutions": Case(lambda: adapted(Convolutions, target_modules=["c1", "c2"])),
     "DoRA": Case(lambda: adapted(use_dora=True)),
     'bias="all"': Case(lambda: adapted(bias="all")),
     'bias="lora_only"': Case(lambda: adapted(bias="lora_only")),
     "a head (modules_to_save)": Case(lambda: adapted(modules_to_save=["classifier"])),
+    "a head unfrozen by hand": Case(unfrozen_by_hand),
     "norms (modules_to_save)": Case(lambda: adapted(modules_to_save=["LayerNorm"])),
     "trainable tokens": Case(lambda: adapted(trainable_token_indices={"word_embeddings": [1, 2]})),
     "LoRA on an embedding": Case(lambda: adapted(target_modules=["query", "word_embeddings"])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -48,6 +49,13 @@ def review(rng: random.Random, label: str) -> str:
     words += [rng.choice(POSITIVE if label == "positive" else NEGATIVE) for _ in range(2)]
     rng.shuffle(words)
     return " ".join(words)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Trainer collects garbage before every run; looking through all that is imported takes longer than most tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

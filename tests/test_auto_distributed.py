@@ -40,6 +40,41 @@ def worker(wrapping: str) -> dict:
     return {"rates": [rates.lr_a, rates.lr_b], "weights": weights, "own": own}
 
 
+def each_its_own(group: str) -> dict:
+    """A model of its own in each process, trained for a number of steps of its own; with a group they are one."""
+    rank = torch.distributed.get_rank()
+    model = adapted(0 if group else rank)
+    optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1.0, lr_ratio=1, lr_head=1e-3)
+    rates = AutoRates(model, optimizer, process_group=torch.distributed.group.WORLD if group else None)
+    for step in range(3 if group else 3 + rank):
+        model(**batch(seed=step + rank)).loss.backward()
+        for p in model.parameters():
+            if group and p.grad is not None:
+                torch.distributed.all_reduce(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"rates": [rates.lr_a, rates.lr_b]}
+
+
+def test_processes_that_train_different_models_do_not_share_rates(tmp_path):
+    found = ranks.run(each_its_own, tmp_path, "")
+    for rank in range(2):
+        model = adapted(rank)
+        optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1.0, lr_ratio=1, lr_head=1e-3)
+        rates = AutoRates(model, optimizer)
+        for step in range(3 + rank):
+            model(**batch(seed=step + rank)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert found[rank]["rates"] == pytest.approx([rates.lr_a, rates.lr_b], rel=1e-3)
+    assert found[0] != found[1]
+
+
+def test_processes_that_average_gradients_by_themselves_name_their_group(tmp_path):
+    one, two = ranks.run(each_its_own, tmp_path, "together")
+    assert one == two
+
+
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
 def test_two_processes_arrive_at_the_same_rates_and_weights(tmp_path, wrapping):
     one, two = ranks.run(worker, tmp_path, wrapping)

@@ -22,7 +22,11 @@ def test_bad_input_is_read_or_refused_in_one_line(tmp_path, seed):
     assert {result for _, _, result, *_ in results} == {"read", "refused"}
 
 
-@pytest.mark.parametrize("change", set(CHANGES), ids=lambda change: change.__name__)
+def _name(change):
+    return change.__name__
+
+
+@pytest.mark.parametrize("change", sorted(set(CHANGES), key=_name), ids=_name)
 @pytest.mark.parametrize("content", [b"", b"a", b'{"a": 1, "b": [2]}'])
 def test_a_change_makes_another_file_at_every_place(change, content):
     for part in (0.0, 0.3, 1.0):

@@ -97,6 +97,30 @@ def test_rates_in_tensors_and_the_rates_of_a_scheduler_are_multiplied_too():
     assert [group["initial_lr"] for group in groups] == [2e-3, 8e-3]
 
 
+@pytest.mark.parametrize("in_the_groups", [True, False])
+def test_rates_in_tensors_stay_tensors_of_each_groups_own(in_the_groups):
+    model, rate = adapted(), torch.tensor(1e-3, dtype=torch.float64)
+    given = two_groups(model)
+    for group in given:
+        group.pop("lr")
+        group |= {"lr": rate, "initial_lr": rate} if in_the_groups else {}
+    groups = loraplus.split_groups(model, given, lr_ratio=4.0, lr=None if in_the_groups else rate)
+    rates = [group["lr"] for group in groups]
+    assert [float(lr) for lr in rates] == [1e-3, 4e-3, 1e-3]
+    assert len({lr.data_ptr() for lr in (*rates, rate)}) == 4
+    if in_the_groups:
+        assert [float(group["initial_lr"]) for group in groups] == [1e-3, 4e-3, 1e-3]
+    loraplus.verify(model, torch.optim.AdamW(groups), 4.0, groups=given, lr=rate)
+
+
+def test_a_prefix_goes_before_the_names_of_groups():
+    model = adapted()
+    groups = loraplus.split_groups(model, two_groups(model), lr_ratio=16.0, prefix="unet")
+    assert [group["name"] for group in groups] == ["unet.encoder/lora_A", "unet.encoder/lora_B", "unet.group_1"]
+    optimizer = loraplus.create_optimizer(model, lr=1.0, groups=two_groups(model), prefix="unet")
+    assert [group["name"] for group in optimizer.param_groups] == [group["name"] for group in groups]
+
+
 def test_ratio_one_on_existing_groups_trains_as_the_optimizer_on_them():
     model = adapted()
     twin = copy.deepcopy(model)

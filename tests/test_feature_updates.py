@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 
 import loraplus
 from loraplus.errors import InputError, NoLoraFactorsError
-from loraplus.feature_updates import feature_updates
-from loraplus.movement import Recorder, adapted_layers, factors, movement
+from loraplus.feature_updates import FeatureUpdates, feature_updates
+from loraplus.movement import adapted_layers, factors, movement
+from loraplus.recorder import Recorder
 
 
 def adapted(seed: int = 0, **options):
@@ -47,7 +48,7 @@ def test_the_terms_are_those_of_the_formula():
     outputs = {}
     for entry in layers:
         entry.layer.register_forward_hook(lambda m, a, o, name=entry.name: outputs.update({name: (a[0], o)}))
-    model(**batch())
+    model(**batch()).loss.backward()
     real = batch()["attention_mask"].reshape(-1).bool()
     for entry in layers:
         a, b = entry.weights
@@ -128,3 +129,52 @@ def test_what_cannot_be_measured_is_refused():
         feature_updates(adapted(), {key: value for key, value in batch().items() if key != "labels"})
     with pytest.raises(InputError, match="steps"):
         feature_updates(adapted(), batch(), steps=0)
+
+
+def test_buffers_are_kept_too():
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(self.linear(x))
+
+    model = get_peft_model(Normed(), LoraConfig(r=2, target_modules=["linear"])).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    feature_updates(model, {"x": torch.randn(8, 4)}, loss=lambda model, batch: model(**batch).square().sum(), steps=3)
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_nothing_is_concluded_where_nothing_moves():
+    model, _ = trained()
+    optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=16)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)  # as at the start of a warm-up
+    found = feature_updates(model, batch(), optimizer)
+    assert "nothing is concluded" in found.diagnosis and not any(layer.stuck for layer in found.layers)
+    assert "nothing is concluded" in str(FeatureUpdates(()))
+
+
+def test_a_frozen_factor_is_not_called_stuck():
+    model = adapted()
+    for name, p in model.named_parameters():
+        p.requires_grad &= "lora_A" not in name
+    found = feature_updates(model, batch(), lr=1e-2)
+    assert all(layer.delta1 == 0 < layer.delta2 and layer.stuck is None for layer in found.layers)
+
+
+def test_the_rates_are_those_that_are_set_automatically_and_these_are_not_disturbed():
+    ends = []
+    for looks in (False, True):
+        model = adapted()
+        optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1.0, lr_ratio=1, lr_head=1e-3)
+        rates = loraplus.AutoRates(model, optimizer)
+        for seed in range(4):
+            model(**batch(seed=seed)).loss.backward()
+            if looks and seed == 3:
+                found = feature_updates(model, batch(seed=9), optimizer)
+                assert 0 < max(layer.delta2 for layer in found.layers) < 0.3
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append((rates.lr_a, rates.lr_b))
+    assert ends[0] == ends[1]

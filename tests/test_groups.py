@@ -121,6 +121,141 @@ def test_ratios_by_name_that_would_be_ignored_or_contradict_are_refused(ratios, 
         loraplus.param_groups(adapted(), lr=1e-3, lr_ratio_overrides=ratios)
 
 
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [("lr_head", "a head"), ("lr_embedding", "an embedding"), ("lr_magnitude", "a magnitude of DoRA")],
+)
+def test_a_rate_that_reaches_no_parameter_is_refused_by_name_everywhere(setting, what):
+    model, own = adapted(modules_to_save=None), {setting: 1e-2}
+    plain = loraplus.create_optimizer(model, lr=1e-3, lr_ratio=16.0)
+    for refused in (
+        lambda: loraplus.param_groups(model, lr=1e-3, **own),
+        lambda: loraplus.create_optimizer(model, lr=1e-3, **own),
+        lambda: loraplus.verify(model, plain, 16.0, **own),
+        lambda: loraplus.verify(model, plain, 16.0, lr=1e-3, **own),
+    ):
+        with pytest.raises(loraplus.InvalidRateError, match=f"{setting} = 0.01 .nothing that trains is {what}"):
+            refused()
+
+
+def test_all_settings_that_reach_nothing_are_named_at_once_and_what_trains_is_said():
+    with pytest.raises(loraplus.InvalidRateError, match="lr_embedding.*lr_head.*lr_magnitude.*lora_A, lora_B"):
+        loraplus.param_groups(adapted(modules_to_save=None), 1e-3, lr_embedding=1.0, lr_head=1.0, lr_magnitude=1.0)
+
+
+def test_an_output_layer_unfrozen_by_hand_learns_at_the_heads_rate():
+    model = adapted(modules_to_save=None)
+    model.base_model.model.classifier.requires_grad_(True)
+    optimizer = loraplus.create_optimizer(model, lr=1e-4, lr_ratio=16.0, lr_head=1e-2)
+    loraplus.verify(model, optimizer, 16.0, lr=1e-4, lr_head=1e-2)
+    assert rates_by_role(model, optimizer) == {"lora_A": 1e-4, "lora_B": 16e-4, "head": 1e-2}
+
+
+def test_a_ratio_that_reaches_nothing_is_a_warning_since_it_has_a_default():
+    model = adapted(target_modules=["word_embeddings"], modules_to_save=None)
+    with pytest.warns(loraplus.LoraPlusWarning, match="lr_ratio = 16 reaches no parameter"):
+        loraplus.param_groups(model, lr=1e-3)
+
+
+def test_pefts_signature_takes_a_rate_of_embeddings_for_a_model_that_has_none():
+    for model in (adapted(), adapted(target_modules=["query", "word_embeddings"])):
+        optimizer = loraplus.create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_lr_embedding=1e-6
+        )
+        rates = rates_by_role(model, optimizer)
+        assert rates.get("lora_embedding_A", 1e-6) == 1e-6 and rates["lora_B"] == 16e-3
+    with pytest.raises(loraplus.InvalidRateError, match="lr_embedding"):
+        loraplus.create_loraplus_optimizer(
+            adapted(), torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_lr_embedding=-1.0
+        )
+
+
+def without(model, factor):
+    for name, parameter in model.named_parameters():
+        if factor in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+@pytest.mark.filterwarnings("ignore:lr_ratio = 16 reaches")
+def test_where_a_or_b_alone_trains_the_ratio_needs_lr_to_be_proved(frozen):
+    model = without(adapted(modules_to_save=None), frozen)
+    optimizer = torch.optim.AdamW(loraplus.param_groups(model, lr=1e-3, lr_ratio=16.0))
+    with pytest.raises(loraplus.RateMismatchError, match=r"lr_ratio cannot be proved .* pass lr"):
+        loraplus.verify(model, optimizer, lr_ratio=16.0)
+    loraplus.verify(model, optimizer, lr_ratio=16.0, lr=1e-3)
+    with pytest.raises(loraplus.RateMismatchError, match="expected"):
+        loraplus.verify(model, optimizer, lr_ratio=16.0, lr=2e-3)
+
+
+def test_with_a_frozen_what_else_learns_at_lr_proves_the_ratio_unless_it_has_a_rate_of_its_own():
+    model = without(adapted(), "lora_A")
+    optimizer = loraplus.create_optimizer(model, lr=1e-3, lr_ratio=16.0)
+    loraplus.verify(model, optimizer, lr_ratio=16.0)
+    with pytest.raises(loraplus.RateMismatchError, match="lora_B"):
+        loraplus.verify(model, optimizer, lr_ratio=8.0)
+    optimizer = loraplus.create_optimizer(model, lr=1e-3, lr_ratio=16.0, lr_head=1e-2)
+    with pytest.raises(loraplus.RateMismatchError, match="pass lr"):
+        loraplus.verify(model, optimizer, lr_ratio=16.0, lr_head=1e-2)
+    loraplus.verify(model, optimizer, lr_ratio=16.0, lr=1e-3, lr_head=1e-2)
+
+
+@pytest.mark.parametrize("own", [{}, {"lr_head": 1e-2}, {"lr_ratio": 1.0}])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_rate_in_a_tensor_gives_every_group_a_tensor_of_its_own(own, shape):
+    model = adapted()
+    lr = torch.full(shape, 1e-3, dtype=torch.float64)
+    optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=lr, **own)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert all(isinstance(rate, torch.Tensor) and rate.shape == shape and rate.dtype == lr.dtype for rate in rates)
+    assert len({rate.data_ptr() for rate in (*rates, lr)}) == len(rates) + 1
+    table = loraplus.verify(model, optimizer, own.get("lr_ratio", 16.0), lr=1e-3, lr_head=own.get("lr_head"))
+    assert all(isinstance(entry.lr, float) for entry in table.entries)
+    rates[0].mul_(2)  # as a scheduler or a user would in place
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(1e-3 * own.get("lr_ratio", 16.0))
+    with pytest.raises(loraplus.RateMismatchError):
+        loraplus.verify(model, optimizer, own.get("lr_ratio", 16.0), lr=1e-3, lr_head=own.get("lr_head"))
+
+
+def test_a_rate_in_a_tensor_trains_as_the_number_does():
+    models = [adapted(), adapted()]
+    for model, lr in zip(models, (1e-3, torch.tensor(1e-3, dtype=torch.float64)), strict=True):
+        optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=lr, lr_ratio=16.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        for step in range(3):
+            ids = torch.arange(32).add(step).remainder(64).reshape(4, 8)
+            model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        loraplus.verify(model, optimizer, 16.0, lr=1e-3)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_prefix_names_the_model_and_several_are_proved_apart_in_one_optimizer():
+    models = {"unet": (adapted(), 16.0), "text_encoder": (adapted(), 4.0)}
+    for prefixes in (tuple(models), ("", "")):
+        groups = [
+            group
+            for prefix, (model, ratio) in zip(prefixes, models.values(), strict=True)
+            for group in loraplus.param_groups(model, lr=1e-3, lr_ratio=ratio, weight_decay=0.1, prefix=prefix)
+        ]
+        if all(prefixes):
+            names = [group["name"] for group in groups]
+            assert names[:2] == ["unet.lora_A", "unet.lora_B"] and "text_encoder.head_no_decay" in names
+            assert len(set(names)) == len(names)
+        optimizer = torch.optim.AdamW(groups)
+        for model, ratio in models.values():
+            table = loraplus.verify(model, optimizer, lr_ratio=ratio, lr=1e-3)
+            assert sum(row["tensors"] for row in table.groups()) == len(trainable_parameters(model))
+            with pytest.raises(loraplus.RateMismatchError, match="lora_B"):
+                loraplus.verify(model, optimizer, lr_ratio=ratio / 2)
+    named = loraplus.create_optimizer(adapted(), lr=1e-3, prefix="unet")
+    assert {group["name"] for group in named.param_groups} == {"unet.lora_A", "unet.lora_B", "unet.head"}
+
+
 def test_weight_decay_goes_where_trainer_puts_it(tmp_path):
     from transformers import Trainer, TrainingArguments
 

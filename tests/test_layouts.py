@@ -301,7 +301,7 @@ def test_loralib_embeddings_are_embedding_factors():
 def test_every_layout_leaves_the_names_of_others_alone():
     layouts = importlib.import_module("loraplus.layouts")
     names = {
-        "peft": "q.lora_B.default.weight",
+        "peft": "q.lora_B.weight",  # without the adapter's name
         "diffusers": "to_q_lora.up.weight",
         "kohya": "lora_te_q.lora_up.weight",
         "litgpt": "q.lora_B",

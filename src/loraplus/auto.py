@@ -23,18 +23,25 @@ and decay) multiplies both. How the constants were found, and what else was trie
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from loraplus.errors import TrainerSetupError
-from loraplus.feature_updates import FeatureUpdates, LayerUpdate, twin_of
-from loraplus.movement import AdaptedLayer, Movement, StepWatcher, adapted_layers, factors, full, held, movement, rms
-from loraplus.roles import Role, trainable_parameters
+from loraplus.compiled import anything_is_compiled, is_compiled, run_eagerly
+from loraplus.errors import LoraPlusWarning, TrainerSetupError
+from loraplus.feature_updates import FeatureUpdates
+from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, full, local, movement, rms
+from loraplus.owned_groups import OwnedGroups
+from loraplus.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
+from loraplus.roles import Role
+from loraplus.step_watcher import StepWatcher, unwrapped
+
+_ROLES = (Role.A, Role.B)
 
 
 @dataclass(frozen=True)
@@ -67,55 +74,86 @@ class AutoRates(StepWatcher):
 
     η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), 2 ≤ λ = η_B / η_A ≤ 4
 
-    Each is multiplied by what the scheduler makes of its own base rate; the rates that the optimizer was built with do
-    not matter. Measured at the first steps and every twentieth one; a measured step is taken with the rates that it
-    gave. No random number is drawn. Under data parallelism every process arrives at the same rates. Groups that hold
-    neither A nor B keep their rates.
+    Each is multiplied by what the scheduler makes of each group's own base rate; the rates that the optimizer was built
+    with do not matter, but those of one role keep their relation (`lr_overrides`). At the first steps and every
+    twentieth one the optimizer is asked for its step on a copy of A and B, and takes it once, at the rates that this
+    gave. Steps that are not of Adam's size (SGD, Lion, Adagrad, …) are scaled to go as far as Adam's, each of them.
+    Between steps the groups hold the scheduler's numbers. No random number is drawn. Under DistributedDataParallel and
+    FSDP2 every process arrives at the same rates. Groups that hold neither A nor B of this model keep their rates;
+    several models may share an optimizer, each with an AutoRates of its own.
 
     Args:
-        model: a PEFT model, wrapped or not, with trainable `lora_A` and `lora_B`.
-        optimizer: holds A and B in groups apart (as `loraplus.create_optimizer` makes them), before its first step.
+        model: a PEFT model, wrapped or not, with a trainable `lora_A` or `lora_B`.
+        optimizer: holds A and B in groups apart (as `loraplus.create_optimizer` makes them).
         rule: constants other than the built-in ones, for research.
+        process_group: of the processes that train this model together. Default: DistributedDataParallel's or FSDP2's;
+            a process without either sets rates of its own.
 
     Raises:
         NoLoraFactorsError: no layer to measure.
         TrainerSetupError: A and B share a group, the optimizer's steps do not scale with its rate (Prodigy,
-            schedule-free, Adafactor, …), or the factors are flattened (FSDP1) or sharded away (ZeRO-3).
+            schedule-free, Adafactor, …), no layer can be measured (experts), or the factors are flattened (FSDP1) or
+            sharded away (ZeRO-3). At the first measured step: the optimizer does not hold the factors themselves
+            (DeepSpeed), or the model that was called is another one.
 
     Example:
-        >>> optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1.0)  # doctest: +SKIP
+        >>> optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1.0, lr_head=1e-3)  # doctest: +SKIP
         >>> scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 6, 100)  # doctest: +SKIP
         >>> rates = loraplus.AutoRates(model, optimizer)  # doctest: +SKIP
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rule: Rule | None = None) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-        _check(adapted_layers(model), optimizer)
-        self._roles = _roles_of_groups(model, optimizer)
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rule: Rule | None = None, process_group: Any = None
+    ) -> None:
+        optimizer = unwrapped(optimizer)
+        _check_layers(adapted_layers(model))
+        groups = OwnedGroups(model, optimizer)
+        size = _check_steps(optimizer, groups)
+        if size is None:
+            groups.warn_of_dummies(model)
+        for other in installed(optimizer):
+            if set(other._groups.roles) & set(groups.roles):  # a notebook's cell run again
+                other.remove()
         super().__init__(model, optimizer)
         self.rule = rule or Rule()
         self.steps = 0
         self.layer_rates: dict[str, LayerRates] = {}
         self.updates: FeatureUpdates | None = None
         self.lr_a = self.lr_b = 0.0  # without the schedule
-        self._scheduled: list[Any] = []
-        self._recorder.on = self._is_due()
-        self._optimizer.loraplus_auto = self  # type: ignore[attr-defined]  # where `explain` finds the rates in use
+        self._groups, self._process_group = groups, process_group
+        self._pair = (0.0, 0.0)  # for steps of Adam's size
+        self._size = size or 1.0
+        self._units: dict[Role, float] | None = None if size is None else {Role.A: 1.0, Role.B: 1.0}
+        self._compiled = self._missed = self._skipped = self._told = False
+        self._state_hook = self._optimizer.register_state_dict_pre_hook(lambda _: self._groups.give_back())
+        _register(self._optimizer, [*installed(self._optimizer), self])
+        self._look()
+
+    def rest(self) -> None:
+        """Takes the hooks off the model until a next step is taken, as when training has ended."""
+        super().rest()
+        run_eagerly(self, False)
 
     def remove(self) -> None:
-        """Takes all hooks off the model and the optimizer."""
+        """Takes all hooks off the model and the optimizer, whose groups then have their own rates."""
         super().remove()
-        del self._optimizer.loraplus_auto  # type: ignore[attr-defined]
+        self._state_hook.remove()
+        self._groups.give_back()
+        run_eagerly(self, False)
+        _register(self._optimizer, [other for other in installed(self._optimizer) if other is not self])
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold."""
-        return {"lr_a": self.lr_a, "lr_b": self.lr_b, "steps": self.steps}
+        pair = {"lr_a": self.lr_a, "lr_b": self.lr_b, "pair": list(self._pair)}
+        return {**pair, "steps": self.steps, **self._groups.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint."""
         self.lr_a, self.lr_b = float(state["lr_a"]), float(state["lr_b"])
         self.steps = int(state["steps"])
-        self._recorder.on = self._is_due()
+        self._groups.load_state_dict(state)
+        self._pair = tuple(state.get("pair", (self.lr_a, self.lr_b)))
+        self._look()
 
     def summary(self) -> dict[str, Any]:
         """The rates without the schedule, and what each layer asks for."""
@@ -123,98 +161,195 @@ class AutoRates(StepWatcher):
         return {"lr_a": self.lr_a, "lr_b": self.lr_b, "steps": self.steps, "layers": layers}
 
     def rates_of(self, group: Mapping[str, Any]) -> tuple[float, float] | None:
-        """(rate at this moment of the schedule, rate without schedule) of a group of A or B; None for any other."""
-        for role, ours in self._groups():
-            if ours is group:
-                return self._rate(role) * _schedule_factor(group), self._rate(role)
-        return None
+        """(rate at this moment of the schedule, rate without schedule) of a group whose rate is set automatically.
 
-    def _groups(self) -> list[tuple[Role, dict[str, Any]]]:
-        """The groups of A and of B; looked up each time, since loading a checkpoint replaces them."""
-        return [(role, self._optimizer.param_groups[index]) for index, role in self._roles.items()]
+        Groups of the other models that share the optimizer are known too; None for any other.
+        """
+        for rates in installed(self._optimizer) or [self]:
+            index = rates._groups.index_of(group)
+            if index is not None:
+                scheduled, factor = rates._groups.factors(index)
+                base = rates._rate(rates._groups.roles[index]) * factor
+                return base * scheduled, base
+        return None
 
     def _rate(self, role: Role) -> float:
         return self.lr_a if role is Role.A else self.lr_b
 
-    def _is_due(self) -> bool:
-        return self.steps < self.rule.measured_at_first or self.steps % self.rule.measured_every == 0
+    def _unit(self, role: Role) -> float:
+        return 1.0 if self._units is None else self._units[role]
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        super()._before_step(optimizer, args, kwargs)
-        self._scheduled = [group["lr"] for _, group in self._groups()]
-        for role, group in self._groups():
-            # At rate 1 the weights move by the proposed step itself; they are then put where the rates say.
-            group["lr"] = 1.0 if self._recorder.on else self._rate(role) * _schedule_factor(group)
+    def _look(self) -> None:
+        """Watches the forward passes up to the next step if that is to be measured."""
+        due = self.steps < self.rule.measured_at_first or self.steps % self.rule.measured_every == 0 or self._missed
+        self._recorder.on = due
+        if due:
+            self._compiled = self._compiled or is_compiled(self._recorder.modules.values())
+        run_eagerly(self, due and self._compiled)
 
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        for (_, group), lr in zip(self._groups(), self._scheduled, strict=True):
-            group["lr"] = lr
+    def _before_step(self) -> Any:
+        self._groups.give_back()
+        self._skipped = False
+        if self._recorder.on or self._units is not None:
+            found_inf = getattr(self._optimizer, "found_inf", None)  # as GradScaler tells a fused optimizer
+            self._skipped = found_inf is not None and bool(found_inf)
+            if not self._skipped and any(weight.grad is not None for weight in factors(self._layers)):
+                self._ask()
+        return self._groups.lend({role: self._rate(role) for role in _ROLES})
+
+    def _after_step(self) -> None:
+        self._groups.give_back()
+        self._recorder.forget()
+        self.steps += not self._skipped
+        self._look()
+
+    def _ask(self) -> None:
+        """Sets the rates of the coming step, from what the optimizer would do."""
+        device = factors(self._layers)[0].device
+        seen = terms = 0.0
         if self._recorder.on:
-            now = factors(self._layers)
-            proposed = [before - weight.detach() for before, weight in zip(self._before, now, strict=True)]
-            part = _schedule_factor(self._groups()[0][1])
-            with held(self._layers, self._before):
-                self._measure(proposed, part)
-            with torch.no_grad():
-                for i, (weight, before) in enumerate(zip(now, self._before, strict=True)):
-                    weight.copy_(before - part * self._rate(Role.B if i % 2 else Role.A) * proposed[i])
-        super()._after_step(optimizer, args, kwargs)
-        self.steps += 1
-        self._recorder.on = self._is_due()
+            seen, terms = self._summed([float(len(self._recorder.samples)), self._recorder.loss_terms], device)
+            self._missed = not seen
+            if not seen:
+                self._cope_with_nothing_seen()
+            else:
+                self._say_what_was_not_seen()
+        if seen or self._units is not None:
+            steps = self._proposed()
+            if self._units is not None:
+                self._set_units(self._units, steps, device)
+            if seen:
+                self._measure([None if step is None else full(step) for step in steps], terms, device)
+            self.lr_a, self.lr_b = (eta * self._unit(role) for eta, role in zip(self._pair, _ROLES, strict=True))
 
-    def _measure(self, proposed: list[torch.Tensor], part: float) -> None:
-        device = proposed[0].device
-        (terms,) = _summed([self._recorder.loss_terms], device)
-        part_of_output = self.rule.part(terms, len(self._layers))
-        moved: dict[str, Movement] = {}
+    def _set_units(self, units: dict[Role, float], steps: Sequence[torch.Tensor | None], device: torch.device) -> None:
+        """The rates at which the coming step goes as far as Adam's, over all A and over all B."""
+        for first, role in enumerate(_ROLES):
+            parts = [local(step) for step in steps[first::2] if step is not None]
+            squares = sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts)
+            total, count = self._summed([squares, float(sum(part.numel() for part in parts))], device)
+            if 0 < total < math.inf:
+                units[role] = self._size * math.sqrt(count / total)
+
+    def _measure(self, steps: Sequence[torch.Tensor | None], terms: float, device: torch.device) -> None:
+        part = self.rule.part(terms, len(self._layers)) if math.isfinite(terms) else math.nan
+        moved: dict[str, tuple[Movement, float, float]] = {}
         for i, entry in enumerate(self._layers):
-            if entry.name in self._recorder.samples:
-                u_a, u_b = full(proposed[2 * i]), full(proposed[2 * i + 1])
-                moved[entry.name] = movement(entry, self._recorder.samples[entry.name], u_a, u_b)
-                asked_for = self._asked_for(moved[entry.name], rms(u_a), rms(u_b), part_of_output)
-                self.layer_rates[entry.name] = asked_for
-        if not moved:
-            raise TrainerSetupError(
-                "AutoRates saw no forward pass of the model before this step; give it the model that is trained"
-            )
-        found = [self.layer_rates[name] for name in moved]
-        self.lr_a, self.lr_b = _balanced(
-            _geometric_mean([rates.lr_a for rates in found], self.lr_a, device),
-            _geometric_mean([rates.lr_b for rates in found], self.lr_b, device),
+            weights = tuple(full(weight.detach()).float() for weight in entry.weights)
+            sample = self._recorder.samples.get(entry.name)
+            found = None if sample is None else _moved(entry, sample, weights, steps[2 * i], steps[2 * i + 1])
+            if found is not None:
+                moved[entry.name] = found
+        asked = {name: self._asked_for(*found, part) for name, found in moved.items()}
+        self._pair = _balanced(
+            self._mean([rates.lr_a for rates in asked.values()], device) or self._pair[0],
+            self._mean([rates.lr_b for rates in asked.values()], device) or self._pair[1],
             self.rule,
         )
-        a, b = self.lr_a * part, self.lr_b * part
-        self.updates = FeatureUpdates(
-            tuple(LayerUpdate.from_movement(name, m.scaled(a, b)) for name, m in moved.items())
-        )
+        for name, rates in asked.items():
+            in_units = (lr and lr * self._unit(role) for lr, role in zip((rates.lr_a, rates.lr_b), _ROLES, strict=True))
+            self.layer_rates[name] = LayerRates(*in_units)
+        self._note_updates(moved)
 
-    def _asked_for(self, moved: Movement, rms_a: float, rms_b: float, part: float) -> LayerRates:
-        # What is measured is d·RMS(u).
+    def _proposed(self) -> list[torch.Tensor | None]:
+        weights = factors(self._layers)
+        rates = (1.0, 1.0) if self._units is None else (asking_rate(weights[::2]), asking_rate(weights[1::2]))
+        # What is scaled to a size is scaled with its weight decay, or a rate for small gradients would make that large.
+        steps = proposed(self._optimizer, weights, rates * len(self._layers), decay=self._units is not None)
+        if all(step is None for step in steps):
+            raise TrainerSetupError(
+                f"{type(self._optimizer).__name__} does not hold the model's factors themselves, as under DeepSpeed; "
+                "use DDP or FSDP2, or give lr and lr_ratio as numbers"
+            )
+        return steps
+
+    def _asked_for(self, moved: Movement, size_a: float, size_b: float, part: float) -> LayerRates:
         lr_a = lr_b = None
-        if rms_b and moved.delta2:
-            lr_b = part * moved.output * rms_b / moved.delta2
-        if rms_a and moved.inner_change:
+        if size_b and moved.delta2:
+            lr_b = part * moved.output / moved.delta2
+        if size_a and moved.inner_change:
             by_output = part * moved.output / moved.delta1 if moved.delta1 else math.inf
             # An A that starts at zero has no output yet that it could run away from.
             by_inner = self.rule.inner_part * moved.inner / moved.inner_change if moved.inner else math.inf
-            lr_a = rms_a * min(by_output, by_inner) if min(by_output, by_inner) < math.inf else None
-        return LayerRates(lr_a, lr_b)
+            lr_a = min(by_output, by_inner)
+        return LayerRates(*(lr if lr is not None and 0 < lr < math.inf else None for lr in (lr_a, lr_b)))
 
+    def _note_updates(self, moved: Mapping[str, tuple[Movement, float, float]]) -> None:
+        factor = self._groups.by_parameter()
+        scaled = {}
+        for entry in self._layers:
+            if entry.name in moved:
+                found, size_a, size_b = moved[entry.name]
+                a, b = (factor.get(id(weight), 0.0) for weight in entry.weights)
+                rate_a, rate_b = (eta * self._unit(role) for eta, role in zip(self._pair, _ROLES, strict=True))
+                scaled[entry.name] = found.scaled(rate_a * a * size_a, rate_b * b * size_b)
+        if scaled:
+            self.updates = FeatureUpdates.from_movements(self._layers, scaled)
 
-def _geometric_mean(values: list[float | None], otherwise: float, device: torch.device) -> float:
-    """Over the layers that gave a value, in all processes; `otherwise` if none did."""
-    logs = [math.log(value) for value in values if value]
-    total, count = _summed([sum(logs), float(len(logs))], device)
-    return math.exp(total / count) if count else otherwise
+    def _cope_with_nothing_seen(self) -> None:
+        if anything_is_compiled() and not self._compiled:
+            self._compiled = True  # this step is taken at the rates that there are, and the next one is looked at
+            return
+        compiled = "; if it is compiled, give lr and lr_ratio as numbers" if self._compiled else ""
+        raise TrainerSetupError(
+            "AutoRates saw no forward pass of the model before this step; give it the model that is trained" + compiled
+        )
 
+    def _say_what_was_not_seen(self) -> None:
+        if self._told or (not self._compiled and is_compiled(self._recorder.modules.values())):
+            return
+        self._told = True
+        unseen = [entry.name for entry in self._layers if entry.name not in self._recorder.samples]
+        if unseen:
+            warnings.warn(
+                f"AutoRates cannot measure {len(unseen)} of {len(self._layers)} adapted layers (first: {unseen[0]}): "
+                "experts, or no input, output or gradient was seen; their rates are those that the others ask for",
+                LoraPlusWarning,
+                stacklevel=2,
+            )
 
-def _summed(values: list[float], device: torch.device) -> list[float]:
-    """Over all processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    def _mean(self, values: Sequence[float | None], device: torch.device) -> float:
+        """The geometric mean over the layers that gave a value, in all processes; 0 if none did."""
+        logs = [math.log(value) for value in values if value]
+        total, count = self._summed([sum(logs), float(len(logs))], device)
+        return math.exp(total / count) if count else 0.0
+
+    def _summed(self, values: list[float], device: torch.device) -> list[float]:
+        """Over all processes that train this model."""
+        groups = [self._process_group or self._recorder.process_group]
+        weight = factors(self._layers)[0]
+        if self._process_group is None and isinstance(weight, DTensor):
+            groups = weight.device_mesh.get_all_groups()
+        for group in groups:
+            if group is not None:
+                sums = torch.tensor(values, dtype=torch.float32, device=device)
+                torch.distributed.all_reduce(sums, group=group)
+                values = sums.tolist()
         return values
-    sums = torch.tensor(values, dtype=torch.float32, device=device)
-    torch.distributed.all_reduce(sums)
-    return sums.tolist()
+
+
+def installed(optimizer: Any) -> list[AutoRates]:
+    """All that set rates in an optimizer, wrapped or not: one for each model that it trains."""
+    return list(getattr(getattr(optimizer, "optimizer", optimizer), "loraplus_autos", ()))
+
+
+def _register(optimizer: Any, rates: list[AutoRates]) -> None:
+    """Keeps them where `explain` and checkpoints find the rates in use; `loraplus_auto` is the first of them."""
+    optimizer.loraplus_autos = rates
+    optimizer.loraplus_auto = rates[0] if rates else None
+
+
+def _moved(
+    entry: AdaptedLayer, sample: Any, weights: Any, step_a: torch.Tensor | None, step_b: torch.Tensor | None
+) -> tuple[Movement, float, float] | None:
+    """(what steps of RMS 1 do, RMS of A's step, RMS of B's); None where any of it is no number."""
+    units, sizes = [], []
+    for weight, step in zip(weights, (step_a, step_b), strict=True):
+        size = 0.0 if step is None else rms(step)
+        units.append(torch.zeros_like(weight) if step is None or not size else step / size)
+        sizes.append(size)
+    moved = movement(entry, sample, units[0], units[1], weights)
+    return (moved, sizes[0], sizes[1]) if moved.finite and all(map(math.isfinite, sizes)) else None
 
 
 def _balanced(lr_a: float, lr_b: float, rule: Rule) -> tuple[float, float]:
@@ -227,65 +362,29 @@ def _balanced(lr_a: float, lr_b: float, rule: Rule) -> tuple[float, float]:
     return lr_a, min(lr_b, rule.most_ratio * lr_a)
 
 
-def _schedule_factor(group: Mapping[str, Any]) -> float:
-    """What the scheduler multiplies this group's base rate by at this step; 1 without a scheduler."""
-    return float(group["lr"] / group["initial_lr"]) if group.get("initial_lr") else 1.0
-
-
-def _roles_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, Role]:
-    """{index of a group that holds A, or B: role}."""
-    roles = {id(entry.parameter): entry.role for entry in trainable_parameters(model)}
-    found = {}
-    for index, group in enumerate(optimizer.param_groups):
-        here = {roles.get(id(parameter)) for parameter in group["params"]}
-        for role in (Role.A, Role.B):
-            if here == {role}:
-                found[index] = role
-            elif role in here:
-                raise TrainerSetupError(
-                    f"group {index} of the optimizer holds {role} beside other parameters, so it cannot have a rate of "
-                    "its own; build the optimizer with loraplus.create_optimizer"
-                )
-    if set(found.values()) != {Role.A, Role.B}:
-        raise TrainerSetupError("the optimizer does not hold the model's A and B; build it from this model")
-    return found
-
-
-def _check(layers: list[AdaptedLayer], optimizer: torch.optim.Optimizer) -> None:
-    """Refuses factors that cannot be read and optimizers that cannot be asked what they would do."""
+def _check_layers(layers: list[AdaptedLayer]) -> None:
+    """Refuses factors that cannot be read."""
     for entry in layers:
         for weight in entry.weights:
             if weight.dim() < 2 or not weight.numel():
                 raise TrainerSetupError(
                     f"AutoRates cannot read the factors of {entry.name}: they are flattened or sharded away (FSDP1, "
-                    "ZeRO-3); use DDP, FSDP2 or ZeRO-1/2, or give lr and lr_ratio as numbers"
+                    "ZeRO-3); use DDP or FSDP2, or give lr and lr_ratio as numbers"
                 )
-    try:
-        plain, *probed = (_three_steps(optimizer, probed) for probed in ((), (0,), (0, 1, 2)))
-        same = all(torch.allclose(end, plain, rtol=1e-3, atol=1e-7) for end in probed)
-    except Exception:  # an optimizer that cannot take a step on a small matrix cannot be asked either
-        same = False
-    if not same:
+    if all(entry.experts for entry in layers):
+        raise TrainerSetupError(
+            f"AutoRates cannot measure any of {len(layers)} adapted layers, which are banks of experts (first: "
+            f"{layers[0].name}): their inputs are not seen; give lr and lr_ratio as numbers"
+        )
+
+
+def _check_steps(optimizer: torch.optim.Optimizer, groups: OwnedGroups) -> float | None:
+    """Refuses an optimizer that cannot be asked what it would do; tells the size that its steps need to be given."""
+    parameters = groups.examples()
+    if not all(scales_with_rate(optimizer, parameter) for parameter in parameters):
         raise TrainerSetupError(
             f"AutoRates cannot set the rates of {type(optimizer).__name__}: its steps do not simply scale with lr; use "
             "AdamW, Adam, SGD, Lion or the like, or give lr and lr_ratio as numbers"
         )
-
-
-def _three_steps(optimizer: torch.optim.Optimizer, probed: Sequence[int]) -> torch.Tensor:
-    """Where three steps at rate 1e-3 take a small matrix, those of `probed` taken at rate 1 and scaled down."""
-    lr = 1e-3
-    device = optimizer.param_groups[0]["params"][0].device
-    weight = nn.Parameter(torch.linspace(0.5, 1.5, 16, device=device).reshape(4, 4))
-    twin = twin_of(optimizer)
-    twin.state = defaultdict(dict)
-    twin.param_groups = [{**optimizer.param_groups[0], "params": [weight], "lr": lr}]
-    for step in range(3):
-        before = weight.detach().clone()
-        weight.grad = torch.sin(torch.arange(16.0, device=device) + step).reshape(4, 4)
-        twin.param_groups[0]["lr"] = 1.0 if step in probed else lr
-        type(twin).step(twin)
-        if step in probed:
-            with torch.no_grad():
-                weight.copy_(before - lr * (before - weight))
-    return weight.detach()
+    sizes = [size_like_adams(optimizer, parameter) for parameter in parameters]
+    return None if None in sizes else min(size for size in sizes if size is not None)

@@ -28,6 +28,7 @@ def split_groups(
     *,
     lr: float | None = None,
     lr_ratio_overrides: Mapping[str, float] | None = None,
+    prefix: str = "",
 ) -> list[dict[str, Any]]:
     """Splits parameter groups by role, so that each keeps its own options and B learns lr_ratio times faster in it.
 
@@ -39,13 +40,15 @@ def split_groups(
         lr_ratio: λ = η_B / η_A; 1 is plain LoRA.
         lr: rate of groups that have none.
         lr_ratio_overrides: {regular expression: λ} on names of B factors.
+        prefix: the model's name in an optimizer of several, put before every group's name.
 
     Returns:
         New groups; those given are left alone. A group without factors comes back as it was; from any other, the
         factors leave for groups named "<name>/lora_A" and "<name>/lora_B". A group without a name is "group_<index>".
 
     Raises:
-        ParameterGroupError: a parameter is in two groups, in none, or not the model's; or no groups are given.
+        ParameterGroupError: a parameter is in two groups, in none, or not the model's; two on one memory are in groups
+            of different rates; or no groups are given.
         InvalidRateError: a group has no rate that can be used.
         NoTrainableParametersError, NoLoraFactorsError, UnknownAdapterParameterError: see `trainable_parameters`.
 
@@ -64,11 +67,28 @@ def split_groups(
     # 1 where the group has the rate itself: what lr_ratio may be is checked once, what the group's lr may be below.
     rates = Rates(1.0, lr_ratio, lr_ratio_overrides=lr_ratio_overrides or {})
     listed = trainable_parameters(model)
-    rates.check_overrides(listed)
+    rates.check(listed)
     groups = with_lists(groups)
     check_membership(model, groups, listed)
+    _check_memory(groups, listed, lr)
     entries = {id(entry.parameter): entry for entry in listed}
-    return [part for index, group in enumerate(groups) for part in _split(index, group, rates, lr, entries)]
+    parts = [part for index, group in enumerate(groups) for part in _split(index, group, rates, lr, entries)]
+    return with_prefix(parts, prefix)
+
+
+def with_prefix(groups: list[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
+    """The groups, named "<prefix>.<name>"."""
+    for group in groups if prefix else ():
+        group["name"] = f"{prefix}.{group['name']}"
+    return groups
+
+
+def like(given: Any, rate: Any) -> Any:
+    """A rate in the form that it was given in: a tensor of its own where that is one."""
+    if isinstance(given, torch.Tensor):
+        dtype = given.dtype if given.is_floating_point() else torch.get_default_dtype()
+        return torch.full_like(given, float(rate), dtype=dtype, requires_grad=False)
+    return rate
 
 
 def _split(
@@ -78,18 +98,21 @@ def _split(
     options = {key: value for key, value in group.items() if key not in _PARAMETERS}
     if lr is not None:
         options.setdefault("lr", lr)
+    schedule = {key for key in ("lr", "initial_lr") if options.get(key) is not None}  # initial_lr: a scheduler's base
+
+    def scaled(factor: float) -> dict[str, Any]:
+        return {key: like(options[key], options[key] * factor) for key in schedule}
+
     parts: dict[str, dict[str, Any]] = {}
     for member in group["params"]:
         entry = entries.get(id(_tensor(member)))  # None: frozen
         if entry is None or entry.role not in (Role.A, Role.B):
-            part = parts.setdefault(name, {**options, "params": [], "name": name})
+            part = parts.setdefault(name, {**options, **scaled(1), "params": [], "name": name})
         else:
-            base = rate_of(group, name, lr)
-            label = f"{name}/{rates.group_name(entry.role, entry.name)}"
-            factor = rates.of(entry.role, entry.name)
-            part = parts.setdefault(label, {**options, "params": [], "name": label, "lr": base * factor})
-            if "initial_lr" in options:  # the rate that a scheduler multiplies
-                part["initial_lr"] = options["initial_lr"] * factor
+            rate_of(group, name, lr)
+            label = f"{name}/{rates.group_name(entry.role, entry.rate_name)}"
+            factor = rates.of(entry.role, entry.rate_name)
+            part = parts.setdefault(label, {**options, **scaled(factor), "params": [], "name": label})
         part["params"].append(member)
     return list(parts.values())
 
@@ -115,14 +138,39 @@ def base_rates(model: nn.Module, groups: Groups, lr: float | None) -> dict[int, 
     Raises:
         The errors of `split_groups` about groups.
     """
-    groups = with_lists(groups)
-    check_membership(model, groups, trainable_parameters(model))
+    groups, listed = with_lists(groups), trainable_parameters(model)
+    check_membership(model, groups, listed)
+    _check_memory(groups, listed, lr)
     found = {}
     for index, group in enumerate(groups):
         name = str(group.get("name", f"group_{index}"))
         rate = rate_of(group, name, lr)
         found |= {id(_tensor(member)): float(group.get("initial_lr", rate)) for member in group["params"]}
     return found
+
+
+def _check_memory(groups: Iterable[Mapping[str, Any]], listed: Sequence[TrainableParameter], lr: float | None) -> None:
+    """Refuses groups of different rates that hold two parameters on one memory.
+
+    Raises:
+        ParameterGroupError: names both, and their groups.
+    """
+    places = {
+        id(_tensor(member)): (str(group.get("name", f"group_{index}")), group)
+        for index, group in enumerate(groups)
+        for member in group["params"]
+    }
+    by_name = {entry.name: entry for entry in listed}
+    for entry in listed:
+        if entry.shares is None:
+            continue
+        (name, one), (other_name, other) = (places[id(found.parameter)] for found in (by_name[entry.shares], entry))
+        rates = [float(rate_of(group, label, lr)) for label, group in ((name, one), (other_name, other))]
+        if not math.isclose(*rates):
+            raise ParameterGroupError(
+                f"{entry.shares} (group {name}, lr {rates[0]:g}) and {entry.name} (group {other_name}, lr "
+                f"{rates[1]:g}) are on one memory, which can have one rate only; put them into one group"
+            )
 
 
 def refuse_beside_groups(**given: Any) -> None:

@@ -11,10 +11,8 @@ than the other, the factor behind it is stuck: it might as well be frozen.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -23,9 +21,14 @@ import torch
 from torch import nn
 
 from loraplus.errors import InputError
-from loraplus.movement import Movement, Recorder, StepWatcher, adapted_layers, factors, movements
+from loraplus.groups import rate_of_group
+from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, movements
 from loraplus.optimizer import create_optimizer
+from loraplus.proposal import as_before
 from loraplus.rates import DEFAULT_LR_RATIO
+from loraplus.recorder import Recorder
+from loraplus.step_watcher import StepWatcher, unwrapped
+from loraplus.twin import step_of, twin_over
 
 STUCK_BELOW = 0.1
 """A factor counts as stuck if its δ is below this part of the other's."""
@@ -33,7 +36,7 @@ STUCK_BELOW = 0.1
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """One layer's δ1, δ2, δ3 as parts of its output's RMS, and which factor is stuck."""
+    """One layer's δ1, δ2, δ3 as parts of its output's RMS, and which factor is stuck; a frozen one is not."""
 
     name: str
     delta1: float
@@ -42,15 +45,16 @@ class LayerUpdate:
     stuck: Literal["A", "B"] | None
 
     @classmethod
-    def from_movement(cls, name: str, moved: Movement) -> LayerUpdate:
+    def from_movement(cls, entry: AdaptedLayer, moved: Movement) -> LayerUpdate:
         """Relative to the layer's output."""
+        a_trains, b_trains = (weight.requires_grad for weight in entry.weights)
         d1, d2, d3 = (value / max(moved.output, 1e-30) for value in (moved.delta1, moved.delta2, moved.delta3))
         stuck: Literal["A", "B"] | None = None
         if d1 < STUCK_BELOW * d2:
-            stuck = "A"
+            stuck = "A" if a_trains else None
         elif d2 < STUCK_BELOW * d1:
-            stuck = "B"
-        return cls(name, d1, d2, d3, stuck)
+            stuck = "B" if b_trains else None
+        return cls(entry.name, d1, d2, d3, stuck)
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,21 @@ class FeatureUpdates:
 
     layers: tuple[LayerUpdate, ...]
 
+    @classmethod
+    def from_movements(cls, layers: Sequence[AdaptedLayer], found: Mapping[str, Movement]) -> FeatureUpdates:
+        """Of the layers that were measured, by name."""
+        return cls(
+            tuple(LayerUpdate.from_movement(layer, found[layer.name]) for layer in layers if layer.name in found)
+        )
+
     @property
     def diagnosis(self) -> str:
-        """The paper's efficiency condition in words."""
+        """The paper's efficiency condition in words; none where nothing moved, as at a rate of 0."""
         total = len(self.layers)
+        if not any(layer.delta1 or layer.delta2 for layer in self.layers):
+            return (
+                f"neither A nor B moved in any of {total} layers, so nothing is concluded: is the rate 0 at this step?"
+            )
         parts = []
         for factor, other in (("A", "B"), ("B", "A")):
             count = sum(layer.stuck == factor for layer in self.layers)
@@ -90,7 +105,7 @@ class FeatureUpdates:
         }
 
     def __str__(self) -> str:
-        width = max(len("layer"), *(len(layer.name) for layer in self.layers))
+        width = max(len("layer"), *(len(layer.name) for layer in self.layers), 0)
         lines = [f"{'layer':{width}}  {'δ1 (A)':>9}  {'δ2 (B)':>9}  {'δ3':>9}  stuck"]
         lines += [
             f"{layer.name:{width}}  {layer.delta1:9.2e}  {layer.delta2:9.2e}  {layer.delta3:9.2e}  {layer.stuck or '–'}"
@@ -119,12 +134,13 @@ def feature_updates(
 
     δ1 = s·RMS(B ΔA x) / RMS(y), δ2 = s·RMS(ΔB A x) / RMS(y), δ3 = s·RMS(ΔB ΔA x) / RMS(y)
 
-    Weights, gradients, optimizer and random numbers are as before afterwards.
+    Weights, buffers (BatchNorm's statistics), gradients, optimizer and random numbers are as before afterwards.
 
     Args:
         model: a PEFT model with trainable factors, in training or fresh.
         batch: keyword arguments of the model, on its device.
-        optimizer: the one in use: its next step at its present rates is measured. None: a new AdamW.
+        optimizer: the one in use: its next step at its present rates (those of `AutoRates`, where it sets them) is
+            measured. None: a new AdamW.
         lr: η_A of the new AdamW.
         lr_ratio: λ of the new AdamW.
         steps: steps taken on the batch, of which the last is measured. Default: 1 with an optimizer, else 5: in a
@@ -136,6 +152,7 @@ def feature_updates(
 
     Raises:
         NoLoraFactorsError: no layer to measure.
+        TrainerSetupError: `optimizer` is no torch optimizer.
         InputError: the batch gives no loss, or `steps` is below 1.
 
     Example:
@@ -143,15 +160,14 @@ def feature_updates(
 
     Source: Hayou, Ghosh, Yu, arXiv 2402.12354, section 3.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
     layers = adapted_layers(model)
     steps = (1 if optimizer is not None else 5) if steps is None else steps
     if steps < 1:
         raise InputError(f"steps must be 1 or more, got {steps}")
-    twin = create_optimizer(model, lr=lr, lr_ratio=lr_ratio) if optimizer is None else twin_of(optimizer)
+    twin = create_optimizer(model, lr=lr, lr_ratio=lr_ratio) if optimizer is None else _twin_in_place(optimizer)
     recorder = Recorder(model, layers)
     before: list[torch.Tensor] = []
-    with torch.random.fork_rng(), _weights_kept(model):
+    with torch.random.fork_rng(), _model_kept(model), recorder.alone():
         try:
             for step in range(steps):
                 recorder.on = step == steps - 1
@@ -162,11 +178,11 @@ def feature_updates(
                     if value is None:
                         raise InputError("the model gives no loss for this batch; add its labels, or pass loss=")
                     value.backward()
-                type(twin).step(twin)  # not `twin.step`: a scheduler may have put a wrapper of the original there
+                step_of(twin)
             found = movements(layers, recorder.samples, before)
         finally:
             recorder.remove()
-    return FeatureUpdates(tuple(LayerUpdate.from_movement(name, moved) for name, moved in found.items()))
+    return FeatureUpdates.from_movements(layers, found)
 
 
 class UpdateMonitor(StepWatcher):
@@ -188,35 +204,38 @@ class UpdateMonitor(StepWatcher):
         super().__init__(model, optimizer)
         self.updates: FeatureUpdates | None = None
         self._every, self._steps = every, 0
+        self._before: list[torch.Tensor] = []
         self._recorder.on = True
 
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _before_step(self) -> None:
         if self._recorder.on:
+            self._before = [weight.detach().clone() for weight in factors(self._layers)]
+
+    def _after_step(self) -> None:
+        if self._before:
             found = movements(self._layers, self._recorder.samples, self._before)
-            self.updates = FeatureUpdates(tuple(LayerUpdate.from_movement(*item) for item in found.items()))
-        super()._after_step(optimizer, args, kwargs)
+            if found:
+                self.updates = FeatureUpdates.from_movements(self._layers, found)
+        self._before = []
+        self._recorder.forget()
         self._steps += 1
         self._recorder.on = self._steps % self._every == 0
 
 
-def twin_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """A copy with a state of its own and without hooks, over the same parameters."""
-    twin = copy.copy(optimizer)
-    twin.state = defaultdict(dict)
-    for parameter, values in optimizer.state.items():
-        twin.state[parameter] = {
-            key: value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-            for key, value in values.items()
-        }
-    twin.param_groups = [dict(group) for group in optimizer.param_groups]
-    twin._optimizer_step_pre_hooks = OrderedDict()
-    twin._optimizer_step_post_hooks = OrderedDict()
+def _twin_in_place(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A twin over the same parameters, with a state of its own, at the rates of this moment."""
+    optimizer = unwrapped(optimizer)
+    twin = twin_over(optimizer, {p: p for group in optimizer.param_groups for p in group["params"]})
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    for group, own in zip(twin.param_groups, groups, strict=True):
+        group["lr"] = as_before(own["lr"], rate_of_group(optimizer, own) or 0.0)
     return twin
 
 
 @contextmanager
-def _weights_kept(model: nn.Module) -> Iterator[None]:
+def _model_kept(model: nn.Module) -> Iterator[None]:
     kept = [(p, p.detach().clone(), p.grad) for p in model.parameters() if p.requires_grad]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     for parameter, _, _ in kept:
         parameter.grad = None
     try:
@@ -226,3 +245,5 @@ def _weights_kept(model: nn.Module) -> Iterator[None]:
             for parameter, value, gradient in kept:
                 parameter.copy_(value)
                 parameter.grad = gradient
+            for buffer, value in buffers:
+                buffer.copy_(value)

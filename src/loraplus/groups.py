@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from loraplus.errors import FlattenedParametersError, InvalidRateError, RateMismatchError
-from loraplus.existing_groups import Groups, base_rates, refuse_beside_groups
-from loraplus.rates import DEFAULT_LR_RATIO, Rates, as_number
+from loraplus.existing_groups import Groups, base_rates, like, refuse_beside_groups, with_prefix
+from loraplus.rates import DEFAULT_LR_RATIO, ROLES_OF, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, trainable_parameters
+from loraplus.step_probe import refusal, try_step, warn_unproved
 
 _RELATIVE_TOLERANCE = 1e-6
 _NAMED_IN_MESSAGE = 5
@@ -34,6 +35,7 @@ def param_groups(
     lr_magnitude: float | None = None,
     lr_overrides: Mapping[str, float] | None = None,
     lr_ratio_overrides: Mapping[str, float] | None = None,
+    prefix: str = "",
 ) -> list[dict[str, Any]]:
     """Splits the trainable parameters into named groups with LoRA+ rates.
 
@@ -41,21 +43,23 @@ def param_groups(
 
     Args:
         model: a model with LoRA factors, wrapped or not.
-        lr: η_A.
+        lr: η_A; a tensor gives every group a tensor of its own (capturable and compiled optimizers).
         lr_ratio: λ = η_B / η_A; 1 is plain LoRA.
         weight_decay: decay of every parameter but biases and norms, as transformers' Trainer places it. None leaves
             the optimizer's own default, which torch applies to every parameter.
         lr_embedding: rate of embedding factors and rows. Default: lr.
-        lr_head: rate of `modules_to_save`. Default: lr.
+        lr_head: rate of `modules_to_save` and of output layers that are unfrozen. Default: lr.
         lr_magnitude: rate of DoRA's magnitudes. Default: lr.
         lr_overrides: {regular expression: factor} on parameter names.
         lr_ratio_overrides: {regular expression: λ} on names of B factors, as in {"lora_unet": 16, "lora_te": 4}.
+        prefix: the model's name in an optimizer of several: "unet" makes groups "unet.lora_A", "unet.lora_B".
 
     Returns:
         Groups `{"params", "lr", "name"[, "weight_decay"]}`; none is empty, every parameter is in exactly one.
 
     Raises:
-        InvalidRateError: a rate that cannot be used, or a pattern that matches nothing.
+        InvalidRateError: a rate that cannot be used, a rate of a role that no parameter has, or a pattern that matches
+            nothing.
         FlattenedParametersError: FSDP1 has flattened what needs different rates or weight decays.
         NoTrainableParametersError, NoLoraFactorsError, UnknownAdapterParameterError: see `trainable_parameters`.
 
@@ -73,7 +77,12 @@ def param_groups(
     Source: Hayou, Ghosh, Yu, arXiv 2402.12354, section 4.
     """
     rates = Rates(lr, lr_ratio, lr_embedding, lr_head, lr_magnitude, lr_overrides or {}, lr_ratio_overrides or {})
-    return groups_for(trainable_parameters(model), rates, weight_decay)
+    groups = groups_for(trainable_parameters(model), rates, weight_decay)
+    given = (lr, lr_embedding, lr_head, lr_magnitude)
+    form = next((rate for rate in given if isinstance(rate, torch.Tensor)), None)
+    for group in groups:
+        group["lr"] = like(form, group["lr"])
+    return with_prefix(groups, prefix)
 
 
 def groups_for(parameters: list[TrainableParameter], rates: Rates, weight_decay: float | None) -> list[dict[str, Any]]:
@@ -82,7 +91,7 @@ def groups_for(parameters: list[TrainableParameter], rates: Rates, weight_decay:
         weight_decay = as_number("weight_decay", weight_decay)
         if not (math.isfinite(weight_decay) and weight_decay >= 0):
             raise InvalidRateError(f"weight_decay must be a finite number ≥ 0, got {weight_decay!r}")
-    rates.check_overrides(parameters)
+    rates.check(parameters)
     groups: dict[str, dict[str, Any]] = {}
     for entry in parameters:
         if weight_decay and entry.decays is None:
@@ -90,11 +99,11 @@ def groups_for(parameters: list[TrainableParameter], rates: Rates, weight_decay:
                 f"FSDP has put a bias into one flat parameter with {entry.name}, so weight decay cannot leave it out; "
                 "wrap with FullyShardedDataParallel(..., use_orig_params=True), or use fully_shard (FSDP2)"
             )
-        name = rates.group_name(entry.role, entry.name)
+        name = rates.group_name(entry.role, entry.rate_name)
         if weight_decay is not None and not entry.decays:
             name += "_no_decay"
         if name not in groups:
-            groups[name] = {"params": [], "lr": rates.of(entry.role, entry.name), "name": name}
+            groups[name] = {"params": [], "lr": rates.of(entry.role, entry.rate_name), "name": name}
             if weight_decay is not None:
                 groups[name]["weight_decay"] = weight_decay if entry.decays else 0.0
         groups[name]["params"].append(entry.parameter)
@@ -103,7 +112,10 @@ def groups_for(parameters: list[TrainableParameter], rates: Rates, weight_decay:
 
 @dataclass(frozen=True)
 class ParameterRate:
-    """What an optimizer does with one parameter; lr is None if the optimizer does not hold it."""
+    """What an optimizer does with one parameter; lr is None if the optimizer does not hold it.
+
+    Of parameters on one memory the first has their number, the others 0 and its name in `shares`.
+    """
 
     name: str
     role: str
@@ -112,6 +124,7 @@ class ParameterRate:
     base_lr: float | None
     weight_decay: float | None
     parameters: int
+    shares: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,7 @@ class RateTable:
         return list(rows.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """{"groups": [...], "parameters": {name: {role, group, lr, base_lr, weight_decay, parameters}}}."""
+        """{"groups": [...], "parameters": {name: {role, group, lr, base_lr, weight_decay, parameters, shares}}}."""
         parameters = {}
         for entry in self.entries:
             fields = asdict(entry)
@@ -173,9 +186,9 @@ def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *,
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
     auto = getattr(optimizer, "loraplus_auto", None)
     found = auto.rates_of(group) if auto is not None else None
-    if found is not None:
+    if found is not None and (found[1] or not base):  # before the first measured step there is none yet
         return found[1] if base else found[0]
-    return _as_float(group.get("initial_lr", group.get("lr")) if base else group.get("lr"))
+    return _own_rate(optimizer, group, base=base)
 
 
 def _parameters_by_group(optimizer: Any) -> Iterator[tuple[int, list[Any]]]:
@@ -195,6 +208,15 @@ def _parameters_by_group(optimizer: Any) -> Iterator[tuple[int, list[Any]]]:
         yield index, group["params"]
 
 
+def _number_of(parameter: Any) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 holds a part here
+
+
+def _group_of(optimizer: Any) -> dict[int, int]:
+    """{id of a parameter: index of its group}."""
+    return {id(p): index for index, parameters in _parameters_by_group(optimizer) for p in parameters}
+
+
 def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
     """Reads back which role, rate and weight decay every trainable parameter has in any optimizer.
 
@@ -212,23 +234,35 @@ def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
     Example:
         >>> print(loraplus.explain(model, optimizer))  # doctest: +SKIP
     """
-    group_of = {
-        id(parameter): (index, optimizer.param_groups[index])
-        for index, parameters in _parameters_by_group(optimizer)
-        for parameter in parameters
-    }
+    return _table(trainable_parameters(model), optimizer)
+
+
+def built_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
+    """`explain` with the rates that the groups were built with, whatever `AutoRates` has made of them."""
+    return _table(trainable_parameters(model), optimizer, _own_rate)
+
+
+def _own_rate(optimizer: Any, group: Mapping[str, Any], *, base: bool = False) -> float | None:
+    return _as_float(group.get("initial_lr", group.get("lr")) if base else group.get("lr"))
+
+
+def _table(parameters: list[TrainableParameter], optimizer: Any, rate_of: Any = None) -> RateTable:
+    rate_of = rate_of or rate_of_group
+    group_of = _group_of(optimizer)
     entries = []
-    for entry in trainable_parameters(model):
-        index, group = group_of.get(id(entry.parameter), (None, {}))
+    for entry in parameters:
+        index = group_of.get(id(entry.parameter))
+        group = {} if index is None else optimizer.param_groups[index]
         entries.append(
             ParameterRate(
                 name=entry.name,
                 role=entry.role.value,
                 group="(not optimized)" if index is None else str(group.get("name", f"group {index}")),
-                lr=rate_of_group(optimizer, group),
-                base_lr=rate_of_group(optimizer, group, base=True),
+                lr=rate_of(optimizer, group),
+                base_lr=rate_of(optimizer, group, base=True),
                 weight_decay=_as_float(group.get("weight_decay")),
-                parameters=getattr(entry.parameter, "ds_numel", entry.parameter.numel()),  # ZeRO-3 holds a part here
+                parameters=0 if entry.shares else _number_of(entry.parameter),
+                shares=entry.shares,
             )
         )
     return RateTable(tuple(entries))
@@ -247,16 +281,18 @@ def verify(
     lr_ratio_overrides: Mapping[str, float] | None = None,
     groups: Groups | None = None,
 ) -> RateTable:
-    """Checks that the optimizer gives every trainable parameter the LoRA+ rate asked for.
+    """Checks that the optimizer gives every trainable parameter the LoRA+ rate asked for, and that its step follows it.
 
     Both the present rates and the base rates that a scheduler multiplies are checked, so it can be called at any time:
-    after wrapping, in warm-up (where every rate may be 0), or after resuming.
+    after wrapping, in warm-up (where every rate may be 0), or after resuming. The step is tried on two small matrices
+    in a twin of the optimizer, which is left alone; a step that cannot be tried is a LoraPlusWarning.
 
     Args:
         model: the model, wrapped or not.
         optimizer: the optimizer in use, wrapped or not.
         lr_ratio: λ that the run should have.
-        lr: base η_A that the run should have. None takes it from the optimizer, so that only the relations are checked.
+        lr: base η_A that the run should have. None takes it from the optimizer, so that only the relations are checked;
+            where A or B alone trains there is none, and lr is needed.
         lr_embedding, lr_head, lr_magnitude, lr_overrides, lr_ratio_overrides: as in `param_groups`.
         groups: the groups that `split_groups` was given; each parameter's η_A is then its group's lr, and `lr` the
             rate of groups that have none.
@@ -265,27 +301,28 @@ def verify(
         The table of `explain`, as the proof.
 
     Raises:
-        RateMismatchError: names the parameters that have another rate, or none.
+        RateMismatchError: names the parameters that have another rate, or none; or the optimizer whose step takes no
+            notice of its groups' rates.
         ParameterGroupError, InvalidRateError: groups that cannot be split.
 
     Example:
         >>> loraplus.verify(model, optimizer, lr_ratio=16.0)  # doctest: +SKIP
     """
-    table = explain(model, optimizer)
     sources = trainable_parameters(model)
+    table = _table(sources, optimizer)
     own = {"lr_embedding": lr_embedding, "lr_head": lr_head, "lr_magnitude": lr_magnitude}
     overrides, ratios = lr_overrides or {}, lr_ratio_overrides or {}
     if groups is not None:
         refuse_beside_groups(lr_overrides=overrides, **own)
         bases = base_rates(model, groups, lr)
         rates = Rates(1.0, lr_ratio, lr_ratio_overrides=ratios)
-        asked = [rates.of(source.role, source.name) * bases[id(source.parameter)] for source in sources]
+        asked = [rates.of(source.role, source.rate_name) * bases[id(source.parameter)] for source in sources]
     else:
         unit = Rates(1.0, lr_ratio, lr_overrides=overrides, lr_ratio_overrides=ratios)
-        base = lr if lr is not None else _base_rate(table, unit)
+        base = lr if lr is not None else _base_rate(table, unit, own)
         rates = Rates(base, lr_ratio, **own, lr_overrides=overrides, lr_ratio_overrides=ratios)
-        asked = [rates.of(source.role, source.name) for source in sources]
-    rates.check_overrides(sources)
+        asked = [rates.of(source.role, source.rate_name) for source in sources]
+    rates.check(sources)
 
     wrong = []
     scale = None  # what the schedule has multiplied all rates by, read off the first parameter
@@ -306,14 +343,39 @@ def verify(
             + "; ".join(wrong[:_NAMED_IN_MESSAGE])
             + more
         )
+    _prove_step(optimizer, sources, lr_ratio)
     return table
 
 
-def _base_rate(table: RateTable, unit: Rates) -> float:
-    """η_A as the optimizer has it: the base rate of the first factor, over what `unit` (lr = 1) gives that factor."""
+def _prove_step(optimizer: Any, sources: list[TrainableParameter], lr_ratio: float) -> None:
+    group_of = _group_of(optimizer)
+    held = sorted({group_of[id(source.parameter)] for source in sources})
+    rates = {index: rate_of_group(optimizer, optimizer.param_groups[index], base=True) or 0.0 for index in held}
+    trial = try_step(optimizer, rates)
+    if trial.follows is False:
+        raise RateMismatchError(
+            f"the groups have the rates of lr_ratio = {lr_ratio:g}, the step does not: {refusal(optimizer, trial)}"
+        )
+    if trial.follows is None:
+        warn_unproved(optimizer, trial)
 
-    for role in (Role.A, Role.B, Role.EMBEDDING_A, Role.EMBEDDING_B):
+
+def _base_rate(table: RateTable, unit: Rates, own: Mapping[str, float | None]) -> float:
+    """η_A as the optimizer has it: the base rate of a parameter that has η_A, over what `unit` (lr = 1) gives it.
+
+    Raises:
+        RateMismatchError: no relation to B's rate can be read off.
+    """
+    roles = {entry.role for entry in table.entries}
+    fixed = {role for name, value in own.items() if value is not None for role in ROLES_OF[name][0]}
+    if Role.B not in roles or not roles - fixed - {Role.B}:
+        alone = "B alone trains" if Role.B in roles else "no factor B of a linear layer trains"
+        raise RateMismatchError(
+            f"lr_ratio cannot be proved from the optimizer alone, since {alone} (what trains: "
+            f"{', '.join(sorted(roles))}); pass lr, the η_A that the run should have: verify(..., lr=...)"
+        )
+    for role in (Role.A, *Role):  # A's if it trains, else that of something which keeps lr
         for entry in table.entries:
-            if entry.role == role and entry.base_lr:
-                return entry.base_lr / unit.of(role, entry.name)
-    raise RateMismatchError("no LoRA factor has a positive rate in this optimizer")
+            if entry.role == role and entry.base_lr and role != Role.B and role not in fixed:
+                return entry.base_lr / unit.of(role, entry.shares or entry.name)
+    raise RateMismatchError("nothing that trains at η_A has a positive rate in this optimizer")

@@ -38,6 +38,7 @@ class Role(StrEnum):
 
 
 FACTORS = frozenset({Role.A, Role.B, Role.EMBEDDING_A, Role.EMBEDDING_B})
+EMBEDDINGS = frozenset({Role.EMBEDDING, Role.EMBEDDING_A, Role.EMBEDDING_B})
 
 Recogniser = Callable[[str, nn.Module], "Role | None"]
 """Takes a parameter's clean name and the module that owns it; returns its role, or None if the layout is another."""
@@ -47,32 +48,33 @@ Patterns = tuple[tuple[re.Pattern[str], Role], ...]
 
 def _patterns(*pairs: tuple[str, Role]) -> Patterns:
     """Patterns for the end of a name, from the start of a component on."""
-    return tuple((re.compile(rf"(?:^|\.){pattern}$"), role) for pattern, role in pairs)
+    return tuple((re.compile(rf"(?:^|\.)(?:{pattern})$"), role) for pattern, role in pairs)
 
 
 def _first(patterns: Patterns, name: str) -> Role | None:
     return next((role for pattern, role in patterns if pattern.search(name)), None)
 
 
-# The adapter's own name follows the factor's (`lora_A.default.weight`) and cannot hold a dot. The anchors at both ends
-# keep an adapter called "lora_B", or a base module of that name, from being taken for the factor.
+# Without the adapter's own name, which `recognise` takes out of the dict that holds it.
 _PEFT = _patterns(
-    (r"lora_A\.[^.]+(?:\.weight)?", Role.A),
-    (r"lora_B\.[^.]+(?:\.weight)?", Role.B),
-    (r"lora_embedding_A\.[^.]+", Role.EMBEDDING_A),
-    (r"lora_embedding_B\.[^.]+", Role.EMBEDDING_B),
-    (r"lora_magnitude_vector\.[^.]+(?:\.weight)?", Role.MAGNITUDE),
-    (r"lora_[AB]\.[^.]+\.bias", Role.NORM_BIAS),  # LoraConfig(lora_bias=True): an offset, not a factor
-    (r"lora_diag\.[^.]+", Role.OTHER),  # KaSA
-    (r"lora_monteclora_sampler\.[^.]+\.(?:std_prior|expert_weights_prior)", Role.OTHER),
-    (r"trainable_tokens_delta\.[^.]+", Role.EMBEDDING),
+    (r"lora_A\.weight", Role.A),
+    (r"lora_B\.weight", Role.B),
+    (r"lora_embedding_A", Role.EMBEDDING_A),
+    (r"lora_embedding_B", Role.EMBEDDING_B),
+    (r"lora_magnitude_vector(?:\.weight)?", Role.MAGNITUDE),
+    (r"lora_[AB]\.bias", Role.NORM_BIAS),  # LoraConfig(lora_bias=True): an offset, not a factor
+    (r"lora_diag", Role.OTHER),  # KaSA
+    (r"lora_monteclora_sampler\.(?:std_prior|expert_weights_prior)", Role.OTHER),
+    (r"trainable_tokens_delta", Role.EMBEDDING),
 )
-_MODULES_TO_SAVE = re.compile(r"(?:^|\.)modules_to_save\.[^.]+\.")
+_MODULES_TO_SAVE = re.compile(r"(?:^|\.)modules_to_save\.")
 
 
 def recognise_peft(name: str, owner: nn.Module) -> Role | None:
     """PEFT, and diffusers since it uses PEFT: factors in a dict by adapter name, heads under `modules_to_save`."""
     role = _first(_PEFT, name)
+    if role is None and isinstance(owner, nn.ParameterDict):  # AdaLoRA's
+        role = {"lora_A": Role.A, "lora_B": Role.B}.get(name.rpartition(".")[2])
     if role is None and _MODULES_TO_SAVE.search(name):
         return Role.EMBEDDING if isinstance(owner, nn.Embedding) else Role.HEAD
     return role
@@ -104,7 +106,7 @@ def recognise_kohya(name: str, owner: nn.Module) -> Role | None:
 def recognise_litgpt(name: str, owner: nn.Module) -> Role | None:
     """litgpt and loralib: `lora_A` and `lora_B` are plain parameters of the adapted layer, LoRAQKVLinear's too."""
     role = {"lora_A": Role.A, "lora_B": Role.B}.get(name.rpartition(".")[2])
-    if role is None or isinstance(owner, (nn.ParameterDict, nn.ModuleDict)):  # a PEFT adapter may be called "lora_A"
+    if role is None or isinstance(owner, (nn.ParameterDict, nn.ModuleDict)):  # PEFT's
         return None
     if isinstance(owner, nn.Embedding):
         return Role.EMBEDDING_A if role is Role.A else Role.EMBEDDING_B
@@ -122,13 +124,11 @@ def recognise_torchtune(name: str, owner: nn.Module) -> Role | None:
 
 
 # ΔW is (w1_a w1_b) ∘ (w2_a w2_b) in LoHa and w1 ⊗ (w2_a w2_b) in LoKr: `_b` meets the input, `_a` makes the output.
-# PEFT has both, with the adapter's name behind.
+# PEFT has both.
 _LYCORIS = _patterns(
-    (r"hada_w[12]_b(?:\.[^.]+)?", Role.A),
-    (r"hada_w[12]_a(?:\.[^.]+)?", Role.B),
-    (r"lokr_w[12]_b(?:\.[^.]+)?", Role.A),
-    (r"lokr_w[12]_a(?:\.[^.]+)?", Role.B),
-    (r"(?:hada_t[12]|lokr_w[12]|lokr_t2)(?:\.[^.]+)?", Role.OTHER),
+    (r"(?:hada|lokr)_w[12]_b", Role.A),
+    (r"(?:hada|lokr)_w[12]_a", Role.B),
+    (r"hada_t[12]|lokr_w[12]|lokr_t2", Role.OTHER),
     (r"(?:lora|lycoris)_[^.]+\.down_list\.\d+", Role.A),  # DyLoRA
     (r"(?:lora|lycoris)_[^.]+\.up_list\.\d+", Role.B),
 )
@@ -145,7 +145,7 @@ def recognise_lycoris(name: str, owner: nn.Module) -> Role | None:
     return {"FullModule": Role.OTHER, "NormModule": Role.NORM_BIAS}.get(type(owner).__name__)
 
 
-# The last is asked first.
+# The last is asked first, and what was registered before all of these.
 _layouts: dict[str, Recogniser] = {
     "lycoris": recognise_lycoris,
     "torchtune": recognise_torchtune,
@@ -154,6 +154,7 @@ _layouts: dict[str, Recogniser] = {
     "diffusers": recognise_diffusers,
     "peft": recognise_peft,
 }
+_registered: dict[str, Recogniser] = {}
 
 
 def register_layout(name: str, recognise: Recogniser) -> None:
@@ -167,26 +168,53 @@ def register_layout(name: str, recognise: Recogniser) -> None:
         >>> register_layout("down-up", lambda name, owner: Role.A if name.endswith("down.weight") else None)
         >>> unregister_layout("down-up")
     """
-    _layouts.pop(name, None)
-    _layouts[name] = recognise
+    unregister_layout(name)
+    _registered[name] = recognise
 
 
 def unregister_layout(name: str) -> None:
-    """Forgets a registered layout."""
+    """Forgets a layout."""
+    _registered.pop(name, None)
     _layouts.pop(name, None)
 
 
-def recognise(name: str, owner: nn.Module) -> Role | None:
+def recognise(name: str, owner: nn.Module, holder: nn.Module | None = None) -> Role | None:
     """The role that the first layout to know the parameter gives it; None if none does.
 
     Args:
         name: without what wrappers add.
         owner: the module that holds the parameter.
+        holder: the module that holds the owner.
 
     Example:
         >>> recognise("layers.0.to_q.lora_up.weight", nn.Linear(2, 8))
         <Role.B: 'lora_B'>
+        >>> recognise("q.lora_B.lora_A.weight", nn.Linear(2, 8), nn.ModuleDict())  # B of an adapter called lora_A
+        <Role.B: 'lora_B'>
     """
-    return next(
-        (role for layout in reversed(list(_layouts.values())) if (role := layout(name, owner)) is not None), None
-    )
+    for layout in reversed(list(_registered.values())):
+        if (role := layout(name, owner)) is not None:
+            return role
+    short = without_adapter(name, owner, holder)
+    for form in (short,) if short == name else (short, name):
+        for layout in reversed(list(_layouts.values())):
+            if (role := layout(form, owner)) is not None:
+                return role
+    return None
+
+
+def without_adapter(name: str, owner: nn.Module, holder: nn.Module | None) -> str:
+    """A name without the key of the dict that holds the parameter or its owner: PEFT's name of an adapter.
+
+    Adapters may have any name, a factor's too, so it is the dict that says which part of the name is one.
+
+    Example:
+        >>> without_adapter("q.lora_B.lora_A.weight", nn.Linear(2, 8), nn.ModuleDict())
+        'q.lora_B.weight'
+    """
+    parts = name.split(".")
+    if isinstance(owner, nn.ParameterDict):
+        return ".".join(parts[:-1])
+    if isinstance(holder, nn.ModuleDict):
+        return ".".join([*parts[:-2], parts[-1]])
+    return name

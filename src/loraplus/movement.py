@@ -1,4 +1,4 @@
-r"""What a step of A and of B does to the output of an adapted layer: the sample it is measured on, and the measure.
+r"""What a step of A and of B does to the output of an adapted layer: the layers, a sample of each, and the measure.
 
     y = W x + s·B A x        δ1 = s·B ΔA x    δ2 = s·ΔB A x    δ3 = s·ΔB ΔA x
 
@@ -8,8 +8,7 @@ Source: Hayou, Ghosh, Yu, arXiv 2402.12354, section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -27,18 +26,29 @@ TOKENS = 128
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A layer and its trainable pair of factors: y = base(x) + scaling·B(A(x))."""
+    """A layer and its pair of factors, of which one trains or both do: y = base(x) + scaling·B(A(x))."""
 
     name: str
     layer: nn.Module
     a: nn.Module
     b: nn.Module
     scaling: float
+    path: str = ""
 
     @property
     def weights(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A's weight (r rows) and B's (r columns)."""
         return cast(nn.Parameter, self.a.weight), cast(nn.Parameter, self.b.weight)
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer that is adapted."""
+        return cast(nn.Module, getattr(self.layer, "base_layer", self.layer))
+
+    @property
+    def experts(self) -> bool:
+        """Whether A and B stand for a bank of experts, whose inputs no forward pass shows."""
+        return int(getattr(self.layer, "num_experts", 1)) > 1
 
 
 @dataclass(frozen=True)
@@ -50,25 +60,30 @@ class Sample:
 
 
 def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
-    """Every layer whose A and B both train and are modules (linear and convolution; not embeddings), in PEFT's layout.
+    """Every layer with an A or B that trains, both being modules (linear and convolution; not embeddings), as in PEFT.
 
     Raises:
         NoLoraFactorsError: there is none.
     """
     found = []
     for path, module in model.named_modules():
-        factors = getattr(module, "lora_A", None)
-        if not isinstance(factors, nn.ModuleDict):  # litgpt's is a parameter
+        pairs = getattr(module, "lora_A", None)
+        if not isinstance(pairs, nn.ModuleDict):  # litgpt's is a parameter
             continue
-        for name, a in factors.items():
+        for name, a in pairs.items():
             b, scaling = cast(Any, module).lora_B[name], cast(Any, module).scaling[name]
             title = clean_name(path) if name == "default" else f"{clean_name(path)} ({name})"
-            entry = AdaptedLayer(title, module, a, b, float(scaling))
-            if all(weight.requires_grad for weight in entry.weights):
+            entry = AdaptedLayer(title, module, a, b, float(scaling), path)
+            if any(weight.requires_grad for weight in entry.weights):
                 found.append(entry)
     if not found:
-        raise NoLoraFactorsError(f"{type(model).__name__} has no layer with a trainable lora_A and lora_B to measure")
+        raise NoLoraFactorsError(f"{type(model).__name__} has no layer with a trainable lora_A or lora_B to measure")
     return found
+
+
+def factors(layers: Sequence[AdaptedLayer]) -> list[nn.Parameter]:
+    """The weights A, B, A, B, … of the layers."""
+    return [weight for entry in layers for weight in entry.weights]
 
 
 def rms(tensor: torch.Tensor) -> float:
@@ -83,133 +98,9 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
 
 
-class Recorder:
-    """Hooks that keep a `Sample` of each adapted layer while `on`; without it a forward pass runs as ever.
-
-    Padding is left out where the model is called with a two-dimensional `attention_mask`. The rows are evenly spaced,
-    so that no random number is drawn and training goes on as if nobody had looked.
-    """
-
-    def __init__(self, model: nn.Module, layers: list[AdaptedLayer], tokens: int = TOKENS) -> None:
-        self.on = False
-        self.samples: dict[str, Sample] = {}
-        self.loss_terms = 0.0
-        self._counted = False
-        self._tokens = tokens
-        self._real: torch.Tensor | None = None
-        self._handles = [model.register_forward_pre_hook(self._take_mask, with_kwargs=True)]
-        self._handles += [entry.layer.register_forward_hook(self._keeper(entry.name)) for entry in layers]
-
-    def remove(self) -> None:
-        """Takes the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops what was recorded."""
-        self.samples.clear()
-        self.loss_terms = 0.0
-
-    def _take_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if self.on:
-            mask = kwargs.get("attention_mask")
-            usable = isinstance(mask, torch.Tensor) and mask.dim() == 2
-            self._real = mask.reshape(-1).nonzero().squeeze(1) if usable else None  # type: ignore[union-attr]
-
-    def _keeper(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not self.on:
-                return
-            if not _in_backward():  # where activation checkpointing runs a layer again, it is the same forward pass
-                self._counted = False
-            if not torch.is_grad_enabled():
-                return
-            if output.requires_grad:
-                output.register_hook(self._count)
-            inputs, outputs = args[0].detach(), output.detach()
-            if isinstance(getattr(module, "base_layer", module), nn.modules.conv._ConvNd):
-                rows, out_rows = inputs, outputs  # the first dimension counts examples, which are few
-                chosen = self._evenly(len(rows), inputs.device, max(1, self._tokens // 16))
-            else:
-                rows, out_rows = inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
-                real = self._real if self._real is not None and int(self._real[-1]) < len(rows) else None
-                count = len(rows) if real is None else len(real)
-                chosen = self._evenly(count, inputs.device, self._tokens)
-                chosen = chosen if real is None else real.to(inputs.device)[chosen]
-            self.samples[name] = Sample(rows[chosen], rms(out_rows[chosen]))
-
-        return keep
-
-    def _count(self, gradient: torch.Tensor) -> None:
-        if not self._counted:  # the layer nearest to the loss is the first that its gradient reaches
-            self._counted = True
-            self.loss_terms += loss_terms(gradient)
-
-    @staticmethod
-    def _evenly(count: int, device: torch.device, wanted: int) -> torch.Tensor:
-        return torch.linspace(0, count - 1, min(count, wanted), device=device).long()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def loss_terms(gradient: torch.Tensor) -> float:
-    r"""How many independent terms of a loss a gradient by a layer's output g comes from.
-
-    Σ_i (Σ_t ‖g_it‖)² / ‖Σ_t g_it‖² over examples i with positions t: 1 for an example whose positions are all drawn one
-    way (a label read off one position, or off the mean of all), T where each of T positions has a target of its own.
-
-    Args:
-        gradient: (examples, …, features); of two dimensions, every row is an example. Of a convolution's output
-            (examples, channels, …), each example counts once.
-    """
-    if gradient.dim() != 3:
-        return float(len(gradient))
-    g = gradient.detach().float()
-    alone, together = g.norm(dim=-1), g.sum(1).norm(dim=-1)
-    rows = (alone > 0).sum(-1)
-    terms = alone.sum(-1).square() / together.square().clamp_min(torch.finfo(torch.float32).tiny)
-    return float(torch.minimum(terms, rows).sum())
-
-
-class StepWatcher:
-    """Stands around every step of an optimizer, with a `Recorder` of the forward passes before it.
-
-    Subclasses say what is done before and after a step, and when the recorder is on.
-
-    Args:
-        model: a PEFT model, wrapped or not.
-        optimizer: the one that trains it, in Accelerate's wrapper or not.
-
-    Raises:
-        NoLoraFactorsError: no layer to measure.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._layers = adapted_layers(model)
-        self._recorder = Recorder(model, self._layers)
-        self._before: list[torch.Tensor] = []
-        self._hooks = [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-        ]
-
-    def remove(self) -> None:
-        """Takes all hooks off the model and the optimizer."""
-        for hook in self._hooks:
-            hook.remove()
-        self._recorder.remove()
-
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._recorder.on:
-            self._before = [weight.detach().clone() for weight in factors(self._layers)]
-
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._before = []
-        self._recorder.forget()
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that FSDP2 has sharded; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -223,6 +114,11 @@ class Movement:
     delta3: float  # s·ΔB ΔA x
     inner_change: float  # ΔA x
 
+    @property
+    def finite(self) -> bool:
+        """Whether every value is a number."""
+        return all(math.isfinite(value) for value in vars(self).values())
+
     def scaled(self, by_a: float, by_b: float) -> Movement:
         """The same steps, ΔA times `by_a` and ΔB times `by_b`."""
         return replace(
@@ -231,7 +127,13 @@ class Movement:
         )  # fmt: skip
 
 
-def movement(layer: AdaptedLayer, sample: Sample, delta_a: torch.Tensor, delta_b: torch.Tensor) -> Movement:
+def movement(
+    layer: AdaptedLayer,
+    sample: Sample,
+    delta_a: torch.Tensor,
+    delta_b: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Movement:
     """Measures steps of any size on a recorded sample.
 
     Args:
@@ -239,8 +141,9 @@ def movement(layer: AdaptedLayer, sample: Sample, delta_a: torch.Tensor, delta_b
         sample: recorded by a `Recorder`.
         delta_a: change of A's weight, its shape.
         delta_b: change of B's weight, its shape.
+        weights: A and B before the step. Default: as they are now.
     """
-    weight_a, weight_b = (full(weight) for weight in layer.weights)
+    weight_a, weight_b = (full(weight.detach()) for weight in (layer.weights if weights is None else weights))
     x = sample.inputs.to(weight_a.dtype)
     s = abs(layer.scaling)
     with torch.no_grad():
@@ -258,41 +161,20 @@ def movement(layer: AdaptedLayer, sample: Sample, delta_a: torch.Tensor, delta_b
 def _through(module: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The module's map with another weight, without the offset that LoraConfig(lora_bias=True) gives B."""
     bias = getattr(module, "bias", None)
-    offset = {} if bias is None else {"bias": torch.zeros_like(bias)}
+    offset = {} if bias is None else {"bias": torch.zeros_like(bias, dtype=weight.dtype)}
     return functional_call(module, {"weight": weight, **offset}, (x,))
 
 
-def factors(layers: list[AdaptedLayer]) -> list[nn.Parameter]:
-    """The weights A, B, A, B, … of the layers."""
-    return [weight for entry in layers for weight in entry.weights]
-
-
 def movements(
-    layers: list[AdaptedLayer], samples: Mapping[str, Sample], before: Sequence[torch.Tensor]
+    layers: Sequence[AdaptedLayer], samples: Mapping[str, Sample], before: Sequence[torch.Tensor]
 ) -> dict[str, Movement]:
     """What the step from the weights `before` to the present ones did to each layer that was sampled."""
-    now = [weight.detach().clone() for weight in factors(layers)]
-    found = {}
-    with held(layers, before):
-        for i, entry in enumerate(layers):
-            if entry.name in samples:
-                delta_a, delta_b = (full(now[j] - before[j]) for j in (2 * i, 2 * i + 1))
-                found[entry.name] = movement(entry, samples[entry.name], delta_a, delta_b)
+    now, found = factors(layers), {}
+    for i, entry in enumerate(layers):
+        a, b = (full(before[j]) for j in (2 * i, 2 * i + 1))  # in every process, sampled there or not
+        delta_a, delta_b = full(now[2 * i].detach()) - a, full(now[2 * i + 1].detach()) - b
+        if entry.name in samples:
+            moved = movement(entry, samples[entry.name], delta_a, delta_b, (a, b))
+            if moved.finite:
+                found[entry.name] = moved
     return found
-
-
-@contextmanager
-def held(layers: list[AdaptedLayer], weights: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Puts other weights into the factors for a while."""
-    now = [weight.detach().clone() for weight in factors(layers)]
-    try:
-        _put(layers, weights)
-        yield
-    finally:
-        _put(layers, now)
-
-
-def _put(layers: list[AdaptedLayer], weights: Sequence[torch.Tensor]) -> None:
-    with torch.no_grad():
-        for weight, value in zip(factors(layers), weights, strict=True):
-            weight.copy_(value)

@@ -12,10 +12,10 @@ from loraplus.errors import InvalidRateError, OptimizerSetupError
 from loraplus.existing_groups import Groups, refuse_beside_groups, split_groups
 from loraplus.groups import param_groups
 from loraplus.paper import LR_EMBEDDING, paper_groups
-from loraplus.rates import DEFAULT_LR_RATIO
-from loraplus.roles import Role, trainable_parameters
-
-_EMBEDDINGS = frozenset({Role.EMBEDDING, Role.EMBEDDING_A, Role.EMBEDDING_B})
+from loraplus.rates import DEFAULT_LR_RATIO, Rates
+from loraplus.roles import EMBEDDINGS, trainable_parameters
+from loraplus.step_probe import refusal, try_step, warn_unproved
+from loraplus.watch import watch_rates
 
 
 def create_optimizer(
@@ -31,6 +31,7 @@ def create_optimizer(
     lr_overrides: Mapping[str, float] | None = None,
     lr_ratio_overrides: Mapping[str, float] | None = None,
     groups: Groups | None = None,
+    prefix: str = "",
     **optimizer_kwargs: Any,
 ) -> torch.optim.Optimizer:
     """Builds `optimizer_cls` over the trainable parameters with η_A = lr and η_B = lr_ratio·lr.
@@ -41,20 +42,21 @@ def create_optimizer(
     Args:
         model: a model with LoRA factors.
         optimizer_cls: any optimizer class that takes parameter groups with an `lr`.
-        lr: η_A, in the optimizer's own unit.
+        lr: η_A, in the optimizer's own unit; a tensor gives every group a tensor of its own.
         lr_ratio: λ = η_B / η_A.
         weight_decay: decay of all but biases and norms. None: the optimizer's own default, on every parameter.
         lr_embedding, lr_head, lr_magnitude, lr_overrides, lr_ratio_overrides: as in `param_groups`.
         groups: parameter groups that exist already, to be split by role (`split_groups`); `lr` and `weight_decay` are
             then for groups that have none of their own.
+        prefix: the model's name, put before the names of the groups.
         **optimizer_kwargs: passed on (betas, eps, fused, …).
 
     Returns:
         An instance of `optimizer_cls`.
 
     Raises:
-        OptimizerSetupError: the class takes one group only (LBFGS) or one rate (Prodigy), or cannot train some
-            parameter (Muon).
+        OptimizerSetupError: the class takes one group only (LBFGS), its step does not follow the rates of its groups
+            (Prodigy, D-Adaptation), or it cannot train some parameter (Muon).
         The errors of `param_groups`, and of `split_groups` with groups.
 
     Example:
@@ -66,13 +68,13 @@ def create_optimizer(
         made = param_groups(
             model, lr, lr_ratio, weight_decay,
             lr_embedding=lr_embedding, lr_head=lr_head, lr_magnitude=lr_magnitude, lr_overrides=lr_overrides,
-            lr_ratio_overrides=lr_ratio_overrides,
+            lr_ratio_overrides=lr_ratio_overrides, prefix=prefix,
         )  # fmt: skip
     else:
         refuse_beside_groups(
             lr_embedding=lr_embedding, lr_head=lr_head, lr_magnitude=lr_magnitude, lr_overrides=lr_overrides
         )
-        made = split_groups(model, groups, lr_ratio, lr=lr, lr_ratio_overrides=lr_ratio_overrides)
+        made = split_groups(model, groups, lr_ratio, lr=lr, lr_ratio_overrides=lr_ratio_overrides, prefix=prefix)
         if weight_decay is not None:
             optimizer_kwargs["weight_decay"] = weight_decay
     return build(model, optimizer_cls, made, lr=lr, **optimizer_kwargs)
@@ -90,18 +92,45 @@ def build(
         **kwargs: passed on to the optimizer.
 
     Returns:
-        An instance of `optimizer_cls`, with 32-bit states for embeddings if it has 8-bit ones.
+        An instance of `optimizer_cls`, with 32-bit states for embeddings if it has 8-bit ones. Where its groups have
+        different rates its step is tried (`step_probe`).
 
     Raises:
-        OptimizerSetupError: the class cannot take these groups.
+        OptimizerSetupError: the class cannot take these groups, or its step does not follow their rates.
     """
-    _check_class(model, optimizer_cls, groups)
-    optimizer = optimizer_cls(groups, **kwargs)
-    _keep_embeddings_in_32_bits(model, optimizer)
+    check_class(model, optimizer_cls)
+    try:
+        optimizer = optimizer_cls(groups, **kwargs)
+    except (TypeError, ValueError) as error:
+        name = getattr(optimizer_cls, "__name__", repr(optimizer_cls))
+        raise OptimizerSetupError(f"{name} cannot be built over groups with these options: {error}") from error
+    finish(model, optimizer)
     return optimizer
 
 
-def _check_class(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]]) -> None:
+def finish(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What `build` does with an optimizer that it has made; for one that somebody else made, over LoRA+ groups.
+
+    Raises:
+        OptimizerSetupError: its step does not follow the rates of its groups.
+    """
+    _keep_embeddings_in_32_bits(model, optimizer)
+    trial = try_step(optimizer, {index: float(group["lr"]) for index, group in enumerate(optimizer.param_groups)})
+    if trial.follows is False:
+        raise OptimizerSetupError(refusal(optimizer, trial))
+    if trial.follows is None:
+        warn_unproved(optimizer, trial)
+    watch_rates(model, optimizer)
+
+
+def check_class(model: nn.Module, optimizer_cls: Any) -> None:
+    """Refuses classes that cannot take groups of several rates, or the model's parameters.
+
+    Raises:
+        OptimizerSetupError: see `build`.
+    """
+    if not isinstance(optimizer_cls, type):  # a factory: what it builds is tried
+        return
     if issubclass(optimizer_cls, torch.optim.LBFGS):
         raise OptimizerSetupError(
             "LBFGS takes one parameter group, so A and B cannot have their own rates; use an optimizer that takes "
@@ -116,15 +145,6 @@ def _check_class(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], g
                 "freeze them, or give Muon the groups of loraplus.param_groups that hold matrices and AdamW the others "
                 "(docs/optimizers.md)"
             )
-    # prodigyopt's own error comes at the first step. Subclasses may step group by group, as `SplitProdigy` does.
-    if (
-        optimizer_cls.__module__.startswith("prodigyopt.")
-        and len({float(group["lr"]) for group in groups if "lr" in group}) > 1
-    ):
-        raise OptimizerSetupError(
-            f"{optimizer_cls.__name__} estimates one rate for all groups and takes none by group; use "
-            "loraplus.tasks.prodigy.SplitProdigy with lr=1 and lr_ratio=1, which estimates a rate for A and one for B"
-        )
 
 
 def _keep_embeddings_in_32_bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -133,7 +153,7 @@ def _keep_embeddings_in_32_bits(model: nn.Module, optimizer: torch.optim.Optimiz
         return
     from bitsandbytes.optim import GlobalOptimManager  # type: ignore[import-not-found]
 
-    embeddings = [entry.parameter for entry in trainable_parameters(model) if entry.role in _EMBEDDINGS]
+    embeddings = [entry.parameter for entry in trainable_parameters(model) if entry.role in EMBEDDINGS]
     if embeddings:
         GlobalOptimManager.get_instance().override_config(embeddings, "optim_bits", 32)
 
@@ -162,6 +182,7 @@ def create_loraplus_optimizer(
         lr: η_A.
         loraplus_lr_ratio: λ = η_B / η_A.
         loraplus_lr_embedding: rate of embedding factors and rows. Default: lr; the authors' 1e-6 if paper_compatible.
+            As in PEFT it may be given for a model that has none, so that one configuration serves several.
         loraplus_weight_decay: PEFT's name for weight_decay; 0 if neither is given, as in PEFT.
         weight_decay: decay of all but biases and norms.
         paper_compatible: group exactly as the authors do (`paper.paper_groups`).
@@ -182,6 +203,9 @@ def create_loraplus_optimizer(
         lr_embedding = LR_EMBEDDING if loraplus_lr_embedding is None else loraplus_lr_embedding
         groups = paper_groups(model, lr, loraplus_lr_ratio, decay, lr_embedding)
         return build(model, optimizer_cls, groups, lr=lr, **optimizer_kwargs)
+    if not any(entry.role in EMBEDDINGS for entry in trainable_parameters(model)):
+        Rates(lr, loraplus_lr_ratio, loraplus_lr_embedding)  # a value that cannot be used is refused all the same
+        loraplus_lr_embedding = None
     return create_optimizer(
         model, optimizer_cls, lr=lr, lr_ratio=loraplus_lr_ratio, weight_decay=decay,
         lr_embedding=loraplus_lr_embedding, **optimizer_kwargs,

@@ -13,10 +13,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from loraplus.errors import InvalidRateError, LoraPlusWarning
-from loraplus.roles import Role, TrainableParameter
+from loraplus.roles import EMBEDDINGS, Role, TrainableParameter
 
 DEFAULT_LR_RATIO = 16.0
 """The paper's rule of thumb, λ = 2⁴."""
+
+
+ROLES_OF = {
+    "lr_embedding": (EMBEDDINGS, "an embedding, its factors or its rows"),
+    "lr_head": (frozenset({Role.HEAD}), "a head: modules_to_save, or an output layer that is unfrozen"),
+    "lr_magnitude": (frozenset({Role.MAGNITUDE}), "a magnitude of DoRA"),
+}
 
 
 def as_number(name: str, value: float) -> float:
@@ -58,10 +65,11 @@ class Rates:
     Args:
         lr: η_A, in the optimizer's own unit.
         lr_ratio: λ = η_B / η_A; 1 is plain LoRA.
-        lr_embedding: rate of both embedding factors, of trainable token rows and of whole embedding tables.
+        lr_embedding: rate of both embedding factors, of trainable token rows and of whole embedding tables; and of what
+            shares memory with one of them.
             Default: lr for all of them. An embedding's input is one-hot, so A's gradient does not grow with the width
             and the paper's argument for a larger B does not apply.
-        lr_head: rate of `modules_to_save`. Default: lr.
+        lr_head: rate of `modules_to_save` and of output layers that are unfrozen. Default: lr.
         lr_magnitude: rate of DoRA's magnitude vectors. Default: lr.
         lr_overrides: {regular expression: factor}; every pattern found in a parameter's name multiplies its rate.
         lr_ratio_overrides: {regular expression: λ}; B factors whose name holds the pattern have this λ instead of
@@ -136,14 +144,34 @@ class Rates:
         factor = self.factor(name)
         return found if factor == 1 else f"{found}_x{factor:g}"
 
-    def check_overrides(self, parameters: Iterable[TrainableParameter]) -> None:
-        """Refuses a pattern that would be ignored in silence, and one of two that would.
+    def check(self, parameters: Iterable[TrainableParameter]) -> None:
+        """Refuses a setting that would be ignored in silence.
+
+        Warns where a ratio reaches nothing, since it has a default.
 
         Raises:
-            InvalidRateError: names the pattern that matches no trainable parameter, or no B factor where it sets a
-                ratio; or the two that set the ratio of one parameter.
+            InvalidRateError: names the rate of a role that no parameter has; the pattern that matches no trainable
+                parameter, or no B factor where it sets a ratio; or the two that set the ratio of one parameter.
         """
         entries = list(parameters)
+        roles = {entry.role for entry in entries}
+        unused = [
+            f"{name} = {getattr(self, name):g} (nothing that trains is {what})"
+            for name, (of, what) in ROLES_OF.items()
+            if getattr(self, name) is not None and not roles & of
+        ]
+        if unused:
+            raise InvalidRateError(
+                f"a setting that reaches no parameter: {', '.join(unused)}; leave it out (what trains: "
+                f"{', '.join(sorted(roles))})"
+            )
+        if self.lr_ratio != 1 and Role.B not in roles:
+            warnings.warn(
+                f"lr_ratio = {self.lr_ratio:g} reaches no parameter: no factor B of a linear layer trains "
+                f"(what trains: {', '.join(sorted(roles))})",
+                LoraPlusWarning,
+                stacklevel=3,
+            )
         for pattern in self.lr_overrides:
             if not any(re.search(pattern, entry.name) for entry in entries):
                 raise InvalidRateError(

@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from loraplus.adapter_types import cause
 from loraplus.errors import (
     FlattenedParametersError,
     NoLoraFactorsError,
     NoTrainableParametersError,
     UnknownAdapterParameterError,
 )
-from loraplus.layouts import FACTORS, Role, recognise, register_layout, unregister_layout
+from loraplus.layouts import EMBEDDINGS, FACTORS, Role, recognise, register_layout, unregister_layout
+from loraplus.memory import overlapping
+from loraplus.structure import WRAPPERS, Structure
 
 __all__ = [
     "FACTORS",
@@ -30,7 +33,6 @@ __all__ = [
     "unregister_layout",
 ]
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _FLAT = "_flat_param"  # FSDP1's one parameter for all of a module's, with use_orig_params=False
 
 
@@ -41,6 +43,12 @@ class TrainableParameter(NamedTuple):
     parameter: nn.Parameter
     role: Role
     decays: bool | None  # None: FSDP1 has flattened a weight, which decays, and a bias, which does not, into one
+    shares: str | None = None  # the first parameter on the same memory, if this is another
+
+    @property
+    def rate_name(self) -> str:
+        """The name that its rate goes by: one memory has one rate."""
+        return self.shares or self.name
 
 
 def clean_name(name: str) -> str:
@@ -50,7 +58,7 @@ def clean_name(name: str) -> str:
         >>> clean_name("module._orig_mod.layer.lora_A.default.weight")
         'layer.lora_A.default.weight'
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
     while parts[0] == "module" and len(parts) > 1:
         parts = parts[1:]
     return ".".join(parts)
@@ -59,62 +67,73 @@ def clean_name(name: str) -> str:
 # transformers' Trainer keeps weight decay off these; ratio 1 must be plain AdamW there, so the rule is the same.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _NORM_MODULE = re.compile(r"norm", re.IGNORECASE)
-_LOOKS_LIKE_FACTOR = re.compile(r"lora|lycoris|hada_|lokr_|oft_blocks", re.IGNORECASE)
 
 
-def _role(name: str, owner: nn.Module) -> Role:
-    role = recognise(name, owner)
-    if role is not None:
-        return role
-    # The last two or three components hold a factor's name in every layout; earlier ones are the user's own modules.
-    if any(_LOOKS_LIKE_FACTOR.search(part) for part in name.split(".")[-3:]):
-        raise UnknownAdapterParameterError(
-            f"{name} looks like an adapter factor, but no known layout says whether it is A or B; "
-            "freeze it, or teach its layout with loraplus.roles.register_layout"
-        )
-    if isinstance(owner, nn.Embedding):
-        return Role.EMBEDDING
-    if name.rpartition(".")[2] == "bias" or _NORM_MODULE.search(type(owner).__name__):
-        return Role.NORM_BIAS
-    return Role.OTHER
+class _Reading:
+    """One reading of a model: the roles of its parameters, and what they cannot be read from."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.structure = Structure(model)
+        self.unknown: list[str] = []
+        self.factor_owners: list[nn.Module] = []
 
-def _unflatten(name: str, flat: Any) -> tuple[str, Role, bool | None]:
-    """Name, role and weight decay of an FSDP1 FlatParameter, from the list that it keeps of its parts."""
-    prefix = name.removesuffix(_FLAT)
-    roles: dict[Role, str] = {}
-    decays: set[bool] = set()
-    for info, part in zip(flat._param_infos, flat._fqns, strict=True):
-        whole = clean_name(prefix + part)
-        roles.setdefault(_role(whole, info.module), whole)
-        decays.add(not isinstance(info.module, nn.LayerNorm) and not _NO_DECAY.search(whole.lower()))
-    if len(roles) > 1:
-        raise FlattenedParametersError(
-            "FSDP has put parameters of several roles into one flat parameter, which can have one rate only: "
-            f"{', '.join(f'{whole} ({role})' for role, whole in roles.items())}; wrap with "
-            "FullyShardedDataParallel(..., use_orig_params=True), use fully_shard (FSDP2), or wrap every trainable "
-            "layer by itself (peft.utils.other.fsdp_auto_wrap_policy)"
-        )
-    (role, whole), *_ = roles.items()
-    return whole, role, None if len(decays) > 1 else decays.pop()
+    def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
+        role = recognise(name, owner, self.structure.holder(owner))
+        if role in (Role.A, Role.B):
+            role = self.structure.wrapped.get(id(owner), role)
+        if role in FACTORS:
+            self.factor_owners.append(owner)
+        if role is not None:
+            return role
+        if self.structure.is_factor(name, parameter, owner):
+            self.unknown.append(f"{name} (of {type(owner).__name__})")
+        if isinstance(owner, nn.Embedding):
+            return Role.EMBEDDING
+        if name.rpartition(".")[2] == "bias" or _NORM_MODULE.search(type(owner).__name__):
+            return Role.NORM_BIAS
+        return Role.OTHER
 
+    def unflatten(self, name: str, flat: Any) -> tuple[str, Role, bool | None]:
+        """Name, role and weight decay of an FSDP1 FlatParameter, from the list that it keeps of its parts."""
+        prefix = name.removesuffix(_FLAT)
+        roles: dict[Role, str] = {}
+        decays: set[bool] = set()
+        for info, part in zip(flat._param_infos, flat._fqns, strict=True):
+            whole = clean_name(prefix + part)
+            roles.setdefault(self.role(whole, flat, info.module), whole)
+            decays.add(not isinstance(info.module, nn.LayerNorm) and not _NO_DECAY.search(whole.lower()))
+        if len(roles) > 1:
+            raise FlattenedParametersError(
+                "FSDP has put parameters of several roles into one flat parameter, which can have one rate only: "
+                f"{', '.join(f'{whole} ({role})' for role, whole in roles.items())}; wrap with "
+                "FullyShardedDataParallel(..., use_orig_params=True), use fully_shard (FSDP2), or wrap every trainable "
+                "layer by itself (peft.utils.other.fsdp_auto_wrap_policy)"
+            )
+        (role, whole), *_ = roles.items()
+        return whole, role, None if len(decays) > 1 else decays.pop()
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module, bool]]:
-    """Yields (full name, parameter, owner, inside a LayerNorm) once per parameter, in named_parameters() order."""
-    inside_layer_norm: set[str] = set()
-    owners = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        parent = path.rpartition(".")[0]
-        if isinstance(module, nn.LayerNorm) or (path and parent in inside_layer_norm):
-            inside_layer_norm.add(path)
-        owners[path] = module
-    for name, parameter in model.named_parameters():  # tied parameters come once, under their first name
-        path = name.rpartition(".")[0]
-        yield name, parameter, owners[path], path in inside_layer_norm
+    def entries(self) -> Iterator[tuple[TrainableParameter, nn.Module]]:
+        """Every trainable parameter once, in named_parameters() order, and the module that owns it."""
+        for full_name, parameter in self.model.named_parameters():  # tied ones come once, under their first name
+            if not parameter.requires_grad:
+                continue
+            path = full_name.rpartition(".")[0]
+            owner = self.structure.owners[path]
+            if full_name.endswith(_FLAT) and hasattr(parameter, "_fqns"):
+                name, role, decays = self.unflatten(full_name, parameter)
+            else:
+                name = clean_name(full_name)
+                role = self.role(name, parameter, owner)
+                decays = path not in self.structure.in_layer_norm and not _NO_DECAY.search(full_name.lower())
+            yield TrainableParameter(name, parameter, role, decays), owner
 
 
 def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
     """Lists every trainable parameter of `model` once, with its role and whether weight decay applies to it.
+
+    Parameters that share memory have one role: that of an embedding if one of them is an embedding's, else none of
+    their own (`Role.OTHER`) where theirs differ.
 
     Args:
         model: any module; wrapped ones (DDP, torch.compile, …) keep their unwrapped names.
@@ -124,28 +143,55 @@ def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
 
     Raises:
         NoTrainableParametersError: every parameter is frozen.
-        NoLoraFactorsError: something trains, but no LoRA factor.
-        UnknownAdapterParameterError: a parameter looks like a factor and no layout recognises it.
+        NoLoraFactorsError: something trains, but no LoRA factor; says what kind of adapter the model has instead.
+        UnknownAdapterParameterError: a parameter is an adapter's factor and no layout recognises it.
         FlattenedParametersError: FSDP1 has flattened parameters of several roles into one.
     """
-    found = []
-    for full_name, parameter, owner, in_layer_norm in _walk(model):
-        if parameter.requires_grad:
-            if full_name.endswith(_FLAT) and hasattr(parameter, "_fqns"):
-                name, role, decays = _unflatten(full_name, parameter)
-            else:
-                name = clean_name(full_name)
-                role = _role(name, owner)
-                decays = not in_layer_norm and not _NO_DECAY.search(full_name.lower())
-            found.append(TrainableParameter(name, parameter, role, decays))
-    if not found:
+    reading = _Reading(model)
+    read = list(reading.entries())
+    if not read:
         raise NoTrainableParametersError(
             f"{type(model).__name__} has no trainable parameter; is the adapter active, and was it loaded with "
             "is_trainable=True?"
         )
-    if not any(entry.role in FACTORS for entry in found):
+    if not reading.factor_owners:
+        other = cause(model)
+        if other is None and reading.unknown:
+            raise _unknown(reading.unknown[0])
         raise NoLoraFactorsError(
-            f"{type(model).__name__} has {len(found)} trainable parameters but no LoRA factor (first: "
-            f"{found[0].name}); add an adapter, for example peft.get_peft_model(model, LoraConfig(...))"
+            f"{type(model).__name__} has {len(read)} trainable parameters but no LoRA factor (first: "
+            f"{read[0][0].name}); {other or 'add an adapter, for example peft.get_peft_model(model, LoraConfig(...))'}"
         )
-    return found
+    if reading.unknown:
+        raise _unknown(reading.unknown[0])
+    heads = reading.structure.heads(reading.factor_owners)
+    return _one_role_a_memory([_as_head(entry, owner, heads) for entry, owner in read])
+
+
+def _unknown(name: str) -> UnknownAdapterParameterError:
+    return UnknownAdapterParameterError(
+        f"{name} is an adapter's factor, but no known layout says whether it is A or B; "
+        "freeze it, or teach its layout with loraplus.roles.register_layout"
+    )
+
+
+def _as_head(entry: TrainableParameter, owner: nn.Module, heads: set[int]) -> TrainableParameter:
+    """A layer of the output whose weight trains is a head, whoever unfroze it."""
+    is_plain = entry.role in (Role.OTHER, Role.NORM_BIAS) and not _NORM_MODULE.search(type(owner).__name__)
+    own = owner.named_parameters(recurse=False)
+    more_than_bias = any(parameter.requires_grad for name, parameter in own if name != "bias")
+    return entry._replace(role=Role.HEAD) if is_plain and more_than_bias and id(owner) in heads else entry
+
+
+def _one_role_a_memory(entries: list[TrainableParameter]) -> list[TrainableParameter]:
+    for places in overlapping([entry.parameter for entry in entries]):
+        first, *others = places
+        roles = {entries[place].role for place in places}
+        role = Role.OTHER if len(roles) > 1 else entries[first].role
+        if len(roles) > 1 and roles & EMBEDDINGS:
+            role = Role.EMBEDDING
+        for place in places:
+            entries[place] = entries[place]._replace(role=role, decays=entries[first].decays)
+        for place in others:
+            entries[place] = entries[place]._replace(shares=entries[first].name)
+    return entries

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -30,6 +32,7 @@ def twin_over(
     stand_ins: Mapping[torch.Tensor, torch.Tensor],
     *,
     with_state: bool = True,
+    state_of: Mapping[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.optim.Optimizer:
     """A copy of an optimizer in which other tensors stand in for some parameters, and all else is left out.
 
@@ -40,6 +43,7 @@ def twin_over(
         stand_ins: {parameter of the optimizer: the tensor that takes its place}, of any shape; each tensor is trained
             with the `.grad` that it has. With state, the two must have one shape.
         with_state: the stand-ins start with a copy of the state of what they stand in for; otherwise with none.
+        state_of: {parameter that is stood in for: another whose state its stand-in starts with instead}.
 
     Returns:
         The twin. Groups without a stand-in are left out of it.
@@ -55,28 +59,47 @@ def twin_over(
     members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     memo: dict[int, Any] = {id(parameter): torch.zeros(0) for parameter in members}
     memo |= {id(parameter): other for parameter, other in stand_ins.items()}
-    return _copied(optimizer, {id(other) for other in stand_ins.values()}, memo, with_state)
+    sources = {parameter: (state_of or {}).get(parameter, parameter) for parameter in stand_ins} if with_state else {}
+    return _copied(optimizer, {id(other) for other in stand_ins.values()}, memo, sources)
 
 
-def step_of(twin: torch.optim.Optimizer) -> None:
-    """Takes a step of a twin, past what a scheduler or a hook on all optimizers would do around it."""
-    step = type(twin).step
-    # torch wraps each class's step once, to call hooks, those of all optimizers included.
-    getattr(step, "__wrapped__", step)(twin) if getattr(step, "hooked", False) else step(twin)
+def step_of(twin: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> None:
+    """Takes a step of a twin, past what a scheduler or a hook on all optimizers would do around it.
+
+    Args:
+        twin: of `twin_over`.
+        closure: given to the step, for optimizers that need one.
+    """
+    with _no_global_hooks():
+        type(twin).step(twin) if closure is None else type(twin).step(twin, closure)
 
 
-def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], with_state: bool) -> Any:
+@contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    # torch wraps the step of every class, so a step that calls `super().step()` would call them from within too.
+    tables: tuple[Any, ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    kept = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
+
+
+def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], sources: Mapping[torch.Tensor, torch.Tensor]) -> Any:
     # Not copy.copy: Optimizer.__getstate__ drops the attributes that subclasses have of their own.
     twin = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin
     for value in _values(vars(optimizer)):
         if isinstance(value, torch.optim.Optimizer) and id(value) not in memo:
-            _copied(value, owned, memo, with_state)
+            _copied(value, owned, memo, sources)
     state = memo[id(optimizer.state)] = defaultdict(dict)
-    if with_state:
-        for parameter, values in optimizer.state.items():
-            if id(memo.get(id(parameter))) in owned:
-                state[memo[id(parameter)]] = copy.deepcopy(values, memo)
+    for parameter, source in sources.items():
+        if source in optimizer.state:
+            values = optimizer.state[source]
+            state[memo[id(parameter)]] = copy.deepcopy(values, dict(memo))  # two may start with one state
     for name, value in vars(optimizer).items():
         if name in _HOOKS:
             vars(twin)[name] = OrderedDict()
@@ -85,6 +108,8 @@ def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], with_state: b
     for group in twin.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) in owned]
         group.pop("param_names", None)
+        if group.get("capturable") and all(parameter.device.type == "cpu" for parameter in group["params"]):
+            group["capturable"] = False  # a compiled step sets it; on a CPU torch refuses it in one that is not
     twin.param_groups[:] = [group for group in twin.param_groups if group["params"]]
     return twin
 

@@ -94,3 +94,15 @@ def test_another_word_than_auto_is_refused(tmp_path):
     trainer = Trainer(adapted(), TrainingArguments(**common(tmp_path)), train_dataset=Tokens())
     with pytest.raises(InvalidRateError, match='"auto"'):
         loraplus.attach(trainer, lr="fast")
+
+
+def test_overrides_hold_on_top_of_the_automatic_pair(tmp_path):
+    args = TrainingArguments(**common(tmp_path, max_steps=4, logging_steps=1))
+    trainer = Trainer(adapted(target_modules=["query", "value"]), args, train_dataset=Tokens())
+    loraplus.attach(trainer, lr="auto", lr_overrides={"value": 0.5}).train()
+    auto = trainer.loraplus_auto
+    table = loraplus.explain(trainer.model, trainer.optimizer).to_dict()["parameters"]
+    for name, row in table.items():
+        if "lora_" in name:
+            rate = auto.lr_a if "lora_A" in name else auto.lr_b
+            assert row["base_lr"] == pytest.approx(rate * (0.5 if "value" in name else 1)), name

@@ -9,12 +9,12 @@ from test_groups import adapted
 
 import loraplus
 from loraplus.inspection.rates import _GROUP_NAME, read_rates_file
-from loraplus.integrations.checkpoints import RATES_FILE, check_resume, write_rates
+from loraplus.integrations.checkpoints import RATES_FILE, check_resume, rates_record, write_rates
 
 
 def test_resuming_under_other_ratios_by_name_is_refused(tmp_path):
     rates = loraplus.Rates(1e-3, 16.0, lr_ratio_overrides={"query": 4.0})
-    write_rates(tmp_path, rates, adapted())
+    write_rates(tmp_path, rates_record(rates, adapted()))
     check_resume(tmp_path, rates)
     assert read_rates_file(tmp_path)["lr_ratio_overrides"] == {"query": 4.0}
     for other in ({}, {"query": 8.0}, {"value": 4.0}):
@@ -23,7 +23,7 @@ def test_resuming_under_other_ratios_by_name_is_refused(tmp_path):
 
 
 def test_a_checkpoint_from_before_ratios_by_name_goes_on_without_them_only(tmp_path):
-    write_rates(tmp_path, loraplus.Rates(1e-3, 16.0), adapted())
+    write_rates(tmp_path, rates_record(loraplus.Rates(1e-3, 16.0), adapted()))
     content = json.loads((tmp_path / RATES_FILE).read_text())
     del content["lr_ratio_overrides"]
     (tmp_path / RATES_FILE).write_text(json.dumps(content))
@@ -41,3 +41,31 @@ def test_inspect_reads_roles_off_every_name_that_a_group_can_have():
     assert "lora_B_ratio4_x0.5" in names
     roles = [_GROUP_NAME.fullmatch(name).group(1) for name in names]
     assert all(name.startswith(role) for name, role in zip(names, roles, strict=True))
+
+
+def test_a_folder_of_several_models_says_nothing_of_which_the_adapter_is(tmp_path):
+    record = rates_record(loraplus.Rates(1e-3, 16.0), adapted())
+    write_rates(tmp_path, {"models": {"unet": record, "text_encoder": record}})
+    assert read_rates_file(tmp_path) is None
+
+
+def test_a_role_that_another_version_had_for_a_head_is_no_other_parameter(tmp_path):
+    rates, model = loraplus.Rates(1e-3, 16.0), adapted()
+    record = rates_record(rates, model)
+    heads = [name for name, role in record["roles"].items() if role == "head"]
+    assert heads
+    write_rates(tmp_path, {**record, "roles": {**record["roles"], **dict.fromkeys(heads, "other")}})
+    check_resume(tmp_path, rates, roles=record["roles"])
+    factor = next(name for name, role in record["roles"].items() if role == "lora_A")
+    write_rates(tmp_path, {**record, "roles": {**record["roles"], factor: "lora_B"}})
+    with pytest.raises(loraplus.ResumeMismatchError, match=f"1 have another place .first: {factor}"):
+        check_resume(tmp_path, rates, roles=record["roles"])
+
+
+def test_a_rate_that_reached_no_parameter_then_is_not_missed_now(tmp_path):
+    model = adapted(modules_to_save=None)
+    write_rates(tmp_path, rates_record(loraplus.Rates(1e-3, 16.0, lr_head=2e-3), model))
+    check_resume(tmp_path, loraplus.Rates(1e-3, 16.0))
+    write_rates(tmp_path, rates_record(loraplus.Rates(1e-3, 16.0, lr_head=2e-3), adapted()))
+    with pytest.raises(loraplus.ResumeMismatchError, match="lr_head = 0.002"):
+        check_resume(tmp_path, loraplus.Rates(1e-3, 16.0))

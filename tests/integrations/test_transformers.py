@@ -103,7 +103,7 @@ def test_optimizer_flags_of_training_arguments_keep_working(tmp_path):
     assert all(group["betas"] == (0.9, 0.99) and group["eps"] == 1e-6 for group in optimizer.param_groups)
 
 
-def test_optimizer_cls_and_kwargs_of_the_trainer_is_used(tmp_path):
+def test_optimizer_cls_and_kwargs_of_the_trainer_is_used_with_its_lr(tmp_path):
     trainer = Trainer(
         model=adapted(), args=TrainingArguments(**common(tmp_path)), train_dataset=Tokens(),
         optimizer_cls_and_kwargs=(torch.optim.NAdam, {"lr": 1.0, "betas": (0.8, 0.9)}),
@@ -111,7 +111,7 @@ def test_optimizer_cls_and_kwargs_of_the_trainer_is_used(tmp_path):
     optimizer = loraplus.attach(trainer, lr_ratio=16.0).create_optimizer()
     assert isinstance(optimizer, torch.optim.NAdam)
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
-    loraplus.verify(trainer.model, optimizer, lr_ratio=16.0, lr=5e-3)
+    loraplus.verify(trainer.model, optimizer, lr_ratio=16.0, lr=1.0)
 
 
 def test_resumed_run_ends_at_the_weights_of_an_uninterrupted_one(tmp_path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 
 import pytest
 from study.test_summary import record, study
 
 from loraplus.report import render
 from loraplus.report.page import p_value
+from loraplus.report.plots import as_json
 from loraplus.study.summary import summarise
 
 EVIL = '</script><script>alert(1)</script><img src="x" onerror="alert(2)">'
@@ -67,6 +69,49 @@ def test_the_figures_are_valid_json_and_hold_every_tuning_run():
     }  # fmt: skip
     names = [trace["name"] for trace in json.loads(rates)["data"]]
     assert names == ["λ = 1", "LoRA", "best LoRA", "LoRA+", "best LoRA+", "diverged"]
+
+
+def figure_of(html, name):
+    return json.JSONDecoder().raw_decode(html.split(f'["{name}", ')[1])[0]
+
+
+def test_a_dot_a_seed_stands_below_each_mean():
+    summary, html = page(study(0.9, seeds=4))
+    traces = figure_of(html, "seeds")["data"]
+    dots = [trace for trace in traces if trace["marker"]["symbol"] == "circle-open"]
+    assert [dot["name"] for dot in dots] == ["LoRA+, untuned", "LoRA+"]
+    assert dots[1]["x"] == pytest.approx([100 * seed["accuracy_difference"] for seed in summary["paired"]["by_seed"]])
+    assert dots[1]["customdata"] == [1, 2, 3, 4]
+    mean, difference = traces[3], summary["paired"]["accuracy_difference"]
+    assert mean["x"] == pytest.approx([100 * difference["mean"]])
+    assert mean["error_x"]["array"] == pytest.approx([100 * (difference["high"] - difference["mean"])])
+
+
+def test_one_seed_has_a_dot_and_no_interval():
+    _, html = page(study(0.9, seeds=1))
+    assert all("error_x" not in trace for trace in figure_of(html, "seeds")["data"])
+    assert "There is no verdict with fewer than 3 seeds" in html and '<span class="p">no verdict</span>' in html
+    assert "once in twenty" not in html
+
+
+def test_the_page_shows_the_p_that_decides_and_what_describes():
+    summary, html = page(study(0.9, seeds=5))
+    paired, text = summary["paired"], unescape(html)
+    assert f'<span class="p">{p_value(paired["p_value_holm"])}</span>' in text
+    assert f'<span class="p">{p_value(summary["untuned"]["p_value"])}</span>' in text
+    over_seeds, over_examples = p_value(paired["p_value_over_seeds"]), p_value(paired["over_examples"]["p_value"])
+    assert f"deciding nothing: permutation test within seeds {over_seeds}" in text
+    assert f"for these very models on new test examples {over_examples}" in text
+    assert "the comparison at the best rates still finds something once in twenty times; the untuned" in text
+
+
+def test_figure_data_cannot_end_the_script_it_stands_in():
+    class Figure:
+        def to_json(self):
+            return json.dumps({"name": EVIL + "&"}, ensure_ascii=False)
+
+    text = as_json(Figure())
+    assert not set("<>&") & set(text) and json.loads(text) == {"name": EVIL + "&"}
 
 
 def test_a_page_without_untuned_runs_is_whole():

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pytest
 
 from loraplus.reproduce.experiment import Result, Run
-from loraplus.reproduce.intervals import finite_t_interval, t_interval
 from loraplus.reproduce.report import HeatMap, LinePlot, Report
 from loraplus.reproduce.tuned_arms import TunedArms, verdicts
+from loraplus.study.statistics import finite_t_interval, t_interval
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class Setup:
 
     folder: Path
     lr_ratio: float | None = RATIO
+    lr: float = LR
     weight_decay: float | None = 0.1
     accumulation: int = 1
     clip: float = 0.0

@@ -10,15 +10,15 @@ from transformers import get_linear_schedule_with_warmup
 
 import loraplus
 from loraplus.integrations.pytorch import guard_resume, rates_for_log
-from stacks.contract import BATCH, EXAMPLES, LR, SAVE_AT, STEPS, WARMUP, Run, Setup
+from stacks.contract import BATCH, EXAMPLES, SAVE_AT, STEPS, WARMUP, Run, Setup
 from stacks.models import Tokens, classifier
 
 
 def optimizer_of(model: torch.nn.Module, setup: Setup) -> torch.optim.Optimizer:
     if setup.lr_ratio is None:
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=setup.lr)
     return loraplus.create_optimizer(
-        model, torch.optim.AdamW, lr=LR, lr_ratio=setup.lr_ratio, weight_decay=setup.weight_decay
+        model, torch.optim.AdamW, lr=setup.lr, lr_ratio=setup.lr_ratio, weight_decay=setup.weight_decay
     )
 
 

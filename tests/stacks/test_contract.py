@@ -129,10 +129,12 @@ def resume(runs: Runs) -> None:
 
 
 def other_ratio(runs: Runs) -> None:
-    """Resuming under another ratio is refused before a step is taken, and says both ratios."""
+    """Resuming under another ratio or another lr is refused before a step is taken, and says both numbers."""
     _ = runs.base
     with pytest.raises(ResumeMismatchError, match=r"16.*2.*resume with"):
         runs.stack(Setup(runs.base_folder, lr_ratio=2.0, resume=True))
+    with pytest.raises(ResumeMismatchError, match=r"lr = 0\.005.*0\.002.*resume with lr = 0\.005"):
+        runs.stack(Setup(runs.base_folder, lr=2e-3, resume=True))
 
 
 def logs(runs: Runs) -> None:

@@ -11,13 +11,13 @@ from transformers import Trainer, TrainingArguments
 import loraplus
 from loraplus import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.integrations.optimizer_factory import LoraPlusOptimizer, RatesCallback
-from stacks.contract import BATCH, EXAMPLES, LR, SAVE_AT, STEPS, WARMUP, Run, Setup
+from stacks.contract import BATCH, EXAMPLES, SAVE_AT, STEPS, WARMUP, Run, Setup
 from stacks.models import WORDS, Tokens, classifier, language_model, reward_model, tokenizer
 
 
 def common(setup: Setup) -> dict[str, Any]:
     return {
-        "output_dir": str(setup.folder), "learning_rate": LR, "max_steps": STEPS, "warmup_steps": WARMUP,
+        "output_dir": str(setup.folder), "learning_rate": setup.lr, "max_steps": STEPS, "warmup_steps": WARMUP,
         "per_device_train_batch_size": setup.micro_batch, "gradient_accumulation_steps": setup.accumulation,
         "max_grad_norm": setup.clip, "weight_decay": setup.weight_decay, "lr_scheduler_type": "linear",
         "logging_steps": 1, "save_strategy": "steps", "save_steps": SAVE_AT, "report_to": [], "disable_tqdm": True,
@@ -54,7 +54,7 @@ def factory(setup: Setup) -> dict[str, Any]:
     if setup.lr_ratio is None:
         return {}
     # Trainer's default is the fused AdamW.
-    options = {"lr": LR, "fused": True, "loraplus_lr_ratio": setup.lr_ratio, "weight_decay": setup.weight_decay}
+    options = {"lr": setup.lr, "fused": True, "loraplus_lr_ratio": setup.lr_ratio, "weight_decay": setup.weight_decay}
     return {"optimizer_cls_and_kwargs": (LoraPlusOptimizer, options), "callbacks": [RatesCallback()]}
 
 

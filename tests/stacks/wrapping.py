@@ -16,7 +16,7 @@ from transformers import get_linear_schedule_with_warmup
 
 import loraplus
 from loraplus.errors import LoraPlusError, RateMismatchError, ResumeMismatchError
-from loraplus.integrations.checkpoints import LOOP_WAY, check_resume, rates_in_use, write_rates
+from loraplus.integrations.checkpoints import LOOP_WAY, check_resume, rates_in_use, rates_record, roles_of, write_rates
 from loraplus.integrations.pytorch import guard_resume, rates_for_log
 from loraplus.roles import clean_name
 from stacks import loops
@@ -181,7 +181,7 @@ class Wrapped:
         if self.is_zero:
             self.model.save_checkpoint(str(folder), client_state={"schedule": schedule})
             if torch.distributed.get_rank() == 0:
-                write_rates(folder, rates_in_use(self.model, self.optimizer), self.model)
+                write_rates(folder, rates_record(rates_in_use(self.model, self.optimizer), self.model))
         elif self.is_fsdp:
             from torch.distributed.checkpoint import save
 
@@ -195,7 +195,7 @@ class Wrapped:
     def load(self) -> None:
         folder = self.setup.folder
         if self.is_zero:
-            check_resume(folder, rates_in_use(self.model, self.optimizer), instead=LOOP_WAY)
+            check_resume(folder, rates_in_use(self.model, self.optimizer), roles=roles_of(self.model), instead=LOOP_WAY)
             schedule = self.model.load_checkpoint(str(folder))[1]["schedule"]
         elif self.is_fsdp:
             from torch.distributed.checkpoint import load

@@ -19,7 +19,7 @@ from loraplus.study.plan import Plan, same_training
 from loraplus.study.records import Record, Trial
 from loraplus.study.summary import runs_csv_rows, summarise
 from study.test_runner import distance_from, without_processes
-from study.test_summary import record, study
+from study.test_summary import by_seed, record, study
 from study.test_summary import summary_of as summarised
 
 EVERY = ",".join(ALL)
@@ -102,13 +102,13 @@ def test_methods_are_never_taken_for_one_another():
     assert same_training(trials[0]) == same_training(trials[1])  # LoRA+ at λ = 1 is LoRA
 
 
-def arm_runs(arm, accuracy, loss, rates=None, seeds=(1, 2), status="done"):
+def arm_runs(arm, accuracy, loss, rates=None, seeds=(1, 2, 3), status="done"):
     runs = [record("final", arm, 1.0, 1.0, seed, loss, accuracy, status=status) for seed in seeds]
     return [replace(run, found=rates) for run in runs]
 
 
 FREE = [record("tuning", "schedulefree", lr, 16, 0, loss) for lr, loss in ((1e-3, 0.5), (3e-3, 0.43), (1e-2, 0.6))]
-FREE += [record("final", "schedulefree", 3e-3, 16, seed, 0.43, 0.8) for seed in (1, 2)]
+FREE += [record("final", "schedulefree", 3e-3, 16, seed, 0.43, 0.8) for seed in (1, 2, 3)]
 OTHERS = [
     *arm_runs("auto", 0.9, 0.39, (2e-4, 8e-4)), *arm_runs("mua", 0.6, 0.8, (1e-3, 1e-3)),
     *arm_runs("prodigy", 0.8, 0.42, None), *FREE,
@@ -122,7 +122,7 @@ def test_a_comparison_without_further_arms_says_nothing_of_them():
 
 def test_further_arms_leave_what_is_said_of_lora_and_loraplus_as_it_was():
     two, every = summarised(study(0.8)), summarised(study(0.8, extra=OTHERS))
-    for key in set(two) - {"arms", "verdict"}:
+    for key in set(two) - {"arms", "verdict", "decision"}:
         assert two[key] == every[key]
     for arm in two["arms"]:
         assert two["arms"][arm] == every["arms"][arm]
@@ -149,16 +149,43 @@ def test_each_further_arm_is_compared_with_lora():
     assert "schedule-free (3 tuning runs): no difference found to tuned LoRA" in verdict
 
 
+def test_all_arms_are_one_family_and_each_shows_the_p_that_decides():
+    """Each arm alone would be found; of four arms at once, that is no longer rare enough."""
+    alone = by_seed(5, 2, 3, 1)
+    assert summarised(alone)["paired"]["found"] and 0.0125 < summarised(alone)["paired"]["p_value"] < 0.05
+    others = [r for arm in ("auto", "mua", "prodigy") for r in by_seed(5, 2, 3, 1, arm=arm) if r.trial.arm == arm]
+    others = [r for r in others if r.trial.phase == "final"]
+    summary = summarised([*alone, *others])
+    pairs = {"loraplus": summary["paired"], **summary["paired_with_lora"]}
+    assert summary["decision"]["family"] == list(pairs)
+    for pair in pairs.values():
+        assert pair["p_value_holm"] == pytest.approx(4 * pair["p_value"]) and pair["found"] is False
+    words = f"p = {pairs['auto']['p_value_holm']:.3f} corrected for 4 arms"
+    assert summary["verdict"].count(words) == 4 and summary["verdict"].count("no difference found") == 4
+    html = page([*alone, *others])
+    assert html.count(f'<span class="p">p = {pairs["auto"]["p_value_holm"]:.3f}</span>') == 4
+    assert "corrected by Holm for 4 comparisons with LoRA" in html
+
+
+def test_an_arm_without_seeds_for_a_verdict_is_no_part_of_the_family():
+    auto = [r for r in by_seed(5, 2, arm="auto") if (r.trial.arm, r.trial.phase) == ("auto", "final")]
+    summary = summarised([*by_seed(5, 2, 3, 1), *auto])
+    assert summary["decision"]["family"] == ["loraplus"] and summary["paired"]["found"]
+    assert summary["paired"]["p_value_holm"] == summary["paired"]["p_value"]
+    assert summary["paired_with_lora"]["auto"]["found"] is None
+    assert "LoRA+ auto (0 tuning runs) − tuned LoRA in test accuracy is +3.5 points" in summary["verdict"]
+
+
 def test_an_arm_that_diverged_everywhere_does_not_spoil_the_others():
     diverged = arm_runs("prodigy", 0.8, math.inf, status="diverged")
     summary = summarised(study(0.8, extra=diverged))
     assert summary["paired"]["diverged_seeds"] == 0
-    assert summary["arms"]["lora"]["seeds"] == [1, 2] and summary["arms"]["prodigy"]["seeds"] == []
+    assert summary["arms"]["lora"]["seeds"] == [1, 2, 3] and summary["arms"]["prodigy"]["seeds"] == []
     assert summary["arms"]["prodigy"]["test"] is None
     assert summary["paired_with_lora"]["prodigy"]["p_value"] is None
-    assert summary["paired_with_lora"]["prodigy"]["diverged_seeds"] == 2
+    assert summary["paired_with_lora"]["prodigy"]["diverged_seeds"] == 3
     assert (
-        "Prodigy (0 tuning runs) leaves no seed to compare with LoRA: Prodigy diverged on 2 of 2 seeds"
+        "Prodigy (0 tuning runs) leaves no seed to compare with LoRA: Prodigy diverged on 3 of 3 seeds"
         in (summary["verdict"])
     )
     assert page(study(0.8, extra=diverged)).count("no seed left to compare") == 1
@@ -180,7 +207,7 @@ def test_without_loraplus_its_fields_are_null():
 
 
 def test_without_loraplus_nothing_left_to_compare_is_an_error():
-    with pytest.raises(DivergedError, match="Prodigy diverged on 2 of 2 seeds"):
+    with pytest.raises(DivergedError, match="Prodigy diverged on 3 of 3 seeds"):
         summarised(without_loraplus(*arm_runs("prodigy", 0.8, math.inf, status="diverged")))
 
 
@@ -209,11 +236,11 @@ def test_the_report_shows_every_arm_and_the_rates_it_arrived_at():
         "λ = 1", "LoRA", "best LoRA", "LoRA+", "best LoRA+", "LoRA+ auto", "μA", "schedule-free",
         "best schedule-free", "diverged",
     ]  # fmt: skip
-    assert (points["LoRA+ auto"]["x"], points["LoRA+ auto"]["y"]) == ([2e-4] * 2, [8e-4] * 2)
+    assert (points["LoRA+ auto"]["x"], points["LoRA+ auto"]["y"]) == ([2e-4] * 3, [8e-4] * 3)
 
 
 def test_runs_csv_holds_the_rates_that_were_arrived_at_or_nothing():
-    auto, prodigy = runs_csv_rows([OTHERS[0], OTHERS[4]])
+    auto, prodigy = runs_csv_rows([OTHERS[0], OTHERS[6]])
     assert (auto["lr"], auto["lr_b"], auto["lr_ratio"]) == (2e-4, 8e-4, 4)
     assert (prodigy["lr"], prodigy["lr_b"], prodigy["lr_ratio"]) == (None, None, None)
 

@@ -121,7 +121,9 @@ def test_while_all_runs_diverge_it_goes_on_to_lower_rates():
     assert best is not None and math.isfinite(losses[best])
     nothing = searched(Surface(rate=-20, cliff=0.0))
     assert best_run(nothing, FULL) is None
-    assert all(math.isinf(loss) for loss in nothing.values())
+    line = [run.point.geometric_mean_lr for run in nothing if run.steps == FULL // 8]
+    start, further = line[: len(first_rung(FULL))], line[len(first_rung(FULL)) :]
+    assert len(further) >= 5 and further == sorted(further, reverse=True) and further[0] < min(start)
 
 
 def test_not_a_number_counts_as_diverged():

@@ -217,12 +217,10 @@ def hung_workers_end(folder: Path, seconds: float = 5) -> bool:
 
 def test_ctrl_c_ends_the_workers_and_keeps_the_runs(tmp_path: Path):
     process = started_script(tmp_path, workers=2)
-    started = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 130
     assert output.strip() == "interrupted after 6 of 14 runs; go on with the same command and --resume"
-    assert time.monotonic() - started < 8
     assert hung_workers_end(tmp_path)
     assert len(open_store(tmp_path).records()) == 6
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -49,6 +50,36 @@ def test_the_rate_is_bracketed_before_the_ratio_is_touched():
         Point(1.25e-4, 64.0),
         Point(3.95e-4, 64.0),
     ]
+
+
+def moves(tried: dict[Point, float]) -> list[tuple[float, float]]:
+    """From the best point so far to each next one: in half decades of the rate, and in factors of 4 of λ."""
+    points, found = list(tried), []
+    for count in range(1, len(points)):
+        best = best_point({point: tried[point] for point in points[:count]})
+        rate = math.log10(points[count].geometric_mean_lr / best.geometric_mean_lr) / 0.5
+        found.append((rate, math.log(points[count].lr_ratio / best.lr_ratio, 4)))
+    return found
+
+
+def test_around_the_best_it_goes_up_and_down_in_rate_then_in_ratio_and_then_halves_the_step():
+    tried = search(lambda point: 0.4 if point != LORAPLUS else 0.3, LORAPLUS, True, 29)
+    assert moves(tried) == [
+        pytest.approx((right * size, up * size), abs=0.02)
+        for size in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
+        for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1))
+    ]
+
+
+def test_the_step_stays_halved_once_the_best_has_moved():
+    tried = search(ridge(2.2e-3, 23), LORAPLUS, True, 30)
+    sizes = [max(abs(rate), abs(ratio)) for rate, ratio in moves(tried)]
+    assert all(later <= size * 1.1 for size, later in itertools.pairwise(sizes))
+    assert all(min(abs(rate), abs(ratio)) < 0.02 for rate, ratio in moves(tried)), "one of the two at a time"
+
+
+def test_a_small_ratio_is_loraplus_too():
+    assert all(point.lr_ratio > 1 for point in search(ridge(1e-3, 0.1), start_point(1.5), True, 20))
 
 
 def test_it_depends_on_the_results_alone_and_not_on_their_order():

@@ -1,7 +1,8 @@
-"""Several processes on one study, in a journal file and in a real PostgreSQL: no run is lost, none counts twice."""
+"""Several processes on one study, in a journal, SQLite and a real PostgreSQL: no run is lost, none counts twice."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -18,7 +19,6 @@ import pytest
 from optuna.trial import TrialState
 
 from loraplus.errors import InputError
-from loraplus.study.lease import Leases
 from loraplus.study.records import Record, Trial
 from loraplus.study.runner import run_all
 from loraplus.study.storage import open_study, without_password
@@ -32,8 +32,11 @@ TRIAL = Trial("tuning", "loraplus", 2.5e-4, 16.0, 0, 100)
 DONE = Record(TRIAL, "done", 100, 0.4, 0.9, 0.1)
 
 
-@pytest.fixture(params=["journal", "postgresql"])
+@pytest.fixture(params=["journal", "sqlite", "postgresql"])
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        pytest.importorskip("sqlalchemy")
+        return f"sqlite:///{tmp_path / 'study.db'}"
     return str(tmp_path / "study.journal") if request.param == "journal" else request.getfixturevalue("postgresql_url")
 
 
@@ -109,18 +112,6 @@ def test_a_heartbeat_keeps_a_run(location: str, name: str):
         assert second.elsewhere() == [TRIAL]
 
 
-def test_a_lease_goes_by_the_own_clock_alone():
-    now = 0.0
-    leases = Leases(10, clock=lambda: now)
-    assert leases.is_alive(1, 5)
-    now = 10.0
-    assert leases.is_alive(1, 5)
-    assert leases.is_alive(2, 5), "seen for the first time"
-    now = 10.1
-    assert not leases.is_alive(1, 5)
-    assert leases.is_alive(1, 6)
-
-
 def test_other_settings_and_other_data_than_the_study_has_are_refused(location: str, name: str):
     store = shared(location, name)
     store.check_settings({"rank": 8})
@@ -134,6 +125,8 @@ def test_other_settings_and_other_data_than_the_study_has_are_refused(location: 
 
 
 SCRIPT = """
+    import json
+    import os
     import sys
     from functools import partial
     from pathlib import Path
@@ -146,7 +139,9 @@ SCRIPT = """
         store = test_shared_study.shared({location!r}, {name!r}, lease_seconds=3)
         run = partial(fake_runs.{function}, {folder!r})
         try:
-            run_all(test_shared_study.PLAN, store, run, workers=1, log={folder!r} + "/log")
+            records = run_all(test_shared_study.PLAN, store, run, workers=1, log={folder!r} + "/log")
+            text = json.dumps({{key: record.to_dict() for key, record in sorted(records.items())}})
+            Path({folder!r}, f"records-{{os.getpid()}}").write_text(text)
         except InterruptedRun as stop:
             print(stop)
             sys.exit(130)
@@ -166,9 +161,9 @@ def ended_well(process: subprocess.Popen[str]) -> bool:
     return process.returncode == 0
 
 
-def wait_for(folder: Path, what: str, process: subprocess.Popen[str]) -> None:
+def wait_for(folder: Path, what: str, process: subprocess.Popen[str], line: str | None = None) -> None:
     deadline = time.monotonic() + 60
-    while not fake_runs.noted(folder, what):
+    while not (noted := fake_runs.noted(folder, what)) or (line and line not in noted):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -200,10 +195,29 @@ def test_the_run_of_a_killed_process_is_taken_up_by_the_other(location: str, nam
     assert Counter(fake_runs.noted(tmp_path)) == Counter(list(expected)), "every run once, the victim's among them"
     trials = open_study(location, name).trials
     assert all(trial.state.is_finished() for trial in trials)
-    assert trials[0].user_attrs["key"] == held.user_attrs["key"] and trials[0].state == TrialState.FAIL
+    assert trials[0].user_attrs["key"] == held.user_attrs["key"] and trials[0].state == TrialState.PRUNED
     assert RECORD not in trials[0].user_attrs
     counted = Counter(trial.user_attrs["key"] for trial in trials if RECORD in trial.user_attrs)
     assert counted == Counter(list(expected)), "every run counts once"
+
+
+def test_a_process_that_was_only_asleep_and_its_successor_decide_on_the_same_losses(tmp_path: Path):
+    journal = str(tmp_path / "study.journal")
+    sleeper = started(tmp_path, journal, "s", "waits")
+    wait_for(tmp_path, "waiting", sleeper)
+    os.killpg(sleeper.pid, signal.SIGSTOP)
+    successor = started(tmp_path, journal, "s", "waits")
+    key = fake_runs.noted(tmp_path, "waiting")[0].split()[1]
+    wait_for(tmp_path, "waiting", successor, f"{successor.pid} {key}")  # the sleeper's lease is over by then
+    (tmp_path / f"go-{sleeper.pid}").touch()
+    os.killpg(sleeper.pid, signal.SIGCONT)
+    wait_for(tmp_path, "runs", sleeper, key)
+    time.sleep(1)
+    (tmp_path / f"go-{successor.pid}").touch()
+    assert ended_well(sleeper) and ended_well(successor)
+    stored = {key: record.to_dict() for key, record in sorted(shared(journal, "s").records().items())}
+    for process in (sleeper, successor):
+        assert (tmp_path / f"records-{process.pid}").read_text() == json.dumps(stored)
 
 
 def test_an_interrupted_process_gives_its_run_back(location: str, name: str, tmp_path: Path):
@@ -213,7 +227,7 @@ def test_an_interrupted_process_gives_its_run_back(location: str, name: str, tmp
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 130
     assert output.strip() == "interrupted after 0 of 4 runs; go on with the same command and --resume"
-    assert all(trial.state == TrialState.FAIL for trial in open_study(location, name).trials)
+    assert all(trial.state == TrialState.PRUNED for trial in open_study(location, name).trials)
 
 
 def test_a_search_goes_on_from_any_point_to_the_same_end(tmp_path: Path):

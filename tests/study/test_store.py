@@ -75,7 +75,7 @@ def test_a_run_that_was_cut_short_is_marked_and_not_counted(journal: Path):
     again = StudyStore.open(journal, "s")
     assert again.records() == RECORDS
     study = as_optuna_sees_it(journal)
-    assert study.trials[-1].state == TrialState.FAIL
+    assert study.trials[-1].state == TrialState.PRUNED
     assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
     again.finish(replace(DONE, trial=cut))
     assert len(StudyStore.open(journal, "s").records()) == len(RECORDS) + 1
@@ -87,7 +87,7 @@ def test_abandoning_ends_a_run_without_a_record(journal: Path):
     store.abandon(TRIAL)
     store.abandon(TRIAL)
     assert store.records() == {}
-    assert as_optuna_sees_it(journal).trials[0].state == TrialState.FAIL
+    assert as_optuna_sees_it(journal).trials[0].state == TrialState.PRUNED
 
 
 def test_finishing_twice_counts_once(journal: Path):

@@ -207,6 +207,7 @@ def test_examples_of_the_held_out_data_are_not_trained_on(config, tmp_path):
         ({"long_examples": "keep"}, "--long-examples must be one of"),
         ({"max_length": 129}, "--max-length must lie between 2 and the 128 tokens"),
         ({"label_column": "label"}, "--label-column is for --task classification"),
+        ({"lr_head": 1e-2}, "--lr-head is for --task classification"),
         ({"chat_template": "none.jinja"}, "--chat-template: cannot read none.jinja"),
     ],
 )  # fmt: skip

@@ -16,8 +16,9 @@ from loraplus.rates import Rates
 from loraplus.tasks.classification import load_classification
 from loraplus.tasks.config import TrainConfig
 from loraplus.tasks.model import load_classifier
+from loraplus.tasks.output import prepare_output
 from loraplus.tasks.pretrained import load_tokenizer
-from loraplus.tasks.train import StopOnSignal
+from loraplus.tasks.train import StopOnSignal, train
 from loraplus.tasks.training import DivergenceGuard, build_trainer, rates_of, total_steps
 
 
@@ -49,6 +50,17 @@ def trainer_of(config, *callbacks):
 def test_a_setting_that_no_run_can_have_is_refused_by_name(config, name, value):
     with pytest.raises(InputError, match=f"--{name.replace('_', '-')} must"):
         total_steps(dataclasses.replace(config, **{name: value, "max_steps": None}), 100)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("task", ["classification", "sft", "lm"])
+def test_another_lr_is_refused_on_resuming_whatever_the_task(config, task, finished):
+    before = dataclasses.replace(config, task=task, lr=1e-3)
+    folder = prepare_output(config.output, dataclasses.asdict(before), overwrite=False, resume=True)
+    if finished:
+        (folder / "metrics.json").write_text("{}")
+    with pytest.raises(InputError, match=r"another configuration: lr was 0\.001, now 0\.0005$"):
+        train(dataclasses.replace(before, lr=5e-4), resume=True)
 
 
 def test_parts_of_a_batch_add_up_to_the_batch(config):

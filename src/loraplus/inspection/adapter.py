@@ -14,7 +14,7 @@ from torch import nn
 
 from loraplus.errors import InputError
 from loraplus.inspection.tensors import TensorFiles
-from loraplus.layouts import Role, recognise_peft
+from loraplus.layouts import Role, recognise
 from loraplus.tasks.limited import check_patterns
 from loraplus.tasks.output import read_json
 
@@ -23,14 +23,12 @@ WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NAMED_IN_MESSAGE = 3
 _LARGEST_RANK = 2**31
 _PREFIX = "base_model.model."
-# PEFT leaves the adapter's name out of what it saves; `recognise_peft` expects it.
-_FACTOR = re.compile(r"((?:^|\.)(?:lora_[A-Za-z_]+|trainable_tokens_delta))(?=\.(?:weight|bias|\w+_prior)$|$)")
 _ADAPTER_NAME = re.compile(
     r"(?<=\.)(lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_diag|trainable_tokens_delta)\.[^.]+(?=\.weight$|\.bias$|$)"
 )
 _EMBEDDING = re.compile(r"embed|lm_head|(?:^|\.)(?:wte|wpe)(?:\.|$)")
 _PAIRS = ((Role.A, Role.B), (Role.EMBEDDING_A, Role.EMBEDDING_B))
-_OWNER = nn.Module()  # `recognise_peft` asks it for a table of embeddings only; there are names alone here
+_OWNER = nn.Module()  # there are names alone here, without that of the adapter: PEFT leaves it out of what it saves
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def role_of(name: str, config: Mapping[str, Any]) -> Role | None:
         >>> role_of("base_model.model.layers.0.q_proj.lora_B.weight", {})
         <Role.B: 'lora_B'>
     """
-    role = recognise_peft(_FACTOR.sub(r"\1.default", name), _OWNER)
+    role = recognise(name, _OWNER)
     if role is not None:
         return role
     path, _, last = name.removeprefix(_PREFIX).rpartition(".")

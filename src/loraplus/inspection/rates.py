@@ -16,7 +16,7 @@ from typing import Any
 
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.inspection.adapter import Adapter, saved_name
-from loraplus.integrations.checkpoints import RATES_FILE
+from loraplus.integrations.checkpoints import OF_PARAMETERS_SHAPE, RATES_FILE
 from loraplus.rates import Rates
 from loraplus.roles import Role
 from loraplus.tasks.limited import check_patterns
@@ -26,7 +26,6 @@ from loraplus.tasks.pickles import load_pickle
 OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, METRICS_FILE = (
     "optimizer.pt", "scheduler.pt", "trainer_state.json", "metrics.json",
 )  # fmt: skip
-_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "state1")  # of the parameter's own shape
 _GROUP_NAME = re.compile(
     rf"({'|'.join(sorted(map(re.escape, Role), key=len, reverse=True))})(?:_ratio[^_]+)?(?:_x[^_]+)?(?:_no_decay)?"
 )
@@ -36,7 +35,7 @@ Row = dict[str, Any]
 
 
 def read_rates_file(folder: Path) -> dict[str, Any] | None:
-    """loraplus.json, or None if there is none.
+    """loraplus.json, or None if there is none, or if it is of several models: nothing tells which the adapter is.
 
     Raises:
         InputError: it is damaged.
@@ -45,6 +44,8 @@ def read_rates_file(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     saved = read_json(path)
+    if isinstance(saved, dict) and isinstance(saved.get("models"), dict):
+        return None
     try:
         saved = _numbers(saved)
         _rates(saved)
@@ -193,7 +194,7 @@ def _automatic(row: Row, saved: Mapping[str, Any] | None) -> Row:
 
 
 def _shape(state: Any) -> tuple[int, ...] | None:
-    for key in _STATES:
+    for key in OF_PARAMETERS_SHAPE:
         if isinstance(state, Mapping) and hasattr(state.get(key), "shape"):
             return tuple(state[key].shape)
     return None

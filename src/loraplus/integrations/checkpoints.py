@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -15,14 +16,24 @@ from torch import nn
 
 from loraplus.auto import AutoRates
 from loraplus.errors import LoraPlusWarning, ResumeMismatchError
-from loraplus.groups import ParameterRate, explain
+from loraplus.groups import ParameterRate, built_rates
+from loraplus.movement import factors
 from loraplus.rates import Rates
 from loraplus.roles import Role, trainable_parameters
+from loraplus.watch import unwrapped
 
 RATES_FILE = "loraplus.json"
 AUTO_FILE = "loraplus_auto.pt"
+OF_PARAMETERS_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "state1")
+"""Names of an optimizer's states that have their parameter's own shape."""
 _FORMAT_VERSION = 1
+_RELATIVE_TOLERANCE = 1e-6
 _EMBEDDING_ROLES = (Role.EMBEDDING_A, Role.EMBEDDING_B, Role.EMBEDDING)
+_RATE_OF_ITS_OWN = {
+    **{role.value: "lr_embedding" for role in _EMBEDDING_ROLES},
+    Role.HEAD.value: "lr_head",
+    Role.MAGNITUDE.value: "lr_magnitude",
+}
 _TRAINER_WAY = (
     "or start a new run from its weights: load them with PeftModel.from_pretrained(model, {checkpoint!r}, "
     "is_trainable=True) and train without resume_from_checkpoint"
@@ -41,17 +52,18 @@ def rates_in_use(model: nn.Module, optimizer: torch.optim.Optimizer) -> Rates:
         Base rates, those that a scheduler multiplies; a parameter whose rate is not its role's has an override of its
         own. With `AutoRates` lr_ratio is 1, as it sets A's and B's.
     """
-    entries = [entry for entry in explain(model, optimizer).entries if entry.base_lr]
+    entries = [entry for entry in built_rates(model, optimizer).entries if entry.base_lr]
     of_role: dict[str, float] = {}
     for entry in entries:
         of_role.setdefault(entry.role, entry.base_lr or 0.0)
     lr = of_role.get(Role.A) or of_role[entries[0].role]
-    ratio = 1.0 if auto_rates(optimizer) else _rounded(of_role.get(Role.B, lr) / lr)
+    automatic = auto_rates(optimizer, model) is not None
+    ratio = 1.0 if automatic else _rounded(of_role.get(Role.B, lr) / lr)
     embedding = next((of_role[role] for role in _EMBEDDING_ROLES if role in of_role), None)
     with warnings.catch_warnings():  # a ratio below 1 was warned of when the optimizer was built
         warnings.simplefilter("ignore", LoraPlusWarning)
         plain = Rates(lr, ratio, embedding, of_role.get(Role.HEAD), of_role.get(Role.MAGNITUDE))
-        overrides = {} if auto_rates(optimizer) else _overrides(entries, plain)
+        overrides = {} if automatic else _overrides(entries, plain)
         return Rates(lr, ratio, embedding, plain.lr_head, plain.lr_magnitude, overrides)
 
 
@@ -65,13 +77,26 @@ def _rounded(ratio: float) -> float:
     return float(f"{ratio:.9g}")
 
 
-def auto_rates(optimizer: Any) -> AutoRates | None:
-    """The `AutoRates` installed on an optimizer, wrapped or not."""
-    return getattr(getattr(optimizer, "optimizer", optimizer), "loraplus_auto", None)
+def all_auto_rates(optimizer: Any) -> list[AutoRates]:
+    """Every `AutoRates` installed on an optimizer, wrapped or not: one for each of its models, or none."""
+    optimizer = unwrapped(optimizer)
+    first = getattr(optimizer, "loraplus_auto", None)
+    return list(getattr(optimizer, "loraplus_autos", [] if first is None else [first]))
+
+
+def auto_rates(optimizer: Any, model: nn.Module | None = None) -> AutoRates | None:
+    """The `AutoRates` installed on an optimizer for a model, or for any."""
+    members = None if model is None else {id(parameter) for parameter in model.parameters()}
+    for auto in all_auto_rates(optimizer):
+        if members is None or any(id(weight) in members for weight in factors(auto._layers)):
+            return auto
+    return None
 
 
 def rates_record(rates: Rates, model: nn.Module, auto: AutoRates | None = None) -> dict[str, Any]:
     """The content of loraplus.json: the rates, the role of every parameter, what automatic rates have arrived at.
+
+    Made once, with the optimizer: what is merged, frozen or disabled later had these rates, and is saved with them.
 
     Args:
         rates: that the optimizer's groups were built with.
@@ -82,15 +107,31 @@ def rates_record(rates: Rates, model: nn.Module, auto: AutoRates | None = None) 
         "format_version": _FORMAT_VERSION,
         **asdict(rates),
         **({} if auto is None else {"auto": auto.summary()}),
-        "roles": {entry.name: entry.role.value for entry in trainable_parameters(model)},
+        "roles": roles_of(model),
     }
 
 
-def write_rates(folder: Path, rates: Rates, model: nn.Module, auto: AutoRates | None = None) -> None:
-    """Writes `rates_record` to loraplus.json in a folder, which is made if it does not exist."""
+def roles_of(model: nn.Module) -> dict[str, str]:
+    """{name of a trainable parameter: its role}, as a record holds them."""
+    return {entry.name: entry.role.value for entry in trainable_parameters(model)}
+
+
+def up_to_date(record: Mapping[str, Any], auto: AutoRates | None) -> dict[str, Any]:
+    """A record with what automatic rates have arrived at by now; it needs no model."""
+    return {**record, **({} if auto is None else {"auto": auto.summary()})}
+
+
+def write_rates(folder: Path, record: Mapping[str, Any], auto: AutoRates | None = None) -> None:
+    """Writes a `rates_record` to loraplus.json in a folder, which is made if it does not exist.
+
+    Args:
+        folder: of the checkpoint.
+        record: made when the optimizer was.
+        auto: what sets η_A and η_B, for what they are by now.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / (RATES_FILE + ".tmp")
-    temporary.write_text(json.dumps(rates_record(rates, model, auto), indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(up_to_date(record, auto), indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / RATES_FILE)
 
 
@@ -116,8 +157,15 @@ def read_auto_state(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def check_resume(checkpoint: Path, rates: Rates, *, auto: bool = False, instead: str = _TRAINER_WAY) -> None:
-    """Refuses a checkpoint folder whose optimizer was not made with these rates.
+def check_resume(
+    checkpoint: Path,
+    rates: Rates,
+    *,
+    auto: bool = False,
+    roles: Mapping[str, str] | None = None,
+    instead: str = _TRAINER_WAY,
+) -> None:
+    """Refuses a checkpoint folder whose optimizer was not made with these rates, over these parameters.
 
     The optimizer and scheduler states hold the old rates, so torch would go on with them in silence.
 
@@ -125,24 +173,36 @@ def check_resume(checkpoint: Path, rates: Rates, *, auto: bool = False, instead:
         checkpoint: a folder with a loraplus.json.
         rates: what this run asks for.
         auto: whether it asks for automatic rates.
+        roles: `roles_of` the model that it trains; None compares the rates only.
         instead: what else the user can do, as the end of a sentence.
 
     Raises:
-        ResumeMismatchError: another ratio or another rate of a role, a checkpoint without LoRA+, or a damaged one.
+        ResumeMismatchError: another lr, ratio or rate of a role, other parameters, a checkpoint without LoRA+, or a
+            damaged one.
     """
     instead = instead.format(checkpoint=str(checkpoint))
+    saved = read_record(checkpoint, instead)
+    check_record(saved, rates, str(checkpoint), instead, auto=auto, roles=roles, missing=f"has no {RATES_FILE}")
+
+
+def read_record(checkpoint: Path, instead: str) -> dict[str, Any] | None:
+    """loraplus.json of a checkpoint folder, None if it has none.
+
+    Raises:
+        ResumeMismatchError: it is damaged.
+    """
     try:
         saved = json.loads((checkpoint / RATES_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        saved = None
+        return None
     except (OSError, ValueError):
-        saved = ()
-    if saved is not None and not isinstance(saved, dict):
+        saved = None
+    if not isinstance(saved, dict):
         raise ResumeMismatchError(
             f"{checkpoint / RATES_FILE} cannot be read, so the rates of the checkpoint are not known; resume from an "
             f"earlier checkpoint, {instead}"
         )
-    check_record(saved, rates, str(checkpoint), instead, auto=auto, missing=f"has no {RATES_FILE}")
+    return saved
 
 
 def check_record(
@@ -152,6 +212,7 @@ def check_record(
     instead: str,
     *,
     auto: bool = False,
+    roles: Mapping[str, str] | None = None,
     missing: str = "has no record of its rates",
 ) -> None:
     """Compares a `rates_record` with what this run asks for; `check_resume` for checkpoints of any form.
@@ -169,18 +230,80 @@ def check_record(
         raise ResumeMismatchError(
             f"{where} was trained with {was}, this run asks for {asks}; resume with {was}, {instead}"
         )
-    asked = asdict(rates)
-    for name, value in asked.items():
-        # A setting that this version has and the one that wrote the checkpoint did not was not in use.
-        if name == "lr" or (saved.get(name) or None) == (value or None):
+    known = saved.get("roles")
+    if roles is not None and isinstance(known, Mapping):
+        refuse_other_parameters(_places_of_factors(known), _places_of_factors(roles), where, instead)
+    for name, value in asdict(rates).items():
+        # A setting that this version has and the one that wrote the checkpoint did not was not in use, nor was one that
+        # reached no parameter.
+        if _same(saved.get(name) or None, value or None) or (name == "lr" and auto and not _learns_at_lr(saved)):
             continue
+        if value is None and isinstance(known, Mapping) and _reaches_nothing(name, known):
+            continue
+        before = saved.get(name)
+        if isinstance(value, Mapping):  # by name of a parameter, so there may be hundreds
+            name, before, value = _first_difference(name, before or {}, value)
         raise ResumeMismatchError(
-            f"{where} was trained with {name} = {saved.get(name)}, this run asks for {value}; resume with "
-            f"{name} = {saved.get(name)}, {instead}"
+            f"{where} was trained with {name} = {before}, this run asks for {value}; resume with {name} = {before}, "
+            f"{instead}"
         )
-    if saved.get("lr") != asked["lr"]:
-        warnings.warn(
-            f"{where} was trained with lr = {saved.get('lr')}; its schedule goes on and lr = {asked['lr']} is not used",
-            LoraPlusWarning,
-            stacklevel=4,
+
+
+def refuse_other_parameters(saved: Mapping[str, str], roles: Mapping[str, str], where: str, instead: str) -> None:
+    """Refuses other layers, another adapter's name, a factor that is frozen now or was then.
+
+    Args:
+        saved: {name of a parameter: its role or group} of a checkpoint.
+        roles: the same of this run.
+        where: the checkpoint, as the start of a sentence.
+        instead: what else the user can do, as its end.
+
+    Raises:
+        ResumeMismatchError: says how many differ, and names the first.
+    """
+    gone, new = [name for name in saved if name not in roles], [name for name in roles if name not in saved]
+    changed = [name for name in saved if saved[name] != roles.get(name, saved[name])]
+    found = []
+    if gone:
+        found.append(f"{len(gone)} of its {len(saved)} are not trained by this run (first: {gone[0]})")
+    if new:
+        found.append(f"{len(new)} of this run's {len(roles)} are not among them (first: {new[0]})")
+    if changed:
+        name = changed[0]
+        found.append(f"{len(changed)} have another place (first: {name}, {saved[name]} there and {roles[name]} here)")
+    if found:
+        raise ResumeMismatchError(
+            f"{where} was trained with other parameters: {', '.join(found)}; resume with the adapter, target modules "
+            f"and frozen parameters that it was trained with, {instead}"
         )
+
+
+def _same(saved: Any, value: Any) -> bool:
+    """Of rates, up to the rounding of a rate that was kept in single precision."""
+    if isinstance(saved, float) and isinstance(value, float):
+        return math.isclose(saved, value, rel_tol=_RELATIVE_TOLERANCE)
+    if isinstance(saved, Mapping) and isinstance(value, Mapping):
+        return saved.keys() == value.keys() and all(_same(saved[key], value[key]) for key in saved)
+    return saved == value
+
+
+def _first_difference(name: str, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """(name of a setting and of the first pattern that differs, its value there, its value here)."""
+    pattern = next(key for key in {**saved, **asked} if not _same(saved.get(key), asked.get(key)))
+    return f"{name}[{pattern!r}]", saved.get(pattern), asked.get(pattern)
+
+
+def _places_of_factors(roles: Mapping[str, str]) -> dict[str, str]:
+    """Roles as they are compared: only A's and B's decide a rate that no setting names."""
+    return {name: role if role in (Role.A, Role.B) else "another role" for name, role in roles.items()}
+
+
+def _reaches_nothing(name: str, roles: Mapping[str, str]) -> bool:
+    """Whether a rate of its own had no parameter to set."""
+    return name in _RATE_OF_ITS_OWN.values() and not any(_RATE_OF_ITS_OWN.get(role) == name for role in roles.values())
+
+
+def _learns_at_lr(saved: Mapping[str, Any]) -> bool:
+    """Whether a parameter learns at lr itself where A's and B's rates are automatic: a head without lr_head, say."""
+    roles = set(saved.get("roles", {}).values()) - {Role.A.value, Role.B.value}
+    return any(not saved.get(_RATE_OF_ITS_OWN.get(role, "")) for role in roles)

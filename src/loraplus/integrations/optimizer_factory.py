@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from loraplus.integrations.checkpoints import auto_rates, rates_in_use, write_rates
+from loraplus.integrations.checkpoints import auto_rates, rates_in_use, rates_record, write_rates
 from loraplus.integrations.pytorch import guard_resume, rates_for_log
 from loraplus.optimizer import create_optimizer
 from loraplus.rates import DEFAULT_LR_RATIO
+from loraplus.watch import watch_rates
 
 
 class LoraPlusOptimizer:
@@ -88,6 +89,14 @@ class RatesCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._rates: dict[str, float] = {}
+        self._record: dict[str, Any] | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Makes the record, which holds for what is merged or frozen later, too."""
+        self._record = rates_record(rates_in_use(model, optimizer), model, auto_rates(optimizer, model))
+        watch_rates(model, optimizer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Reads the rates that the step is taken with."""
@@ -101,6 +110,7 @@ class RatesCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
         """Writes loraplus.json into the checkpoint just saved."""
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_rates(folder, rates_in_use(model, optimizer), model, auto_rates(optimizer))
+        if state.is_world_process_zero and self._record is not None:
+            write_rates(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}", self._record, auto_rates(optimizer, model)
+            )

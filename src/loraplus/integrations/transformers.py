@@ -1,144 +1,220 @@
 """LoRA+ in transformers' Trainer and in every subclass of it.
 
-`LoraPlusMixin` overrides what a trainer does with its optimizer: it builds the groups, sets the rates automatically if
-asked to, logs every group's rate by name, and records the rates in each checkpoint. `LoraPlusTrainer` mixes it into
-Trainer; `attach` mixes it into the class of a trainer that exists already, so both are one implementation.
+`LoraPlusMixin` adds to what a trainer does with its optimizer: it splits the groups that the trainer's own hooks have
+built, sets the rates automatically if asked to, logs every group's rate by name, and records the rates in each
+checkpoint. `LoraPlusTrainer` mixes it into Trainer; `attach` mixes it into the class of a trainer that exists already,
+so both are one implementation.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from loraplus.auto import AutoRates
-from loraplus.errors import InvalidRateError, TrainerSetupError
+from loraplus.errors import InvalidRateError, LoraPlusWarning, TrainerSetupError
 from loraplus.feature_updates import UpdateMonitor
-from loraplus.groups import groups_for, rate_of_group
-from loraplus.integrations.checkpoints import check_resume, read_auto_state, write_auto_state, write_rates
+from loraplus.groups import groups_for
+from loraplus.integrations.checkpoints import (
+    check_resume,
+    rates_in_use,
+    rates_record,
+    read_auto_state,
+    roles_of,
+    write_auto_state,
+    write_rates,
+)
 from loraplus.integrations.deepspeed import check_plugin
-from loraplus.optimizer import build
+from loraplus.integrations.pytorch import rates_for_log
+from loraplus.integrations.trainer_optimizer import Split, keep_ratio, own_class, split
+from loraplus.integrations.trainer_search import check_searched, checked_space
+from loraplus.integrations.trainer_settings import LoraPlusTrainingArguments, RateSettings, overrides_from
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.roles import Role, trainable_parameters
+
+__all__ = [
+    "LoraPlusMixin",
+    "LoraPlusTrainer",
+    "LoraPlusTrainingArguments",
+    "RateSettings",
+    "attach",
+    "overrides_from",
+]
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
-@dataclass(frozen=True)
-class RateSettings:
-    """What the user asked for; lr is the trainer's own `learning_rate` unless given, and is read when needed.
+class Made(NamedTuple):
+    """An optimizer as it was when it was made: what was asked for, its groups, and the record for checkpoints."""
 
-    With lr "auto", A and B are built at the trainer's `learning_rate` (a name for 1: `AutoRates` looks at what the
-    schedule makes of it only), which all other parameters really have.
-    """
+    asked: tuple[Rates, bool]
+    split: Split
+    rates: Rates
+    record: dict[str, Any]
 
-    lr_ratio: float = DEFAULT_LR_RATIO
-    lr: float | Literal["auto"] | None = None
-    lr_embedding: float | None = None
-    lr_head: float | None = None
-    lr_magnitude: float | None = None
-    lr_overrides: Mapping[str, float] = field(default_factory=dict)
-    lr_ratio_overrides: Mapping[str, float] = field(default_factory=dict)
-    log_updates: int = 0
-    log_layers: bool = False
 
-    @property
-    def auto(self) -> bool:
-        """Whether `AutoRates` sets η_A and η_B."""
-        return self.lr == "auto"
+def _splitting(build: Callable[..., Any]) -> Callable[..., Any]:
+    """A `create_optimizer` whose optimizer is split once the outermost one has built it."""
 
-    def rates(self, learning_rate: float) -> Rates:
-        """The rates that the groups are built with, in a trainer of this `learning_rate`."""
-        given = {name: getattr(self, name) for name in ("lr_embedding", "lr_head", "lr_magnitude", "lr_overrides")}
-        if self.auto:
-            if self.lr_ratio_overrides:
-                raise InvalidRateError("lr_ratio_overrides is not used with automatic rates, which set the ratio")
-            return Rates(learning_rate, 1.0, **given)
-        lr = learning_rate if self.lr is None else self.lr
-        return Rates(lr, self.lr_ratio, **given, lr_ratio_overrides=self.lr_ratio_overrides)  # type: ignore[arg-type]
+    @functools.wraps(build)
+    def create_optimizer(self: Any, model: Any = None) -> Any:
+        return self._make(functools.partial(build, self), *([] if model is None else [model]))
+
+    create_optimizer.splits = True  # type: ignore[attr-defined]
+    return create_optimizer
 
 
 class LoraPlusMixin:
     """Gives any Trainer class LoRA+ parameter groups, their logs, and a guard on resuming."""
 
-    loraplus_settings: RateSettings
     loraplus_auto: AutoRates | None = None
+    _given: RateSettings | None = None
+    _made: Made | None = None
+    _making: bool = False
+    _watching: bool = False
+    _known_rates: tuple[RateSettings, float, Rates] | None = None
+    _resumed: Path | None = None
     _auto_state: Mapping[str, Any] | None = None
     _monitor: UpdateMonitor | None = None
-    _rates: Rates | None = None
     _group_rates: Mapping[str, float] = MappingProxyType({})
 
     # What the Trainer that this is mixed into provides.
     args: Any
     model: Any
+    model_init: Any
     optimizer: Any
     optimizer_cls_and_kwargs: Any
+    is_fsdp_enabled: bool
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        build = cls.create_optimizer
+        if not hasattr(build, "splits"):  # a subclass's own, or that of a class mixed in before this one
+            cls.create_optimizer = _splitting(build)  # type: ignore[method-assign]
+
+    @property
+    def loraplus_settings(self) -> RateSettings:
+        """What is asked for at this moment: what `attach` was given, else the training arguments."""
+        if self._given is None:
+            return self.args.loraplus_settings()
+        if isinstance(self.args, LoraPlusTrainingArguments):  # they may have been changed since
+            return _in_arguments(self.args, self._given) or self.args.loraplus_settings()
+        return self._given
 
     @property
     def loraplus_rates(self) -> Rates:
-        """The rates of this run, from the settings and the trainer's `learning_rate`."""
-        settings, lr = self.loraplus_settings, self.args.learning_rate
-        if isinstance(settings.lr, (int, float)):
-            lr = settings.lr
-        if self._rates is None or self._rates.lr != lr:  # a search over learning_rate changes it between runs
-            self._rates = settings.rates(lr)
-        return self._rates
+        """The rates of the optimizer, or those that one made now would have."""
+        return self._rates_at(self.args.learning_rate) if self._made is None else self._made.rates
 
+    @property
+    def loraplus_groups(self) -> list[dict[str, Any]] | None:
+        """The groups that the trainer's own hooks made, as `verify(..., groups=...)` takes them; None before that."""
+        return None if self._made is None else self._made.split.own_groups
+
+    def _asked(self) -> tuple[Rates, bool]:
+        return self._rates_at(self.args.learning_rate), self.loraplus_settings.auto
+
+    def _rates_at(self, lr: float) -> Rates:
+        settings = self.loraplus_settings
+        if self._known_rates is None or self._known_rates[:2] != (settings, lr):  # once, as a low ratio is warned of
+            self._known_rates = settings, lr, settings.rates(lr)
+        return self._known_rates[2]
+
+    @_splitting
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Builds the optimizer that the training arguments name, with LoRA+ groups."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            optimizer_cls, kwargs = self.optimizer_cls_and_kwargs or Trainer.get_optimizer_cls_and_kwargs(
-                self.args, model
-            )
-            own_grouping = {"params", "model", "optimizer_dict"} & set(kwargs)
-            if own_grouping or not (
-                isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)
-            ):
-                raise TrainerSetupError(
-                    f"optim = {getattr(self.args.optim, 'value', self.args.optim)} groups the parameters itself, so "
-                    "LoRA+ cannot give A and B their own rates; choose one that takes parameter groups, such as "
-                    "adamw_torch"
-                )
-            kwargs = dict(kwargs)
-            kwargs.pop("lr", None)
-            weight_decay = kwargs.pop("weight_decay", self.args.weight_decay)
-            rates = self.loraplus_rates
-            groups = groups_for(trainable_parameters(model), rates, weight_decay)
-            self.optimizer = build(model, optimizer_cls, groups, lr=rates.lr, **kwargs)
-            self._watch(model)
+        """Has the trainer build the optimizer that its hooks and arguments say, and splits its groups by role."""
+        return super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
+
+    def _make(self, build: Callable[..., Any], *given: Any) -> Any:
+        """Calls a `create_optimizer`, and splits what it has built unless another one is waiting to do so."""
+        if self._making:
+            return build(*given)
+        model = given[0] if given and given[0] is not None else self.model
+        if self.optimizer is not None:  # of an earlier run, which most hooks keep
+            self._check_ours()
+        check_plugin(self.accelerator)  # type: ignore[attr-defined]
+        settings, asked = self.loraplus_settings, self._asked()
+        self._making = True
+        try:
+            with own_class(self, model):
+                build(*given)
+            new = None if self._is_ours() else split(self, model, settings, self._rates_at)
+        except BaseException:
+            self.optimizer = None  # not to be trained with, should train() be called again
+            raise
+        finally:
+            self._making = False
+        if new is not None:
+            self._drop()
+            several = len({group["lr"] for group in new.own_groups}) > 1  # by layer, say: each is part of the record
+            rates = rates_in_use(model, new.optimizer) if several else new.rates
+            self._made = Made(asked, new, rates, rates_record(rates, model))
+            self._check_resumed()
+        self._watch(model)
         return self.optimizer
 
+    def _is_ours(self) -> bool:
+        found, ours = self.optimizer, None if self._made is None else self._made.split.optimizer
+        while found is not None and found is not ours:  # in Accelerate's and DeepSpeed's wrappers
+            found = getattr(found, "optimizer", None)
+        return found is not None
+
+    def _check_ours(self) -> None:
+        if not self._is_ours():
+            raise TrainerSetupError(
+                f"{type(self).__name__} trains with an optimizer that LoRA+ did not split: one was put in its place; "
+                "leave trainer.optimizer alone, or change trainer.create_optimizer before loraplus.attach(trainer)"
+            )
+
     def _watch(self, model: Any) -> None:
-        if self.loraplus_settings.auto:
+        """Installs what measures steps, for the length of a `train()`."""
+        if self._watching:
+            return
+        settings, earlier = self.loraplus_settings, self.loraplus_auto
+        self._monitor = None
+        if settings.auto:
             self.loraplus_auto = AutoRates(model, self.optimizer)
-            if self._auto_state is not None:
-                self.loraplus_auto.load_state_dict(self._auto_state)
-        elif self.loraplus_settings.log_updates:
-            self._monitor = UpdateMonitor(model, self.optimizer, every=self.loraplus_settings.log_updates)
+            state = earlier.state_dict() if self._auto_state is None and earlier is not None else self._auto_state
+            if state is not None:
+                self.loraplus_auto.load_state_dict(state)
+        elif settings.log_updates:
+            self._monitor = UpdateMonitor(model, self.optimizer, every=settings.log_updates)
+        self._watching = True
+
+    def _unhook(self) -> None:
+        """Takes the hooks of a run off model and optimizer; what was measured can still be read."""
+        if self._watching and self.loraplus_auto is not None:
+            self.loraplus_auto.rest()  # `explain` goes on finding what it has arrived at
+        elif self._watching and self._monitor is not None:
+            self._monitor.remove()
+        self._watching = False
+
+    def _drop(self) -> None:
+        """Forgets the optimizer of an earlier run."""
+        self._unhook()
+        self.loraplus_auto = self._monitor = self._made = None
+        self._group_rates = {}
 
     def _get_learning_rate(self) -> float:
         # Trainer reads its rate before the scheduler moves on and logs it later; the groups are read at that moment.
         if self.optimizer is not None:
-            rates = [rate_of_group(self.optimizer, group) or 0.0 for group in self.optimizer.param_groups]
-            names = [group["name"] for group in self.optimizer.param_groups]
-            self._group_rates = dict(zip(names, rates, strict=True))
-            if self.loraplus_settings.auto:
-                return rates[0]
+            self._group_rates = rates_for_log(self.optimizer)
+            if self.loraplus_auto is not None:
+                return next(iter(self._group_rates.values()))
         return super()._get_learning_rate()  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds `lr/<group>` for every group, and `updates/…` if measured, where the trainer logs its learning rate."""
         if "learning_rate" in logs:
-            logs |= {f"lr/{name}": lr for name, lr in self._group_rates.items()}
+            logs |= self._group_rates
             watcher = self.loraplus_auto or self._monitor
             if watcher is not None and watcher.updates is not None:
                 logs |= watcher.updates.logs()
@@ -152,98 +228,92 @@ class LoraPlusMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Refuses to resume from a checkpoint trained at other rates, then trains."""
+        """Refuses to resume from a checkpoint trained at other rates, then trains.
+
+        An optimizer of an earlier `train()` is kept, as Trainer keeps it, unless other rates are asked for since.
+        """
+        if self._made is not None and (self.model_init is not None or self._made.asked != self._asked()):
+            self._check_ours()
+            self._drop()
+            self.optimizer = None
+        self._resumed = self._auto_state = None
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
             if folder is True:
                 folder = get_last_checkpoint(self.args.output_dir)
             if folder is not None and Path(folder).is_dir():
-                check_resume(Path(folder), self.loraplus_rates, auto=self.loraplus_settings.auto)
-                if self.loraplus_settings.auto:
-                    self._auto_state = read_auto_state(Path(folder))
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+                self._resumed = Path(folder)
+                if self._made is not None or _builds_as_trainer(self):
+                    self._check_resumed()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._unhook()
+
+    def _check_resumed(self) -> None:
+        """Holds the checkpoint against the rates, as soon as these are known: a trainer's own hooks set the base."""
+        if self._resumed is not None:
+            auto = self.loraplus_settings.auto
+            # FSDP names flat parameters otherwise once it has wrapped the model.
+            wrapped_later = self._made is None and self.is_fsdp_enabled
+            roles = roles_of(self.model) if self._made is None else self._made.record["roles"]
+            check_resume(self._resumed, self.loraplus_rates, auto=auto, roles=None if wrapped_later else roles)
+            self._auto_state = read_auto_state(self._resumed) if auto else None
+            if self.loraplus_auto is not None and self._auto_state is not None:
+                self.loraplus_auto.load_state_dict(self._auto_state)
+            if not wrapped_later:
+                self._resumed = None
+
+    def hyperparameter_search(self, hp_space: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, over any training argument; a name that reaches none of them is refused.
+
+        Raises:
+            TrainerSetupError: a name in the space that is no training argument.
+        """
+        if callable(hp_space):
+            hp_space = functools.partial(checked_space, self, hp_space)
+        elif hp_space is None:  # Trainer's own spaces all hold it
+            check_searched(self, "learning_rate")
+        return super().hyperparameter_search(hp_space, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Saves the model, and beside it the rates and the role of every trained parameter."""
+        """Saves the model, and beside it the rates and roles that the optimizer was made with."""
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            write_rates(folder, self.loraplus_rates, self.model, self.loraplus_auto)
-            if self.loraplus_auto is not None:
-                write_auto_state(folder, self.loraplus_auto)
+        if self.args.should_save and self._made is not None:
+            folder, auto = Path(output_dir or self.args.output_dir), self.loraplus_auto
+            try:
+                write_rates(folder, self._made.record, auto)
+                if auto is not None:
+                    write_auto_state(folder, auto)
+            except Exception as error:  # the model is saved; a run is not to end for a note beside it
+                warnings.warn(
+                    f"the model is saved, but the record of its rates could not be written to {folder} "
+                    f"({type(error).__name__}: {error}); the run cannot be resumed from there",
+                    LoraPlusWarning,
+                    stacklevel=2,
+                )
 
 
-def overrides_from(name: str, value: dict[str, float] | str | None) -> dict[str, float] | None:
-    """A setting that maps regular expressions to numbers, from a dict or from JSON text.
-
-    Args:
-        name: of the setting, for the error.
-        value: as it was given.
-
-    Raises:
-        TrainerSetupError: it is neither.
-    """
-    found: Any = value
-    if isinstance(value, str):
-        try:
-            found = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise TrainerSetupError(f"{name} is not JSON: {error}") from None
-    if found is not None and not isinstance(found, dict):
-        raise TrainerSetupError(
-            f'{name} must map regular expressions to numbers, as in {{"value": 0.5}}; got {value!r}'
-        )
-    return found
+def _builds_as_trainer(trainer: Any) -> bool:
+    """Whether A's rate will be `learning_rate`: nothing of the trainer's own builds its optimizer."""
+    kinds = type(trainer).__mro__
+    own = [vars(kind) for kind in kinds[: kinds.index(Trainer)] if kind is not LoraPlusMixin]
+    hooks = {"create_optimizer", "get_optimizer_cls_and_kwargs"}
+    return trainer.optimizer_cls_and_kwargs is None and not any(hooks & names.keys() for names in (*own, vars(trainer)))
 
 
-@dataclass
-class LoraPlusTrainingArguments(TrainingArguments):
-    """TrainingArguments with the rates of LoRA+; `learning_rate` is η_A.
+class _AtStart(TrainerCallback):
+    """When all of a run is built, whoever built it: the optimizer is ours, and its scheduler keeps the ratio."""
 
-    Args:
-        loraplus_lr_ratio: λ = η_B / η_A.
-        loraplus_lr_embedding: rate of embedding factors and rows. Default: learning_rate.
-        loraplus_lr_head: rate of `modules_to_save`. Default: learning_rate.
-        loraplus_lr_magnitude: rate of DoRA's magnitudes. Default: learning_rate.
-        loraplus_lr_overrides: {regular expression: factor}, as a dict or JSON text.
-        loraplus_lr_ratio_overrides: {regular expression: λ} on names of B factors, as a dict or JSON text.
-        loraplus_auto_rates: η_A and η_B are set by `AutoRates`; all else keeps learning_rate.
-        loraplus_log_updates: log δ1 and δ2 as `updates/…`, measured every so many steps; 0 does not.
-        loraplus_log_layers: with automatic rates, log what every layer asks for.
-    """
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
-    loraplus_lr_ratio: float = field(default=DEFAULT_LR_RATIO, metadata={"help": "λ = η_B / η_A; 1 is plain LoRA."})
-    loraplus_lr_embedding: float | None = field(default=None, metadata={"help": "Rate of embedding factors and rows."})
-    loraplus_lr_head: float | None = field(default=None, metadata={"help": "Rate of modules_to_save."})
-    loraplus_lr_magnitude: float | None = field(default=None, metadata={"help": "Rate of DoRA's magnitudes."})
-    loraplus_lr_overrides: dict[str, float] | str | None = field(
-        default=None, metadata={"help": "{regular expression: factor} on parameter names, as JSON."}
-    )
-    loraplus_lr_ratio_overrides: dict[str, float] | str | None = field(
-        default=None, metadata={"help": "{regular expression: λ} on names of B factors, as JSON."}
-    )
-    loraplus_auto_rates: bool = field(default=False, metadata={"help": "Set η_A and η_B automatically."})
-    loraplus_log_updates: int = field(default=0, metadata={"help": "Log δ1 and δ2, measured every so many steps."})
-    loraplus_log_layers: bool = field(default=False, metadata={"help": "Log the automatic rate of every layer."})
+    def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
+        self.trainer._check_ours()
+        keep_ratio(lr_scheduler, self.trainer._made.split)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("loraplus_lr_overrides", "loraplus_lr_ratio_overrides"):
-            setattr(self, name, overrides_from(name, getattr(self, name)))
-
-    def loraplus_settings(self) -> RateSettings:
-        """The rate settings as `attach` takes them."""
-        return RateSettings(
-            lr_ratio=self.loraplus_lr_ratio,
-            lr_embedding=self.loraplus_lr_embedding,
-            lr_head=self.loraplus_lr_head,
-            lr_magnitude=self.loraplus_lr_magnitude,
-            lr_overrides=overrides_from("loraplus_lr_overrides", self.loraplus_lr_overrides) or {},
-            lr_ratio_overrides=overrides_from("loraplus_lr_ratio_overrides", self.loraplus_lr_ratio_overrides) or {},
-            lr="auto" if self.loraplus_auto_rates else None,
-            log_updates=self.loraplus_log_updates,
-            log_layers=self.loraplus_log_layers,
-        )
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._check_ours()  # a callback may put another one there at any time
 
 
 class LoraPlusTrainer(LoraPlusMixin, Trainer):  # type: ignore[misc]
@@ -264,7 +334,7 @@ class LoraPlusTrainer(LoraPlusMixin, Trainer):  # type: ignore[misc]
                 "use loraplus.attach(trainer, lr_ratio=...)"
             )
         super().__init__(model, args, *positional, **kwargs)
-        _set_up(self, args.loraplus_settings())
+        _set_up(self, None)
 
 
 def attach(
@@ -281,10 +351,13 @@ def attach(
 ) -> AnyTrainer:
     """Gives a trainer LoRA+ before `.train()`; works for Trainer and every subclass, TRL's included.
 
+    The trainer builds the optimizer that it would have built, with its own hooks; its groups are then split by role.
+
     Args:
         trainer: a `transformers.Trainer` or subclass whose optimizer is not built yet.
         lr_ratio: λ = η_B / η_A; not used with automatic rates.
-        lr: η_A; "auto" has `AutoRates` set η_A and η_B. Default: the trainer's `args.learning_rate`.
+        lr: η_A; "auto" has `AutoRates` set η_A and η_B. Default: that of the trainer's own optimizer, which is
+            `args.learning_rate` when it is built, or what the trainer's hooks make of it.
         lr_embedding, lr_head, lr_magnitude, lr_overrides: as in `loraplus.param_groups`; where they default to lr,
             automatic rates leave `args.learning_rate`.
         lr_ratio_overrides: {regular expression: λ} on names of B factors; not with automatic rates.
@@ -294,8 +367,8 @@ def attach(
         The same trainer.
 
     Raises:
-        TrainerSetupError: not a Trainer, its optimizer exists already, or a DeepSpeed configuration that would take the
-            rates over.
+        TrainerSetupError: not a Trainer, its optimizer exists already, `LoraPlusTrainingArguments` that ask for
+            something else, or a DeepSpeed configuration that would take the rates over.
         InvalidRateError, NoLoraFactorsError, …: as `loraplus.param_groups`, here rather than in `.train()`.
 
     Example:
@@ -305,13 +378,29 @@ def attach(
         raise TrainerSetupError(f"attach takes a transformers Trainer, got {type(trainer).__name__}")
     if isinstance(lr, str) and lr != "auto":
         raise InvalidRateError(f'lr must be a positive number or "auto", got {lr!r}')
-    settings = RateSettings(
+    given: RateSettings | None = RateSettings(
         lr_ratio, lr, lr_embedding, lr_head, lr_magnitude, lr_overrides or {}, lr_ratio_overrides or {}, log_updates
     )
+    if isinstance(trainer.args, LoraPlusTrainingArguments):
+        given = _in_arguments(trainer.args, given)
     if trainer.optimizer is None and not isinstance(trainer, LoraPlusMixin):
         trainer.__class__ = _with_mixin(type(trainer))
-    _set_up(trainer, settings)
+    _set_up(trainer, given)
     return trainer
+
+
+def _in_arguments(args: LoraPlusTrainingArguments, given: RateSettings) -> RateSettings | None:
+    """What was given to `attach`, or None if the arguments say the same, or alone say something."""
+    asked, nothing = args.loraplus_settings(), RateSettings()
+    if given in (asked, nothing):
+        return None
+    if asked == nothing:
+        return given
+    both = next(name for name in vars(given) if getattr(given, name) != getattr(asked, name))
+    raise TrainerSetupError(
+        f"the training arguments ask for {both} = {getattr(asked, both)}, loraplus.attach for {getattr(given, both)}; "
+        "set the rates in one of them"
+    )
 
 
 @functools.cache
@@ -319,14 +408,21 @@ def _with_mixin(trainer_class: type[Trainer]) -> type[Trainer]:
     return type(trainer_class.__name__, (LoraPlusMixin, trainer_class), {"__module__": trainer_class.__module__})
 
 
-def _set_up(trainer: Any, settings: RateSettings) -> None:
+def _set_up(trainer: Any, given: RateSettings | None) -> None:
     if trainer.optimizer is not None:
         raise TrainerSetupError(
             f"{type(trainer).__name__} has an optimizer already, so its rates are fixed; leave out `optimizers=` and "
             "set LoRA+ up before .train()"
         )
     check_plugin(trainer.accelerator)
-    trainer.loraplus_settings, trainer._rates = settings, None
-    rates = trainer.loraplus_rates
-    if trainer.model is not None and trainer.model_init is None:
-        groups_for(trainable_parameters(trainer.model), rates, None)  # every error that the model causes, early
+    trainer._given = given
+    trains = trainer.train_dataset is not None
+    rates = trainer._rates_at(trainer.args.learning_rate) if trains else None
+    own = vars(trainer).get("create_optimizer")
+    if own is not None:  # set on the instance, in front of every class
+        trainer.create_optimizer = functools.partial(trainer._make, own)
+    if not any(isinstance(callback, _AtStart) for callback in trainer.callback_handler.callbacks):
+        trainer.add_callback(_AtStart(trainer))
+    # Every error that the model causes, early; without data there will be no training, and any model and rate will do.
+    if rates is not None and trainer.model is not None and trainer.model_init is None:
+        groups_for(trainable_parameters(trainer.model), rates, None)

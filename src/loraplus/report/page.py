@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
@@ -12,10 +12,13 @@ from plotly.offline import get_plotlyjs
 
 from loraplus.report import plots
 from loraplus.study.arms import ALL
+from loraplus.study.pairs import deciding
 from loraplus.study.records import ARMS, Record
+from loraplus.study.verdict import p_value
 from loraplus.tasks.measures import ACCURACY, measures_of, perplexity
 
 _TEMPLATE = "compare.html.jinja"
+_MAIN = "loraplus"
 
 
 def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
@@ -31,6 +34,7 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
     summary = {"untuned": None, "config": {}, "cost": {"seconds_per_step_ratio": None}, **summary}
     best = {arm: row["best"] for arm, row in summary["arms"].items() if ALL[arm].tuned}
     arms = [arm for arm in ALL if arm in summary["arms"]]
+    measures = measures_of(summary["config"])
     return template(_TEMPLATE).render(
         summary=summary,
         records=records,
@@ -40,8 +44,9 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
         info=ALL,
         titles={arm: info.title for arm, info in ALL.items()},
         classes=_classes(summary["data"]),
-        has_accuracy=ACCURACY in measures_of(summary["config"]),
+        has_accuracy=ACCURACY in measures,
         plotly_js=Markup(get_plotlyjs()),
+        seeds=Markup(plots.as_json(plots.differences(_pairs(summary), deciding(measures)))),
         curves=Markup(plots.as_json(plots.curves(records))),
         rates=Markup(plots.as_json(plots.rates(records, best))),
     )
@@ -52,7 +57,7 @@ def template(name: str) -> Template:
     pages = environment()
     pages.filters |= {
         "rate": rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
-        "ratio": ratio, "factor": factor, "perplexity": perplexity,
+        "ratio": ratio, "factor": factor, "perplexity": perplexity, "decides": decides,
     }  # fmt: skip
     return pages.get_template(name)
 
@@ -63,6 +68,16 @@ def environment(*packages: str) -> Environment:
     return Environment(
         loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+
+
+def _pairs(summary: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every comparison with LoRA that has seeds: {title: (arm, its part of the summary)}."""
+    found = {
+        ALL[_MAIN].title: (_MAIN, summary["paired"]),
+        **{ALL[arm].title: (arm, pair) for arm, pair in summary.get("paired_with_lora", {}).items()},
+        f"{ALL[_MAIN].title}, untuned": (_MAIN, summary["untuned"] or {}),
+    }
+    return {title: (arm, pair) for title, (arm, pair) in found.items() if pair.get("by_seed")}
 
 
 def _classes(data: dict[str, Any]) -> list[str]:
@@ -115,8 +130,8 @@ def factor(difference: float | None) -> str:
     return f"×{perplexity(difference):.3f}" if difference is not None and _finite(difference) else "–"
 
 
-def p_value(value: float | None) -> str:
-    """p = 0.031; a permutation test is never evidence for p = 0."""
-    if value is None or not _finite(value):
-        return "p unknown"
-    return f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"
+def decides(pair: Mapping[str, Any]) -> str:
+    """The p that the verdict on a pair rests on; the untuned pair stands alone, so its own p needs no correction."""
+    if pair["found"] is None:
+        return "no verdict"
+    return p_value(next(pair[name] for name in ("p_value_holm", "p_value", "loss_p_value") if name in pair))

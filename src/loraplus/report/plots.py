@@ -1,4 +1,4 @@
-"""The pictures of a comparison and of a training run: losses over steps, tried rates in the (η_A, η_B) plane."""
+"""The pictures of a comparison and of a training run: differences seed by seed, losses over steps, tried rates."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from loraplus.study.arms import ALL
 from loraplus.study.records import Record
+from loraplus.tasks.measures import ACCURACY
 
 # Okabe and Ito's palette: told apart with any colour vision, and readable on white and on near black.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -18,6 +19,7 @@ _MARKERS = ("circle", "diamond", "square", "triangle-up", "pentagon", "star")
 COLOURS = {arm: PALETTE[i % len(PALETTE)] for i, arm in enumerate(ALL)}
 SYMBOLS = {arm: _MARKERS[i % len(_MARKERS)] for i, arm in enumerate(ALL)}
 NEUTRAL = "#7f8790"
+_ENDS = ("mean", "low", "high")
 _GRID = "rgba(127,135,144,0.22)"
 
 
@@ -38,6 +40,43 @@ def laid_out(figure: go.Figure, x: str, y: str, height: int) -> go.Figure:
     )
     figure.update_xaxes(title=x, **axis)
     figure.update_yaxes(title=y, **axis)
+    return figure
+
+
+def differences(pairs: Mapping[str, tuple[str, Mapping[str, Any]]], measure: str) -> go.Figure:
+    """Each arm − LoRA: a dot a seed, and above them the mean with its interval over seeds, if there is one.
+
+    Args:
+        pairs: {title: (arm, its fields of summary.json)}.
+        measure: that decides; accuracy is shown in points.
+    """
+    figure, field, scale = go.Figure(), f"{measure}_difference", 100 if measure == ACCURACY else 1
+    titles = list(pairs)[::-1]  # the first one on top
+    for row, title in enumerate(titles):
+        arm, pair = pairs[title]
+        seeds = pair["by_seed"]
+        mean, low, high = (None if pair[field][end] is None else scale * pair[field][end] for end in _ENDS)
+        interval = {} if mean is None or low is None or high is None else {
+            "error_x": {"type": "data", "symmetric": False, "array": [high - mean], "arrayminus": [mean - low]}
+        }  # fmt: skip
+        figure.add_scatter(
+            x=[scale * seed[field] for seed in seeds], y=[row - 0.12] * len(seeds), mode="markers", name=title,
+            marker={"symbol": "circle-open", "color": COLOURS[arm], "size": 9}, showlegend=False,
+            customdata=[seed["seed"] for seed in seeds],
+            hovertemplate=f"{title}<br>seed %{{customdata}}: %{{x:+.4g}}<extra></extra>",
+        )  # fmt: skip
+        figure.add_scatter(
+            x=[mean], y=[row + 0.12], mode="markers", name=title, showlegend=False,
+            marker={"symbol": SYMBOLS[arm], "color": COLOURS[arm], "size": 11},
+            hovertemplate=f"{title}<br>mean %{{x:+.4g}}<extra></extra>", **interval,
+        )  # fmt: skip
+    figure.add_vline(0, line={"color": NEUTRAL, "width": 1.2, "dash": "dot"})
+    unit = "test accuracy, points" if measure == ACCURACY else "test loss a token"
+    laid_out(figure, f"difference to LoRA in {unit}", "", 110 + 60 * len(titles))
+    figure.update_layout(margin={"l": 130})
+    figure.update_yaxes(
+        tickvals=list(range(len(titles))), ticktext=titles, range=[-0.6, len(titles) - 0.4], showgrid=False
+    )
     return figure
 
 

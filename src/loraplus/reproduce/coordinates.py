@@ -26,8 +26,8 @@ from loraplus.movement import TOKENS, rms
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
 from loraplus.reproduce.fits import exponent
-from loraplus.reproduce.intervals import t_interval
 from loraplus.reproduce.report import Figure, LinePlot, Report, Table, banded, interval
+from loraplus.study.statistics import t_interval
 from loraplus.study.worker import OnStep
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)

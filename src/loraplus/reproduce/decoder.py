@@ -15,11 +15,10 @@ from typing import Any
 from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Result, Results, Run
 from loraplus.reproduce.grid import lr_of
-from loraplus.reproduce.intervals import finite_t_interval
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, build, result_of, train
 from loraplus.reproduce.tuned_arms import LOSS, TEST_LOSS, Case, Job, TunedArms, title, verdicts
-from loraplus.study.statistics import Estimate
+from loraplus.study.statistics import Estimate, finite_t_interval
 from loraplus.study.worker import OnStep
 
 ByRatio = dict[str, dict[float, tuple[Estimate, float]]]

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraplus.reproduce.intervals import t_interval
-from loraplus.study.statistics import Estimate
+from loraplus.study.statistics import Estimate, t_interval
 
 
 def exponent(x: Sequence[float], log10_y: Sequence[Sequence[float]]) -> Estimate:

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run
 from loraplus.reproduce.grid import HALF_DECADE, best_step, lr_of, next_in_column
-from loraplus.reproduce.intervals import finite_t_interval
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, Start, build, result_of, train
 from loraplus.reproduce.tuned_arms import FINAL, LOSS, TEST_LOSS, TUNING, TUNING_SEED, fresh_seeds
+from loraplus.study.statistics import finite_t_interval
 from loraplus.study.worker import OnStep
 
 STARTS: tuple[Start, ...] = ("A-random", "B-random")

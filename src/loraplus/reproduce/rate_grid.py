@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
-from loraplus.reproduce.intervals import finite_t_interval
 from loraplus.reproduce.report import Figure, HeatMap, Report, Table, interval
+from loraplus.study.statistics import finite_t_interval
 from loraplus.study.worker import OnStep
 
 LR_A = (1e-6, 5e-6, 1e-5, 5e-5, 1e-4)

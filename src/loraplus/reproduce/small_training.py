@@ -102,8 +102,9 @@ def train(
         The outcome.
     """
     optimizer = loraplus.create_optimizer(
-        model, torch.optim.AdamW, lr=lr, lr_ratio=lr_ratio, lr_head=LR_HEAD, weight_decay=0.0, fused=True
-    )
+        model, torch.optim.AdamW, lr=lr, lr_ratio=lr_ratio, lr_head=None if task.kind == "lm" else LR_HEAD,
+        weight_decay=0.0, fused=True,
+    )  # fmt: skip
     scheduler = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
     evaluate_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     order = batches(task.train.ids, batch, seed)

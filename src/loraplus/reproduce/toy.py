@@ -31,7 +31,6 @@ import torch
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
 from loraplus.reproduce.fits import exponent
-from loraplus.reproduce.intervals import t_interval
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table, banded, interval
 from loraplus.reproduce.toy_grid import (
     FAMILIES,
@@ -45,6 +44,7 @@ from loraplus.reproduce.toy_grid import (
     good_region,
     rates,
 )
+from loraplus.study.statistics import t_interval
 from loraplus.study.worker import OnStep
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run, Value
 from loraplus.reproduce.grid import HALF_DECADE, RATIOS, Point, best_of, lr_of, next_point
-from loraplus.reproduce.intervals import finite_t_interval
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Series, Table, interval
-from loraplus.study.statistics import Estimate, steps_to_target
+from loraplus.study.statistics import Estimate, finite_t_interval, steps_to_target
 from loraplus.study.worker import OnStep
 
 TUNING, FINAL, BASELINE = "tuning", "final", "baseline"

@@ -1,19 +1,31 @@
-"""Two arms side by side: their runs on the same seeds, tested on the same examples, and how these differ."""
+"""Two arms side by side: their runs on the same seeds, tested on the same examples, and whether these differ."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
 from loraplus.study.arms import REFERENCE
 from loraplus.study.records import Phase, Record
-from loraplus.study.statistics import PairedDifference, bootstrap_mean, paired_difference, steps_to_target
+from loraplus.study.statistics import (
+    LEVEL,
+    Estimate,
+    PairedDifference,
+    decisions,
+    paired_difference,
+    steps_to_target,
+    two_way_interval,
+)
 from loraplus.tasks.measures import ACCURACY, LOSS, PERPLEXITY, perplexity
 
-_OF_ACCURACY = ("accuracy_difference", "p_value", "p_value_over_seeds")
+_ROUNDING = 1e-6  # of a loss in single precision, summed in whatever order
+_NAMES = {ACCURACY: ("accuracy_difference", "p_value"), LOSS: ("loss_difference", "loss_p_value")}
+# What a measure can be, and what a difference in it can be.
+_RANGES = {ACCURACY: (0.0, 1.0), LOSS: (0.0, math.inf)}
+_DIFFERENCES = {ACCURACY: (-1.0, 1.0), LOSS: (-math.inf, math.inf)}
 
 
 def runs_of(records: Sequence[Record], phase: Phase, arm: str) -> list[Record]:
@@ -34,13 +46,22 @@ def diverged(records: Sequence[Record], phase: Phase, arm: str) -> set[int]:
 
 
 def estimates(runs: Sequence[Record], measures: Sequence[str]) -> dict[str, Any]:
-    """The measures on the test split, with their intervals; perplexity is that of the mean loss."""
+    """The measures on the test split, with intervals over seeds and examples; perplexity is that of the mean loss."""
     found: dict[str, Any] = {
-        kind: bootstrap_mean(_scores(runs, kind)).to_dict() for kind in measures if kind != PERPLEXITY
+        kind: _bounded(two_way_interval(_scores(runs, kind)), _RANGES[kind]) for kind in measures if kind != PERPLEXITY
     }
     if PERPLEXITY in measures:
-        found[PERPLEXITY] = {name: finite_perplexity(value) for name, value in found[LOSS].items()}
+        found[PERPLEXITY] = {
+            name: None if value is None else finite_perplexity(value) for name, value in found[LOSS].items()
+        }
     return found
+
+
+def _bounded(estimate: Estimate, possible: tuple[float, float]) -> dict[str, float | None]:
+    """JSON-ready: cut to what is possible; a single score has no interval."""
+    if not math.isfinite(estimate.low):
+        return {"mean": estimate.mean, "low": None, "high": None}
+    return {**estimate.within(*possible).to_dict()}
 
 
 def finite_perplexity(loss: float) -> float | None:
@@ -59,7 +80,8 @@ def seconds_per_step(records: Sequence[Record], arm: str) -> float | None:
 class Pair:
     """The runs of an arm and of LoRA in one phase, on the seeds that both finished.
 
-    `accuracy` is None without a seed, and where accuracy is no measure of the task.
+    `accuracy` is None without a seed, and where accuracy is no measure of the task. `decided` fills in
+    `p_value_holm` and the size of its `family`.
     """
 
     arm: str
@@ -69,6 +91,8 @@ class Pair:
     accuracy: PairedDifference | None
     loss: PairedDifference | None
     diverged_seeds: int
+    p_value_holm: float | None = None
+    family: int = 0
 
     @classmethod
     def of(cls, records: Sequence[Record], phase: Phase, arm: str, measures: tuple[str, ...]) -> Pair:
@@ -77,26 +101,56 @@ class Pair:
         common = set.intersection(*({r.trial.seed for r in done[name]} for name in done))
         reference, runs = (tuple(r for r in done[name] if r.trial.seed in common) for name in (REFERENCE, arm))
         accuracy, loss = (
-            paired_difference(_scores(reference, kind), _scores(runs, kind)) if runs and kind in measures else None
+            paired_difference(_scores(reference, kind), _scores(runs, kind), step=_step(runs, kind))
+            if runs and kind in measures
+            else None
             for kind in (ACCURACY, LOSS)
         )
         lost = diverged(records, phase, REFERENCE) | diverged(records, phase, arm)
         return cls(arm, measures, runs, reference, accuracy, loss, len(lost))
 
+    @property
+    def decides(self) -> str:
+        """The one measure that the verdict rests on: a second one would be a second chance to find something."""
+        return deciding(self.measures)
+
+    @property
+    def judged(self) -> PairedDifference | None:
+        """The difference in that measure."""
+        return self.accuracy if self.decides == ACCURACY else self.loss
+
+    @property
+    def found(self) -> bool | None:
+        """Whether the arm differs from LoRA; None without a verdict, for want of seeds."""
+        return None if self.p_value_holm is None else self.p_value_holm < LEVEL
+
     def to_dict(self) -> dict[str, Any]:
         """The differences and p-values, as under "paired" in summary.json."""
-        accuracy, loss = self.accuracy, self.loss
-        fields = {
-            "accuracy_difference": accuracy.difference.to_dict() if accuracy else None,
-            "loss_difference": loss.difference.to_dict() if loss else None,
-            "p_value": accuracy.p_value if accuracy else None,
-            "p_value_over_seeds": accuracy.p_value_over_seeds if accuracy else None,
-            "loss_p_value": loss.p_value if loss else None,
-            "loss_p_value_over_seeds": loss.p_value_over_seeds if loss else None,
+        of = {ACCURACY: self.accuracy, LOSS: self.loss} if ACCURACY in self.measures else {LOSS: self.loss}
+        over_seeds, over_examples = {}, {}
+        for kind, d in of.items():
+            name, p = _NAMES[kind]
+            possible = _DIFFERENCES[kind]
+            over_seeds |= {
+                name: _bounded(d.difference, possible) if d else None,
+                p: d.p_value if d else None,
+                f"{p}_over_seeds": d.p_value_over_seeds if d else None,
+            }
+            over_examples |= {
+                name: _bounded(d.over_examples, possible) if d else None,
+                p: d.p_value_over_examples if d else None,
+            }
+        return {
+            **over_seeds,
+            "p_value_holm": self.p_value_holm,
+            "found": self.found,
+            "by_seed": [
+                {"seed": run.trial.seed, **{f"{kind}_difference": d.by_seed[i] for kind, d in of.items() if d}}
+                for i, run in enumerate(self.runs)
+            ],
+            "over_examples": over_examples,
             "diverged_seeds": self.diverged_seeds,
         }
-        left_out = () if ACCURACY in self.measures else _OF_ACCURACY
-        return {name: value for name, value in fields.items() if name not in left_out}
 
     def steps_to_target(self) -> dict[str, Any]:
         """Steps until either arm is down to the final loss of the other, as in summary.json."""
@@ -111,6 +165,22 @@ class Pair:
         return {**needed, "steps": self.runs[0].steps if self.runs else None, "target_loss": targets}
 
 
+def deciding(measures: Sequence[str]) -> str:
+    """What verdicts on a task rest on: accuracy where there is one, else the loss."""
+    return ACCURACY if ACCURACY in measures else LOSS
+
+
+def decided(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs of one family with their verdicts: the chance that any of them finds what is not there is 5%.
+
+    Pairs of fewer than three seeds get none and are no part of the family.
+    """
+    step = max((_step(pair.runs, pair.decides) for pair in pairs), default=0.0)
+    adjusted = decisions({pair.arm: pair.judged.by_seed for pair in pairs if pair.judged is not None}, step)
+    family = sum(p is not None for p in adjusted.values())
+    return [replace(pair, p_value_holm=adjusted.get(pair.arm), family=family) for pair in pairs]
+
+
 def cost_ratio(records: Sequence[Record], arm: str) -> float | None:
     """An arm's time for a step over LoRA's; None if either is not known."""
     seconds, reference = seconds_per_step(records, arm), seconds_per_step(records, REFERENCE)
@@ -119,6 +189,15 @@ def cost_ratio(records: Sequence[Record], arm: str) -> float | None:
 
 def _scores(runs: Sequence[Record], kind: str) -> list[list[float]]:
     return [[float(value) for value in (r.test_correct if kind == ACCURACY else r.test_losses)] for r in runs]
+
+
+def _step(runs: Sequence[Record], kind: str) -> float:
+    """From one value of a run's mean to the next: accuracy goes by examples, a loss by the rounding of its model."""
+    if not runs:
+        return 0.0
+    if kind == ACCURACY:
+        return 1 / len(runs[0].test_correct)
+    return _ROUNDING * max(abs(fmean(run.test_losses)) for run in runs)
 
 
 def _mean_curve(runs: Sequence[Record]) -> tuple[list[int], list[float]]:

@@ -1,28 +1,32 @@
-"""Means, intervals and tests over seeds × test examples.
+"""Means, intervals and tests: over seeds, where they decide, and over test examples, where they describe.
 
-Both arms are trained on the same seeds and tested on the same examples, so everything compared is paired. A result
-varies for two reasons, the seed and the choice of test examples; intervals resample both.
+A seed is one training run, the unit that a method repeats over. Student's t over the seeds' differences says whether
+the next seeds would show a difference, too. The choice of test examples is another matter: what is computed over
+examples tells how sure a figure is for the models that were trained, and nothing of the next ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from loraplus.errors import InputError
 
 Scores = NDArray[np.float64]
 """Shape (seeds, test examples)."""
 
+LEVEL = 0.05
+"""How often a difference may be found where there is none."""
+LEAST_SEEDS = 3
+"""Two seeds can agree with each other by luck: no verdict rests on fewer than three."""
 _RESAMPLES = 9_999
 _CELLS = 1_000_000  # resamples × examples held at a time
-_CONFIDENCE = 0.95
 _EXACT_UP_TO = 12
 
 
@@ -47,6 +51,110 @@ class Estimate:
         """Mean and bounds through a rising function, such as exp for a mean of logarithms."""
         return Estimate(rising(self.mean), rising(self.low), rising(self.high))
 
+    def within(self, least: float, most: float) -> Estimate:
+        """With an interval cut to the values that there can be, such as 0 to 1 for a part."""
+        return Estimate(self.mean, max(self.low, least), min(self.high, most))
+
+
+def _spread(values: Sequence[float], step: float) -> float:
+    return max(float(np.std(values, ddof=1)), step * math.sqrt(2 / 12))
+
+
+def t_interval(values: Sequence[float], step: float = 0.0) -> Estimate:
+    """The mean of one value a seed with its 95% interval by Student's t; with one seed the interval is unbounded.
+
+    Args:
+        values: one a seed, at least one, all finite.
+        step: of the two numbers that each value is the difference of, such as 1/E for accuracies on E examples. Seeds
+            that agree to the last example have no spread to judge by; it is not taken for less than rounding makes it.
+
+    Example:
+        >>> t_interval([1.0, 1.0, 1.0])
+        Estimate(mean=1.0, low=1.0, high=1.0)
+    """
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Estimate(mean, -math.inf, math.inf)
+    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * _spread(values, step) / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def finite_t_interval(values: Sequence[float]) -> Estimate | None:
+    """`t_interval`; None without values, or if one of them is not finite (a run that diverged)."""
+    return t_interval(values) if len(values) and np.isfinite(values).all() else None
+
+
+def t_test(differences: Sequence[float], step: float = 0.0) -> float | None:
+    """Two-sided p of a mean of paired differences by Student's t; None with one of them, which has no spread.
+
+    It is below 0.05 exactly where `t_interval` leaves 0 out; `holm` can raise it above.
+
+    Args:
+        differences: one a seed, all finite.
+        step: as in `t_interval`.
+
+    Example:
+        >>> t_test([0.0, 0.0, 0.0])
+        1.0
+
+    Source: Student, Biometrika 6 (1908).
+    """
+    if len(differences) < 2:
+        return None
+    mean = math.fsum(differences) / len(differences)
+    error = _spread(differences, step) / math.sqrt(len(differences))
+    if error == 0:
+        return 0.0 if mean else 1.0
+    return float(2 * special.stdtr(len(differences) - 1, -abs(mean) / error))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several tests, such that the chance of any false finding among all of them is that of one test.
+
+    p_(k) → max over j ≤ k of min(1, (m − j + 1)·p_(j)), where p_(1) is the smallest of m. It assumes nothing of how the
+    tests hang together, so arms may share their reference.
+
+    Args:
+        p_values: in any order.
+
+    Returns:
+        The adjusted ones, in the same order.
+
+    Example:
+        >>> holm([0.04, 0.01, 0.5])
+        [0.08, 0.03, 0.5]
+
+    Source: Holm, Scand. J. Statist. 6 (1979).
+    """
+    adjusted, so_far = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        so_far = max(so_far, min(1.0, (len(p_values) - place) * p_values[i]))
+        adjusted[i] = so_far
+    return adjusted
+
+
+def decisions(family: Mapping[str, Sequence[float]], step: float = 0.0) -> dict[str, float | None]:
+    """The p-values that verdicts rest on: `t_test` over the seeds of each comparison, then `holm` over all of them.
+
+    Args:
+        family: {comparison: its differences, one a seed}.
+        step: as in `t_interval`.
+
+    Returns:
+        {comparison: p}; None for those with fewer than `LEAST_SEEDS` seeds, which are no part of the family.
+
+    Example:
+        >>> decisions({"two seeds": [0.1, 0.1], "three": [0.0, 0.0, 0.0]})
+        {'two seeds': None, 'three': 1.0}
+    """
+    p_values = {
+        name: p
+        for name, differences in family.items()
+        if len(differences) >= LEAST_SEEDS and (p := t_test(differences, step)) is not None
+    }
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return {name: adjusted.get(name) for name in family}
+
 
 def _checked(scores: Sequence[Sequence[float]] | Scores) -> Scores:
     try:
@@ -60,101 +168,82 @@ def _checked(scores: Sequence[Sequence[float]] | Scores) -> Scores:
     return array
 
 
-def _counts(generator: np.random.Generator, draws: int, kinds: int, size: int) -> NDArray[np.int64]:
-    """How often each of `kinds` things came in `draws` draws with replacement, `size` times: multinomial, but fast."""
-    drawn = generator.integers(kinds, size=(size, draws), dtype=np.int64 if size * kinds >= 2**31 else np.int32)
-    drawn += (np.arange(size, dtype=drawn.dtype) * kinds)[:, None]  # a range of numbers for each resample
-    return np.bincount(drawn.ravel(), minlength=size * kinds).reshape(size, kinds)
+def two_way_interval(scores: Sequence[Sequence[float]] | Scores) -> Estimate:
+    """The mean of (seeds × examples) scores with a 95% interval for new seeds and new test examples.
 
-
-def bootstrap_mean(scores: Sequence[Sequence[float]] | Scores, seed: int = 0) -> Estimate:
-    """Mean of (seeds × examples) scores with a two-way bootstrap interval.
-
-    Examples are drawn with replacement, and so are the seeds, but only S − 1 of them, which makes the variance over
-    seeds unbiased even for S = 2 (with S draws it would be half of what it is). One seed alone: examples only.
+    half² = half²_seeds + half²_examples, of the t intervals over the seeds' means and over the examples' means. It is
+    wide rather than narrow: what neither seed nor example explains counts in both. With one seed only the examples
+    vary, with one example only the seeds.
 
     Args:
         scores: shape (seeds, test examples).
-        seed: of the resampling.
 
     Returns:
-        The mean and its 95% percentile interval.
+        The mean and its interval, which is unbounded for a single score.
 
     Raises:
         InputError: rows of unequal length, none, or with NaN or infinite scores.
 
     Example:
-        >>> bootstrap_mean([[1.0, 1.0], [1.0, 1.0]])
+        >>> two_way_interval([[1.0, 1.0], [1.0, 1.0]])
         Estimate(mean=1.0, low=1.0, high=1.0)
 
-    Source: Rao and Wu, JASA 83 (1988), for the m = n − 1 draws; Owen, Ann. Appl. Stat. 1 (2007), for both ways.
+    Source: Banerjee, Sankhyā 22 (1960), for a sum of variances each known from its own sample.
     """
     scores = _checked(scores)
-    seeds, examples = scores.shape
-    generator = np.random.default_rng(seed)
-    means = np.empty(_RESAMPLES)
-    chunk = max(1, _CELLS // examples)
-    for start in range(0, _RESAMPLES, chunk):
-        count = min(chunk, _RESAMPLES - start)
-        per_seed = (_counts(generator, examples, examples, count) / examples) @ scores.T
-        if seeds > 1:
-            seed_weights = _counts(generator, seeds - 1, seeds, count) / (seeds - 1)
-            means[start : start + count] = (per_seed * seed_weights).sum(axis=1)
-        else:
-            means[start : start + count] = per_seed[:, 0]
-    tail = (1 - _CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(float(scores.mean()), float(low), float(high))
+    ways = [t_interval(means) for means in (scores.mean(axis=1), scores.mean(axis=0)) if len(means) > 1]
+    mean, half = float(scores.mean()), math.hypot(*(way.high - way.mean for way in ways)) if ways else math.inf
+    return Estimate(mean, mean - half, mean + half)
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """b − a over the same seeds and examples."""
+    """b − a over the same seeds and examples: over seeds, and what describes these models on these examples."""
 
+    by_seed: tuple[float, ...]
     difference: Estimate
-    p_value: float
+    p_value: float | None
     p_value_over_seeds: float
-
-    @property
-    def found(self) -> bool:
-        """A difference counts as found only if the interval excludes 0 and the permutation test agrees."""
-        return self.difference.excludes_zero and self.p_value < 1 - _CONFIDENCE
+    over_examples: Estimate
+    p_value_over_examples: float
 
 
 def paired_difference(
-    a: Sequence[Sequence[float]] | Scores, b: Sequence[Sequence[float]] | Scores, seed: int = 0
+    a: Sequence[Sequence[float]] | Scores, b: Sequence[Sequence[float]] | Scores, *, step: float = 0.0, seed: int = 0
 ) -> PairedDifference:
-    """Mean of b − a, its interval, and two permutation tests.
+    """Mean of b − a with interval and test over seeds, and the same over examples.
 
-    p_value swaps the arms within each test example (scores averaged over seeds): do *these* models differ on new
-    examples? p_value_over_seeds swaps them within each seed, exactly up to 12 seeds: do the *methods* differ on new
-    seeds? With S seeds it cannot fall below 2/2^S.
+    `difference` and `p_value` are Student's t over the seeds' differences: do the *methods* differ on new seeds, tested
+    on these examples? `p_value_over_seeds` is the exact permutation test for the same question; with S seeds it cannot
+    fall below 2/2^S. `over_examples` and `p_value_over_examples` (Student's t, and a permutation test that swaps the
+    arms within an example, scores averaged over seeds) ask another one: do *these models* differ on new examples?
 
     Args:
         a, b: shape (seeds, test examples), paired in both.
-        seed: of the resampling.
+        step: of a seed's mean, as in `t_interval`.
+        seed: of the permutations over examples, where there are too many to try them all.
 
     Returns:
-        The difference and its p-values.
+        The difference; its interval is unbounded and `p_value` None with one seed.
 
     Raises:
-        InputError: the shapes differ, or as in `bootstrap_mean`.
+        InputError: the shapes differ, rows of unequal length, none, or with NaN or infinite scores.
 
     Example:
-        >>> paired_difference([[0.0] * 8], [[1.0] * 8]).p_value  # 2 of the 2^8 sign patterns
-        0.0078125
+        >>> paired_difference([[0.0], [0.0], [0.0]], [[0.9], [1.1], [1.0]]).p_value < 0.01
+        True
 
-    Source: Good, Permutation, Parametric and Bootstrap Tests of Hypotheses (2005), section 3.7, for paired samples.
+    Source: Good, Permutation, Parametric and Bootstrap Tests of Hypotheses (2005), section 3.7, for the permutations.
     """
     a, b = _checked(a), _checked(b)
     if a.shape != b.shape:
         raise InputError(f"paired scores must have one shape, got {a.shape} and {b.shape}")
     difference = b - a
+    by_seed, by_example = difference.mean(axis=1), difference.mean(axis=0)
     return PairedDifference(
-        bootstrap_mean(difference, seed),
-        _sign_flip_p(difference.mean(axis=0), seed),
-        _sign_flip_p(difference.mean(axis=1), seed),
-    )
+        tuple(by_seed.tolist()), t_interval(by_seed, step), t_test(by_seed, step), _sign_flip_p(by_seed, seed),
+        t_interval(by_example), _sign_flip_p(by_example, seed),
+    )  # fmt: skip
 
 
 def _sign_flip_p(differences: Scores, seed: int) -> float:

@@ -101,6 +101,8 @@ def _create_study(location: str, name: str) -> optuna.Study:
 def _storage(location: str) -> BaseStorage:
     if "://" in location:
         url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", location)
+        if url.startswith("sqlite"):
+            return optuna.storages.get_storage(_one_at_a_time(url))
         if not url.startswith("postgresql"):
             return optuna.storages.get_storage(url)
         options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_SECONDS}}
@@ -114,6 +116,20 @@ def _storage(location: str) -> BaseStorage:
         finally:
             lock.release()
     return JournalStorage(JournalFileBackend(location, lock_obj=lock))
+
+
+def _one_at_a_time(url: str) -> RDBStorage:
+    """Has SQLite lock a whole transaction. By itself it looks at a trial, lets others write, and then closes it."""
+    from sqlalchemy import event
+
+    storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": CONNECT_SECONDS}})
+
+    def begin(connection: Any) -> None:
+        connection.connection.driver_connection.isolation_level = None  # Python's driver begins no transaction then
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    event.listen(storage.engine, "begin", begin)
+    return storage
 
 
 def _check_journal(path: Path) -> None:

@@ -2,13 +2,18 @@
 
 Each run is one Optuna trial: of a training run, η_A and λ are its parameters, the validation loss its value, the curve
 its intermediate values, and the whole `Record` a user attribute; `format.py` says so, and what else can be kept.
-`optuna-dashboard study.journal` shows the study as any other. A diverged run is a failed trial that has a record; a run
-that was cut short is a failed trial that has none.
+`optuna-dashboard study.journal` shows the study as any other. A finished run is a complete trial, a diverged one a
+failed trial; a run that was cut short or came second is a pruned trial.
 
 Several processes may work on one study. To claim a run, a process adds a trial that is under way from the start, with
 the run's key. Storages number trials in order, so of two with one key all see the same one first: that one counts, the
 owner of the other closes it again. While a process has a run under way, it renews the run's heartbeat; when that
-stands still, another process closes the trial as failed, and the run can be claimed anew.
+stands still, another process closes the trial as pruned, and the run can be claimed anew.
+
+A run has one outcome, whoever trains it how often. A process writes its outcome into its trial, or into a new one if
+that was closed, and then closes the trials of the run in the order of their numbers: the first to have an outcome
+keeps it, all others are pruned. A trial is closed once and for all, and only after those before it; so no second
+outcome can ever be stored, and what one process has read, all will read.
 """
 
 from __future__ import annotations
@@ -68,7 +73,7 @@ class StudyStore(Generic[TrialT, RecordT]):
         self._running: dict[str, int] = {}  # trial ids
         self._beats = 0
         self._reported: dict[str, set[int]] = {}
-        self._elsewhere: list[TrialT] = []
+        self._others: list[FrozenTrial] = []  # under way
         self._records: dict[str, RecordT] = {}
         if not shared:
             self._close_unfinished()
@@ -110,22 +115,22 @@ class StudyStore(Generic[TrialT, RecordT]):
 
     def elsewhere(self) -> list[TrialT]:
         """Runs that other processes had under way at the last `refresh`."""
-        return list(self._elsewhere)
+        trials = map(self._format.trial, self._others)
+        return [trial for trial in trials if trial.key not in self._records]
 
     def refresh(self) -> None:
         """Looks what other processes have done, closes what dead ones left, and renews the own heartbeats."""
         with self._reachable():
             if self.shared and self._leases.beat_is_due():
                 self._beat()
-            elsewhere: dict[int, TrialT] = {}
+            self._others = []
             own = set(self._running.values())
             for frozen in self._trials():
                 if frozen.state.is_finished():
                     self._take(frozen)
                 elif frozen._trial_id not in own and not self._closed_as_dead(frozen):
-                    elsewhere[frozen.number] = self._format.trial(frozen)
-            self._leases.forget_all_but(elsewhere)
-            self._elsewhere = [trial for trial in elsewhere.values() if trial.key not in self._records]
+                    self._others.append(frozen)
+            self._leases.forget_all_but(frozen.number for frozen in self._others)
 
     def check_data(self, facts: Mapping[str, Any]) -> None:
         """Makes sure that all runs of a study see the same data: the first call notes the facts, later ones compare.
@@ -150,15 +155,7 @@ class StudyStore(Generic[TrialT, RecordT]):
         Returns:
             False if another process has the run under way or has finished it.
         """
-        template = create_trial(
-            state=TrialState.RUNNING,
-            params=dict(self._format.params(trial)),
-            distributions=dict(self._format.distributions(trial)),
-            user_attrs={**self._format.attributes(trial), KEY: trial.key, BEAT: 0},
-        )
-        with self._reachable():
-            self._running[trial.key] = self._storage.create_new_trial(self._study_id, template_trial=template)
-        self._reported[trial.key] = set()
+        self._add(trial)
         if not self.shared:
             return True
         self.refresh()
@@ -176,72 +173,97 @@ class StudyStore(Generic[TrialT, RecordT]):
             reported.add(step)
 
     def finish(self, record: RecordT) -> None:
-        """Stores the outcome of a run; from here on it will not be done again."""
+        """Stores the outcome of a run, unless one is stored by now; from here on `records` has the one that is."""
         trial = record.trial
-        if self.shared:
+        self.refresh()
+        while trial.key not in self._records:
+            with self._reachable():
+                self._write(record)
+                self._settle(trial.key)
             self.refresh()
-        if trial.key in self._records:
-            self.abandon(trial)
-            return
-        if trial.key not in self._running:
-            self.start(trial)
-        try:
-            self._close(record)
-        except UpdateFinishedTrialError:  # this process was taken for dead: the outcome counts all the same
-            self._running.pop(trial.key, None)
-            self.start(trial)
-            if trial.key in self._running:
-                self._close(record)
-        self._running.pop(trial.key, None)
-        self._reported.pop(trial.key, None)
-        self._records.setdefault(trial.key, record)
+        self.abandon(trial)
 
     def abandon(self, trial: TrialT) -> None:
         """Marks a run under way as cut short; it will be done again."""
         trial_id = self._running.pop(trial.key, None)
         self._reported.pop(trial.key, None)
         if trial_id is not None:
-            self._fail(trial_id)
+            with self._reachable():
+                self._prune(trial_id)
 
-    def _close(self, record: RecordT) -> None:
-        for step, value in self._format.points(record):
-            self.progress(record.trial, step, value)
-        trial_id = self._running[record.trial.key]
+    def _add(
+        self, trial: TrialT, outcome: Mapping[str, Any] | None = None, curve: Mapping[int, float] | None = None
+    ) -> None:
+        """Adds a trial that is under way, with its outcome if it has one."""
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(self._format.params(trial)),
+            distributions=dict(self._format.distributions(trial)),
+            user_attrs={**self._format.attributes(trial), KEY: trial.key, BEAT: 0, **(outcome or {})},
+            intermediate_values=dict(curve or {}),
+        )
         with self._reachable():
-            for name, value in self._format.measured(record).items():
-                self._storage.set_trial_user_attr(trial_id, name, value)
-            self._storage.set_trial_user_attr(trial_id, RECORD, self._format.to_dict(record))
-            self._tell(trial_id, record)
+            self._running[trial.key] = self._storage.create_new_trial(self._study_id, template_trial=template)
+        self._reported[trial.key] = set()
 
-    def _tell(self, trial_id: int, record: RecordT) -> None:
-        value = self._format.value(record)
-        if value is not None:
-            self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
-        else:
-            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+    def _write(self, record: RecordT) -> None:
+        """Writes an outcome into the own trial, or into a new one if there is none or another process closed it."""
+        trial = record.trial
+        outcome = {**self._format.measured(record), RECORD: self._format.to_dict(record)}
+        curve = dict(self._format.points(record))
+        if trial.key in self._running:
+            with contextlib.suppress(UpdateFinishedTrialError):
+                for step, value in curve.items():
+                    self.progress(trial, step, value)
+                for name, value in outcome.items():  # the record last: from then on the trial has an outcome
+                    self._storage.set_trial_user_attr(self._running[trial.key], name, value)
+                return
+        self._add(trial, outcome, curve)
 
-    def _fail(self, trial_id: int) -> None:
-        with self._reachable(), contextlib.suppress(UpdateFinishedTrialError):
-            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+    def _settle(self, key: str) -> None:
+        """Closes the trials of a run in their order: the first that has an outcome keeps it."""
+        decided = False
+        for frozen in self._trials():
+            if _key(frozen) != key:
+                continue
+            if not frozen.state.is_finished():
+                self._end(frozen, keep=not decided)
+                frozen = self._storage.get_trial(frozen._trial_id)  # as it ended, whoever was faster
+            decided = decided or _counts(frozen)
+
+    def _end(self, frozen: FrozenTrial, *, keep: bool) -> None:
+        """Closes a trial: with its outcome if it has one to keep, as pruned otherwise."""
+        if not (keep and RECORD in frozen.user_attrs):
+            self._prune(frozen._trial_id)
+            return
+        value = self._format.value(self._format.from_dict(frozen.user_attrs[RECORD]))
+        with contextlib.suppress(UpdateFinishedTrialError):
+            if value is None:
+                self._storage.set_trial_state_values(frozen._trial_id, TrialState.FAIL)
+            else:
+                self._storage.set_trial_state_values(frozen._trial_id, TrialState.COMPLETE, [value])
+
+    def _prune(self, trial_id: int) -> None:
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(trial_id, TrialState.PRUNED)
 
     def _trials(self) -> list[FrozenTrial]:
         return self._storage.get_all_trials(self._study_id, deepcopy=False)
 
     def _take(self, frozen: FrozenTrial) -> None:
-        """Keeps the record of a finished trial, if there is one and no other trial of its key had one before."""
-        if RECORD in frozen.user_attrs and frozen.user_attrs.get(KEY) not in self._records:
+        """Keeps the record of a closed trial that counts. Studies of before may have two for a run: the first is it."""
+        if _counts(frozen) and _key(frozen) not in self._records:
             record = self._format.from_dict(frozen.user_attrs[RECORD])
             self._records.setdefault(record.trial.key, record)
 
     def _is_claimed_before(self, key: str) -> bool:
-        """Whether the first trial under way for a key is not this process's."""
-        under_way = [t for t in self._trials() if not t.state.is_finished() and t.user_attrs.get(KEY) == key]
-        return min(under_way, key=lambda trial: trial.number)._trial_id != self._running[key] if under_way else True
+        """Whether another process has the run under way and claimed it before this one did."""
+        return any(_key(frozen) == key and frozen._trial_id < self._running[key] for frozen in self._others)
 
     def _closed_as_dead(self, frozen: FrozenTrial) -> bool:
         if self._leases.is_alive(frozen.number, frozen.user_attrs.get(BEAT, 0)):
             return False
-        self._close_one(frozen)
+        self._close_for_another(frozen)
         return True
 
     def _beat(self) -> None:
@@ -253,15 +275,15 @@ class StudyStore(Generic[TrialT, RecordT]):
     def _close_unfinished(self) -> None:
         for frozen in self._trials():
             if not frozen.state.is_finished():
-                self._close_one(frozen)
+                self._close_for_another(frozen)
 
-    def _close_one(self, frozen: FrozenTrial) -> None:
-        """Ends what a killed process left open: with its record if that had been written, as failed otherwise."""
-        with contextlib.suppress(UpdateFinishedTrialError):
-            if RECORD in frozen.user_attrs:
-                self._tell(frozen._trial_id, self._format.from_dict(frozen.user_attrs[RECORD]))
-            else:
-                self._storage.set_trial_state_values(frozen._trial_id, TrialState.FAIL)
+    def _close_for_another(self, frozen: FrozenTrial) -> None:
+        """Ends what a process left open that is gone: with its outcome if that had been written."""
+        key = _key(frozen)
+        if key is None or RECORD not in frozen.user_attrs:
+            self._end(frozen, keep=True)
+        else:
+            self._settle(key)
 
     def _check(self, name: str, values: Mapping[str, Any], problem: str) -> None:
         with self._reachable():
@@ -283,3 +305,12 @@ class StudyStore(Generic[TrialT, RecordT]):
                 f"lost the study in {without_password(self._location)}: {reason(error, self._location)}; "
                 "finished runs are stored: go on with the same command and --resume"
             ) from error
+
+
+def _key(frozen: FrozenTrial) -> str | None:
+    return frozen.user_attrs.get(KEY)
+
+
+def _counts(frozen: FrozenTrial) -> bool:
+    """Whether a closed trial has an outcome. A pruned one may have written its record a moment too late."""
+    return frozen.state != TrialState.PRUNED and RECORD in frozen.user_attrs

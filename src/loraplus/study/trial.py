@@ -14,7 +14,7 @@ import numpy as np
 
 from loraplus.errors import DivergedError
 from loraplus.integrations.transformers import LoraPlusTrainer
-from loraplus.study.arms import ALL, Arm
+from loraplus.study.arms import ALL, REFERENCE, Arm
 from loraplus.study.records import CurvePoint, Record, Trial
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.measures import ACCURACY, MEASURES
@@ -58,7 +58,7 @@ def data_facts(config: TaskConfig, lr: float, lr_ratio: float, arms: Sequence[st
     facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
         for arm in arms:
-            method = ALL[arm].method(config, lr, lr_ratio, model, steps)
+            method = ALL[arm].method(config, lr, 1.0 if arm == REFERENCE else lr_ratio, model, steps)
             trainer = _trainer(config, method, data, model, tokenizer, seed=config.seed, output=scratch)
             trainer.create_optimizer()
             facts = task.facts_of_run(trainer)

@@ -97,7 +97,7 @@ class TaskConfig:
     use_rslora: bool = _option(False, "Scale by α / √r (rsLoRA).")
     use_dora: bool = _option(False, "Learn magnitudes apart (DoRA).")
     lr_embedding: float | None = _option(None, "Rate of embedding factors. Default: lr.")
-    lr_head: float = _option(DEFAULT_LR_HEAD, "Rate of the new classification head.")
+    lr_head: float = _option(DEFAULT_LR_HEAD, "Rate of the new classification head; sft and lm have none.")
     weight_decay: float = _option(0.0, "Decoupled weight decay, not on biases and norms.")
     warmup_ratio: float = _option(0.06, "Part of the steps over which the rate rises linearly.")
     lr_scheduler_type: str = _option("linear", "Schedule after warm-up, any of transformers' names.")
@@ -115,6 +115,11 @@ class TaskConfig:
     seed: int = _option(0, "Seed of the splits, of initialisation and of data order.")
     bf16: bool = _option(False, "Compute in bfloat16 where it pays.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model. Only for models you trust.")
+
+    @property
+    def head_rate(self) -> float | None:
+        """`lr_head` where the task trains a head; a decoder's output layer stays as it is."""
+        return self.lr_head if self.task == CLASSIFICATION else None
 
 
 @dataclass(kw_only=True)
@@ -137,7 +142,9 @@ class CompareConfig(TaskConfig):
     test_fraction: float = _option(0.2, "Part of --data kept for the test when --test-data is not given.")
     max_test_samples: int | None = _option(None, "Use at most so many test examples (stratified, by seed).")
     tuning_runs: int = _option(8, "Tuning runs for each arm that has rates to tune.")
-    seeds: int = _option(3, "Fresh seeds on which each arm's winner is trained and tested.")
+    seeds: int = _option(
+        5, "Fresh seeds on which each arm's winner is trained and tested. Fewer than 3 give no verdict."
+    )
     lr_ratio: float = _option(
         DEFAULT_LR_RATIO, "λ at which tuning of LoRA+ starts, of its untuned run, and of schedulefree."
     )

@@ -16,7 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loraplus.errors import InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
-from loraplus.tasks.config import CompareConfig, TaskConfig
+from loraplus.tasks.config import DEFAULT_LR_HEAD, CompareConfig, TaskConfig
 from loraplus.tasks.conversations import Example, Examples, read_examples
 from loraplus.tasks.encoding import Encoded, Encoder, Fitted, fit, how_to_fit, longest_of, loss_on
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
@@ -65,6 +65,8 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
     check_seed(config)
     if config.label_column is not None:
         raise InputError("--label-column is for --task classification")
+    if config.lr_head != DEFAULT_LR_HEAD:
+        raise InputError("--lr-head is for --task classification; a decoder trains no head")
     train = read_examples(read_table(config.data), config.task, config.text_column)
     on = loss_on(config.loss_on, train.kind)
     how = how_to_fit(config.long_examples, config.task, train.kind)

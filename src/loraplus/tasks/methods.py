@@ -42,7 +42,7 @@ class Method:
 
 
 def _rates(config: TaskConfig, lr: float, lr_ratio: float = 1.0) -> Rates:
-    return Rates(lr, lr_ratio, lr_embedding=config.lr_embedding, lr_head=config.lr_head)
+    return Rates(lr, lr_ratio, lr_embedding=config.lr_embedding, lr_head=config.head_rate)
 
 
 def adamw(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:

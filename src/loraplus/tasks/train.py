@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from loraplus.errors import InputError, InterruptedRun, LostProcessError
 from loraplus.groups import explain
-from loraplus.integrations.checkpoints import write_rates
+from loraplus.integrations.checkpoints import rates_record, write_rates
 from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.tasks.config import AUTO, TrainConfig
 from loraplus.tasks.data_parallel import any_process, is_lost_process, is_main_process, processes, wait_for_all
@@ -183,7 +183,7 @@ def _save_adapter(task: Task, trainer: LoraPlusTrainer, data: Any, tokenizer: An
     """Adapter in PEFT's format; beside it what the task needs, and the rates."""
     trainer.model.save_pretrained(str(output), safe_serialization=True)
     task.save_beside_adapter(trainer.model, data, tokenizer, output)
-    write_rates(output, trainer.loraplus_rates, trainer.model, trainer.loraplus_auto)
+    write_rates(output, rates_record(trainer.loraplus_rates, trainer.model, trainer.loraplus_auto))
 
 
 def _curves(log_history: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:

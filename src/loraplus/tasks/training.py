@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from loraplus.errors import DivergedError, InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
-from loraplus.rates import Rates
+from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.tasks.config import DEFAULT_LR, TaskConfig
 from loraplus.tasks.data_parallel import processes
 from loraplus.tasks.task import TaskData, task_of
@@ -31,7 +31,7 @@ def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float) -> Rates:
     """
     if isinstance(lr, str):
         lr, lr_ratio = DEFAULT_LR, 1.0
-    return Rates(lr, lr_ratio, lr_embedding=config.lr_embedding, lr_head=config.lr_head)
+    return Rates(lr, lr_ratio, lr_embedding=config.lr_embedding, lr_head=config.head_rate)
 
 
 def total_steps(config: TaskConfig, train_examples: int) -> int:
@@ -165,11 +165,13 @@ def build_trainer(
     steps = total_steps(config, len(data.train))
     eval_steps = min(steps, config.eval_steps or steps_between_evaluations(steps))
     task = task_of(config)
+    if optimizer is not None:  # Trainer passes no learning_rate on
+        optimizer = optimizer[0], {"lr": rates.lr, **optimizer[1]}
     try:
         args = task.arguments(
             output_dir=output,
             learning_rate=rates.lr,
-            loraplus_lr_ratio=rates.lr_ratio,
+            loraplus_lr_ratio=DEFAULT_LR_RATIO if auto else rates.lr_ratio,  # which automatic rates set
             loraplus_lr_embedding=rates.lr_embedding,
             loraplus_lr_head=rates.lr_head,
             loraplus_auto_rates=auto,

@@ -1,0 +1,173 @@
+"""Where a model's factors sit among an optimizer's groups, and what has become of that since the groups were built."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraplus.errors import LoraPlusError
+from loraplus.roles import Role, TrainableParameter, clean_name, trainable_parameters
+
+Groups = Sequence[Mapping[str, Any]]
+_TOLERANCE = 1e-3
+
+
+class Membership:
+    """The group of every A and B as it was first seen. Holds no model and no parameter alive.
+
+    Args:
+        relations: {label of a group: its rate over that of A's group}, of the groups that were there at first.
+    """
+
+    def __init__(self, relations: Mapping[str, float]) -> None:
+        self._relations = relations
+        self._models: list[weakref.ref[nn.Module]] = []
+        self._homes: dict[int, str] = {}  # id of a factor: label of the group that it was first seen in
+        self._elsewhere: set[int] = set()  # ids of those that another optimizer trains
+
+    def add(self, model: nn.Module, groups: Groups) -> None:
+        """Looks after a model's factors from now on; one that is looked after already stays as it is."""
+        if all(known() is not model for known in self._models):
+            self._models.append(weakref.ref(model))
+            places = _places(groups)
+            for entry in _factors(model):
+                if id(entry.parameter) not in places:
+                    self._elsewhere.add(id(entry.parameter))
+                else:
+                    self._homes.setdefault(id(entry.parameter), places[id(entry.parameter)])
+
+    def names(self) -> dict[int, str]:
+        """{id of a parameter: its name}, of all models."""
+        models = [model for known in self._models if (model := known()) is not None]
+        return {id(parameter): clean_name(name) for model in models for name, parameter in model.named_parameters()}
+
+    def problems(self, groups: Groups, reference: int) -> dict[str, str]:
+        """{name of a factor: what is wrong with its place}; each new place is looked at once.
+
+        Args:
+            groups: the optimizer's, now.
+            reference: index of A's group.
+        """
+        models = [model for known in self._models if (model := known()) is not None]
+        members = {id(parameter) for model in models for parameter in model.parameters()}
+        places = _places(groups)
+        built = {key for key, label in places.items() if label in self._relations}
+        if not built <= members:  # sharded or flattened since, or of a model that is not known here
+            return {}
+        labels = group_labels(groups)
+        rates = {label: base_rate(group) for label, group in zip(labels, groups, strict=True)}
+        of_a = rates[labels[reference]] if labels else None
+        relations = {label: rate / of_a for label, rate in rates.items() if rate and of_a} | dict(self._relations)
+        # Some optimizers step over a part of their groups at a time.
+        complete = self._relations.keys() <= rates.keys()
+        found: dict[str, str] = {}
+        for model in models:
+            factors = _factors(model)
+            found |= self._moved(factors, places, relations, complete)
+            found |= self._added(factors, places, relations)
+        return found
+
+    def _moved(
+        self,
+        factors: Iterable[TrainableParameter],
+        places: Mapping[int, str],
+        relations: Mapping[str, float],
+        complete: bool,
+    ) -> dict[str, str]:
+        found = {}
+        for entry in factors:
+            now, home = places.get(id(entry.parameter)), self._homes.get(id(entry.parameter))
+            if now is None and complete and id(entry.parameter) not in self._elsewhere:
+                found[entry.name] = "is in no group, so it does not learn"
+            elif now and home and now != home and not _same(relations.get(now), relations.get(home)):
+                found[entry.name] = f"was moved from {home} to {now}"
+        return found
+
+    def _added(
+        self, factors: Sequence[TrainableParameter], places: Mapping[int, str], relations: Mapping[str, float]
+    ) -> dict[str, str]:
+        """Factors that have come into a group, unfrozen or loaded later, without their rate in relation to A's."""
+
+        def of(role: Role, *, known: bool) -> float | None:
+            keys = [id(entry.parameter) for entry in factors if entry.role is role]
+            labels = [places[key] for key in keys if key in places and (key in self._homes) is known]
+            return next((relations[label] for label in labels if label in relations), None)
+
+        of_a, of_b, of_new_a = of(Role.A, known=True), of(Role.B, known=True), of(Role.A, known=False)
+        found = {}
+        for entry in factors:
+            place = places.get(id(entry.parameter))
+            if place is None or id(entry.parameter) in self._homes:
+                continue
+            beside = of_new_a or of_a
+            if entry.role is Role.B and of_a and of_b and beside and place in relations:
+                ratio = relations[place] / beside
+                if not _same(ratio, of_b / of_a):
+                    found[entry.name] = (
+                        f"came into {place} at {ratio:.4g} times the rate of its A, {of_b / of_a:.4g} times elsewhere"
+                    )
+        self._homes |= {
+            id(entry.parameter): places[id(entry.parameter)] for entry in factors if id(entry.parameter) in places
+            and id(entry.parameter) not in self._homes
+        }  # fmt: skip
+        return found
+
+
+def group_labels(groups: Groups) -> list[str]:
+    """The groups' names, made distinct: `lora_A`, `lora_B`, `lora_A.2`, …; "group <index>" where there is none.
+
+    Example:
+        >>> group_labels([{"name": "lora_A"}, {"name": "lora_A"}, {}])
+        ['lora_A', 'lora_A.2', 'group 2']
+    """
+    labels: list[str] = []
+    for index, group in enumerate(groups):
+        name = label = str(group.get("name", f"group {index}"))
+        number = 1
+        while label in labels:
+            number += 1
+            label = f"{name}.{number}"
+        labels.append(label)
+    return labels
+
+
+def reference_group(labels: Sequence[str]) -> int:
+    """Index of the group that the others' rates are compared with: the first of A by name, else the first."""
+    return next((index for index, label in enumerate(labels) if Role.A in label), 0)
+
+
+def rate_as_number(rate: Any) -> float | None:
+    """A group's rate, in a tensor or not; None for what is no number (an optimizer that finds its own)."""
+    if isinstance(rate, torch.Tensor):
+        rate = rate.item()
+    return float(rate) if isinstance(rate, (int, float)) else None
+
+
+def base_rate(group: Mapping[str, Any]) -> float | None:
+    """The rate that a scheduler multiplies, or the present one where there is none."""
+    return rate_as_number(group.get("initial_lr", group.get("lr")))
+
+
+def _places(groups: Groups) -> dict[int, str]:
+    """{id of a parameter: label of its group}."""
+    return {
+        id(parameter): label
+        for label, group in zip(group_labels(groups), groups, strict=True)
+        for parameter in group["params"]
+    }
+
+
+def _factors(model: nn.Module) -> list[TrainableParameter]:
+    try:
+        return [entry for entry in trainable_parameters(model) if entry.role in (Role.A, Role.B)]
+    except LoraPlusError:  # merged, frozen or disabled: nothing to look after
+        return []
+
+
+def _same(a: float | None, b: float | None) -> bool:
+    return a is not None and b is not None and math.isclose(a, b, rel_tol=_TOLERANCE)
