@@ -11,7 +11,7 @@ not equal: at the end of an epoch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from loraplus.integrations.transformers import LoraPlusTrainer
 
 _WEIGHT = "batch_weight"
+_SAME_PASS = 1e-6  # the number of passes done is a float
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo", "NCCL")
 
 
@@ -69,7 +70,7 @@ class PartsOfBatches(BatchSampler):
         rank, ranks: which part.
     """
 
-    def __init__(self, order: LengthGroupedSampler, batch_size: int, rank: int, ranks: int) -> None:
+    def __init__(self, order: OrderByPass, batch_size: int, rank: int, ranks: int) -> None:
         super().__init__(order, batch_size, drop_last=False)
         self._rank, self._ranks = rank, ranks
 
@@ -96,8 +97,26 @@ class _Weighted(Dataset):
         return self._rows[at[0]], at[1]
 
 
+class OrderByPass(LengthGroupedSampler):
+    """Batches of like length, in an order that a seed fixes.
+
+    Args:
+        lengths: of the rows, in tokens.
+        batch_size: of an optimizer step.
+        seed: asked for when a pass begins.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: Callable[[], int]) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self._seed())
+        return super().__iter__()
+
+
 class DataParallelTrainer(LoraPlusTrainer):
-    """LoraPlusTrainer whose processes share out each batch; in one process it is LoraPlusTrainer."""
+    """LoraPlusTrainer with an order of the rows that depends on nothing but the seed, shared out among processes."""
 
     def get_train_dataloader(self) -> DataLoader:
         """The batches of one process with `processes()` times the batch size, this process's part of each."""
@@ -115,9 +134,19 @@ class DataParallelTrainer(LoraPlusTrainer):
         parts = PartsOfBatches(order, batch_size, self.args.process_index, ranks)
         return DataLoader(_Weighted(rows), batch_sampler=parts, collate_fn=collate)
 
-    def order(self, rows: Any, batch_size: int) -> LengthGroupedSampler:
-        """The order of one pass over the training rows."""
-        return LengthGroupedSampler(batch_size, dataset=rows)
+    def order(self, rows: Any, batch_size: int) -> OrderByPass:
+        """An order for each pass by the seed alone, so that a run that goes on within a pass finds it again."""
+        return OrderByPass(
+            self.lengths(rows), batch_size, lambda: self.args.seed + int((self.state.epoch or 0.0) + _SAME_PASS)
+        )
+
+    def lengths(self, rows: Any) -> list[int]:
+        """Tokens of each row."""
+        return [len(row["input_ids"]) for row in rows]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> OrderByPass:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return self.order(rows, self.args.train_batch_size * self.args.gradient_accumulation_steps)
 
     def weighted(self, part: dict[str, Any], weight: float) -> dict[str, Any]:
         """A part of a batch as it counts in the mean over the processes."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -18,8 +16,6 @@ from loraplus.tasks.data_parallel import DataParallelTrainer
 from loraplus.tasks.encoding import IGNORED
 from loraplus.tasks.measures import perplexity
 from loraplus.tasks.packing import PackingCollator
-
-_SAME_PASS = 1e-6  # the number of passes done is a float
 
 
 @dataclass
@@ -35,24 +31,6 @@ def token_metrics(prediction: Any) -> dict[str, float]:
     """
     loss = float(np.sum(prediction.predictions, dtype=np.float64) / np.sum(prediction.label_ids))
     return {"loss": loss, "perplexity": perplexity(loss)}
-
-
-class OrderByPass(LengthGroupedSampler):
-    """Batches of like length, in an order that a seed fixes.
-
-    Args:
-        rows: with `input_ids`.
-        batch_size: of an optimizer step.
-        seed: asked for when a pass begins.
-    """
-
-    def __init__(self, rows: Any, batch_size: int, seed: Callable[[], int]) -> None:
-        super().__init__(batch_size, lengths=[len(ids) for ids in rows["input_ids"]])
-        self._seed = seed
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self._seed())
-        return super().__iter__()
 
 
 class LanguageTrainer(DataParallelTrainer, SFTTrainer):  # type: ignore[misc]
@@ -80,13 +58,9 @@ class LanguageTrainer(DataParallelTrainer, SFTTrainer):  # type: ignore[misc]
         finally:
             self.data_collator = padding
 
-    def order(self, rows: Any, batch_size: int) -> LengthGroupedSampler:
-        """An order for each pass by the seed alone, so that a run that goes on within a pass finds it again."""
-        return OrderByPass(rows, batch_size, lambda: self.args.seed + int((self.state.epoch or 0.0) + _SAME_PASS))
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        return self.order(rows, self.args.train_batch_size * self.args.gradient_accumulation_steps)
+    def lengths(self, rows: Any) -> list[int]:
+        """Of the rows' token ids, read as one column."""
+        return [len(ids) for ids in rows["input_ids"]]
 
     def weighted(self, part: dict[str, Any], weight: float) -> dict[str, Any]:
         """A part counts by its target tokens; one that only fills a process's place has none."""
