@@ -108,6 +108,10 @@ class ResumeMismatchError(LoraPlusError, ValueError):
     """A checkpoint was trained with other rates than those now asked for."""
 
 
+class CheckpointError(LoraPlusError, RuntimeError):
+    """A checkpoint that is damaged, or that could not be written."""
+
+
 class TrainerSetupError(LoraPlusError, ValueError):
     """A trainer cannot take LoRA+ the way it is set up."""
 

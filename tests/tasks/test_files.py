@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from loraplus import whole
 from loraplus.errors import InputError
 from loraplus.tasks import files
-from loraplus.tasks.files import TEMPORARY, check_file, follow_umask, read_json, write_atomically, write_json
+from loraplus.tasks.files import check_file, read_json, write_atomically, write_json
 from loraplus.tasks.output import check_output
+from loraplus.whole import TEMPORARY, follow_umask
 
 CONFIG = {"model": "m", "data": "d", "output": "o", "lr_ratio": 16.0}
 
@@ -39,7 +41,7 @@ def test_temporary_names_cannot_be_guessed_and_a_link_there_is_not_followed(tmp_
         write_atomically(tmp_path / "p.csv", "x")
     assert len(set(seen)) == 3 and all(map(TEMPORARY.fullmatch, seen))
     (tmp_path / "target").write_text("precious")
-    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 16)
+    monkeypatch.setattr(whole.secrets, "token_hex", lambda size: "0" * 16)
     (tmp_path / ".q.csv.0000000000000000.tmp").symlink_to(tmp_path / "target")
     with pytest.raises(InputError, match="cannot write"):
         write_atomically(tmp_path / "q.csv", "x")

@@ -59,13 +59,52 @@ def test_checking_touches_nothing(used: Path, tmp_path: Path):
     assert not (tmp_path / "new").exists()
 
 
-def test_overwrite_removes_only_what_loraplus_writes(used: Path):
-    (used / "notes.txt").write_text("mine")
-    (used / "checkpoint-10").mkdir()
-    (used / "checkpoint-10" / "optimizer.pt").write_text("x")
-    prepare(used, {**CONFIG, "seeds": 5}, overwrite=True)
-    assert sorted(entry.name for entry in used.iterdir()) == ["config.yaml", "notes.txt"]
-    assert yaml.safe_load((used / "config.yaml").read_text())["seeds"] == 5
+STUDY = {"model": "m", "data": "d.csv", "output": "o", "tuning_runs": 4}
+EXPERIMENT = {"experiment": "toy", "scale": "cpu", "seeds": 3}
+FILES_OF_THE_USER = {
+    "train": [
+        "notes.txt", "checkpoint-notes/a", "checkpoint-list.txt", "plots/a.png", "summary.json", "runs.csv",
+        "checkpoint-7/my-results.txt", "checkpoint-5x/optimizer.pt", "best.yaml",
+    ],
+    "study": ["metrics.json", "README.md", "checkpoint-10/optimizer.pt", "plots/a.png", "vocab.txt"],
+    "reproduce": ["README.md", "plots/notes.md", "best.yaml", "checkpoint-10/optimizer.pt", "report.html"],
+}  # fmt: skip
+FILES_OF_THE_RUN = {
+    "train": [
+        "metrics.json", "adapter_model.safetensors", "README.md", "checkpoint-10/optimizer.pt",
+        "checkpoint-20/rng_state.pth", "loraplus_manifest.json", "checkpoint-30/loraplus_manifest.json", "report.html",
+    ],
+    "study": ["study.journal", "summary.json", "runs.csv", "report.html", "best.yaml"],
+    "reproduce": ["study.journal", "summary.json", "index.html", "plots/deltas.png"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "config"), [("train", CONFIG), ("study", STUDY), ("reproduce", EXPERIMENT)])
+def test_overwrite_removes_what_the_command_wrote_and_nothing_else(tmp_path: Path, kind: str, config: dict):
+    folder = prepare(tmp_path / "run", config)
+    for name in FILES_OF_THE_USER[kind] + FILES_OF_THE_RUN[kind]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "checkpoint-40").mkdir()
+    prepare(folder, {**config, "seeds": 5}, overwrite=True)
+    left = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert left == sorted(["config.yaml", *FILES_OF_THE_USER[kind]])
+    assert (folder / "checkpoint-40").exists() == (kind != "train")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["seeds"] == 5
+
+
+def test_what_a_killed_command_was_writing_is_removed_by_the_next(tmp_path: Path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".config.yaml.77.tmp").touch()
+    (folder / ".checkpoint-3.0123456789abcdef.tmp" / "checkpoint-3").mkdir(parents=True)
+    (folder / ".hidden.tmp").write_text("mine")
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(InputError):
+            prepare(folder, **flags)  # a file of the user's
+    (folder / ".hidden.tmp").unlink()
+    prepare(folder)
+    assert [entry.name for entry in folder.iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.parametrize("config", [None, "theme: dark\n", "- a\n", "a: [\n", b"\xff\xfe\x00"])
@@ -84,10 +123,12 @@ def test_overwrite_does_not_follow_links(used: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "weights").write_text("precious")
+    (elsewhere / "optimizer.pt").write_text("precious")
     (used / "checkpoint-1").symlink_to(elsewhere)
+    (used / "metrics.json").symlink_to(elsewhere / "weights")
     prepare(used, overwrite=True)
-    assert (elsewhere / "weights").read_text() == "precious"
-    assert not (used / "checkpoint-1").is_symlink()
+    assert (elsewhere / "weights").read_text() == (elsewhere / "optimizer.pt").read_text() == "precious"
+    assert [entry.name for entry in used.iterdir() if entry.is_symlink()] == []
 
 
 def test_resume_wants_the_same_configuration_and_names_what_differs(used: Path):

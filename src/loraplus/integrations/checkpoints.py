@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -21,11 +22,14 @@ from loraplus.movement import factors
 from loraplus.rates import Rates
 from loraplus.roles import Role, trainable_parameters
 from loraplus.watch import unwrapped
+from loraplus.whole import write_whole
 
 RATES_FILE = "loraplus.json"
 AUTO_FILE = "loraplus_auto.pt"
 OF_PARAMETERS_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "state1")
 """Names of an optimizer's states that have their parameter's own shape."""
+SEALED = "sealed"
+"""Says in loraplus.json that a manifest stands beside it, so that a checkpoint without one has lost it."""
 _FORMAT_VERSION = 1
 _RELATIVE_TOLERANCE = 1e-6
 _EMBEDDING_ROLES = (Role.EMBEDDING_A, Role.EMBEDDING_B, Role.EMBEDDING)
@@ -130,16 +134,14 @@ def write_rates(folder: Path, record: Mapping[str, Any], auto: AutoRates | None 
         auto: what sets η_A and η_B, for what they are by now.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / (RATES_FILE + ".tmp")
-    temporary.write_text(json.dumps(up_to_date(record, auto), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / RATES_FILE)
+    write_whole(folder / RATES_FILE, (json.dumps(up_to_date(record, auto), indent=1) + "\n").encode())
 
 
 def write_auto_state(folder: Path, auto: AutoRates) -> None:
     """Writes what automatic rates need to go on, beside the optimizer's state."""
-    temporary = folder / (AUTO_FILE + ".tmp")
-    torch.save(auto.state_dict(), temporary)
-    temporary.replace(folder / AUTO_FILE)
+    content = io.BytesIO()
+    torch.save(auto.state_dict(), content)
+    write_whole(folder / AUTO_FILE, content.getvalue())
 
 
 def read_auto_state(folder: Path) -> dict[str, Any]:

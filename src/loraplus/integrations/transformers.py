@@ -9,6 +9,7 @@ so both are one implementation.
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,13 +18,13 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from loraplus.auto import AutoRates
 from loraplus.errors import InvalidRateError, LoraPlusWarning, TrainerSetupError
 from loraplus.feature_updates import UpdateMonitor
 from loraplus.groups import groups_for
 from loraplus.integrations.checkpoints import (
+    SEALED,
     check_resume,
     rates_in_use,
     rates_record,
@@ -34,6 +35,7 @@ from loraplus.integrations.checkpoints import (
 )
 from loraplus.integrations.deepspeed import check_plugin
 from loraplus.integrations.pytorch import rates_for_log
+from loraplus.integrations.trainer_checkpoints import WholeCheckpoints
 from loraplus.integrations.trainer_optimizer import Split, keep_ratio, own_class, split
 from loraplus.integrations.trainer_search import check_searched, checked_space
 from loraplus.integrations.trainer_settings import LoraPlusTrainingArguments, RateSettings, overrides_from
@@ -72,8 +74,8 @@ def _splitting(build: Callable[..., Any]) -> Callable[..., Any]:
     return create_optimizer
 
 
-class LoraPlusMixin:
-    """Gives any Trainer class LoRA+ parameter groups, their logs, and a guard on resuming."""
+class LoraPlusMixin(WholeCheckpoints):
+    """Gives any Trainer class LoRA+ parameter groups, their logs, whole checkpoints, and a guard on resuming."""
 
     loraplus_auto: AutoRates | None = None
     _given: RateSettings | None = None
@@ -228,7 +230,7 @@ class LoraPlusMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Refuses to resume from a checkpoint trained at other rates, then trains.
+        """Refuses to resume from a checkpoint that is damaged or trained at other rates, then trains.
 
         An optimizer of an earlier `train()` is kept, as Trainer keeps it, unless other rates are asked for since.
         """
@@ -237,14 +239,11 @@ class LoraPlusMixin:
             self._drop()
             self.optimizer = None
         self._resumed = self._auto_state = None
-        if resume_from_checkpoint:
-            folder = resume_from_checkpoint
-            if folder is True:
-                folder = get_last_checkpoint(self.args.output_dir)
-            if folder is not None and Path(folder).is_dir():
-                self._resumed = Path(folder)
-                if self._made is not None or _builds_as_trainer(self):
-                    self._check_resumed()
+        resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)) and Path(resume_from_checkpoint).is_dir():
+            self._resumed = Path(resume_from_checkpoint)
+            if self._made is not None or _builds_as_trainer(self):
+                self._check_resumed()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -281,8 +280,9 @@ class LoraPlusMixin:
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
         if self.args.should_save and self._made is not None:
             folder, auto = Path(output_dir or self.args.output_dir), self.loraplus_auto
+            sealed = {SEALED: True} if self._staging is not None else {}
             try:
-                write_rates(folder, self._made.record, auto)
+                write_rates(folder, {**self._made.record, **sealed}, auto)
                 if auto is not None:
                     write_auto_state(folder, auto)
             except Exception as error:  # the model is saved; a run is not to end for a note beside it
@@ -310,6 +310,7 @@ class _AtStart(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
         self.trainer._check_ours()
+        self.trainer._find_best()
         keep_ratio(lr_scheduler, self.trainer._made.split)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:

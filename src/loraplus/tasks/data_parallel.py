@@ -51,6 +51,14 @@ def any_process(flag: bool, args: Any) -> bool:
     return bool(flags.item())
 
 
+def from_main(ask: Callable[[], Any]) -> Any:
+    """What the main process answers, in every process."""
+    answer = [ask() if is_main_process() else None]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
 def is_lost_process(error: BaseException) -> bool:
     """Whether an error says that another process of this run has ended."""
     return processes() > 1 and (

@@ -9,8 +9,6 @@ import io
 import json
 import math
 import os
-import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ import yaml
 from loraplus.errors import InputError
 from loraplus.tasks.parsing import ParseError, parse_json
 from loraplus.tasks.paths import is_folder
+from loraplus.whole import new_file, temporary_path, write_whole
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
-"""Names that a file has while it is written; one that is still there was left by a command that was killed."""
 _LARGEST_JSON = 2**28
 _PROBE = bytes(2**16)
 
@@ -56,7 +53,7 @@ def check_takes_files(folder: Path, target: Path) -> None:
     try:
         if len(os.fsencode(target.name)) > os.pathconf(folder, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        with _new_file(probe) as file:
+        with new_file(probe) as file:
             file.write(_PROBE)
             file.flush()
             os.fsync(file.fileno())
@@ -74,46 +71,13 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
         InputError: the file cannot be written.
     """
     target = Path(path)
-    temporary = temporary_path(target)
     try:
-        content = content.encode() if isinstance(content, str) else content
-        with _new_file(temporary) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        write_whole(target, content.encode() if isinstance(content, str) else content)
     except UnicodeEncodeError:
         raise InputError(f"cannot write {target}: what it should hold is no Unicode text") from None
     except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            temporary.unlink()
         raise InputError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from None
     return target
-
-
-def temporary_path(target: Path) -> Path:
-    """A name beside the target that nobody can guess, so that no link waits there; see `TEMPORARY`."""
-    return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
-
-
-def _new_file(path: Path) -> Any:
-    """A file that was not there and is no link, with the permissions that the umask leaves."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    return os.fdopen(os.open(path, flags, 0o666), "wb")
-
-
-def follow_umask(folder: str | os.PathLike[str]) -> None:
-    """Gives the files in a folder the permissions that the umask leaves: safetensors keeps its own to their owner."""
-    probe = temporary_path(Path(folder) / "mode")
-    try:
-        with _new_file(probe) as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777
-        probe.unlink()
-        for entry in os.scandir(folder):
-            if entry.is_file(follow_symlinks=False):
-                os.chmod(entry.path, mode)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> Path:

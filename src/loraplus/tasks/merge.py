@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from loraplus.errors import InputError, MergeMismatchError
 from loraplus.tasks.adapter import adapter_settings, load_causal
-from loraplus.tasks.files import follow_umask, read_json, temporary_path, write_json
+from loraplus.tasks.files import read_json, write_json
 from loraplus.tasks.loading import first_line, from_pretrained, loading, resolve_model
 from loraplus.tasks.output import check_unicode, check_writable
 from loraplus.tasks.paths import user_path
 from loraplus.tasks.predict import load_adapter
+from loraplus.whole import follow_umask, temporary_path
 
 RECORD_FILE = "merge.json"
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -198,7 +199,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
         folder.mkdir(parents=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    follow_umask(folder)
+        follow_umask(folder)
 
 
 def _compare(expected: torch.Tensor, found: torch.Tensor, dtype: str, target: Path) -> dict[str, float]:

@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from loraplus.errors import InputError
+from loraplus.integrations.whole_checkpoints import is_checkpoint
+from loraplus.manifest import MANIFEST_FILE
 from loraplus.tasks.config import ADDED
 from loraplus.tasks.files import (
-    TEMPORARY,
     check_file,
     check_takes_files,
     json_text,
@@ -26,6 +27,7 @@ from loraplus.tasks.files import (
     write_yaml,
 )
 from loraplus.tasks.parsing import parse_yaml
+from loraplus.whole import TEMPORARY, remove_abandoned
 
 __all__ = [
     "check_file", "check_output", "check_unicode", "check_writable", "data_changes", "hold_output", "json_text",
@@ -37,23 +39,18 @@ CONFIG_FILE = "config.yaml"
 PLOTS_FOLDER = "plots"
 # Where to write and how many processes to use do not change what is computed.
 NOT_COMPARED = ("workers", "output")
-# All that `--overwrite` may delete; anything else in the folder is the user's.
-WRITTEN = (
-    # every command
-    CONFIG_FILE,
-    # train; which tokenizer files there are depends on the model
+# All that `--overwrite` may delete, by the command that wrote it; anything else in the folder is the user's.
+_OF_TRAIN = (  # which tokenizer files there are depends on the model
     "data_facts.json", "metrics.json", "curves.csv", "adapter_config.json", "adapter_model.safetensors", "README.md",
-    "loraplus.json", "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tokenizer.model", "chat_template.jinja", "samples.json",
-    # compare
-    "study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv", "report.html",
-    # tune, beside the study
-    "tune.json", "trials.csv", "best.yaml",
-    # reproduce, beside the study
-    "index.html", PLOTS_FOLDER,
+    "loraplus.json", MANIFEST_FILE, "config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja", "samples.json", "report.html",
 )  # fmt: skip
-WRITTEN_PATTERNS = ("checkpoint-*",)
+_OF_STUDY = (
+    "study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv", "report.html",
+    "tune.json", "trials.csv", "best.yaml",
+)  # fmt: skip
+_OF_REPRODUCE = ("study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv", "index.html")
 
 
 def check_output(
@@ -124,6 +121,7 @@ def prepare_output(
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(folder)
         if overwrite:
             _remove_written(folder)
     except OSError as error:
@@ -184,7 +182,16 @@ def note_data(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
     """
     if not Path(path).exists():
         write_json(path, facts)
-    elif changes := data_changes(read_json(path), facts):
+        return
+    try:
+        before = read_json(path)
+    except InputError:
+        before = None
+    if not isinstance(before, Mapping):
+        raise InputError(
+            f"{path} is damaged; if the data is what the run was started on, remove it, and --resume goes on"
+        )
+    if changes := data_changes(before, facts):
         raise InputError(f"--resume: the data has changed since this run was started: {changes}")
 
 
@@ -256,11 +263,27 @@ def _check_same(folder: Path, saved: Mapping[str, Any], config: Mapping[str, Any
 
 
 def _remove_written(folder: Path) -> None:
-    entries = [folder / name for name in WRITTEN]
-    entries += [entry for pattern in WRITTEN_PATTERNS for entry in folder.glob(pattern)]
-    # The configuration goes last: while it is there, an interrupted clearing can be repeated.
-    for entry in sorted(entries, key=lambda entry: entry.name == CONFIG_FILE):
+    for entry in _written(folder, saved_config(folder) or {}):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
+            entry.unlink(missing_ok=True)
+    # The configuration goes last: while it is there, an interrupted clearing can be repeated.
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+
+
+def _written(folder: Path, config: Mapping[str, Any]) -> list[Path]:
+    """What the command of a configuration has written to its folder."""
+    if "experiment" in config:
+        return [folder / name for name in _OF_REPRODUCE] + sorted((folder / PLOTS_FOLDER).glob("*.png"))
+    if "tuning_runs" in config:
+        return [folder / name for name in _OF_STUDY]
+    return [folder / name for name in _OF_TRAIN] + [path for path in folder.iterdir() if is_checkpoint(path)]
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what killed commands were writing; call it while no other command can write there."""
+    remove_abandoned(folder)
+    for entry in list(folder.iterdir()):
+        if TEMPORARY.fullmatch(entry.name) and (entry.is_file() or entry.is_symlink()):
             entry.unlink(missing_ok=True)

@@ -11,20 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from loraplus.errors import InputError, InterruptedRun, LostProcessError
 from loraplus.groups import explain
 from loraplus.integrations.checkpoints import rates_record, write_rates
+from loraplus.integrations.trainer_checkpoints import CARD_FILE, saved_whole
 from loraplus.integrations.transformers import LoraPlusTrainer
+from loraplus.integrations.whole_checkpoints import check_place, checkpoint_to_resume, newest_whole
+from loraplus.manifest import seal
 from loraplus.tasks.config import AUTO, TrainConfig
-from loraplus.tasks.data_parallel import any_process, is_lost_process, is_main_process, processes, wait_for_all
-from loraplus.tasks.output import check_output, hold_output, note_data, prepare_output, read_json, write_csv, write_json
+from loraplus.tasks.data_parallel import (
+    any_process,
+    from_main,
+    is_lost_process,
+    is_main_process,
+    processes,
+    wait_for_all,
+)
+from loraplus.tasks.finished import METRICS_FILE, finished_run
+from loraplus.tasks.output import check_output, hold_output, note_data, prepare_output, write_csv, write_json
+from loraplus.tasks.run_totals import RunTotals
 from loraplus.tasks.task import Task, task_of
 from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, rates_of, total_steps
 
 DATA_FILE = "data_facts.json"
-METRICS_FILE = "metrics.json"
 CURVES_FILE = "curves.csv"
 SAMPLES_FILE = "samples.json"
 
@@ -92,9 +102,10 @@ def train(
     """
     wanted = asdict(config)
     check_output(config.output, wanted, overwrite=overwrite, resume=resume)
-    finished = Path(config.output) / METRICS_FILE
-    if resume and finished.is_file():
-        return read_json(finished)
+    for place in sorted(Path(config.output).glob("checkpoint-*")):
+        check_place(place)
+    if resume and (metrics := finished_run(Path(config.output))) is not None:
+        return metrics
     rates = rates_of(config, config.lr, config.lr_ratio)
     if config.samples < 0:
         raise InputError(f"--samples must be 0 or more, got {config.samples}")
@@ -104,23 +115,25 @@ def train(
     total_steps(config, len(data.train))
     model = task.load_model(config, data, tokenizer, config.seed)
 
-    clock, stop = StepClock(), StopOnSignal()
+    clock, totals, stop = StepClock(), RunTotals(), StopOnSignal()
     trainer = build_trainer(
         config, rates, data, model, tokenizer, seed=config.seed, output=config.output, checkpoints=True,
         auto=config.lr == AUTO,
-        callbacks=[clock, stop, DivergenceGuard(rates), *callbacks],
+        callbacks=[clock, totals, stop, DivergenceGuard(rates), *callbacks],
     )  # fmt: skip
-    main = is_main_process()
+    totals.trainer, main = trainer, is_main_process()
     with hold_output(config.output) if main else nullcontext():
         output = Path(config.output)
         if main:
             prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
             note_data(output / DATA_FILE, data.facts)
         wait_for_all()
-        checkpoint = get_last_checkpoint(str(output)) if resume else None
+        checkpoint = None
+        if resume:
+            checkpoint = from_main(lambda: checkpoint_to_resume(output, "--overwrite starts the run again"))
         with stop.listening():
             try:
-                result = trainer.train(resume_from_checkpoint=checkpoint)
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             except RuntimeError as error:
                 if not is_lost_process(error):
                     raise
@@ -146,8 +159,8 @@ def train(
             "batch_size": config.batch_size,  # over all processes
             "processes": processes(),
             **task.facts_of_run(trainer),
-            "train_loss": result.metrics["train_loss"],
-            "train_seconds": result.metrics["train_runtime"],
+            "train_loss": totals.loss / step,
+            "train_seconds": totals.seconds,
             "seconds_per_step": clock.seconds_per_step,
             "groups": explain(trainer.model, trainer.optimizer).groups(),
             "data": data.facts,
@@ -156,13 +169,13 @@ def train(
             _save_adapter(task, trainer, data, tokenizer, output)
             if samples := task.samples(config.samples, trainer.model, data, tokenizer):
                 write_json(output / SAMPLES_FILE, samples)
-            write_json(output / METRICS_FILE, metrics)
+            write_json(output / METRICS_FILE, metrics)  # last: it says that the run is finished
         wait_for_all()
         return metrics
 
 
 def _lost_process(step: int, output: Path) -> LostProcessError:
-    checkpoint = get_last_checkpoint(str(output))
+    checkpoint, _ = newest_whole(output)
     on = (
         f"go on from {checkpoint} with the same command and --resume"
         if checkpoint
@@ -180,10 +193,12 @@ def _rates_in_use(trainer: LoraPlusTrainer) -> dict[str, Any]:
 
 
 def _save_adapter(task: Task, trainer: LoraPlusTrainer, data: Any, tokenizer: Any, output: Path) -> None:
-    """Adapter in PEFT's format; beside it what the task needs, and the rates."""
-    trainer.model.save_pretrained(str(output), safe_serialization=True)
-    task.save_beside_adapter(trainer.model, data, tokenizer, output)
-    write_rates(output, rates_record(trainer.loraplus_rates, trainer.model, trainer.loraplus_auto))
+    """Adapter in PEFT's format; beside it what the task needs, the rates, and the manifest of all that."""
+    with saved_whole(output) as folder:
+        trainer.model.save_pretrained(str(folder), safe_serialization=True)
+        task.save_beside_adapter(trainer.model, data, tokenizer, folder)
+        write_rates(folder, rates_record(trainer.loraplus_rates, trainer.model, trainer.loraplus_auto))
+        seal(folder, [path for path in folder.iterdir() if path.name != CARD_FILE])  # people write in their cards
 
 
 def _curves(log_history: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:

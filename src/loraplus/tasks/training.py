@@ -70,6 +70,11 @@ def steps_between_evaluations(steps: int) -> int:
     return max(1, steps // _EVALUATIONS_PER_RUN)
 
 
+def _steps_between_logs(eval_steps: int) -> int:
+    """A divisor, so that a run that goes on from a checkpoint logs at the steps at which it would have."""
+    return eval_steps // _LOGS_PER_EVALUATION if eval_steps % _LOGS_PER_EVALUATION == 0 else eval_steps
+
+
 class DivergenceGuard(TrainerCallback):
     """Stops a run whose loss or weights are no longer numbers, before the broken weights are saved.
 
@@ -192,7 +197,7 @@ def build_trainer(
             save_total_limit=2,
             load_best_model_at_end=checkpoints,
             metric_for_best_model="eval_loss",
-            logging_steps=max(1, eval_steps // _LOGS_PER_EVALUATION),
+            logging_steps=_steps_between_logs(eval_steps),
             logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
             seed=seed,
             bf16=config.bf16,

@@ -1,0 +1,186 @@
+"""Files and folders that are there whole or not at all, whatever ends the process that writes them.
+
+They are written beside their place, under a name that nobody can guess, and renamed. A folder in the making is locked
+by its process, so that what a killed process left is told from what another one is writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
+"""Names of what is being written; one that is still there was left by a process that was killed."""
+
+
+def temporary_path(target: Path) -> Path:
+    """A name beside the target that nobody can guess, so that no link waits there; see `TEMPORARY`."""
+    return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
+
+
+def new_file(path: Path) -> Any:
+    """A file that was not there and is no link, open for bytes, with the permissions that the umask leaves.
+
+    Raises:
+        OSError: it is there, or cannot be made.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+def write_whole(target: Path, content: bytes) -> None:
+    """Writes a file so that readers see the old content or the new, never a part.
+
+    Raises:
+        OSError: it cannot be written; the old content is still there.
+    """
+    temporary = temporary_path(target)
+    try:
+        with new_file(temporary) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A new, empty folder beside the target, to write in and to rename from; removed in the end with what is left.
+
+    Raises:
+        OSError: it cannot be made.
+
+    Example:
+        >>> import tempfile
+        >>> place = Path(tempfile.mkdtemp())
+        >>> with staged(place / "notes") as folder:
+        ...     _ = (folder / "a.txt").write_text("whole")
+        ...     move_into(folder, place)
+        >>> [entry.name for entry in place.iterdir()]
+        ['a.txt']
+    """
+    folder = temporary_path(target)
+    folder.mkdir()
+    with held(folder):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Marks a folder as this process's own for as long as the process lives."""
+    handle = _lock(folder)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Removes the folders that killed processes were writing in; those of living ones stay."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(parent)):
+            if TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                handle = _lock(Path(entry.path))
+                if handle is not None:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    os.close(handle)
+
+
+def move_into(source: Path, target: Path) -> None:
+    """Renames every file of a folder to its name in another, which is on the same disk; each is replaced whole.
+
+    Raises:
+        OSError: a file cannot be renamed.
+    """
+    for path in _files(source):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _sync(path)
+        os.replace(path, place)
+    _sync_folder(target)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Renames a folder to its place; what stood there is removed once the new one is there.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    for path in _files(folder):
+        _sync(path)
+    earlier = temporary_path(target) if os.path.lexists(target) else None
+    if earlier is not None:
+        os.rename(target, earlier)
+    os.rename(folder, target)
+    _sync_folder(target.parent)
+    if earlier is not None and earlier.is_symlink():
+        earlier.unlink()
+    elif earlier is not None:
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives the files in a folder the permissions that the umask leaves: safetensors keeps its own to their owner.
+
+    Raises:
+        OSError: they cannot be changed.
+    """
+    probe = temporary_path(folder / "mode")
+    with new_file(probe) as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+    probe.unlink()
+    for path in _files(folder):
+        path.chmod(mode)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Of a folder and those in it; links are not followed."""
+    found = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+
+
+def _sync(path: Path) -> None:
+    """Has the disk hold a file's content before its name."""
+    handle = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system, nor Windows, syncs folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that holds the folder's lock; None if another process has it, or there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
