@@ -74,8 +74,9 @@ def run(
 def _child(command, arguments, folder, operation, writing, count, before) -> None:
     code = 0
     try:
-        os.dup2(writing, 1)
-        os.dup2(writing, 2)
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(writing, descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
         place, done = str(folder.resolve()), 0
 
         def hook(event: str, details: tuple) -> None:

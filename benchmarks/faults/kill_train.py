@@ -34,10 +34,10 @@ def commands(folder: Path) -> dict[str, list[str]]:
     model, decoder = encoder(folder / "encoder"), llama(folder / "decoder")
     table, talks = texts(folder / "texts.csv"), chats(folder / "chats.jsonl")
     short = ["--max-steps", "14", "--eval-steps", "4", "--batch-size", "8", "--rank", "2", "--plain"]
-    classify = ["train", "--model", str(model), "--data", str(table), "--lr", "5e-3", *short]
+    classify = ["train", "--model", str(model), "--data", str(table), "--lr", "5e-2", *short]
     return {
         "classification": classify,
-        "auto": [*classify, "--lr", "auto"],
+        "auto": [*classify[: -2 - len(short)], "--lr", "auto", *short],
         "accumulation": [*classify, "--gradient-accumulation-steps", "2", "--lr-scheduler-type", "constant"],
         "sft": ["train", "--task", "sft", "--model", str(decoder), "--data", str(talks), "--samples", "0", *short],
     }
@@ -54,10 +54,10 @@ def preload() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import loraplus.cli.console  # noqa: F401
-    import loraplus.report.training  # noqa: F401
-    import loraplus.tasks.classification  # noqa: F401
-    import loraplus.tasks.language  # noqa: F401
+    import loraplus.cli.console
+    import loraplus.report.training
+    import loraplus.tasks.classification
+    import loraplus.tasks.language
     import loraplus.tasks.train  # noqa: F401
 
 

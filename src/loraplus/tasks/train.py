@@ -37,6 +37,7 @@ from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, r
 DATA_FILE = "data_facts.json"
 CURVES_FILE = "curves.csv"
 SAMPLES_FILE = "samples.json"
+_COLUMNS = ("step", "epoch", "train_loss", "grad_norm")
 
 
 class StopOnSignal(TrainerCallback):
@@ -212,5 +213,7 @@ def _curves(log_history: list[dict[str, Any]], metrics: Sequence[str]) -> list[d
             if name in entry:
                 row["train_loss" if name == "loss" else name] = entry[name]
         row |= {name: value for name, value in entry.items() if name.startswith(("lr/", "updates/"))}
-    columns = dict.fromkeys(name for row in rows.values() for name in row)
+    logged = {name for row in rows.values() for name in row}
+    rates = sorted(name for name in logged if name.startswith(("lr/", "updates/")))  # a resumed run's own order differs
+    columns = [name for name in (*_COLUMNS, *rates, "eval_loss", *metrics) if name in logged]
     return [{name: row.get(name) for name in columns} for _, row in sorted(rows.items())]
