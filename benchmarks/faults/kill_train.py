@@ -114,6 +114,7 @@ def main() -> None:
     everything = commands(place)
     for kind in options.kinds.split(","):
         arguments, output = everything[kind], place / "r"
+        shutil.rmtree(output, ignore_errors=True)
         whole = run(loraplus, [*arguments, "--output", str(output)], output)
         assert whole.code == 0, whole.output
         expected = digest(output)

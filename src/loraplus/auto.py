@@ -145,12 +145,14 @@ class AutoRates(StepWatcher):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold."""
         pair = {"lr_a": self.lr_a, "lr_b": self.lr_b, "pair": list(self._pair)}
-        return {**pair, "steps": self.steps, **self._groups.state_dict()}
+        layers = {name: [rates.lr_a, rates.lr_b] for name, rates in self.layer_rates.items()}
+        return {**pair, "steps": self.steps, "layers": layers, **self._groups.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint."""
         self.lr_a, self.lr_b = float(state["lr_a"]), float(state["lr_b"])
         self.steps = int(state["steps"])
+        self.layer_rates = {name: LayerRates(*rates) for name, rates in state.get("layers", {}).items()}
         self._groups.load_state_dict(state)
         self._pair = tuple(state.get("pair", (self.lr_a, self.lr_b)))
         self._look()

@@ -109,7 +109,11 @@ class ResumeMismatchError(LoraPlusError, ValueError):
 
 
 class CheckpointError(LoraPlusError, RuntimeError):
-    """A checkpoint that is damaged, or that could not be written."""
+    """A checkpoint or model that could not be written."""
+
+
+class DamagedCheckpointError(CheckpointError, ResumeMismatchError):
+    """A checkpoint that is not what was written."""
 
 
 class TrainerSetupError(LoraPlusError, ValueError):

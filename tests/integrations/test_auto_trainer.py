@@ -68,7 +68,7 @@ def test_a_checkpoint_without_a_whole_state_is_refused(tmp_path):
     attached(tmp_path / "part", save_strategy="steps", save_steps=10).train()
     checkpoint = tmp_path / "part" / "checkpoint-10"
     (checkpoint / "loraplus_auto.pt").write_bytes(b"broken")
-    with pytest.raises(ResumeMismatchError, match="loraplus_auto.pt cannot be read"):
+    with pytest.raises(ResumeMismatchError, match=r"checkpoint-10 cannot be used: loraplus_auto.pt was changed"):
         attached(tmp_path / "again").train(resume_from_checkpoint=str(checkpoint))
 
 

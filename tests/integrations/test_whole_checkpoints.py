@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import loraplus
 from integrations.test_transformers import Tokens, adapted, common
 from loraplus import LoraPlusTrainer, LoraPlusTrainingArguments
-from loraplus.errors import CheckpointError, LoraPlusWarning
+from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusWarning
 from loraplus.integrations.whole_checkpoints import checkpoint_fault, checkpoints, newest_whole
 from loraplus.whole import TEMPORARY
 
@@ -137,7 +137,9 @@ def test_where_every_checkpoint_is_damaged_none_is_replaced_unasked(run, tmp_pat
     place = shutil.copytree(folder, tmp_path / "r")
     for path in checkpoints(place):
         damaged(path / FINAL, "flipped")
-    with pytest.raises(CheckpointError, match=r"no checkpoint can be used: .*train without resume_from_checkpoint"):
+    with pytest.raises(
+        DamagedCheckpointError, match=r"no checkpoint can be used: .*train without resume_from_checkpoint"
+    ):
         make(place).train(resume_from_checkpoint=True)
     assert ends_as(make(place), expected, resume=None)
     assert all(checkpoint_fault(path) is None for path in checkpoints(place))

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import get_last_checkpoint
 
 from loraplus import manifest
-from loraplus.errors import CheckpointError, LoraPlusWarning
+from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusWarning
 from loraplus.integrations.whole_checkpoints import (
     STATE_FILE,
     check_checkpoint,
@@ -123,7 +123,7 @@ class WholeCheckpoints:
         """What `train(resume_from_checkpoint=…)` was given, or in place of True the newest checkpoint that is whole.
 
         Raises:
-            CheckpointError: it is damaged, or there are only damaged ones.
+            DamagedCheckpointError: it is damaged, or there are only damaged ones.
         """
         if self.args.should_save:
             remove_abandoned(Path(self.args.output_dir))
@@ -137,7 +137,7 @@ class WholeCheckpoints:
             broadcast_object_list(found)
         chosen, error = found
         if error is not None:
-            raise CheckpointError(error)
+            raise DamagedCheckpointError(error)
         if chosen is not None:
             self._resumed_from = Path(chosen)
         return chosen
@@ -151,7 +151,7 @@ class WholeCheckpoints:
                 return [asked, None]
             found = checkpoint_to_resume(Path(self.args.output_dir), "train without resume_from_checkpoint")
             return [None if found is None else str(found), None]
-        except CheckpointError as error:
+        except DamagedCheckpointError as error:
             return [None, str(error)]
 
     def _find_best(self) -> None:

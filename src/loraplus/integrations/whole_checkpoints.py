@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus import manifest
-from loraplus.errors import CheckpointError, LoraPlusWarning
+from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusWarning
 from loraplus.integrations.checkpoints import RATES_FILE, SEALED
 
 STATE_FILE = "trainer_state.json"
@@ -70,7 +70,7 @@ def checkpoint_to_resume(folder: Path, anew: str) -> Path | None:
         None if there is none, or only such as were never written to their end; the run starts at step 0.
 
     Raises:
-        CheckpointError: every one is damaged. They are not replaced unasked, since parts of them may be of use.
+        DamagedCheckpointError: every one is damaged. They are not replaced unasked, since parts of them may be of use.
     """
     checkpoint, passed = newest_whole(folder)
     if not passed:
@@ -78,7 +78,7 @@ def checkpoint_to_resume(folder: Path, anew: str) -> Path | None:
     named = [f"{path} is passed over: {fault}" for path, fault in list(passed.items())[:_NAMED_IN_MESSAGE]]
     more = f"; and {len(passed) - len(named)} more" if len(passed) > len(named) else ""
     if checkpoint is None and any(was_whole(path) for path in passed):
-        raise CheckpointError(f"no checkpoint can be used: {'; '.join(named)}{more}; {anew}")
+        raise DamagedCheckpointError(f"no checkpoint can be used: {'; '.join(named)}{more}; {anew}")
     on = f"going on from {checkpoint}" if checkpoint else "no other is there, so the run starts again at step 0"
     warnings.warn(f"{'; '.join(named)}{more}; {on}", LoraPlusWarning, stacklevel=2)
     return checkpoint
@@ -93,14 +93,14 @@ def check_checkpoint(checkpoint: Path) -> None:
     """Makes sure that a checkpoint is whole before anything of it is loaded.
 
     Raises:
-        CheckpointError: says what is wrong, and which other one can be used.
+        DamagedCheckpointError: says what is wrong, and which other one can be used.
     """
     fault = checkpoint_fault(checkpoint)
     if fault is None:
         return
     other, _ = newest_whole(checkpoint.parent)
     way = f"resume from {other}" if other else "no whole one stands beside it, so start the run again"
-    raise CheckpointError(f"{checkpoint} cannot be used: {fault}; {way}")
+    raise DamagedCheckpointError(f"{checkpoint} cannot be used: {fault}; {way}")
 
 
 def check_place(target: Path) -> None:

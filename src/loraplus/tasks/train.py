@@ -96,7 +96,8 @@ def train(
 
     Raises:
         InputError, InvalidRateError, …: bad input; nothing was written.
-        ResumeMismatchError: the last checkpoint was trained at other rates, or cannot be read.
+        ResumeMismatchError: the last checkpoint was trained at other rates, or all are damaged.
+        CheckpointError: the disk is full, say; the last checkpoint is kept.
         DivergedError: the loss became NaN; the last good checkpoint is kept.
         InterruptedRun: a signal came; a checkpoint is saved.
         LostProcessError: another process of the run ended; the last checkpoint is kept.
