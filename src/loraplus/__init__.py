@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus.auto import AutoRates
 from loraplus.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
     DivergedError,
     FlattenedParametersError,
     InputError,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoRates",
+    "CheckpointError",
+    "DamagedCheckpointError",
     "DivergedError",
     "FeatureUpdates",
     "FlattenedParametersError",

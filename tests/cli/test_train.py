@@ -309,6 +309,7 @@ def test_a_diverging_run_stops_keeps_the_last_good_checkpoint_and_says_at_which_
     arguments = flags(model_folder, reviews_csv, output, "--lr", "1e25", "--lr-ratio", "1e12", "--warmup-ratio", 0.9)
     line = refused(*arguments, "--lr-head", "1e-3", "--plain", "--json")
     assert "1e+25" in line and "1e+37" in line and "--lr" in line
+    assert "the gradient of base_model" in line and "other rates are another run, begun with --overwrite" in line
     assert not (output / "metrics.json").exists() and not (output / "adapter_model.safetensors").exists()
     for checkpoint in output.glob("checkpoint-*"):
         weights = load_file(checkpoint / "adapter_model.safetensors")

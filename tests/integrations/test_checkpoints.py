@@ -58,7 +58,7 @@ def test_a_role_that_another_version_had_for_a_head_is_no_other_parameter(tmp_pa
     check_resume(tmp_path, rates, roles=record["roles"])
     factor = next(name for name, role in record["roles"].items() if role == "lora_A")
     write_rates(tmp_path, {**record, "roles": {**record["roles"], factor: "lora_B"}})
-    with pytest.raises(loraplus.ResumeMismatchError, match=f"1 have another place .first: {factor}"):
+    with pytest.raises(loraplus.ResumeMismatchError, match=r"1 have another place .first: base_model.*lora_A"):
         check_resume(tmp_path, rates, roles=record["roles"])
 
 

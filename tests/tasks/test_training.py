@@ -96,8 +96,21 @@ def test_broken_weights_are_not_saved(value):
     with torch.no_grad():
         model.weight[0, 0] = value
     guard.on_step_end(None, state, control(), model=model)
-    with pytest.raises(DivergedError, match="weights became nan at step 3"):
+    with pytest.raises(DivergedError, match=f"the weight of weight became {value} at step 3 with η_A = 0.001"):
         guard.on_step_end(None, state, control(should_save=True), model=model)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_gradient_is_named_before_the_optimizer_takes_it(value):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    model(torch.ones(1, 2)).sum().backward()
+    guard, state = DivergenceGuard(Rates(1e-3)), SimpleNamespace(global_step=3, max_steps=9)
+    args = SimpleNamespace(device=torch.device("cpu"))
+    guard.on_pre_optimizer_step(args, state, control(), model=model)
+    model[1].bias.grad[1] = value
+    with pytest.raises(DivergedError, match=f"the gradient of 1.bias became {value} at step 4 with η_A"):
+        guard.on_pre_optimizer_step(args, state, control(), model=model)
 
 
 class StopAtStep(StopOnSignal):

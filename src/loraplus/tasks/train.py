@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from loraplus.errors import InputError, InterruptedRun, LostProcessError
+from loraplus.errors import DivergedError, InputError, InterruptedRun, LostProcessError
 from loraplus.groups import explain
 from loraplus.integrations.checkpoints import rates_record, write_rates
 from loraplus.integrations.trainer_checkpoints import CARD_FILE, saved_whole
@@ -136,6 +136,8 @@ def train(
         with stop.listening():
             try:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            except DivergedError as error:
+                raise _diverged(error, output) from None
             except RuntimeError as error:
                 if not is_lost_process(error):
                     raise
@@ -174,6 +176,12 @@ def train(
             write_json(output / METRICS_FILE, metrics)  # last: it says that the run is finished
         wait_for_all()
         return metrics
+
+
+def _diverged(error: DivergedError, output: Path) -> DivergedError:
+    checkpoint, _ = newest_whole(output)
+    kept = f"{checkpoint} is from before it, and --resume would diverge again: " if checkpoint else ""
+    return DivergedError(f"{error} ({kept}other rates are another run, begun with --overwrite or in another --output)")
 
 
 def _lost_process(step: int, output: Path) -> LostProcessError:

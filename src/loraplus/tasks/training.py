@@ -76,27 +76,47 @@ def _steps_between_logs(eval_steps: int) -> int:
 
 
 class DivergenceGuard(TrainerCallback):
-    """Stops a run whose loss or weights are no longer numbers, before the broken weights are saved.
+    """Stops a run whose loss, gradients or weights are no longer numbers, before the broken weights are saved.
 
-    Stand it behind every callback that asks for a checkpoint.
+    On a CPU the gradients of every step are looked at before the optimizer takes them; elsewhere that would make each
+    step wait for the device, and what is logged and saved is looked at. Stand it behind every callback that asks for a
+    checkpoint.
     """
 
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        if args.device.type == "cpu":
+            learnt = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+            self._check_tensors("gradient", learnt, state.global_step + 1, more.get("optimizer"))
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         if control.should_save:
-            for parameter in model.parameters():
-                if parameter.requires_grad and not parameter.isfinite().all():
-                    self._check(math.nan, "weights", state.global_step, more.get("optimizer"))
+            self._check_weights(model, state.global_step, more.get("optimizer"))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **more: Any
+    ) -> None:
         for name, what in (("loss", "training loss"), ("eval_loss", "validation loss")):
-            self._check((logs or {}).get(name), what, state.global_step, more.get("optimizer"))
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                self._check_weights(model, state.global_step, more.get("optimizer"))
+                self._stop(f"the {what} became {value}", state.global_step, more.get("optimizer"))
 
-    def _check(self, value: float | None, what: str, step: int, optimizer: Any) -> None:
-        if value is None or math.isfinite(value):
+    def _check_weights(self, model: Any, step: int, optimizer: Any) -> None:
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._check_tensors("weight", trained, step, optimizer)
+
+    def _check_tensors(self, what: str, named: Sequence[tuple[str, torch.Tensor]], step: int, optimizer: Any) -> None:
+        if not named or torch.stack([tensor.detach().float().sum() for _, tensor in named]).sum().isfinite():
             return
+        for name, tensor in named:
+            if not tensor.isfinite().all():
+                value = tensor.detach()[~tensor.isfinite()].flatten()[0].item()
+                self._stop(f"the {what} of {name} became {value}", step, optimizer)
+
+    def _stop(self, what: str, step: int, optimizer: Any) -> None:
         auto = getattr(getattr(optimizer, "optimizer", optimizer), "loraplus_auto", None)
         a, b = (auto.lr_a, auto.lr_b) if auto else (self.rates.lr, self.rates.lr * self.rates.lr_ratio)
         advice = (
@@ -104,7 +124,7 @@ class DivergenceGuard(TrainerCallback):
             if auto
             else "take a smaller --lr or --lr-ratio"
         )
-        raise DivergedError(f"the {what} became {value} at step {step} with η_A = {a:g}, η_B = {b:g}; {advice}")
+        raise DivergedError(f"{what} at step {step} with η_A = {a:g}, η_B = {b:g}; {advice}")
 
 
 class StepClock(TrainerCallback):
