@@ -47,10 +47,8 @@ def partner_names(name: str, owner: nn.Module, holder: nn.Module | None = None) 
         if own.isdecimal():  # one of several, in a list
             key = f".{own}{key}"
             place, _, own = place.rpartition(".")
-        if own in PARTNERS:
-            for partner in PARTNERS[own]:
-                yield from (f"{place}.{partner}{key}{ending}".removeprefix(".") for ending in (".weight", ""))
-            return
+        for partner in PARTNERS.get(own, ()):
+            yield from (f"{place}.{partner}{key}{ending}".removeprefix(".") for ending in (".weight", ""))
 
 
 def has_pair(layer: nn.Module) -> bool:
