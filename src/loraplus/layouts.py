@@ -195,7 +195,7 @@ def registered(name: str, owner: nn.Module) -> Role | None:
 def recognise(name: str, owner: nn.Module, holder: nn.Module | None = None) -> Role | None:
     """The role that the first layout to know the parameter's name gives it; None if none does.
 
-    It reads the name. A name is no evidence that there is a pair of factors: `partners` says where the other one stands.
+    A name is no evidence that there is a pair of factors: `partners` says where the other one stands.
 
     Args:
         name: without what wrappers add.

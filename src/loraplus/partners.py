@@ -16,13 +16,16 @@ from torch.nn.parameter import is_lazy
 
 from loraplus.layouts import without_adapter
 
-_PAIRS = (
-    "lora_A lora_B, lora_embedding_A lora_embedding_B, lora_a lora_b, lora_down lora_up, down up, down_list up_list, "
-    "hada_w1_a hada_w1_b, hada_w2_a hada_w2_b, lokr_w1_a lokr_w1_b, lokr_w2_a lokr_w2_b"
+# Name of A, name of B.
+_PAIRS = tuple(
+    tuple(pair.split())
+    for pair in (
+        "lora_A lora_B, lora_embedding_A lora_embedding_B, lora_a lora_b, lora_down lora_up, down up, "
+        "down_list up_list, hada_w1_b hada_w1_a, hada_w2_b hada_w2_a, lokr_w1_b lokr_w1_a, lokr_w2_b lokr_w2_a"
+    ).split(", ")
 )
 PARTNERS: dict[str, tuple[str, ...]] = {"lora_magnitude_vector": ("lora_A", "lora_embedding_A")}
-for _first, _second in (pair.split() for pair in _PAIRS.split(", ")):
-    PARTNERS |= {_first: (_second,), _second: (_first,)}
+PARTNERS |= {a: (b,) for a, b in _PAIRS} | {b: (a,) for a, b in _PAIRS}
 
 
 def partner_names(name: str, owner: nn.Module, holder: nn.Module | None = None) -> Iterator[str]:
@@ -52,9 +55,14 @@ def partner_names(name: str, owner: nn.Module, holder: nn.Module | None = None) 
 
 
 def has_pair(layer: nn.Module) -> bool:
-    """Whether a layer has both factors of a pair, by their names."""
-    names = {*layer._modules, *layer._parameters}
-    return any(partner in names for name in names for partner in PARTNERS.get(name, ()))
+    """Whether a layer itself has both factors of a pair."""
+    parts: dict[str, Any] = {**layer._modules, **layer._parameters}
+
+    def of(name: str) -> tuple[nn.Module, Any]:
+        part = parts[name]
+        return (part, getattr(part, "weight", None)) if isinstance(part, nn.Module) else (layer, part)
+
+    return any(fit(of(a), of(b)) for a, b in _PAIRS if parts.get(a) is not None and parts.get(b) is not None)
 
 
 def fit(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
@@ -93,7 +101,7 @@ def _shape(tensor: Any) -> tuple[int, ...] | None:
     """The shape of a whole matrix; None if this is a flattened shard, packed, or not made yet."""
     if not isinstance(tensor, torch.Tensor) or is_lazy(tensor) or not tensor.is_floating_point():
         return None
-    if hasattr(tensor, "ds_shape"):  # ZeRO-3's, of the whole
-        return tuple(tensor.ds_shape)
+    if (whole := getattr(tensor, "ds_shape", None)) is not None:  # ZeRO-3's
+        return tuple(whole)
     flattened = getattr(tensor, "_fsdp_flattened", False)  # FSDP1's own mark
     return None if flattened or not tensor.numel() else tuple(tensor.shape)

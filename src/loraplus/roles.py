@@ -1,7 +1,8 @@
 """Which part a trainable parameter plays: A, B, a head, a bias, …
 
-The role follows from the place of the parameter in its adapter layer (`layouts`), never from its number of dimensions,
-so sharding, flattening and 1-D parameters cannot move a parameter to another rate.
+The role follows from the place of the parameter in its adapter layer (`layouts`), beside the other factor of its pair
+(`partners`), never from its number of dimensions, so sharding, flattening and 1-D parameters cannot move a parameter to
+another rate.
 """
 
 from __future__ import annotations
@@ -105,12 +106,12 @@ class _Reading:
         return Role.OTHER
 
     def recognised(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role | None:
-        """The role that its layout gives a parameter. Factors are two: one without its partner is called so by chance."""
+        """The role that its layout gives a parameter; a factor without the other one is called so by chance."""
         role = registered(name, owner)
         if role is not None:
             return role
         role = recognise(name, owner, self.structure.holder(owner))
-        if role in _TAKE_TWO and not self.structure.has_partner(name, parameter, owner, role):
+        if role is not None and role in _TAKE_TWO and not self.structure.has_partner(name, parameter, owner, role):
             return saved_in_full(name, owner)
         return role
 

@@ -54,8 +54,8 @@ class Structure:
         """The module that holds another, wrappers not counted."""
         return self._holders.get(id(module))
 
-    def has_partner(self, name: str, parameter: nn.Parameter, owner: nn.Module, role: Role) -> bool:
-        """Whether the other factor of a pair stands where it must, and fits; for a magnitude, whether A stands there.
+    def has_partner(self, name: str, parameter: Any, owner: nn.Module, role: Role) -> bool:
+        """Whether the other factor of a pair stands where it must, and fits; of a magnitude, whether a pair does.
 
         Args:
             name: without what wrappers add.
@@ -69,8 +69,12 @@ class Structure:
             beside = self._by_name.get(place)
             if beside is None or not _holds(beside, last):
                 continue
-            pair = (owner, parameter), (beside, beside._parameters.get(last))
-            if role is Role.MAGNITUDE or fit(*(pair if role in (Role.A, Role.EMBEDDING_A) else pair[::-1])):
+            this, that = (owner, parameter), (beside, beside._parameters.get(last))
+            if role is Role.MAGNITUDE:
+                found = self.has_partner(other, that[1], beside, Role.A)
+            else:
+                found = fit(this, that) if role in (Role.A, Role.EMBEDDING_A) else fit(that, this)
+            if found:
                 return True
         return not others  # its layout knows it by more than a name
 
