@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -153,11 +154,12 @@ def test_roles_and_counts_told_from_names_are_those_of_the_model(tmp_path, optio
 
 
 def test_a_layer_saved_in_full_is_a_head_though_it_is_called_like_a_factor(tmp_path):
-    base = nn.ModuleDict({"q": nn.Linear(8, 8), "lora_B": nn.Linear(8, 8)})
-    folder, model = saved(tmp_path, base, target_modules=["q"], modules_to_save=["lora_B"])
+    base = nn.ModuleDict({"q": nn.Linear(8, 8)})
+    base["block"] = nn.Sequential(OrderedDict(lora_B=nn.Linear(8, 8)))
+    folder, model = saved(tmp_path, base, target_modules=["q"], modules_to_save=["block"])
     adapter = Adapter(folder)
     assert adapter.trained() == {saved_name(e.name): e.role for e in loraplus.roles.trainable_parameters(model)}
-    assert adapter.roles["base_model.model.lora_B.weight"] is loraplus.Role.HEAD
+    assert adapter.roles["base_model.model.block.lora_B.weight"] is loraplus.Role.HEAD
     assert [pair.name for pair in adapter.pairs] == ["q"]
 
 
