@@ -178,7 +178,8 @@ def saved_name(name: str) -> str:
         >>> saved_name("base_model.model.q.lora_A.default.weight")
         'base_model.model.q.lora_A.weight'
     """
-    name = _ADAPTER_NAME.sub(r"\1", re.sub(r"\.modules_to_save\.[^.]+(?=\.)", "", name))
+    whole = re.sub(r"\.modules_to_save\.[^.]+(?=\.)", "", name)
+    name = whole if whole != name else _ADAPTER_NAME.sub(r"\1", name)
     return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
 
 
