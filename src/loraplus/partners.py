@@ -29,7 +29,7 @@ PARTNERS |= {a: (b,) for a, b in _PAIRS} | {b: (a,) for a, b in _PAIRS}
 
 
 def partner_names(name: str, owner: nn.Module, holder: nn.Module | None = None) -> Iterator[str]:
-    """The names that the other factor of a pair may have. DoRA's magnitude stands beside A.
+    """The names that the other factor of a pair may have. A factor's bias has its partners; DoRA's magnitude has A.
 
     Args:
         name: of a factor, without what wrappers add.
@@ -46,7 +46,7 @@ def partner_names(name: str, owner: nn.Module, holder: nn.Module | None = None) 
         parts = name.split(".")
         forms.insert(0, (short, f".{parts[-1] if isinstance(owner, nn.ParameterDict) else parts[-2]}"))
     for form, key in forms:
-        place, _, own = f".{form.removesuffix('.weight')}".rpartition(".")
+        place, _, own = f".{form.removesuffix('.weight').removesuffix('.bias')}".rpartition(".")
         if own.isdecimal():  # one of several, in a list
             key = f".{own}{key}"
             place, _, own = place.rpartition(".")

@@ -43,7 +43,7 @@ __all__ = [
     "unregister_layout",
 ]
 
-_TAKE_TWO = FACTORS | {Role.MAGNITUDE}
+_TAKE_TWO = FACTORS | {Role.MAGNITUDE, Role.NORM_BIAS}  # what there is beside a pair only
 _FLAT = "_flat_param"  # FSDP1's one parameter for all of a module's, with use_orig_params=False
 
 

@@ -72,8 +72,10 @@ class Structure:
             this, that = (owner, parameter), (beside, beside._parameters.get(last))
             if role is Role.MAGNITUDE:
                 found = self.has_partner(other, that[1], beside, Role.A)
+            elif role in (Role.A, Role.EMBEDDING_A):
+                found = fit(this, that)
             else:
-                found = fit(this, that) if role in (Role.A, Role.EMBEDDING_A) else fit(that, this)
+                found = role is Role.NORM_BIAS or fit(that, this)
             if found:
                 return True
         return not others  # its layout knows it by more than a name
