@@ -1,4 +1,4 @@
-"""Which dimensions of a weight the code holds, after it was turned, indexed and reshaped, and which a product sums over.
+"""Which dimensions of a weight the code holds after it was turned, indexed, reshaped, and what products sum over.
 
 A weight's own dimensions are counted from the end: −1 and −2 are its two sides, what stands before are experts.
 """

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 
 from loraplus.errors import LoraPlusWarning
 
+_OURS = ("loraplus", "contextlib")  # a decorator's frame is the library's
 _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
 

@@ -121,7 +121,7 @@ class Calls:
         if not isinstance(function, Thing):
             return self.library(called, given, named)
         target = function.value
-        name = str(getattr(target, "__name__", called))
+        name = str(getattr(target, "__name__", called)).removeprefix("linalg_")
         package = str(getattr(target, "__module__", None) or "torch").partition(".")[0]
         if package not in _LIBRARIES and not isinstance(target, type):
             code = definition(target) if any(map(holds_weight, [*given, *named.values()])) else None
@@ -228,11 +228,8 @@ class Calls:
 
     def _multi_dot(self, given: list[Any], named: dict[str, Any]) -> None:
         factors = list(given[0].entries.values()) if given and isinstance(given[0], Items) else given
-        for place, value in enumerate(factors):  # between two, a factor meets the input with both sides
-            if place:
-                self.product(None, value)
-            else:
-                self.product(value, None)
+        for place, value in enumerate(factors):
+            self.product(*((None, value) if place else (value, None)))
 
     _chain_matmul = _multi_dot
 
@@ -298,8 +295,8 @@ class Calls:
 
 
 _SPECIAL = frozenset(
-    "linear multi_head_attention_forward inner einsum tensordot multi_dot chain_matmul sum stack cat concat concatenate "
-    "getattr setattr vars partial checkpoint map vmap zip enumerate range int len item next dict".split()
+    "linear multi_head_attention_forward inner einsum tensordot multi_dot chain_matmul sum stack cat concat "
+    "concatenate getattr setattr vars partial checkpoint map vmap zip enumerate range int len item next dict".split()
 )
 
 

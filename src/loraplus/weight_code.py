@@ -31,6 +31,7 @@ from loraplus.weight_values import (
 )  # fmt: skip
 
 _DEPTH = 8  # functions that hand the weight on to others
+_CALLS = 200  # that are read in all: a layer that makes more is a whole model
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -58,6 +59,7 @@ class Reader(Calls):
     def __init__(self, layer: type, name: str, dimensions: int | None) -> None:
         super().__init__(layer, name, Axes.of(dimensions))
         self._reading: list[Any] = []
+        self._calls = 0
 
     def read(self, method: str) -> None:
         """Reads a method of the layer, and what it calls."""
@@ -67,8 +69,9 @@ class Reader(Calls):
 
     def call(self, code: Code, given: Sequence[Any], named: dict[str, Any]) -> Any:
         """What a function gives back."""
-        if code.node in self._reading or len(self._reading) > _DEPTH:
+        if code.node in self._reading or len(self._reading) > _DEPTH or self._calls > _CALLS:
             return None
+        self._calls += 1
         frame, arguments = Frame(code), code.node.args
         given, named = [*code.given, *given], {**code.named, **named}
         places = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]

@@ -1,4 +1,4 @@
-"""What the code of a layer holds, as far as a reader of it must know: where the weight is, and which functions there are."""
+"""What the code of a layer holds, as far as its reader must know: where the weight is, which functions there are."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ class Thing:
     """A module, class or function that the code names."""
 
     value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Thing) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 @dataclass(frozen=True)
@@ -72,14 +78,14 @@ class Code:
     """
 
     node: Any
-    around: Mapping[str, Any]
-    world: Mapping[str, Any]
+    around: Mapping[str, Any] = field(compare=False)
+    world: Mapping[str, Any] = field(compare=False)
     of: type | None = None
-    given: tuple[Any, ...] = ()
-    named: Mapping[str, Any] = field(default_factory=dict)
+    given: tuple[Any, ...] = field(default=(), compare=False)
+    named: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Partial:
     """A function of a library with some of its arguments."""
 
