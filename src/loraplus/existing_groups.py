@@ -16,11 +16,13 @@ from torch import nn
 from loraplus.errors import InvalidRateError, ParameterGroupError
 from loraplus.rates import DEFAULT_LR_RATIO, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, trainable_parameters
+from loraplus.telling import told_once
 
 Groups = Iterable[Mapping[str, Any]]
 _PARAMETERS = frozenset({"params", "param_names"})
 
 
+@told_once()
 def split_groups(
     model: nn.Module,
     groups: Groups,

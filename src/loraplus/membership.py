@@ -12,6 +12,7 @@ from torch import nn
 
 from loraplus.errors import LoraPlusError
 from loraplus.roles import Role, TrainableParameter, clean_name, trainable_parameters
+from loraplus.telling import told_once
 
 Groups = Sequence[Mapping[str, Any]]
 _TOLERANCE = 1e-3
@@ -162,6 +163,7 @@ def _places(groups: Groups) -> dict[int, str]:
     }
 
 
+@told_once(silent=True)
 def _factors(model: nn.Module) -> list[TrainableParameter]:
     try:
         return [entry for entry in trainable_parameters(model) if entry.role in (Role.A, Role.B)]

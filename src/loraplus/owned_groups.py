@@ -19,6 +19,7 @@ from torch import nn
 from loraplus.errors import LoraPlusWarning, TrainerSetupError
 from loraplus.proposal import as_before
 from loraplus.roles import Role, trainable_parameters
+from loraplus.telling import told_once
 
 _DUMMY = 0.1  # a rate that no head is trained with, and that stands for "set automatically"
 _OF_NO_ACCOUNT = {"params", "param_names", "name", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay"}
@@ -180,6 +181,7 @@ def _base(group: Mapping[str, Any]) -> float:
     return float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
 
 
+@told_once(silent=True)
 def _roles_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, Role]:
     """{index of a group that holds A, or B: role}."""
     roles = {id(entry.parameter): entry.role for entry in trainable_parameters(model)}
