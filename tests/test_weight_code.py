@@ -284,6 +284,42 @@ def branches_that_agree(self, x):
 
 
 @form(Matrix)
+def tried(self, x):
+    try:
+        weight = self.w
+    except AttributeError:
+        weight = None
+    return x @ weight
+
+
+@form(Rows)
+def matched(self, x):
+    match x.ndim:
+        case 2:
+            weight = self.w.t()
+        case _:
+            weight = self.w.mT
+    return x @ weight
+
+
+@form(ExpertRows)
+def an_order_in_a_variable(self, x):
+    order = (0, 2, 1)
+    return (x @ self.w.permute(*order)).sum(0)
+
+
+@form(Experts)
+def a_dict_of_experts(self, x):
+    weights = {i: self.w[i] for i in range(EXPERTS)}
+    return sum(x @ w for _, w in weights.items())
+
+
+@form(Rows)
+def one_row_at_a_time(self, x):
+    return torch.stack([self.w @ row for row in x])
+
+
+@form(Matrix)
 def partial(self, x):
     return functools.partial(torch.matmul, other=self.w)(x)
 

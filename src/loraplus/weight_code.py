@@ -128,12 +128,24 @@ class Reader(Calls):
 
     def _If(self, node: ast.If, frame: Frame) -> None:
         self.value(node.test, frame)
+        self._branch([node.body, node.orelse], frame)
+
+    def _Try(self, node: ast.Try, frame: Frame) -> None:
+        self._branch([[*node.body, *node.orelse], *(handler.body for handler in node.handlers)], frame)
+        self._run(node.finalbody, frame)
+
+    def _Match(self, node: ast.Match, frame: Frame) -> None:
+        self.value(node.subject, frame)
+        self._branch([case.body for case in node.cases], frame)
+
+    def _branch(self, branches: Sequence[Sequence[ast.stmt]], frame: Frame) -> None:
+        """Reads each from the same start; a name is afterwards what it is in one of them."""
         before, after = dict(frame.names), []
-        for branch in (node.body, node.orelse):
+        for branch in branches:
             frame.names = dict(before)
             self._run(branch, frame)
             after.append(frame.names)
-        frame.names = {name: either(names.get(name) for names in after) for name in {**after[0], **after[1]}}
+        frame.names = {name: either(names.get(name) for names in after) for names in after for name in names}
 
     def _For(self, node: ast.For, frame: Frame) -> None:
         self.assign(node.target, element(self.value(node.iter, frame)), frame)
