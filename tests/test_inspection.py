@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -150,6 +151,25 @@ def test_roles_and_counts_told_from_names_are_those_of_the_model(tmp_path, optio
     assert adapter.trained() == expected
     header = inspect_folder(str(folder))["adapter"]
     assert header["trained_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_layer_saved_in_full_is_a_head_though_it_is_called_like_a_factor(tmp_path):
+    base = nn.ModuleDict({"q": nn.Linear(8, 8)})
+    base["block"] = nn.Sequential(OrderedDict(lora_B=nn.Linear(8, 8)))
+    folder, model = saved(tmp_path, base, target_modules=["q"], modules_to_save=["block"])
+    adapter = Adapter(folder)
+    assert adapter.trained() == {saved_name(e.name): e.role for e in loraplus.roles.trainable_parameters(model)}
+    assert adapter.roles["base_model.model.block.lora_B.weight"] is loraplus.Role.HEAD
+    assert [pair.name for pair in adapter.pairs] == ["q"]
+
+
+def test_an_adapter_without_one_of_its_factors_is_not_whole(tmp_path):
+    folder, _ = saved(tmp_path, tiny_bert(), target_modules=["query"])
+    weights = load_file(folder / "adapter_model.safetensors")
+    del weights[next(name for name in weights if "lora_A" in name)]
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="has no lora_A for .*query; the adapter is not whole"):
+        Adapter(folder)
 
 
 def test_an_embedding_saved_without_being_trained_is_not_counted(tmp_path):

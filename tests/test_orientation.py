@@ -6,6 +6,9 @@ gradient there. That is numbers, not names, sizes or code.
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -176,13 +179,16 @@ def test_a_table_of_embeddings_as_a_parameter_has_embedding_factors():
     assert found == {"lora_A": Role.EMBEDDING_B, "lora_B": Role.EMBEDDING_A}  # the rows that ids pick are lora_B's
 
 
+PRODUCTS = {"matmul": torch.matmul}
+
+
 class Opaque(Layer):
     def forward(self, x):
-        return _hidden_away(self, x)
+        return PRODUCTS["matmul"](x, self.weight)
 
 
-def _hidden_away(layer, x):
-    return x @ layer.weight
+def told(caught) -> list[str]:
+    return [str(warning.message) for warning in caught if "does not tell" in str(warning.message)]
 
 
 def test_where_the_code_does_not_tell_pefts_names_are_taken_and_that_is_said():
@@ -190,6 +196,27 @@ def test_where_the_code_does_not_tell_pefts_names_are_taken_and_that_is_said():
     model = adapted(nn.Sequential(Opaque(6, 10)), "0.weight")
     with pytest.warns(loraplus.LoraPlusWarning, match="the code of Opaque does not tell which dimension of weight"):
         assert [entry.role for entry in trainable_parameters(model)] == [Role.A, Role.B]
+
+
+def test_each_creation_and_each_verification_of_each_model_says_it_once():
+    for _ in range(2):
+        model = adapted(nn.Sequential(Opaque(6, 10), Opaque(10, 4)), "weight")
+        with pytest.warns(loraplus.LoraPlusWarning) as caught:
+            optimizer = loraplus.create_optimizer(model, torch.optim.SGD, lr=1e-3, lr_ratio=16)
+        assert len(told(caught)) == 1 and Path(caught[0].filename).name == Path(__file__).name
+        with pytest.warns(loraplus.LoraPlusWarning) as caught:
+            loraplus.verify(model, optimizer, 16)
+        assert len(told(caught)) == 1
+
+
+def test_training_says_nothing_more():
+    model = adapted(nn.Sequential(Opaque(6, 10)), "0.weight")
+    with pytest.warns(loraplus.LoraPlusWarning):
+        optimizer = loraplus.create_optimizer(model, torch.optim.SGD, lr=1e-3, lr_ratio=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", loraplus.LoraPlusWarning)
+        for _ in range(101):  # the watch looks at the model at steps 1 and 101
+            optimizer.step()
 
 
 def test_attention_and_a_layers_own_word_for_its_layout_are_understood():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from loraplus.errors import InvalidRateError, ParameterGroupError
+from loraplus.notices import told_once
 from loraplus.rates import DEFAULT_LR_RATIO, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, trainable_parameters
 
@@ -21,6 +22,7 @@ Groups = Iterable[Mapping[str, Any]]
 _PARAMETERS = frozenset({"params", "param_names"})
 
 
+@told_once()
 def split_groups(
     model: nn.Module,
     groups: Groups,

@@ -16,6 +16,7 @@ from torch import nn
 
 from loraplus.errors import FlattenedParametersError, InvalidRateError, RateMismatchError
 from loraplus.existing_groups import Groups, base_rates, like, refuse_beside_groups, with_prefix
+from loraplus.notices import told_once
 from loraplus.rates import DEFAULT_LR_RATIO, ROLES_OF, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, trainable_parameters
 from loraplus.step_probe import refusal, try_step, warn_unproved
@@ -24,6 +25,7 @@ _RELATIVE_TOLERANCE = 1e-6
 _NAMED_IN_MESSAGE = 5
 
 
+@told_once()
 def param_groups(
     model: nn.Module,
     lr: float,
@@ -217,6 +219,7 @@ def _group_of(optimizer: Any) -> dict[int, int]:
     return {id(p): index for index, parameters in _parameters_by_group(optimizer) for p in parameters}
 
 
+@told_once()
 def explain(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable:
     """Reads back which role, rate and weight decay every trainable parameter has in any optimizer.
 
@@ -268,6 +271,7 @@ def _table(parameters: list[TrainableParameter], optimizer: Any, rate_of: Any = 
     return RateTable(tuple(entries))
 
 
+@told_once()
 def verify(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -11,7 +11,8 @@ does not reach them, and they keep lr (`Role.OTHER`). So do the core of a Tucker
 factors, and a matrix that is not factored at all (LoKr's `lokr_w1`): it reads and writes at once.
 
 Each layout is one recogniser; `register_layout` adds another. They look at names and at the module that owns the
-parameter, never at shapes, and import none of the libraries.
+parameter, never at shapes, and import none of the libraries. That a name is a factor's is not all: `partners` asks for
+the other of the pair.
 """
 
 from __future__ import annotations
@@ -75,9 +76,14 @@ def recognise_peft(name: str, owner: nn.Module) -> Role | None:
     role = _first(_PEFT, name)
     if role is None and isinstance(owner, nn.ParameterDict):  # AdaLoRA's
         role = {"lora_A": Role.A, "lora_B": Role.B}.get(name.rpartition(".")[2])
-    if role is None and _MODULES_TO_SAVE.search(name):
-        return Role.EMBEDDING if isinstance(owner, nn.Embedding) else Role.HEAD
-    return role
+    return saved_in_full(name, owner) if role is None else role
+
+
+def saved_in_full(name: str, owner: nn.Module) -> Role | None:
+    """The role of what PEFT trains in full (`modules_to_save`)."""
+    if not _MODULES_TO_SAVE.search(name):
+        return None
+    return Role.EMBEDDING if isinstance(owner, nn.Embedding) else Role.HEAD
 
 
 _DIFFUSERS = _patterns(
@@ -178,8 +184,18 @@ def unregister_layout(name: str) -> None:
     _layouts.pop(name, None)
 
 
+def registered(name: str, owner: nn.Module) -> Role | None:
+    """The role that a layout of the user's own gives a parameter."""
+    for layout in reversed(list(_registered.values())):
+        if (role := layout(name, owner)) is not None:
+            return role
+    return None
+
+
 def recognise(name: str, owner: nn.Module, holder: nn.Module | None = None) -> Role | None:
-    """The role that the first layout to know the parameter gives it; None if none does.
+    """The role that the first layout to know the parameter's name gives it; None if none does.
+
+    A name is no evidence that there is a pair of factors: `partners` says where the other one stands.
 
     Args:
         name: without what wrappers add.
@@ -192,9 +208,8 @@ def recognise(name: str, owner: nn.Module, holder: nn.Module | None = None) -> R
         >>> recognise("q.lora_B.lora_A.weight", nn.Linear(2, 8), nn.ModuleDict())  # B of an adapter called lora_A
         <Role.B: 'lora_B'>
     """
-    for layout in reversed(list(_registered.values())):
-        if (role := layout(name, owner)) is not None:
-            return role
+    if (role := registered(name, owner)) is not None:
+        return role
     short = without_adapter(name, owner, holder)
     for form in (short,) if short == name else (short, name):
         for layout in reversed(list(_layouts.values())):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusError
+from loraplus.notices import told_once
 from loraplus.roles import Role, TrainableParameter, clean_name, trainable_parameters
 
 Groups = Sequence[Mapping[str, Any]]
@@ -162,6 +163,7 @@ def _places(groups: Groups) -> dict[int, str]:
     }
 
 
+@told_once(silent=True)
 def _factors(model: nn.Module) -> list[TrainableParameter]:
     try:
         return [entry for entry in trainable_parameters(model) if entry.role in (Role.A, Role.B)]

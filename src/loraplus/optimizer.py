@@ -11,6 +11,7 @@ from torch import nn
 from loraplus.errors import InvalidRateError, OptimizerSetupError
 from loraplus.existing_groups import Groups, refuse_beside_groups, split_groups
 from loraplus.groups import param_groups
+from loraplus.notices import told_once
 from loraplus.paper import LR_EMBEDDING, paper_groups
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.roles import EMBEDDINGS, trainable_parameters
@@ -18,6 +19,7 @@ from loraplus.step_probe import refusal, try_step, warn_unproved
 from loraplus.watch import watch_rates
 
 
+@told_once()
 def create_optimizer(
     model: nn.Module,
     optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
@@ -158,6 +160,7 @@ def _keep_embeddings_in_32_bits(model: nn.Module, optimizer: torch.optim.Optimiz
         GlobalOptimManager.get_instance().override_config(embeddings, "optim_bits", 32)
 
 
+@told_once()
 def create_loraplus_optimizer(
     model: nn.Module,
     optimizer_cls: type[torch.optim.Optimizer],

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusWarning, TrainerSetupError
+from loraplus.notices import told_once
 from loraplus.proposal import as_before
 from loraplus.roles import Role, trainable_parameters
 
@@ -180,6 +181,7 @@ def _base(group: Mapping[str, Any]) -> float:
     return float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
 
 
+@told_once(silent=True)
 def _roles_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, Role]:
     """{index of a group that holds A, or B: role}."""
     roles = {id(entry.parameter): entry.role for entry in trainable_parameters(model)}

@@ -1,7 +1,8 @@
 """Which part a trainable parameter plays: A, B, a head, a bias, …
 
-The role follows from the place of the parameter in its adapter layer (`layouts`), never from its number of dimensions,
-so sharding, flattening and 1-D parameters cannot move a parameter to another rate.
+The role follows from the place of the parameter in its adapter layer (`layouts`), beside the other factor of its pair
+(`partners`), never from its number of dimensions, so sharding, flattening and 1-D parameters cannot move a parameter to
+another rate.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from loraplus.errors import (
     NoTrainableParametersError,
     UnknownAdapterParameterError,
 )
-from loraplus.layouts import EMBEDDINGS, FACTORS, Role, recognise, register_layout, unregister_layout
+from loraplus.layouts import (
+    EMBEDDINGS,
+    FACTORS,
+    Role,
+    recognise,
+    register_layout,
+    registered,
+    saved_in_full,
+    unregister_layout,
+)
 from loraplus.memory import overlapping
 from loraplus.structure import WRAPPERS, Structure
 
@@ -33,6 +43,7 @@ __all__ = [
     "unregister_layout",
 ]
 
+_TAKE_TWO = FACTORS | {Role.MAGNITUDE, Role.NORM_BIAS}  # what there is beside a pair only
 _FLAT = "_flat_param"  # FSDP1's one parameter for all of a module's, with use_orig_params=False
 
 
@@ -79,7 +90,7 @@ class _Reading:
         self.factor_owners: list[nn.Module] = []
 
     def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
-        role = recognise(name, owner, self.structure.holder(owner))
+        role = self.recognised(name, parameter, owner)
         if role in (Role.A, Role.B):
             role = self.structure.wrapped.get(id(owner), role)
         if role in FACTORS:
@@ -93,6 +104,16 @@ class _Reading:
         if name.rpartition(".")[2] == "bias" or _NORM_MODULE.search(type(owner).__name__):
             return Role.NORM_BIAS
         return Role.OTHER
+
+    def recognised(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role | None:
+        """The role that its layout gives a parameter; a factor without the other one is called so by chance."""
+        role = registered(name, owner)
+        if role is not None:
+            return role
+        role = recognise(name, owner, self.structure.holder(owner))
+        if role is not None and role in _TAKE_TWO and not self.structure.has_partner(name, parameter, owner, role):
+            return saved_in_full(name, owner)
+        return role
 
     def unflatten(self, name: str, flat: Any) -> tuple[str, Role, bool | None]:
         """Name, role and weight decay of an FSDP1 FlatParameter, from the list that it keeps of its parts."""

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from loraplus.layouts import without_adapter
+from loraplus.layouts import Role, without_adapter
 from loraplus.orientation import wrapped_roles
+from loraplus.partners import PARTNERS, fit, has_pair, partner_names
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
-# Parameters of these names are factors in some library, whether its layout is known or not.
+# Beside a pair of factors, parameters of these names are factors too, whether their layout is known or not.
 _FACTOR = re.compile(
     r"lora_(?:[A-Za-z]|down|up|mid|embedding_[AB])|hada_[wt]\d(?:_[ab])?|lokr_[wt]\d(?:_[ab])?|oft_blocks"
 )
@@ -32,12 +33,17 @@ class Structure:
         self.owners: dict[str, nn.Module] = {}
         self.in_layer_norm: set[str] = set()
         self._holders: dict[int, nn.Module] = {}
+        self._by_name: dict[str, nn.Module] = {}
+        clean = {"": ""}  # {path: the same without wrappers}
         self._in_adapter: set[int] = set()
         for path, module in model.named_modules(remove_duplicate=False):
             parent, _, own = path.rpartition(".")
             if isinstance(module, nn.LayerNorm) or (path and parent in self.in_layer_norm):
                 self.in_layer_norm.add(path)
             self.owners[path] = module
+            wraps = own in WRAPPERS or (own == "module" and not clean.get(parent))
+            clean[path] = f"{clean.get(parent, '')}{'' if wraps else f'.{own}'}".removeprefix(".")
+            self._by_name[clean[path]] = module
             if path:
                 above = self.owners[parent]
                 self._holders.setdefault(id(module), self._holders.get(id(above), above) if own in WRAPPERS else above)
@@ -48,22 +54,48 @@ class Structure:
         """The module that holds another, wrappers not counted."""
         return self._holders.get(id(module))
 
+    def has_partner(self, name: str, parameter: Any, owner: nn.Module, role: Role) -> bool:
+        """Whether the other factor of a pair stands where it must, and fits; of a magnitude, whether a pair does.
+
+        Args:
+            name: without what wrappers add.
+            parameter: of that name.
+            owner: the module that holds it.
+            role: what it would be.
+        """
+        others = list(partner_names(name, owner, self.holder(owner)))
+        for other in others:
+            place, _, last = other.rpartition(".")
+            beside = self._by_name.get(place)
+            if beside is None or not _holds(beside, last):
+                continue
+            this, that = (owner, parameter), (beside, beside._parameters.get(last))
+            if role is Role.MAGNITUDE:
+                found = self.has_partner(other, that[1], beside, Role.A)
+            elif role in (Role.A, Role.EMBEDDING_A):
+                found = fit(this, that)
+            else:
+                found = role is Role.NORM_BIAS or fit(that, this)
+            if found:
+                return True
+        return not others  # its layout knows it by more than a name
+
     def is_factor(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether a parameter that no layout knows is part of an adapter's product all the same.
 
         The evidence is where it stands: as a matrix in the part of a layer that PEFT calls the adapter's, in a module
-        of LyCORIS, under the very name of a factor, or as one of two matrices called lora-something that make a low
-        rank.
+        of LyCORIS, beside a pair of factors and named like them, or as one of two matrices called lora-something that
+        make a low rank.
         """
         holder = self.holder(owner)
         if id(owner) in self._in_adapter and parameter.ndim > 1:
             return True
         if any(type(module).__module__.startswith("lycoris.") for module in (owner, holder)):
             return True
-        parts = without_adapter(name, owner, holder).split(".")
-        if any(_FACTOR.fullmatch(part) for part in (parts[-1], *(parts[-2:-1] if parts[-1] == "weight" else ()))):
-            return True
         above = [owner, *(module for module in (holder, self.holder(holder) if holder else None) if module is not None)]
+        own = without_adapter(name, owner, holder).removesuffix(".weight").rpartition(".")[2]
+        if _FACTOR.fullmatch(own) and own not in PARTNERS and any(has_pair(layer) for layer in above):
+            return True
         return any(
             _LORA_WORD.search(part) and _completes_a_low_rank(parameter, layer)
             for part, layer in zip(reversed(name.split(".")), above, strict=False)
@@ -87,6 +119,14 @@ def _containers(module: nn.Module) -> Iterator[nn.Module]:
         container = module._modules.get(name)
         if container is not None and name != "modules_to_save":
             yield container
+
+
+def _holds(module: Any, name: str) -> bool:
+    """Whether a module has a tensor of a name: as a parameter, flattened by FSDP1, parametrized, or packed."""
+    tensors = {**module._buffers, **module._parameters}
+    if tensors.get(name) is not None or name in vars(module) or name in module._modules.get("parametrizations", ()):
+        return True
+    return name == "weight" and any(value is not None for own, value in tensors.items() if own != "bias")
 
 
 def _completes_a_low_rank(parameter: nn.Parameter, layer: nn.Module) -> bool:

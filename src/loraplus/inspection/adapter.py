@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from loraplus.errors import InputError
 from loraplus.inspection.tensors import TensorFiles
 from loraplus.layouts import Role, recognise
+from loraplus.partners import partner_names
 from loraplus.tasks.limited import check_patterns
 from loraplus.tasks.output import read_json
 
@@ -79,7 +80,7 @@ class Adapter:
         roles, unknown = {}, []
         for name in self.tensors.shapes:
             try:
-                roles[name] = role_of(name, self.config)
+                roles[name] = role_of(name, self.config, self.tensors.shapes)
             except KeyError:
                 unknown.append(name)
         if unknown:
@@ -138,23 +139,30 @@ class Adapter:
         )  # fmt: skip
 
 
-def role_of(name: str, config: Mapping[str, Any]) -> Role | None:
+def role_of(name: str, config: Mapping[str, Any], names: Container[str]) -> Role | None:
     """The role of a saved tensor; None if it is saved without having been trained (an embedding of another size).
+
+    Args:
+        name: of the tensor.
+        config: content of adapter_config.json.
+        names: of all tensors of the file: what is called like a factor and has no partner may be a layer saved in full.
 
     Raises:
         KeyError: no layout explains the name.
 
     Example:
-        >>> role_of("base_model.model.layers.0.q_proj.lora_B.weight", {})
-        <Role.B: 'lora_B'>
+        >>> names = [f"base_model.model.layers.0.q_proj.lora_{factor}.weight" for factor in "AB"]
+        >>> role_of(names[1], {}, names), role_of(names[1], {"modules_to_save": ["lora_B"]}, names[1:])
+        (<Role.B: 'lora_B'>, <Role.HEAD: 'head'>)
     """
     role = recognise(name, _OWNER)
+    path, _, last = name.removeprefix(_PREFIX).rpartition(".")
+    if role is None or not any(partner in names for partner in partner_names(name, _OWNER)):
+        for module in config.get("modules_to_save") or ():
+            if f".{module}." in f".{path}.":
+                return Role.EMBEDDING if _EMBEDDING.search(path) else Role.HEAD
     if role is not None:
         return role
-    path, _, last = name.removeprefix(_PREFIX).rpartition(".")
-    for module in config.get("modules_to_save") or ():
-        if f".{module}." in f".{path}.":
-            return Role.EMBEDDING if _EMBEDDING.search(path) else Role.HEAD
     if config.get("bias", "none") != "none" and last == "bias":
         return Role.NORM_BIAS
     if last in ("weight", "bias") and (path.endswith(".base_layer") or _EMBEDDING.search(path)):
@@ -181,7 +189,8 @@ def saved_name(name: str) -> str:
         >>> saved_name("base_model.model.q.lora_A.default.weight")
         'base_model.model.q.lora_A.weight'
     """
-    name = _ADAPTER_NAME.sub(r"\1", re.sub(r"\.modules_to_save\.[^.]+(?=\.)", "", name))
+    whole = re.sub(r"\.modules_to_save\.[^.]+(?=\.)", "", name)
+    name = whole if whole != name else _ADAPTER_NAME.sub(r"\1", name)
     return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
 
 

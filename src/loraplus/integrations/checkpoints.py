@@ -19,6 +19,7 @@ from loraplus.auto import AutoRates
 from loraplus.errors import LoraPlusWarning, ResumeMismatchError
 from loraplus.groups import ParameterRate, built_rates
 from loraplus.movement import factors
+from loraplus.notices import told_once
 from loraplus.rates import Rates
 from loraplus.roles import Role, trainable_parameters
 from loraplus.watch import unwrapped
@@ -115,6 +116,7 @@ def rates_record(rates: Rates, model: nn.Module, auto: AutoRates | None = None) 
     }
 
 
+@told_once(silent=True)
 def roles_of(model: nn.Module) -> dict[str, str]:
     """{name of a trainable parameter: its role}, as a record holds them."""
     return {entry.name: entry.role.value for entry in trainable_parameters(model)}

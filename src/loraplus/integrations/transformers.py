@@ -39,6 +39,7 @@ from loraplus.integrations.trainer_checkpoints import WholeCheckpoints
 from loraplus.integrations.trainer_optimizer import Split, keep_ratio, own_class, split
 from loraplus.integrations.trainer_search import check_searched, checked_space
 from loraplus.integrations.trainer_settings import LoraPlusTrainingArguments, RateSettings, overrides_from
+from loraplus.notices import told_once
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.roles import Role, trainable_parameters
 
@@ -426,4 +427,5 @@ def _set_up(trainer: Any, given: RateSettings | None) -> None:
         trainer.add_callback(_AtStart(trainer))
     # Every error that the model causes, early; without data there will be no training, and any model and rate will do.
     if rates is not None and trainer.model is not None and trainer.model_init is None:
-        groups_for(trainable_parameters(trainer.model), rates, None)
+        with told_once(silent=True):  # warnings are the optimizer's
+            groups_for(trainable_parameters(trainer.model), rates, None)

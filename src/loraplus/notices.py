@@ -1,0 +1,51 @@
+"""One warning for each thing that is to be told, however often it comes up while an optimizer is made or proved."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from loraplus.errors import LoraPlusWarning
+
+_OURS = ("loraplus", "contextlib")  # a decorator's frame is the library's
+_told: ContextVar[set[str] | None] = ContextVar("told", default=None)
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextmanager
+def told_once(*, silent: bool = False) -> Iterator[None]:
+    """What is told in a block, or in a function that this decorates, is told once; within another such block, by that.
+
+    Args:
+        silent: nothing is told, where somebody else has told it.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as caught, told_once():
+        ...     tell("that")
+        ...     tell("that")
+        >>> len(caught)
+        1
+    """
+    outer, quiet = _told.get(), _silent.get()
+    tokens = _told.set(set() if outer is None else outer), _silent.set(silent or quiet)
+    try:
+        yield
+    finally:
+        _told.reset(tokens[0])
+        _silent.reset(tokens[1])
+
+
+def tell(text: str) -> None:
+    """Warns at the line of the user's that led here."""
+    told = _told.get()
+    if _silent.get() or (told is not None and text in told):
+        return
+    if told is not None:
+        told.add(text)
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _OURS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, LoraPlusWarning, stacklevel=level)
