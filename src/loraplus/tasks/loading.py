@@ -147,7 +147,7 @@ def _check_folder(folder: Path, trust_remote_code: bool) -> None:
 
 
 def _names_kernel(config: dict[str, Any]) -> bool:
-    """Whether the configuration of a model or of a part of it names a kernel of the hub: code that is fetched and run."""
+    """Whether a configuration, or that of a part of it, names a kernel of the hub: code that is fetched and run."""
     return any(
         (key.strip("_").endswith("_implementation") and "/" in str(value))
         or (isinstance(value, dict) and _names_kernel(value))
