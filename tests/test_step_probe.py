@@ -316,3 +316,8 @@ class WarmedUp(torch.optim.AdamW):
 def test_a_warm_up_of_the_optimizers_own_follows_its_groups():
     model = adapted()
     loraplus.verify(model, loraplus.create_optimizer(model, WarmedUp, lr=1e-3, lr_ratio=RATIO), RATIO)
+
+
+def test_a_setting_that_makes_the_step_infinite_is_blamed_rather_than_the_optimizer():
+    with pytest.raises(loraplus.OptimizerSetupError, match="NaN or infinite; one of its settings"):
+        loraplus.create_optimizer(adapted(), torch.optim.AdamW, lr=1e-3, lr_ratio=16, weight_decay=1e30)

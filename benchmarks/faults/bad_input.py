@@ -1,10 +1,10 @@
 """Bad input by the thousand: every reader of other people's files gets changed and invented ones.
 
-    python benchmarks/faults/bad_input.py --count 100000 --output benchmarks/results/faults/bad-input.json
+    python benchmarks/faults/bad_input.py --inputs 100000 --output benchmarks/results/faults/bad-input.json
 
 Right is what is read, or refused with an error of loraplus in one line of at most 500 characters, within ten seconds.
 All else is a failure: another exception, a longer message, a process that dies or does not come back. The same seed
-makes the same inputs.
+makes the same inputs. The output is written after every few thousand; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import faulthandler
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -24,6 +23,8 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 BLOCK = 2500
 """Inputs of one process."""
 SECONDS, GIVEN_UP = 10.0, 120.0
-MEMORY = 6 * 2**30
+MEMORY = 48 * 2**30
+"""Addresses of one process, most of which torch reserves and does not use."""
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "pyarrow", "datasets", "PyYAML", "hypothesis")
 
 
 def one_input(reader: Any, name: str, content: bytes, work: Path) -> tuple[str, str, float]:
@@ -141,8 +144,8 @@ def one_block(models: Path, count: int, seed: int) -> dict[str, Any]:
 
 def _in_a_process(models: Path, count: int, seed: int) -> dict[str, Any]:
     """One block in a process of its own, so that one that dies is a failure and not the end."""
-    command = [sys.executable, __file__, "--block", str(seed), "--count", str(count), "--models", str(models)]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (8 * MEMORY, 8 * MEMORY))  # noqa: E731
+    command = [sys.executable, __file__, "--block", str(seed), "--inputs", str(count), "--models", str(models)]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # noqa: E731
     ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     try:
         return json.loads(ended.stdout.splitlines()[-1])
@@ -153,9 +156,60 @@ def _in_a_process(models: Path, count: int, seed: int) -> dict[str, Any]:
                 "peak_mb": 0}  # fmt: skip
 
 
+@dataclass
+class Result:
+    """What came of all inputs so far; as JSON, the output."""
+
+    command: str
+    seed: int
+    block: int = BLOCK
+    blocks: int = 0
+    inputs: int = 0
+    read: int = 0
+    refused_in_one_line: int = 0
+    failures: int = 0
+    slowest_call: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "reader": ""})
+    peak_mb: int = 0
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in PACKAGES})
+    readers: dict[str, dict[str, int]] = field(default_factory=dict)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, output: Path | None, seed: int) -> Result:
+        """The one that was written by the same command, or a new one."""
+        if output is not None and output.exists():
+            found = cls(**json.loads(output.read_text(encoding="utf-8")))
+            if (found.seed, found.block) != (seed, BLOCK):
+                raise SystemExit(f"{output} holds inputs of another seed; name another file")
+            return found
+        return cls(command="", seed=seed)
+
+    def add(self, found: dict[str, Any]) -> None:
+        """Counts another block."""
+        for reader, results in found["counts"].items():
+            self.readers[reader] = dict(Counter(self.readers.get(reader, {})) + Counter(results))
+        total: Counter[str] = sum(map(Counter, self.readers.values()), Counter())
+        self.inputs, self.failures = total.total(), total["failed"]
+        self.read, self.refused_in_one_line = total["read"], total["refused"]
+        self.failed = (self.failed + found["failures"])[:200]
+        self.slowest_call = max(self.slowest_call, found["slowest"], key=lambda call: call["seconds"])
+        self.peak_mb = max(self.peak_mb, found["peak_mb"])
+        self.blocks += 1
+
+    def write(self, output: Path | None) -> None:
+        """As JSON, whole or not at all."""
+        if output is None:
+            return
+        from loraplus.tasks.files import write_json
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, {**asdict(self), "readers": dict(sorted(self.readers.items()))})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--count", type=int, default=2000, help="inputs")
+    parser.add_argument("--inputs", type=int, default=2000, help=f"how many; in whole blocks of {BLOCK}")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     parser.add_argument("--block", type=int, help=argparse.SUPPRESS)
@@ -165,41 +219,27 @@ def main() -> int:
         from loraplus.cli.console import quiet_libraries
 
         quiet_libraries()
-        print(json.dumps(one_block(options.models, options.count, options.block)))
+        print(json.dumps(one_block(options.models, options.inputs, options.block)))
         return 0
-    started = time.monotonic()
-    counts: dict[str, Counter[str]] = {}
-    failures: list[dict[str, Any]] = []
-    slowest, peak = {"seconds": 0.0, "reader": ""}, 0
+    result = Result.of(options.output, options.seed)
+    result.command = " ".join(["python benchmarks/faults/bad_input.py", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="bad-input-models-") as scratch:
-        models = options.models or Path(scratch)
-        for index, start in enumerate(range(0, options.count, BLOCK)):
-            found = _in_a_process(models, min(BLOCK, options.count - start), options.seed * 10_000 + index)
-            for reader, results in found["counts"].items():
-                counts.setdefault(reader, Counter()).update(results)
-            failures += found["failures"]
+        while result.inputs < options.inputs:
+            started = time.monotonic()
+            wanted = min(BLOCK, options.inputs - result.inputs)
+            found = _in_a_process(options.models or Path(scratch), wanted, options.seed * 10_000 + result.blocks)
+            result.add(found)
+            result.seconds = round(result.seconds + time.monotonic() - started)
+            result.write(options.output)
             for failure in found["failures"]:
                 print(f"{failure['reader']}, {failure['file']}: {failure['why']}")
-            slowest = max(slowest, found["slowest"], key=lambda call: call["seconds"])
-            peak = max(peak, found["peak_mb"])
-            total = sum(map(Counter.total, counts.values()))
-            print(f"{total:,} inputs, {len(failures)} failures, {time.monotonic() - started:.0f} s", flush=True)
-    total: Counter[str] = sum(counts.values(), Counter())
-    result = {
-        "inputs": total.total(), "refused_in_one_line": total["refused"], "read": total["read"],
-        "failures": total["failed"], "seed": options.seed, "slowest_call": slowest, "peak_mb": peak,
-        "seconds": round(time.monotonic() - started), "python": platform.python_version(),
-        "readers": {name: dict(sorted(found.items())) for name, found in sorted(counts.items())},
-        "failed": failures[:200],
-    }  # fmt: skip
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            print(f"{result.inputs:,} inputs, {result.failures} failures, {result.seconds:.0f} s", flush=True)
     print(
-        f"{result['inputs']:,} inputs: {result['refused_in_one_line']:,} refused in one line, {result['read']:,} read, "
-        f"{result['failures']} failures; slowest {slowest['seconds']:.1f} s ({slowest['reader']}), peak {peak} MB"
+        f"{result.inputs:,} inputs: {result.refused_in_one_line:,} refused in one line, {result.read:,} read, "
+        f"{result.failures} failures; slowest {result.slowest_call['seconds']:.1f} s "
+        f"({result.slowest_call['reader']}), peak {result.peak_mb} MB"
     )
-    return 1 if failures else 0
+    return 1 if result.failures else 0
 
 
 if __name__ == "__main__":

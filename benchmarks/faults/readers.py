@@ -42,7 +42,8 @@ class Reader:
 
 
 def readers(folder: Path) -> list[Reader]:
-    """All readers, with small models made in a folder.
+    """All readers, with small models made in a folder. Another one is another `Reader` in a list below: that of
+    checkpoints to go on from belongs to `_inspected`, which has one.
 
     Args:
         folder: empty, or filled by an earlier call.

@@ -55,6 +55,11 @@ def refusal(optimizer: Any, trial: Trial) -> str:
     """What is wrong with an optimizer whose trial failed, and what to do."""
     optimizer = unwrapped(optimizer)
     name = type(optimizer).__name__
+    if trial.moved is not None and not math.isfinite(trial.moved):
+        return (
+            f"a trial step of {name} gives numbers that are NaN or infinite; one of its settings (a rate, the weight "
+            "decay) is far too large"
+        )
     if trial.moved is None:
         found = f"{name} takes a step at one rate for all groups but not at two ({trial.reason})"
     else:

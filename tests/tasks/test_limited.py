@@ -113,3 +113,17 @@ def test_a_pattern_that_takes_too_long_is_named(pattern, place):
 )
 def test_a_pattern_as_people_write_them_passes(pattern):
     check_patterns("adapter_config.json", {"target_modules": pattern, "r": 8, "alpha_pattern": {pattern: 1}}, NAMES)
+
+
+def test_an_interrupted_request_leaves_no_answer_to_the_next(monkeypatch):
+    def interrupted(*unused):
+        raise KeyboardInterrupt
+
+    check_patterns("a.json", ["a.*"], NAMES)
+    with monkeypatch.context() as during:
+        during.setattr("loraplus.tasks.limited.struct.unpack", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            check_patterns("a.json", ["b.*"], NAMES)
+    with pytest.raises(InputError, match="takes too long"):
+        check_patterns("a.json", ["(.*)*z"], NAMES)
+    check_patterns("a.json", ["c.*"], NAMES)

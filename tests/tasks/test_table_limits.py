@@ -193,3 +193,43 @@ def test_long_work_says_how_far_it_has_come(monkeypatch, caplog):
         for _ in range(10):
             telling.advance(1000)
     assert caplog.messages[0] == "tokenising, texts: 2,000 of 10,000" and 1 < len(caplog.messages) < 5
+
+
+def test_a_parquet_file_that_repeats_a_large_value_is_refused_before_it_fills_the_memory(tmp_path):
+    for name, wrap in (("flat", lambda column: column), ("nested", _lists_of_one)):
+        value = pyarrow.DictionaryArray.from_arrays([0] * 20_000, pyarrow.array(["x" * 1_000_000]))
+        parquet.write_table(pyarrow.table({"text": wrap(value)}), tmp_path / f"{name}.parquet")
+        with pytest.raises(InputError, match="holds more than .* bytes"):
+            read_table(str(tmp_path / f"{name}.parquet"))
+
+
+def _lists_of_one(column):
+    return pyarrow.ListArray.from_arrays(list(range(len(column) + 1)), column)
+
+
+@pytest.mark.parametrize(("encoding", "at_once"), [("PLAIN", 1000), ("DELTA_BYTE_ARRAY", 1)])
+def test_a_large_row_group_is_read_many_rows_at_a_time(tmp_path, monkeypatch, encoding, at_once):
+    sizes = []
+    advance = Telling.advance
+    monkeypatch.setattr(Telling, "advance", lambda self, count=1: (sizes.append(count), advance(self, count)))
+    texts = [f"{i} {'a b c d ' * 100}" for i in range(40_000)]
+    table = pyarrow.table({"text": texts, "label": ["yes", "no"] * 20_000})
+    parquet.write_table(
+        table, tmp_path / "d.parquet", use_dictionary=False, column_encoding={"text": encoding, "label": "PLAIN"}
+    )
+    columns = read_table(str(tmp_path / "d.parquet")).columns
+    assert columns["text"] == texts and min(sizes[:-1]) > at_once
+
+
+def test_categories_dates_and_lists_are_read_as_they_are(tmp_path):
+    columns = {"text": ["a", "b", None, "a"], "tags": [["q", None], [], None, ["q"]], "number": [1, 2, 3, None]}
+    arrays = {name: pyarrow.array(values) for name, values in columns.items()}
+    arrays["text"] = arrays["text"].dictionary_encode()
+    parquet.write_table(pyarrow.table(arrays), tmp_path / "d.parquet")
+    assert read_table(str(tmp_path / "d.parquet")).columns == columns
+
+
+def test_json_of_millions_of_values_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "d.json").write_text('[{"text": [' + "[]," * 10_000_000 + "[]]}]")
+    with pytest.raises(InputError, match="JSON that holds more than 10,000,000 values"):
+        read_table(str(tmp_path / "d.json"))

@@ -43,8 +43,9 @@ def trainer_of(config, *callbacks):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("weight_decay", -1.0), ("weight_decay", math.nan), ("weight_decay", math.inf), ("alpha", math.inf),
-        ("alpha", math.nan), ("epochs", math.inf), ("lora_dropout", math.nan), ("warmup_ratio", math.nan),
+        ("weight_decay", -1.0), ("weight_decay", 1e30), ("weight_decay", math.nan), ("weight_decay", math.inf),
+        ("alpha", math.inf), ("alpha", math.nan), ("epochs", math.inf), ("lora_dropout", math.nan),
+        ("warmup_ratio", math.nan),
     ],
 )  # fmt: skip
 def test_a_setting_that_no_run_can_have_is_refused_by_name(config, name, value):

@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
             _tell(f"loraplus: {_message(error)}")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort) as stop:
-        if isinstance(stop.__cause__, EOFError) and not (
-            sys.stdin and sys.stdin.isatty()
-        ):  # click takes any file's end for Ctrl-D
+        if isinstance(
+            stop.__cause__, EOFError
+        ):  # nothing is asked, so this is a file's end, which click takes for Ctrl-D
             _tell("loraplus: a file ends before its time: it is cut off or empty")
             sys.exit(2)
         _tell("interrupted")

@@ -10,13 +10,13 @@ from typing import Any
 
 from loraplus.errors import InputError
 from loraplus.tasks.files import read_json
-from loraplus.tasks.limited import TooMuchError, parquet_values
+from loraplus.tasks.limited import TooMuchError, parquet_facts
 from loraplus.tasks.paths import is_inside
 from loraplus.tasks.tabular import Table, check_size
 from loraplus.tasks.telling import Telling
 
 _ROWS_AT_ONCE = 8192
-_BYTES_AT_ONCE = 2**26
+_BYTES_AT_ONCE = 2**29
 
 
 def read_parquet(source: str, path: Path) -> Table:
@@ -27,15 +27,14 @@ def read_parquet(source: str, path: Path) -> Table:
     """
     parquet = _require("pyarrow.parquet", source)
     try:
-        with parquet.ParquetFile(path) as file:
-            facts = file.metadata
-            groups = [facts.row_group(index) for index in range(facts.num_row_groups)]
-            size = sum(group.total_byte_size for group in groups)
-            check_size(source, facts.num_rows, parquet_values(str(path)), size)
-            # A value can be no larger than the part of the file that it is in, but repeated in every row.
-            largest = max((group.total_byte_size for group in groups), default=1)
-            rows = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, largest)))
-            return _from_batches(source, file.schema_arrow.names, file.iter_batches(batch_size=rows), facts.num_rows)
+        facts = parquet_facts(str(path))
+        with parquet.ParquetFile(path, read_dictionary=facts["dictionaries"]) as file:
+            groups = [file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups)]
+            check_size(source, file.metadata.num_rows, facts["values"], sum(groups))
+            # A value is no larger than the part of the file that it is in, but may stand in every row.
+            most = _BYTES_AT_ONCE // max([1, *groups]) if facts["repeats"] else _ROWS_AT_ONCE
+            batches = file.iter_batches(batch_size=max(1, min(_ROWS_AT_ONCE, most)))
+            return _from_batches(source, file.schema_arrow.names, batches, file.metadata.num_rows)
     except InputError:
         raise
     except TooMuchError:
@@ -135,26 +134,45 @@ def _from_batches(source: str, names: list[str], batches: Iterable[Any], total: 
     rows = cells = size = 0
     for batch in batches:
         batch.validate(full=True)  # text is UTF-8, and an offset leads into the data, only if somebody looked
-        found = [_without_dictionary(column) for column in batch.columns]
-        rows, cells = rows + batch.num_rows, cells + sum(map(_values, found))
-        size += sum(column.nbytes for column in found)
-        check_size(source, rows, cells, size)
-        for name, column in zip(names, found, strict=True):
-            columns[name] += column.to_pylist()
+        for name, column in zip(names, batch.columns, strict=True):
+            inside, bytes_ = _measured(column)
+            cells, size = cells + inside, size + bytes_
+            check_size(source, rows + batch.num_rows, cells, size)
+            columns[name] += _without_dictionary(column).to_pylist()
+        rows += batch.num_rows
         telling.advance(batch.num_rows)
     return Table(source, columns)
 
 
 def _without_dictionary(column: Any) -> Any:
-    """With every value written out, so that its size shows."""
-    return column.cast(column.type.value_type) if hasattr(column.type, "index_type") else column
+    return column.dictionary_decode() if hasattr(column, "dictionary") else column
 
 
-def _values(column: Any) -> int:
-    """The values in a column, those inside of lists and structures each by itself."""
+def _measured(column: Any) -> tuple[int, int]:
+    """(values, bytes) of a column, with those inside of lists and structures, and with every repetition of a value."""
+    if hasattr(column, "dictionary"):
+        return len(column), _written_out(column)
     if hasattr(column, "chunks"):
-        return sum(map(_values, column.chunks))
-    if hasattr(column, "flatten") and column.type.num_fields:
+        parts = column.chunks
+    elif hasattr(column, "flatten") and column.type.num_fields:
         inside = column.flatten()
-        return len(column) + sum(map(_values, inside if isinstance(inside, list) else [inside]))
-    return len(column)
+        parts = inside if isinstance(inside, list) else [inside]
+    else:
+        return len(column), column.nbytes
+    values, sizes = zip(*map(_measured, parts), strict=True) if parts else ((), ())
+    return sum(values) + (0 if hasattr(column, "chunks") else len(column)), sum(sizes)
+
+
+def _written_out(column: Any) -> int:
+    """The bytes of a column whose values stand in a dictionary, if each stood in its row."""
+    compute = importlib.import_module("pyarrow.compute")
+    values = column.dictionary
+    try:
+        return len(column) * values.type.bit_width // 8
+    except ValueError:  # not of one width
+        pass
+    try:
+        lengths = compute.binary_length(values).cast("int64")
+    except NotImplementedError:  # no text either: the largest value has all the bytes, as far as is known
+        return len(column) * values.nbytes
+    return compute.sum(lengths.take(column.indices)).as_py() or 0

@@ -51,7 +51,7 @@ def check_takes_files(folder: Path, target: Path) -> None:
     """
     probe = temporary_path(folder / "probe")
     try:
-        if len(os.fsencode(target.name)) > os.pathconf(folder, "PC_NAME_MAX"):
+        if hasattr(os, "pathconf") and len(os.fsencode(target.name)) > os.pathconf(folder, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with new_file(probe) as file:
             file.write(_PROBE)

@@ -14,6 +14,7 @@ from loraplus.errors import InputError
 from loraplus.tasks.chat import Chats, ChatTemplateError
 from loraplus.tasks.pretrained import check_tokens
 
+_LARGEST_TOKEN = 2**31 - 1
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or a chat as {"role", "content"} messages."""
 
@@ -180,7 +181,7 @@ def _settings(model: Any, tokenizer: Any, room: int, temperature: float, top_p: 
     """All that shapes the output is set here, so that nothing of the model's own generation settings comes in."""
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-    if not all(isinstance(end, int) for end in ends):
+    if not all(isinstance(end, int) and 0 <= end <= _LARGEST_TOKEN for end in ends):
         raise InputError("the generation_config.json of the model does not say which token ends a text; it is damaged")
     pad = tokenizer.pad_token_id
     drawing: dict[str, Any] = {"do_sample": False}

@@ -27,6 +27,10 @@ _PROGRAM = "import json, runpy, sys; sys.path = json.loads(sys.argv[1]); runpy.r
 _MEASURES_ITSELF = hasattr(signal, "setitimer")
 _WALL_SECONDS = 60.0
 """Where the process cannot measure its own time."""
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",  # its own takes a gigabyte of addresses at once, which the limit forbids
+}  # fmt: skip
 _PLAIN = re.compile(r"[\w.\-/ ]*")
 
 
@@ -69,6 +73,9 @@ class _Process:
                 answer = process.stdout.read(*struct.unpack("<Q", head)) if len(head) == 8 else b""  # type: ignore[union-attr]
             except OSError:
                 answer = b""
+            except BaseException:  # interrupted: the next request would get this one's answer
+                self._end()
+                raise
             finally:
                 if guard:
                     guard.cancel()
@@ -86,7 +93,7 @@ class _Process:
             self._running = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(Path(limited_process.__file__))],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env={**os.environ, **_ENVIRONMENT},
             )  # fmt: skip
             atexit.register(self._end)
         return self._running
@@ -136,8 +143,8 @@ def _texts(value: Any) -> Iterable[str]:
             yield from _texts(inner)
 
 
-def parquet_values(path: str) -> int:
-    """The values in all columns of a Parquet file, those inside of lists each by itself.
+def parquet_facts(path: str) -> dict[str, Any]:
+    """What `limited_process.parquet` finds.
 
     Raises:
         TooMuchError: what the file says of its columns is so damaged that Arrow does not survive it.

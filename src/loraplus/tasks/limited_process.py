@@ -21,6 +21,8 @@ SECONDS = 2.0
 MEMORY = 2**30
 LONGEST = 2**24
 """Characters that a chat may become."""
+_SHORT = 64
+"""Bytes of a value that may stand in many rows without a look at its size."""
 _FORMS = ("{}", r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)")  # as PEFT matches target_modules, rank_pattern, modules_to_save
 
 
@@ -45,13 +47,25 @@ def chat(options: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
     return texts[0], spans[0] if spans else []
 
 
-def parquet(path: str) -> int:
-    """The values in all columns of a Parquet file. Arrow ends the process that asks a damaged file for them."""
+def parquet(path: str) -> dict[str, Any]:
+    """What Arrow must be asked of a Parquet file with care: it ends the process that asks a damaged file for it.
+
+    Returns:
+        "values": in all columns. "dictionaries": the columns of text that can be read as dictionaries, by name.
+        "repeats": whether another column can hold a large value once and have it in many rows.
+    """
     from pyarrow.parquet import read_metadata
 
     facts = read_metadata(path)
-    groups = [facts.row_group(index) for index in range(facts.num_row_groups)]
-    return sum(group.column(index).num_values for group in groups for index in range(group.num_columns))
+    values, text, other = 0, set(), set()
+    for group in map(facts.row_group, range(facts.num_row_groups)):
+        for index, column in enumerate(map(group.column, range(group.num_columns))):
+            values += column.num_values
+            if "DELTA_BYTE_ARRAY" in column.encodings or facts.schema.column(index).length > _SHORT:
+                other.add(column.path_in_schema)
+            elif column.physical_type == "BYTE_ARRAY":
+                text.add(column.path_in_schema)
+    return {"values": values, "dictionaries": sorted(text - other), "repeats": bool(other)}
 
 
 _ANSWERS: dict[str, Any] = {"patterns": patterns, "chat": chat, "parquet": parquet}
@@ -68,6 +82,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         _limit(seconds)
         try:
             answer = {"result": _ANSWERS[kind](*arguments)}
+        except MemoryError:
+            sys.exit(1)  # as one that takes too long: where there is no limit, it would fill the memory
         except Exception as error:
             answer = {"error": _said(error), "line": getattr(error, "lineno", None)}
         _limit(0)
@@ -77,8 +93,6 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def _said(error: Exception) -> str:
-    if isinstance(error, MemoryError):
-        return "it needs too much memory"
     lines = str(getattr(error, "message", None) or error)[:10_000].strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

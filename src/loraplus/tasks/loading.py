@@ -136,16 +136,23 @@ def _check_folder(folder: Path, trust_remote_code: bool) -> None:
     """Looks at what transformers would follow without looking: names of files and of kernels, sizes of archives."""
     if is_file(folder / "config.json"):
         config = _settings(folder, folder / "config.json")
-        for key, value in config.items():
-            # "owner/name" is a kernel of the hub: code that is fetched and run.
-            if key.strip("_").endswith("_implementation") and "/" in str(value) and not trust_remote_code:
-                raise _needs_code(str(folder))
+        if not trust_remote_code and _names_kernel(config):
+            raise _needs_code(str(folder))
     for index in folder.glob("*.index.json"):
         names = _settings(folder, index).get("weight_map")
         if not isinstance(names, dict) or not all(map(is_inside, names.values())):
             raise InputError(f"{index} does not say in which file of this folder which weight is")
     for file in folder.glob("*.bin"):
         check_archive(file)
+
+
+def _names_kernel(config: dict[str, Any]) -> bool:
+    """Whether a configuration, or that of a part of it, names a kernel of the hub: code that is fetched and run."""
+    return any(
+        (key.strip("_").endswith("_implementation") and "/" in str(value))
+        or (isinstance(value, dict) and _names_kernel(value))
+        for key, value in config.items()
+    )
 
 
 def _settings(folder: Path, path: Path) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def merge(
     base = model or settings["base_model_name_or_path"]
     target = Path(output).resolve()  # a link stays one
     _check_output(target, {"the adapter": adapter, "the base model": base}, overwrite)
+    check_writable(Path(output))
     loader, adapted, tokenizer = _load(adapter, model, settings.get("task_type"), base, trust_remote_code)
     dtype = dtype or str(adapted.dtype).removeprefix("torch.")
     if dtype not in TOLERANCES:
@@ -98,7 +99,6 @@ def _check_output(target: Path, sources: dict[str, str], overwrite: bool) -> Non
             raise InputError(f"--output {target} is or holds {what}; name another folder")
     if target.exists() and not target.is_dir():
         raise InputError(f"--output {target} is a file; name a folder")
-    check_writable(target)
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise InputError(f"{target} is not empty: --overwrite replaces an earlier merge, or name another --output")

@@ -26,7 +26,7 @@ from loraplus.tasks.files import (
     write_json,
     write_yaml,
 )
-from loraplus.tasks.parsing import parse_yaml
+from loraplus.tasks.parsing import LONGEST_YAML, parse_yaml
 from loraplus.whole import TEMPORARY, remove_abandoned
 
 __all__ = [
@@ -238,7 +238,8 @@ def _is_empty(folder: Path) -> bool:
 def saved_config(folder: Path) -> dict[str, Any] | None:
     """The configuration of the loraplus run in a folder, or None if there was no such run."""
     try:
-        data = parse_yaml((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        with (folder / CONFIG_FILE).open(encoding="utf-8") as file:
+            data = parse_yaml(file.read(LONGEST_YAML + 1))
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) and _is_ours(set(data)) else None

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+MOST_VALUES = 10_000_000  # of one text: each takes fifty times the two characters that it may stand in
 DEEPEST = 100  # brackets within brackets; data and settings have ten at most
 LONGEST_YAML = 2**16
 _DEEPEST_YAML = 20
@@ -31,13 +32,17 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ParseError: it is no JSON, nested more than `DEEPEST` deep, or holds a number of thousands of digits.
+        ParseError: it is no JSON, nested more than `DEEPEST` deep, holds more than `MOST_VALUES` values, or a number of
+            thousands of digits.
 
     Example:
         >>> parse_json("[" * 101 + "]" * 101)
         Traceback (most recent call last):
         loraplus.tasks.parsing.ParseError: JSON that is nested too deeply (over 100)
     """
+    inside = values_in(text)
+    if inside > MOST_VALUES:
+        raise ParseError(f"JSON that holds more than {MOST_VALUES:,} values")
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -46,9 +51,14 @@ def parse_json(text: str) -> Any:
         raise ParseError(_DEEP_JSON) from None
     except ValueError:
         raise ParseError("JSON that holds too long a number") from None
-    if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
+    if inside > DEEPEST and is_deep(value):
         raise ParseError(_DEEP_JSON)
     return value
+
+
+def values_in(text: str) -> int:
+    """At least as many values as a JSON text can hold, whatever they are inside of."""
+    return 1 + sum(map(text.count, "[{,"))
 
 
 def is_deep(value: Any, most: int = DEEPEST) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from loraplus.errors import InputError
-from loraplus.tasks.parsing import ParseError, parse_json
+from loraplus.tasks.parsing import ParseError, parse_json, values_in
 from loraplus.tasks.tabular import LONGEST_ROW, LineError, Table, check_size
 from loraplus.tasks.telling import Telling
 
@@ -126,8 +126,11 @@ def _array(source: str, path: Path) -> list[Any]:
 
 
 def _objects(source: str, path: Path) -> Iterator[tuple[int, Any]]:
+    inside = 0
     for number, line in enumerate(lines_of(source, path, newline="\n"), start=1):
         if line.strip():
+            inside += values_in(line)
+            check_size(source, cells=inside)
             value = _value(source, number, line.rstrip("\n"))
             _check_characters(f"{source}, line {number}", line, value)
             yield number, value

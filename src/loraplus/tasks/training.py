@@ -21,6 +21,7 @@ from loraplus.tasks.task import TaskData, task_of
 
 _EVALUATIONS_PER_RUN = 10
 _LOGS_PER_EVALUATION = 2
+_LARGEST_DECAY = 1e3
 
 
 def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float) -> Rates:
@@ -43,8 +44,8 @@ def total_steps(config: TaskConfig, train_examples: int) -> int:
     for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "rank", "alpha", "epochs"):
         if not (math.isfinite(getattr(config, name)) and getattr(config, name) > 0):
             raise InputError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(config, name)}")
-    if not (math.isfinite(config.weight_decay) and config.weight_decay >= 0):
-        raise InputError(f"--weight-decay must be 0 or more and finite, got {config.weight_decay}")
+    if not 0 <= config.weight_decay <= _LARGEST_DECAY:
+        raise InputError(f"--weight-decay must lie between 0 and {_LARGEST_DECAY:g}, got {config.weight_decay:g}")
     for name in ("max_steps", "eval_steps", "max_eval_samples"):
         value = getattr(config, name)
         if value is not None and value < 1:
