@@ -80,6 +80,11 @@ class Event(Generic[TrialT, RecordT]):
 OnEvent = Callable[[Event[Any, Any]], None]
 
 
+def has_begun(folder: str | os.PathLike[str], *results: str) -> bool:
+    """Whether runs have been started into an output folder: their log is there, or one of the results."""
+    return any(os.path.lexists(os.path.join(folder, name)) for name in (LOG_FILE, *results))
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
