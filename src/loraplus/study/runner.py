@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from loraplus.errors import InterruptedRun, LoraPlusError
 from loraplus.study.format import RecordT, TrialT
 from loraplus.study.store import StudyStore
 from loraplus.study.worker import OnStep, perform, set_up
+from loraplus.tasks.scratch import scratch_folder
 
 JOURNAL_FILE = "study.journal"
 LOG_FILE = "workers.log"
@@ -143,16 +143,19 @@ class _Coordinator(Generic[TrialT, RecordT]):
         self.looked = 0.0
         self.running: dict[Future[RecordT], TrialT] = {}
         self.stop = threading.Event()
+        store.stop_waiting_if(self.stop.is_set)
         self.siblings = {process.pid for process in multiprocessing.active_children()}
         context = multiprocessing.get_context("spawn")
         self.messages: Any = context.Queue()
         threads = max(1, available_cores() // workers)
-        self.scratch = tempfile.TemporaryDirectory(prefix="loraplus-study-", ignore_cleanup_errors=True)
-        for_workers = (run, self.messages, threads, None if log is None else os.fspath(log), self.scratch.name)
-        self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=set_up, initargs=for_workers)
+        self.for_workers = (run, self.messages, threads, None if log is None else os.fspath(log))
+        self.context = context
 
     def work(self) -> dict[str, RecordT]:
-        with self.scratch, _signals_set(self.stop):
+        with scratch_folder() as scratch, _signals_set(self.stop):
+            self.pool = ProcessPoolExecutor(
+                self.workers, mp_context=self.context, initializer=set_up, initargs=(*self.for_workers, scratch)
+            )
             try:
                 self.emit("planned")
                 while True:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -15,6 +17,9 @@ from loraplus.study.journal import open_journal
 from loraplus.study.mending import KeyOf
 
 CONNECT_SECONDS = 10
+WAIT_SECONDS = 120.0
+"""For a server that went away, before a run gives up."""
+_BETWEEN_TRIES = 1.0
 ATTEMPTS = 3
 _LOST = (
     "though the output folder has seen runs of it, which would be done again; put it back as it was, or start again "
@@ -55,6 +60,56 @@ def open_study(
         raise InputError(f"cannot open the study {shown}: {error.strerror or error}") from None
     except Exception as error:  # every storage has its own errors: SQLAlchemy's, the driver's, a damaged journal's
         raise InputError(f"cannot open the study {shown}: {reason(error, location)}") from None
+
+
+class Patient:
+    """A storage whose calls wait for a server that is away, restarting say, for at most `WAIT_SECONDS`.
+
+    A call may have been carried out although its answer was lost. All that a store does can be done twice: a second
+    trial of a run is one that nobody owns, and an end is an end.
+
+    Args:
+        storage: Of Optuna.
+        location: Where it is; files are not waited for.
+        on_return: Called when the server is back.
+    """
+
+    def __init__(self, storage: BaseStorage, location: str, on_return: Callable[[], None]) -> None:
+        self._storage = storage
+        self._waits = "://" in location and not location.startswith("sqlite")
+        self._on_return = on_return
+        self.interrupted: Callable[[], bool] = lambda: False
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._storage, name)
+        return functools.partial(self._call, call) if self._waits and callable(call) else call
+
+    def _call(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        deadline = None
+        while True:
+            try:
+                found = call(*arguments, **options)
+            except Exception as error:
+                now = time.monotonic()
+                deadline = deadline or now + WAIT_SECONDS
+                if not _is_away(error) or now >= deadline or self.interrupted():
+                    raise
+                time.sleep(_BETWEEN_TRIES)
+                continue
+            if deadline is not None:
+                self._on_return()
+            return found
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether a server was not reached, by what SQLAlchemy says underneath Optuna's own error."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    while error is not None:
+        if isinstance(error, (OperationalError, InterfaceError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def reason(error: BaseException, location: str) -> str:

@@ -21,18 +21,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from loraplus.errors import InputError, LoraPlusError
 from loraplus.study.format import BEAT, KEY, RECORD, TRAINING, Format, RecordT, TrialT, restored, stored
 from loraplus.study.lease import LEASE_SECONDS, Leases
-from loraplus.study.storage import open_study, reason, without_password
+from loraplus.study.storage import Patient, open_study, reason, without_password
 from loraplus.tasks.output import data_changes
 
 DATA = "data"
@@ -64,9 +63,10 @@ class StudyStore(Generic[TrialT, RecordT]):
         self._format = format
         self._location = location
         self.shared = shared
-        self._storage: BaseStorage = study._storage
-        self._study_id = self._storage.get_study_id_from_name(study.study_name)
         self._leases = Leases(lease_seconds)
+        # While a server was away, no heartbeat could go on.
+        self._storage: Any = Patient(study._storage, location, lambda: self._leases.forget_all_but(()))
+        self._study_id = self._storage.get_study_id_from_name(study.study_name)
         self._running: dict[str, int] = {}  # trial ids
         self._beats = 0
         self._reported: dict[str, set[int]] = {}
@@ -108,6 +108,10 @@ class StudyStore(Generic[TrialT, RecordT]):
             raise InputError(str(error)) from None
         except Exception as error:
             raise InputError(f"cannot open the study {without_password(location)}: {reason(error, location)}") from None
+
+    def stop_waiting_if(self, interrupted: Callable[[], bool]) -> None:
+        """A server that is away is not waited for any more once this holds."""
+        self._storage.interrupted = interrupted
 
     def records(self) -> dict[str, RecordT]:
         """Finished runs by the key of their trial, diverged ones included, as of the last `refresh`."""
@@ -309,9 +313,9 @@ class StudyStore(Generic[TrialT, RecordT]):
 
     def _check(self, name: str, values: Mapping[str, Any], problem: str) -> None:
         with self._reachable():
-            before = self._study.user_attrs.get(name)
+            before = self._storage.get_study_user_attrs(self._study_id).get(name)
             if before is None:
-                self._study.set_user_attr(name, json.loads(json.dumps(dict(values))))
+                self._storage.set_study_user_attr(self._study_id, name, json.loads(json.dumps(dict(values))))
             elif changes := data_changes(before, values):
                 raise InputError(f"{problem}: {changes}")
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,15 @@ from loraplus.errors import InputError
 from loraplus.tasks.parsing import ParseError, parse_json
 from loraplus.tasks.paths import is_folder
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
 """Names that a file has while it is written; one that is still there was left by a command that was killed."""
+_OURS = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+"""Those of `temporary_path`: no name that somebody would give."""
 _LARGEST_JSON = 2**28
 _PROBE = bytes(2**16)
 
@@ -43,6 +51,7 @@ def check_file(output: str, suffixes: Sequence[str], *, overwrite: bool) -> Path
     check_takes_files(target.parent, target)
     if target.is_dir() or (os.path.lexists(target) and not overwrite):
         raise InputError(f"{output} exists; name another file or pass --overwrite")
+    remove_leftovers(target.parent, target.name)
     return target
 
 
@@ -81,7 +90,10 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            if fcntl is not None:  # while it is held, see `remove_leftovers`
+                os.replace(temporary, target)
+        if fcntl is None:
+            os.replace(temporary, target)
     except UnicodeEncodeError:
         raise InputError(f"cannot write {target}: what it should hold is no Unicode text") from None
     except (OSError, ValueError) as error:
@@ -96,10 +108,54 @@ def temporary_path(target: Path) -> Path:
     return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
 
 
+def hold(handle: int) -> bool:
+    """Takes the kernel's lock on an open file or folder, which ends with this process; False if another has it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+    return True
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes left in a folder under temporary names; what is held has an owner and stays.
+
+    Args:
+        folder: Where to look.
+        name: Of the file or folder that was being written. Default: any.
+    """
+    start = "." if name is None else f".{name[:40]}."
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if entry.name.startswith(start) and _OURS.fullmatch(entry.name) and not entry.is_symlink():
+                remove_dead(Path(entry.path))
+
+
+def remove_dead(path: Path) -> None:
+    """Removes a file or folder that its maker holds, unless the maker is still there."""
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if os.fstat(handle).st_uid == os.geteuid() and hold(handle):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+        finally:
+            os.close(handle)
+
+
 def _new_file(path: Path) -> Any:
-    """A file that was not there and is no link, with the permissions that the umask leaves."""
+    """A file that was not there and is no link, held, with the permissions that the umask leaves."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    return os.fdopen(os.open(path, flags, 0o666), "wb")
+    handle = os.open(path, flags, 0o666)
+    hold(handle)
+    return os.fdopen(handle, "wb")
 
 
 def follow_umask(folder: str | os.PathLike[str]) -> None:

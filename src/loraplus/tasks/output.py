@@ -20,6 +20,7 @@ from loraplus.tasks.files import (
     check_takes_files,
     json_text,
     read_json,
+    remove_leftovers,
     write_atomically,
     write_csv,
     write_json,
@@ -162,6 +163,7 @@ def hold_output(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator
             raise InputError(f"another loraplus command is writing to {folder}; wait for it to end") from None
         except OSError:  # a file system without locks
             pass
+        remove_leftovers(folder)
         yield
     finally:
         os.close(handle)
