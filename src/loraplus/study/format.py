@@ -102,7 +102,7 @@ def restored(format: Format[TrialT, RecordT], data: Any) -> RecordT:
     if not isinstance(data, dict):
         raise ValueError("an outcome that is none")
     kept = {name: value for name, value in data.items() if name != _DIGEST}
-    if data.get(_DIGEST, _digest(kept)) != _digest(kept):
+    if _DIGEST in data and data[_DIGEST] != _digest(kept):
         raise ValueError("an outcome that has been changed")
     try:
         return format.from_dict(kept)

@@ -25,6 +25,7 @@ KeyOf = Callable[[Any], str]
 """The key of the run that a stored outcome belongs to; raises if the outcome cannot be read."""
 Operation = dict[str, Any]
 
+_CODES = frozenset(map(int, JournalOperation))
 _OF_STUDY = range(JournalOperation.DELETE_STUDY, JournalOperation.CREATE_TRIAL + 1)
 _OF_TRIAL = range(JournalOperation.SET_TRIAL_PARAM, JournalOperation.SET_TRIAL_SYSTEM_ATTR + 1)
 _OF_OWNER = (JournalOperation.SET_TRIAL_INTERMEDIATE_VALUE, JournalOperation.SET_TRIAL_USER_ATTR)
@@ -59,7 +60,7 @@ def operation(line: bytes) -> Operation | str:
     if not isinstance(found, dict):
         return "not an operation"
     code = found.get("op_code")
-    if not _is_number(code) or code not in list(JournalOperation):
+    if not _is_number(code) or code not in _CODES:
         return "not an operation that there is"
     whole = isinstance(found.get("worker_id"), str)
     whole &= code not in _OF_STUDY or _is_number(found.get("study_id"))
@@ -117,6 +118,7 @@ class _Mending:
     passed_over: dict[int, str] = field(default_factory=dict)
     out: list[Operation] = field(default_factory=list)
     homeless: dict[int, str] = field(default_factory=dict)
+    keys: dict[int, str | ValueError | None] = field(default_factory=dict)
 
     def result(self) -> Mended | None:
         ops = {number: op for number, op in enumerate(self.lines, 1) if isinstance(op, dict)}
@@ -181,10 +183,14 @@ class _Mending:
         return found
 
     def key_or_none(self, outcome: Any) -> str | None:
-        try:
-            return self.key_of(outcome) if self.key_of else None
-        except Exception:  # whatever a damaged outcome, or one of another study, meets with
-            return None
+        """The key of an outcome that can be read; each is read once, since it may be large."""
+        if id(outcome) not in self.keys:
+            try:
+                self.keys[id(outcome)] = self.key_of(outcome) if self.key_of else None
+            except Exception as error:  # whatever a damaged outcome, or one of another study, meets with
+                self.keys[id(outcome)] = error if isinstance(error, ValueError) else ValueError(repr(error))
+        found = self.keys[id(outcome)]
+        return None if isinstance(found, ValueError) else found
 
     def true_numbers(self, creations: Mapping[int, Operation], traces: Mapping[int, _Traces]) -> list[int]:
         """The numbers that trials had when their lines were written: rising, with the fewest contradictions and gaps.
@@ -269,10 +275,10 @@ class _Mending:
         study = op["study_id"] if trial is None else replay._trial_id_to_study_id[trial._trial_id]
         if replay.get_study(study).study_name != self.study:
             return
-        key, expected = (
-            self.key_of(_outcome(op)),
-            (op.get("user_attrs") or (trial.user_attrs if trial else {})).get(KEY),
-        )
+        attributes = op.get("user_attrs", {}) if trial is None else trial.user_attrs
+        key, expected = self.key_or_none(_outcome(op)), attributes.get(KEY)
+        if isinstance(problem := self.keys[id(_outcome(op))], ValueError):
+            raise problem
         if expected not in (None, key):
             raise ValueError(f"the outcome of {key} in a trial of {expected}")
 

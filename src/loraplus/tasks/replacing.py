@@ -1,8 +1,8 @@
 """Puts a new folder in the place of an old one in one step, with all that the old one holds of the user's.
 
 The user's files are in both folders before the two change places, so at every moment the folder under its name is
-whole: the old one or the new one. Where the system has no such exchange there are two renames, and `put_back` ends what a kill
-left between them.
+whole: the old one or the new one. Where the system has no such exchange there are two renames, and `put_back` ends
+what a kill left between them.
 """
 
 from __future__ import annotations
