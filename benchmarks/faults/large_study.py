@@ -4,7 +4,7 @@
 
 The journal holds 1,000 runs of two arms with ten evaluations each; the 500 tested ones have 500 test results.
 What `compare --resume` does with such a study is timed: open it, summarise it, write report.html, runs.csv and
-summary.json. Loading torch, the model and the data is not in it.
+summary.json, in seconds of processor time (one thread). Loading torch, the model and the data is not in it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from loraplus.compare import _write
 from loraplus.study.format import TRAINING
-from loraplus.study.records import ARMS, CurvePoint, Record, Trial
+from loraplus.study.records import ARMS, CurvePoint, Phase, Record, Trial
 from loraplus.study.store import StudyStore
 from loraplus.study.summary import summarise
 from loraplus.tasks.config import CompareConfig
@@ -41,7 +41,8 @@ def records(count: int) -> list[Record]:
     draw = random.Random(0)
     found = []
     for number in range(count):
-        arm, phase = ARMS[number % 2], ("tuning", "final")[number * 2 // count]
+        arm = ARMS[number % 2]
+        phase: Phase = "tuning" if number * 2 < count else "final"
         rate = 10 ** draw.uniform(-4, -2) if phase == "tuning" else 1e-3
         trial = Trial(phase, arm, rate, 16.0 if arm == "loraplus" else 1.0, number // 2)
         curve = tuple(CurvePoint(step, draw.random(), draw.random()) for step in range(20, STEPS + 1, STEPS // 10))
@@ -68,11 +69,11 @@ def main() -> None:
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        begun = time.perf_counter()
+        begun = time.process_time()
 
         def lap(what: str) -> None:
             nonlocal begun
-            now = time.perf_counter()
+            now = time.process_time()
             seconds[what], begun = round(now - begun, 2), now
 
         stored(folder / "study.journal", records(options.runs))

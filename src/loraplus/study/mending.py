@@ -118,7 +118,7 @@ class _Mending:
     passed_over: dict[int, str] = field(default_factory=dict)
     out: list[Operation] = field(default_factory=list)
     homeless: dict[int, str] = field(default_factory=dict)
-    keys: dict[int, str | ValueError | None] = field(default_factory=dict)
+    keys: dict[int, tuple[str | None, str]] = field(default_factory=dict)
 
     def result(self) -> Mended | None:
         ops = {number: op for number, op in enumerate(self.lines, 1) if isinstance(op, dict)}
@@ -186,11 +186,10 @@ class _Mending:
         """The key of an outcome that can be read; each is read once, since it may be large."""
         if id(outcome) not in self.keys:
             try:
-                self.keys[id(outcome)] = self.key_of(outcome) if self.key_of else None
+                self.keys[id(outcome)] = (self.key_of(outcome) if self.key_of else None, "")
             except Exception as error:  # whatever a damaged outcome, or one of another study, meets with
-                self.keys[id(outcome)] = error if isinstance(error, ValueError) else ValueError(repr(error))
-        found = self.keys[id(outcome)]
-        return None if isinstance(found, ValueError) else found
+                self.keys[id(outcome)] = (None, str(error) or repr(error))
+        return self.keys[id(outcome)][0]
 
     def true_numbers(self, creations: Mapping[int, Operation], traces: Mapping[int, _Traces]) -> list[int]:
         """The numbers that trials had when their lines were written: rising, with the fewest contradictions and gaps.
@@ -277,8 +276,8 @@ class _Mending:
             return
         attributes = op.get("user_attrs", {}) if trial is None else trial.user_attrs
         key, expected = self.key_or_none(_outcome(op)), attributes.get(KEY)
-        if isinstance(problem := self.keys[id(_outcome(op))], ValueError):
-            raise problem
+        if problem := self.keys[id(_outcome(op))][1]:
+            raise ValueError(problem)
         if expected not in (None, key):
             raise ValueError(f"the outcome of {key} in a trial of {expected}")
 

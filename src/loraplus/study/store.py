@@ -63,9 +63,9 @@ class StudyStore(Generic[TrialT, RecordT]):
         self._format = format
         self._location = location
         self.shared = shared
-        self._leases = Leases(lease_seconds)
+        self._leases = leases = Leases(lease_seconds)
         # While a server was away, no heartbeat could go on.
-        self._storage: Any = Patient(study._storage, location, lambda: self._leases.forget_all_but(()))
+        self._storage: Any = Patient(study._storage, location, lambda: leases.forget_all_but(()))
         self._study_id = self._storage.get_study_id_from_name(study.study_name)
         self._running: dict[str, int] = {}  # trial ids
         self._beats = 0
