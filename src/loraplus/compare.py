@@ -15,7 +15,7 @@ from loraplus.errors import InputError
 from loraplus.report import render
 from loraplus.study.arms import chosen
 from loraplus.study.plan import Plan
-from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, run_all
+from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, has_begun, run_all
 from loraplus.study.store import StudyStore
 from loraplus.study.summary import runs_csv_rows, summarise
 from loraplus.study.trial import data_facts, run_trial
@@ -91,7 +91,8 @@ def compare(
         folder = prepare_output(config.output, settings, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
         if resume and _saved_arms(folder) != arms:
             write_yaml(folder / CONFIG_FILE, settings)
-        store = StudyStore.open(folder / JOURNAL_FILE, f"loraplus-compare-{fingerprint(settings)}")
+        begun = resume and has_begun(folder, SUMMARY_FILE, RUNS_FILE)
+        store = StudyStore.open(folder / JOURNAL_FILE, f"loraplus-compare-{fingerprint(settings)}", begun=begun)
         store.check_data(facts)
         workers = config.workers or default_workers()
         records = run_all(

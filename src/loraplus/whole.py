@@ -1,7 +1,7 @@
 """Files and folders that are there whole or not at all, whatever ends the process that writes them.
 
-They are written beside their place, under a name that nobody can guess, and renamed. A folder in the making is locked
-by its process, so that what a killed process left is told from what another one is writing.
+They are written beside their place, under a name that nobody can guess, and renamed. What is in the making is held by
+its process with the kernel's lock, so that what a killed process left is told from what another one is writing.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
 """Names of what is being written; one that is still there was left by a process that was killed."""
+_OURS = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+"""Those of `temporary_path`: no name that somebody would give."""
 
 
 def temporary_path(target: Path) -> Path:
@@ -25,13 +31,15 @@ def temporary_path(target: Path) -> Path:
 
 
 def new_file(path: Path) -> Any:
-    """A file that was not there and is no link, open for bytes, with the permissions that the umask leaves.
+    """A file that was not there and is no link, held, open for bytes, with the permissions that the umask leaves.
 
     Raises:
         OSError: it is there, or cannot be made.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    return os.fdopen(os.open(path, flags, 0o666), "wb")
+    handle = os.open(path, flags, 0o666)
+    hold(handle)
+    return os.fdopen(handle, "wb")
 
 
 def write_whole(target: Path, content: bytes) -> None:
@@ -46,58 +54,56 @@ def write_whole(target: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            if fcntl is not None:  # while it is held, see `remove_leftovers`
+                os.replace(temporary, target)
+        if fcntl is None:
+            os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
         raise
 
 
-@contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A new, empty folder beside the target, to write in and to rename from; removed in the end with what is left.
-
-    Raises:
-        OSError: it cannot be made.
-
-    Example:
-        >>> import tempfile
-        >>> place = Path(tempfile.mkdtemp())
-        >>> with staged(place / "notes") as folder:
-        ...     _ = (folder / "a.txt").write_text("whole")
-        ...     move_into(folder, place)
-        >>> [entry.name for entry in place.iterdir()]
-        ['a.txt']
-    """
-    folder = temporary_path(target)
-    folder.mkdir()
-    with held(folder):
+def hold(handle: int) -> bool:
+    """Takes the kernel's lock on an open file or folder, which ends with this process; False if another has it."""
+    if fcntl is not None:
         try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+    return True
 
 
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Marks a folder as this process's own for as long as the process lives."""
-    handle = _lock(folder)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes left in a folder under temporary names; what is held has an owner and stays.
 
-
-def remove_abandoned(parent: Path) -> None:
-    """Removes the folders that killed processes were writing in; those of living ones stay."""
+    Args:
+        folder: where to look.
+        name: of the file or folder that was being written; None for any.
+    """
+    start = "." if name is None else f".{name[:40]}."
     with contextlib.suppress(OSError):
-        for entry in list(os.scandir(parent)):
-            if TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                handle = _lock(Path(entry.path))
-                if handle is not None:
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                    os.close(handle)
+        for entry in list(os.scandir(folder)):
+            if entry.name.startswith(start) and _OURS.fullmatch(entry.name) and not entry.is_symlink():
+                remove_dead(Path(entry.path))
+
+
+def remove_dead(path: Path) -> None:
+    """Removes a file or folder that its maker holds, unless the maker is still there."""
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if os.fstat(handle).st_uid == os.geteuid() and hold(handle):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+        finally:
+            os.close(handle)
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -169,18 +175,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _lock(folder: Path) -> int | None:
-    """A handle that holds the folder's lock; None if another process has it, or there are no locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle

@@ -138,7 +138,7 @@ def test_a_record_written_before_the_kill_counts_although_the_trial_was_not_clos
 
 @pytest.mark.filterwarnings("ignore:The value of `grace_period`")
 def test_a_lock_left_by_a_killed_process_does_not_block_for_long(journal: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("loraplus.study.storage.LOCK_SECONDS", 1)
+    monkeypatch.setattr("loraplus.study.journal.LOCK_SECONDS", 1)
     filled(journal)
     lock = Path(f"{journal}.lock")
     lock.unlink(missing_ok=True)
@@ -175,11 +175,3 @@ def test_a_storage_that_cannot_be_opened_is_one_clear_line(location: str):
     with pytest.raises(InputError, match="cannot open the study") as caught:
         StudyStore.open(location, "s")
     assert "\n" not in str(caught.value)
-
-
-def test_a_journal_damaged_in_its_middle_is_one_clear_line(journal: Path):
-    filled(journal)
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join([*lines[:3], b"garbage\n", *lines[3:]]))
-    with pytest.raises(InputError, match="cannot open the study"):
-        StudyStore.open(journal, "s")

@@ -28,7 +28,8 @@ from loraplus.integrations.whole_checkpoints import (
     newest_whole,
     rotate,
 )
-from loraplus.whole import follow_umask, held, move_into, put_in_place, remove_abandoned, staged, temporary_path
+from loraplus.scratch import folder_beside, made_folder
+from loraplus.whole import follow_umask, move_into, put_in_place, remove_leftovers, temporary_path
 
 CARD_FILE = "README.md"
 _OF_WRITING = ("PytorchStreamWriter", "unexpected pos", "file write failed")
@@ -83,12 +84,9 @@ class WholeCheckpoints:
         if not self.args.should_save:
             yield staging
             return
-        staging.mkdir(parents=True)
-        with held(staging):
-            try:
-                yield staging
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with made_folder(staging):
+            yield staging
 
     def _best_is_in(self, folder: Path, staging: Path) -> None:
         best = self.state.best_model_checkpoint
@@ -126,7 +124,7 @@ class WholeCheckpoints:
             DamagedCheckpointError: it is damaged, or there are only damaged ones.
         """
         if self.args.should_save:
-            remove_abandoned(Path(self.args.output_dir))
+            remove_leftovers(Path(self.args.output_dir))
         self._resumed_from = None
         if not asked or (asked is True and not _any_checkpoint(self.args.output_dir)):
             return asked
@@ -188,7 +186,7 @@ def saved_whole(target: Path) -> Iterator[Path]:
     """
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
-        with staged(target / "model") as folder:
+        with folder_beside(target / "model") as folder:
             if (target / CARD_FILE).is_file():  # PEFT adds to a model's card
                 shutil.copy(target / CARD_FILE, folder)
             yield folder

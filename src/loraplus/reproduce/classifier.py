@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplus.errors import DivergedError
 from loraplus.rates import Rates
 from loraplus.reproduce.experiment import Result, Run
+from loraplus.scratch import scratch_folder
 from loraplus.study.worker import OnStep
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
@@ -94,7 +94,7 @@ def train_classifier(
     rates = Rates(lr, lr_ratio, lr_head=lr if recipe.head_at_lr else config.lr_head)
     adam = {"betas": (0.9, recipe.beta2), "eps": 1e-8, "fused": True}
     model = load_classifier(config, data.label_names, tokenizer, seed)
-    with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch, _precision(recipe.half):
+    with scratch_folder() as scratch, _precision(recipe.half):
         trainer = build_trainer(
             config, rates, data, model, tokenizer, seed=seed, output=scratch, checkpoints=False,
             optimizer=(torch.optim.AdamW, adam), callbacks=[StepClock(on_step), DivergenceGuard(rates)],

@@ -22,7 +22,7 @@ from loraplus.reproduce.page import PAGE_FILE, render
 from loraplus.reproduce.plan import ExperimentPlan, timed_run
 from loraplus.reproduce.registry import experiment_class
 from loraplus.reproduce.report import Report
-from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, OnEvent, default_workers, run_all
+from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, OnEvent, default_workers, has_begun, run_all
 from loraplus.study.storage import without_password
 from loraplus.study.store import StudyStore
 from loraplus.tasks.assets import obtain
@@ -113,12 +113,13 @@ def reproduce(
         raise InputError(f"{experiment.name}: {problem}")
     for asset in experiment.assets:
         obtain(asset, Path(options.data), say=say)
-    store = None if options.storage is None else _open(options.storage, experiment, settings, shared=True)
+    begun = resume and has_begun(options.output, SUMMARY_FILE, RUNS_FILE)
+    store = None if options.storage is None else _open(options.storage, experiment, settings, shared=True, begun=begun)
     with hold_output(options.output):
         folder = prepare_output(options.output, saved, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
         results = run_all(
             ExperimentPlan(experiment),
-            store or _open(str(folder / JOURNAL_FILE), experiment, settings, shared=False),
+            store or _open(str(folder / JOURNAL_FILE), experiment, settings, shared=False, begun=begun),
             partial(timed_run, experiment),
             workers=options.workers or default_workers(),
             on_event=progress,
@@ -265,12 +266,12 @@ def _saved(options: Options, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _open(
-    location: str, experiment: Experiment, settings: Mapping[str, Any], *, shared: bool
+    location: str, experiment: Experiment, settings: Mapping[str, Any], *, shared: bool, begun: bool
 ) -> StudyStore[Run, Result]:
     """The study of these settings; others may be in the same storage."""
     print_of_settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     name = f"loraplus-reproduce-{experiment.name}-{print_of_settings}"
-    store = StudyStore.open(location, name, RunFormat(experiment), shared=shared)
+    store = StudyStore.open(location, name, RunFormat(experiment), shared=shared, begun=begun)
     store.check_settings(settings)
     return store
 

@@ -5,7 +5,6 @@ Training is TRL's SFTTrainer with the loss on the answers only; `loraplus.attach
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from loraplus.reproduce.experiment import Result, Run
 from loraplus.reproduce.glue import files_of, in_folder_or_hub
 from loraplus.reproduce.llama_mnli import MODEL
 from loraplus.reproduce.rate_grid import RateGrid
+from loraplus.scratch import scratch_folder
 from loraplus.study.worker import OnStep
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.paths import user_path
@@ -93,7 +93,7 @@ class LlamaFlan(RateGrid):
         set_seed(seed)
         model = load_decoder(folder)
         gpu = torch.cuda.is_available()
-        with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
+        with scratch_folder() as scratch:
             args = SFTConfig(
                 scratch, learning_rate=lr, per_device_train_batch_size=8, gradient_accumulation_steps=4,
                 num_train_epochs=1, max_steps=self.max_steps or -1, lr_scheduler_type="constant", weight_decay=0.0,

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -12,6 +14,12 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
 
 from loraplus.study.records import Record, Trial
+
+# What a trial has as attributes, whatever its format.
+RECORD = "record"
+KEY = "key"
+BEAT = "beat"
+_DIGEST = "sha256"
 
 
 class Keyed(Protocol):
@@ -77,6 +85,33 @@ class Format(Protocol[TrialT, RecordT]):
     def from_dict(self, data: dict[str, Any]) -> RecordT:
         """Inverse of `to_dict`."""
         ...
+
+
+def stored(format: Format[TrialT, RecordT], record: RecordT) -> dict[str, Any]:
+    """An outcome as it is stored, with a digest, so that a changed one is not taken for what came back."""
+    data: dict[str, Any] = json.loads(json.dumps(format.to_dict(record)))
+    return {**data, _DIGEST: _digest(data)}
+
+
+def restored(format: Format[TrialT, RecordT], data: Any) -> RecordT:
+    """Inverse of `stored`; outcomes of earlier versions have no digest.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
+    if not isinstance(data, dict):
+        raise ValueError("an outcome that is none")
+    kept = {name: value for name, value in data.items() if name != _DIGEST}
+    if _DIGEST in data and data[_DIGEST] != _digest(kept):
+        raise ValueError("an outcome that has been changed")
+    try:
+        return format.from_dict(kept)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"an outcome that lacks something or has too much ({error})") from None
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Training:

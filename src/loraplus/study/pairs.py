@@ -36,8 +36,7 @@ def runs_of(records: Sequence[Record], phase: Phase, arm: str) -> list[Record]:
 
 def finished(record: Record) -> bool:
     """Whether a run ended well: a loss can become NaN at the last evaluation, too late to stop the run."""
-    losses = (record.eval_loss, *record.test_losses)
-    return record.status == "done" and all(math.isfinite(loss) for loss in losses)
+    return record.status == "done" and all(map(math.isfinite, (record.eval_loss, *record.test_losses)))
 
 
 def diverged(records: Sequence[Record], phase: Phase, arm: str) -> set[int]:

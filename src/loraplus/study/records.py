@@ -98,9 +98,18 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: of an arm or a status that there is none of.
+        """
+        trial = Trial(**data["trial"])
+        if trial.arm not in ALL:
+            raise ValueError(f"of an arm that there is not: {trial.arm!r}")
+        if data["status"] not in ("done", "diverged"):
+            raise ValueError(f"of a status that there is not: {data['status']!r}")
         return cls(
-            trial=Trial(**data["trial"]),
+            trial=trial,
             status=data["status"],
             steps=data["steps"],
             eval_loss=math.inf if data["eval_loss"] is None else data["eval_loss"],

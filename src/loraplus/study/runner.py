@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from typing import Any, Generic, Literal, Protocol
 import torch
 
 from loraplus.errors import InterruptedRun, LoraPlusError
+from loraplus.scratch import scratch_folder
 from loraplus.study.format import RecordT, TrialT
 from loraplus.study.store import StudyStore
 from loraplus.study.worker import OnStep, perform, set_up
@@ -78,6 +78,11 @@ class Event(Generic[TrialT, RecordT]):
 
 
 OnEvent = Callable[[Event[Any, Any]], None]
+
+
+def has_begun(folder: str | os.PathLike[str], *results: str) -> bool:
+    """Whether runs have been started into an output folder: their log is there, or one of the results."""
+    return any(os.path.lexists(os.path.join(folder, name)) for name in (LOG_FILE, *results))
 
 
 def available_cores() -> int:
@@ -138,16 +143,19 @@ class _Coordinator(Generic[TrialT, RecordT]):
         self.looked = 0.0
         self.running: dict[Future[RecordT], TrialT] = {}
         self.stop = threading.Event()
+        store.stop_waiting_if(self.stop.is_set)
         self.siblings = {process.pid for process in multiprocessing.active_children()}
         context = multiprocessing.get_context("spawn")
         self.messages: Any = context.Queue()
         threads = max(1, available_cores() // workers)
-        self.scratch = tempfile.TemporaryDirectory(prefix="loraplus-study-", ignore_cleanup_errors=True)
-        for_workers = (run, self.messages, threads, None if log is None else os.fspath(log), self.scratch.name)
-        self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=set_up, initargs=for_workers)
+        self.for_workers = (run, self.messages, threads, None if log is None else os.fspath(log))
+        self.context = context
 
     def work(self) -> dict[str, RecordT]:
-        with self.scratch, _signals_set(self.stop):
+        with scratch_folder() as scratch, _signals_set(self.stop):
+            self.pool = ProcessPoolExecutor(
+                self.workers, mp_context=self.context, initializer=set_up, initargs=(*self.for_workers, scratch)
+            )
             try:
                 self.emit("planned")
                 while True:

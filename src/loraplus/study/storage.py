@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import functools
 import os
 import re
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages import BaseStorage, RDBStorage
 
 from loraplus.errors import InputError
+from loraplus.study.journal import open_journal
+from loraplus.study.mending import KeyOf
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-# Where there is no flock: a process that is killed while it writes leaves its lock behind, for so many seconds.
-LOCK_SECONDS = 5
 CONNECT_SECONDS = 10
-JOURNAL_START = b'{"op_code":'
+WAIT_SECONDS = 120.0
+"""For a server that went away, before a run gives up."""
+_BETWEEN_TRIES = 1.0
 ATTEMPTS = 3
+_LOST = (
+    "though the output folder has seen runs of it, which would be done again; put it back as it was, or start again "
+    "with --overwrite"
+)
 
 
-def open_study(location: str | os.PathLike[str], name: str) -> optuna.Study:
+def open_study(
+    location: str | os.PathLike[str], name: str, *, key_of: KeyOf | None = None, begun: bool = False
+) -> optuna.Study:
     """Opens a study, or creates it.
 
     Args:
         location: A journal file, or a storage URL as Optuna takes it (`postgresql://…`, `sqlite:///…`).
         name: Name of the study within the storage.
+        key_of: The key of the run that a stored outcome belongs to; raises if the outcome cannot be read.
+            Default: outcomes are not looked into.
+        begun: It has had runs, so that it must be there.
 
     Raises:
         InputError: the storage cannot be opened, or what is in it cannot be read; never with the URL's password.
@@ -42,7 +46,10 @@ def open_study(location: str | os.PathLike[str], name: str) -> optuna.Study:
     location = os.fspath(location)
     shown = without_password(location)
     try:
-        return _create_study(location, name)
+        if begun and "://" not in location and not (os.path.exists(location) and os.path.getsize(location)):
+            what = "is empty" if os.path.exists(location) else "is gone"
+            raise InputError(f"{shown} {what}, {_LOST}")
+        return _create_study(location, name, key_of, begun)
     except InputError:
         raise
     except ModuleNotFoundError as error:
@@ -53,6 +60,56 @@ def open_study(location: str | os.PathLike[str], name: str) -> optuna.Study:
         raise InputError(f"cannot open the study {shown}: {error.strerror or error}") from None
     except Exception as error:  # every storage has its own errors: SQLAlchemy's, the driver's, a damaged journal's
         raise InputError(f"cannot open the study {shown}: {reason(error, location)}") from None
+
+
+class Patient:
+    """A storage whose calls wait for a server that is away, restarting say, for at most `WAIT_SECONDS`.
+
+    A call may have been carried out although its answer was lost. All that a store does can be done twice: a second
+    trial of a run is one that nobody owns, and an end is an end.
+
+    Args:
+        storage: Of Optuna.
+        location: Where it is; files are not waited for.
+        on_return: Called when the server is back.
+    """
+
+    def __init__(self, storage: BaseStorage, location: str, on_return: Callable[[], None]) -> None:
+        self._storage = storage
+        self._waits = "://" in location and not location.startswith("sqlite")
+        self._on_return = on_return
+        self.interrupted: Callable[[], bool] = lambda: False
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._storage, name)
+        return functools.partial(self._call, call) if self._waits and callable(call) else call
+
+    def _call(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        deadline = None
+        while True:
+            try:
+                found = call(*arguments, **options)
+            except Exception as error:
+                now = time.monotonic()
+                deadline = deadline or now + WAIT_SECONDS
+                if not _is_away(error) or now >= deadline or self.interrupted():
+                    raise
+                time.sleep(_BETWEEN_TRIES)
+                continue
+            if deadline is not None:
+                self._on_return()
+            return found
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether a server was not reached, by what SQLAlchemy says underneath Optuna's own error."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    while error is not None:
+        if isinstance(error, (OperationalError, InterfaceError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def reason(error: BaseException, location: str) -> str:
@@ -85,10 +142,12 @@ def _secrets(location: str) -> list[str]:
     return [secret for secret in found if secret]
 
 
-def _create_study(location: str, name: str) -> optuna.Study:
+def _create_study(location: str, name: str, key_of: KeyOf | None, begun: bool) -> optuna.Study:
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            storage = _storage(location)
+            storage = _storage(location, name, key_of)
+            if begun and all(study.study_name != name for study in storage.get_all_studies()):
+                raise InputError(f"{without_password(location)} holds no study {name!r}, {_LOST}")
             return optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
         except Exception as error:
             # Two processes that create the tables at the same moment: one of them is told that they exist.
@@ -98,7 +157,7 @@ def _create_study(location: str, name: str) -> optuna.Study:
     raise AssertionError("unreachable")
 
 
-def _storage(location: str) -> BaseStorage:
+def _storage(location: str, name: str, key_of: KeyOf | None) -> BaseStorage:
     if "://" in location:
         url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", location)
         if url.startswith("sqlite"):
@@ -107,15 +166,7 @@ def _storage(location: str) -> BaseStorage:
             return optuna.storages.get_storage(url)
         options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_SECONDS}}
         return optuna.storages.get_storage(RDBStorage(url, engine_kwargs=options))
-    lock = JournalLock(location)
-    if os.path.exists(location):
-        _check_journal(Path(location))
-        lock.acquire()
-        try:
-            _drop_torn_tail(Path(location))
-        finally:
-            lock.release()
-    return JournalStorage(JournalFileBackend(location, lock_obj=lock))
+    return open_journal(location, name, key_of)
 
 
 def _one_at_a_time(url: str) -> RDBStorage:
@@ -130,72 +181,3 @@ def _one_at_a_time(url: str) -> RDBStorage:
 
     event.listen(storage.engine, "begin", begin)
     return storage
-
-
-def _check_journal(path: Path) -> None:
-    """Keeps a file that is no journal from being taken for one with a damaged end."""
-    with path.open("rb") as file:
-        start = file.read(len(JOURNAL_START))
-    if not JOURNAL_START.startswith(start):
-        raise InputError(f"cannot open the study {path}: it is another kind of file")
-
-
-class JournalLock(JournalFileSymlinkLock):
-    """One writer at a time; whoever comes next cuts off what a killed writer left half written.
-
-    The lock is the kernel's on a file beside the journal, so it ends with its process. Where there is none, it is
-    Optuna's, which counts for `LOCK_SECONDS` after a kill.
-
-    Args:
-        journal: The file that is written to.
-    """
-
-    def __init__(self, journal: str) -> None:
-        super().__init__(journal, grace_period=LOCK_SECONDS)
-        self._journal = Path(journal)
-        self._handle: int | None = None
-
-    def acquire(self) -> bool:
-        if fcntl is None:
-            super().acquire()
-        else:
-            handle = os.open(f"{self._journal}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            self._handle = handle
-        if not _ends_whole(self._journal):
-            _drop_torn_tail(self._journal)
-        return True
-
-    def release(self) -> None:
-        if fcntl is None:
-            super().release()
-        elif self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-
-def _ends_whole(journal: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError), journal.open("rb") as file:
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"
-    return True
-
-
-def _drop_torn_tail(journal: Path) -> None:
-    """Cuts off a last line that a kill left half written; otherwise the next line would be glued to it."""
-    content = journal.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    while whole and not _is_json(whole[whole.rfind(b"\n", 0, -1) + 1 :]):
-        whole = whole[: whole.rfind(b"\n", 0, -1) + 1]
-    if len(whole) < len(content):
-        with journal.open("r+b") as file:
-            file.truncate(len(whole))
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        parsed: Any = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(parsed, dict)

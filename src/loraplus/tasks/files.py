@@ -18,7 +18,7 @@ import yaml
 from loraplus.errors import InputError
 from loraplus.tasks.parsing import ParseError, parse_json
 from loraplus.tasks.paths import is_folder
-from loraplus.whole import new_file, temporary_path, write_whole
+from loraplus.whole import new_file, remove_leftovers, temporary_path, write_whole
 
 _LARGEST_JSON = 2**28
 _PROBE = bytes(2**16)
@@ -40,6 +40,7 @@ def check_file(output: str, suffixes: Sequence[str], *, overwrite: bool) -> Path
     check_takes_files(target.parent, target)
     if target.is_dir() or (os.path.lexists(target) and not overwrite):
         raise InputError(f"{output} exists; name another file or pass --overwrite")
+    remove_leftovers(target.parent, target.name)
     return target
 
 

@@ -7,7 +7,6 @@ after it has been read back and compared.
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loraplus.errors import InputError, MergeMismatchError
+from loraplus.scratch import folder_beside
 from loraplus.tasks.adapter import adapter_settings, load_causal
 from loraplus.tasks.files import read_json, write_json
 from loraplus.tasks.loading import first_line, from_pretrained, loading, resolve_model
 from loraplus.tasks.output import check_unicode, check_writable
 from loraplus.tasks.paths import user_path
 from loraplus.tasks.predict import load_adapter
-from loraplus.whole import follow_umask, temporary_path
+from loraplus.tasks.replacing import put_back, replace_folder
+from loraplus.whole import TEMPORARY, follow_umask
 
 RECORD_FILE = "merge.json"
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -71,9 +72,10 @@ def merge(
     rows = _fixed_inputs(adapted)
     expected = _logits(adapted, rows)
     merged = _merged(adapted, adapter).to(getattr(torch, dtype))
-    partial = temporary_path(target)
-    try:
-        _save(merged, tokenizer, partial)
+    with loading(f"cannot write to {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with folder_beside(target) as partial:
+        _save(merged, tokenizer, partial, target)
         del adapted, merged
         remote = {"trust_remote_code": trust_remote_code}
         written = from_pretrained(loader, str(partial), dtype=torch.float32, **remote).eval()
@@ -84,9 +86,7 @@ def merge(
             "files": sorted([RECORD_FILE, *(path.name for path in partial.iterdir())]),
         }  # fmt: skip
         write_json(partial / RECORD_FILE, record)
-        _put_in_place(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        replace_folder(partial, target, _files_of_merge(target) or set())
     return {"output": str(output), **record}
 
 
@@ -99,7 +99,9 @@ def _check_output(target: Path, sources: dict[str, str], overwrite: bool) -> Non
             raise InputError(f"--output {target} is or holds {what}; name another folder")
     if target.exists() and not target.is_dir():
         raise InputError(f"--output {target} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()):
+    check_writable(target)
+    put_back(target)
+    if target.is_dir() and not all(TEMPORARY.fullmatch(path.name) for path in target.iterdir()):
         if not overwrite:
             raise InputError(f"{target} is not empty: --overwrite replaces an earlier merge, or name another --output")
         if _files_of_merge(target) is None:
@@ -194,9 +196,8 @@ def _tie_again(model: Any) -> None:
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = equal
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    with loading(f"cannot write to {folder.parent}"):
-        folder.mkdir(parents=True)
+def _save(model: Any, tokenizer: Any, folder: Path, target: Path) -> None:
+    with loading(f"cannot write to {target}"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         follow_umask(folder)
@@ -213,23 +214,3 @@ def _compare(expected: torch.Tensor, found: torch.Tensor, dtype: str, target: Pa
         )
     return {"max_difference": difference, "max_logit": largest, "relative_difference": relative,
             "tolerance": TOLERANCES[dtype]}  # fmt: skip
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    """Renames; what an earlier merge wrote goes last, and what it did not write moves over."""
-    earlier = target.with_name(f"{partial.name}.earlier")
-    written = _files_of_merge(target) or set()
-    others = {path.name for path in target.glob("*")} - written
-    if taken := sorted(name for name in others if (partial / name).exists()):
-        raise InputError(f"{target / taken[0]} is of no earlier merge and would be replaced; move it away")
-    try:
-        if target.exists():
-            target.rename(earlier)
-        partial.rename(target)
-        for name in others:
-            (earlier / name).rename(target / name)
-    except OSError as error:
-        if earlier.exists() and not target.exists():
-            earlier.rename(target)
-        raise InputError(f"cannot write {target}: {error.strerror}") from None
-    shutil.rmtree(earlier, ignore_errors=True)

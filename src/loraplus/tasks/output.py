@@ -27,7 +27,7 @@ from loraplus.tasks.files import (
     write_yaml,
 )
 from loraplus.tasks.parsing import LONGEST_YAML, parse_yaml
-from loraplus.whole import TEMPORARY, remove_abandoned
+from loraplus.whole import TEMPORARY, remove_leftovers
 
 __all__ = [
     "check_file", "check_output", "check_unicode", "check_writable", "data_changes", "hold_output", "json_text",
@@ -283,8 +283,8 @@ def _written(folder: Path, config: Mapping[str, Any]) -> list[Path]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what killed commands were writing; call it while no other command can write there."""
-    remove_abandoned(folder)
+    """Removes what killed commands, earlier versions' too, were writing; call it while no other one can write there."""
+    remove_leftovers(folder)
     for entry in list(folder.iterdir()):
         if TEMPORARY.fullmatch(entry.name) and (entry.is_file() or entry.is_symlink()):
             entry.unlink(missing_ok=True)
