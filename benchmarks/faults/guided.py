@@ -2,8 +2,8 @@
 
     python benchmarks/faults/guided.py -atheris_runs=100000
 
-atheris keeps the inputs that reach new lines and changes those. What a reader raises beside an error of loraplus ends the
-run, with the input in a file; all arguments are libFuzzer's. `bad_input.py` has the readers of compiled libraries, too.
+atheris keeps the inputs that reach new lines and changes those. What a reader raises beside an error of loraplus ends
+the run, with the input in a file; all arguments are libFuzzer's. `bad_input.py` has all readers.
 """
 
 from __future__ import annotations
