@@ -141,3 +141,11 @@ def test_a_chat_needs_a_template(model, tokenizer):
     assert prompt_ids(bare, "the") == prompt_ids(tokenizer, "the", chat=False)
     with pytest.raises(InputError, match="no chat template"):
         prompt_ids(bare, "the", chat=True)
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])
+def test_a_token_number_that_no_model_has_is_one_line(tokenizer, name):
+    model = tiny_llama(vocabulary=len(tokenizer))
+    setattr(model.generation_config, name, 10**23)
+    with pytest.raises(InputError):
+        generate(model, tokenizer, ["the"], max_new_tokens=1)

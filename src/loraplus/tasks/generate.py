@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from loraplus.errors import InputError
 from loraplus.tasks.chat import Chats, ChatTemplateError
+from loraplus.tasks.loading import loading
 from loraplus.tasks.pretrained import check_tokens
 
 _LARGEST_TOKEN = 2**31 - 1
@@ -206,10 +207,11 @@ def continue_ids(
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :] = torch.tensor(list(row))
         mask[i, longest - len(row) :] = 1
-    output = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
-        streamer=_Pieces(tokenizer, on_text) if on_text else None,
-    )  # fmt: skip
+    with loading("cannot go on from this text"):  # transformers fills in settings of the model's own, whatever they are
+        output = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
+            streamer=_Pieces(tokenizer, on_text) if on_text else None,
+        )  # fmt: skip
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 
