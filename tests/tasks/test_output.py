@@ -103,7 +103,8 @@ def test_what_a_killed_command_was_writing_is_removed_by_the_next(tmp_path: Path
         with pytest.raises(InputError):
             prepare(folder, **flags)  # a file of the user's
     (folder / ".hidden.tmp").unlink()
-    prepare(folder)
+    with hold_output(folder):
+        prepare(folder)
     assert [entry.name for entry in folder.iterdir()] == ["config.yaml"]
 
 

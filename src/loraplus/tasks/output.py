@@ -121,7 +121,7 @@ def prepare_output(
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(folder)
+        _remove_temporaries(folder)
         if overwrite:
             _remove_written(folder)
     except OSError as error:
@@ -160,6 +160,7 @@ def hold_output(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator
             raise InputError(f"another loraplus command is writing to {folder}; wait for it to end") from None
         except OSError:  # a file system without locks
             pass
+        remove_leftovers(folder)
         yield
     finally:
         os.close(handle)
@@ -282,9 +283,8 @@ def _written(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     return [folder / name for name in _OF_TRAIN] + [path for path in folder.iterdir() if is_checkpoint(path)]
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Removes what killed commands, earlier versions' too, were writing; call it while no other one can write there."""
-    remove_leftovers(folder)
+def _remove_temporaries(folder: Path) -> None:
+    """Removes files that killed commands of earlier versions were writing, whose names were shorter."""
     for entry in list(folder.iterdir()):
         if TEMPORARY.fullmatch(entry.name) and (entry.is_file() or entry.is_symlink()):
             entry.unlink(missing_ok=True)
