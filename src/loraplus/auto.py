@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from loraplus.compiled import anything_is_compiled, is_compiled, run_eagerly
 from loraplus.errors import LoraPlusWarning, TrainerSetupError
-from loraplus.feature_updates import FeatureUpdates
+from loraplus.feature_updates import FeatureUpdates, LayerUpdate
 from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, full, local, movement, rms
 from loraplus.owned_groups import OwnedGroups
 from loraplus.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
@@ -146,13 +146,17 @@ class AutoRates(StepWatcher):
         """What a checkpoint has to hold."""
         pair = {"lr_a": self.lr_a, "lr_b": self.lr_b, "pair": list(self._pair)}
         layers = {name: [rates.lr_a, rates.lr_b] for name, rates in self.layer_rates.items()}
-        return {**pair, "steps": self.steps, "layers": layers, **self._groups.state_dict()}
+        updates = None if self.updates is None else [asdict(layer) for layer in self.updates.layers]
+        measured = {"steps": self.steps, "layers": layers, "updates": updates}
+        return {**pair, **measured, **self._groups.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint."""
         self.lr_a, self.lr_b = float(state["lr_a"]), float(state["lr_b"])
         self.steps = int(state["steps"])
         self.layer_rates = {name: LayerRates(*rates) for name, rates in state.get("layers", {}).items()}
+        if (updates := state.get("updates")) is not None:
+            self.updates = FeatureUpdates(tuple(LayerUpdate(**layer) for layer in updates))
         self._groups.load_state_dict(state)
         self._pair = tuple(state.get("pair", (self.lr_a, self.lr_b)))
         self._look()
