@@ -25,9 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from transformers import BertConfig, BertModel, BertTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from small import encoder, texts
 
 from loraplus.study.format import KEY
 from loraplus.whole import TEMPORARY
@@ -41,22 +42,6 @@ COMMANDS = {
 }
 RESULTS = ("summary.json", "runs.csv", "tune.json", "trials.csv", "best.yaml")
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link")
-
-
-def prepare(folder: Path) -> None:
-    """A model of two layers, and labelled texts."""
-    words = ["a", "film", "fine", "great", "dull", "poor", *map(str, range(60))]
-    rows = [f"a {words[2 + i % 4]} film {i},{'good' if i % 4 < 2 else 'bad'}" for i in range(60)]
-    (folder / "d.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    model = folder / "m"
-    model.mkdir()
-    (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
-    BertTokenizerFast(str(model / "vocab.txt"), model_max_length=16).save_pretrained(model)
-    torch.manual_seed(0)
-    BertModel(BertConfig(
-        vocab_size=80, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=16,
-    )).save_pretrained(model)  # fmt: skip
 
 
 def in_child(arguments: list[str], output: Path, operation: int | None) -> None:
@@ -150,7 +135,8 @@ def main() -> None:
     found: dict[str, Any] = json.loads(output.read_text())["tried"] if output.exists() else {}
     work = Path(tempfile.mkdtemp(prefix="kill-studies-"))
     try:
-        prepare(work)
+        texts(work / "d.csv")
+        encoder(work / "m")
         state = {}
         for kind in options.kinds.split(","):
             started = time.monotonic()
