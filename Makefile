@@ -9,14 +9,19 @@ STAMP_ALL := $(VENV)/.installed-all
 MODULE ?= src/loraplus/rates.py
 SECONDS ?= 900
 PYTEST := $(BIN)/python -m pytest -n 2
+# What moves every month. The oldest that the ranges of pyproject.toml let in; torch stays as it is pinned.
+MOVING := transformers peft trl accelerate
+OLDEST := transformers==5.20.0 peft==0.21.0 trl==1.16.0 accelerate==1.15.0
 
-.PHONY: help install demo decoder test test-all mutants lint types fmt clean
+.PHONY: help install demo decoder test test-all test-newest test-oldest faults mutants lint types fmt clean
 
 help:
 	@echo "make demo     compare LoRA with LoRA+ on movie reviews (about a quarter of an hour on 2 cores)"
 	@echo "make decoder  pre-train the small decoder of examples/decoder anew, into data/decoder (under half an hour on 2 cores)"
 	@echo "make test     lint, types and tests"
 	@echo "make test-all the same with every optional stack installed; prints which stack passed what"
+	@echo "make test-newest, make test-oldest   the tests with the newest transformers, peft, trl and accelerate, or the oldest"
+	@echo "make faults   kills, damage, bad input, full load: does anything get lost (under half an hour on 2 cores)"
 	@echo "make mutants  change MODULE=src/loraplus/rates.py in small ways for SECONDS=900; shows what no near test notices"
 	@echo "make fmt      format the code"
 	@echo "make clean    remove the virtual environment, data and caches (not runs/)"
@@ -52,6 +57,21 @@ $(STAMP_ALL): $(STAMP)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable ".[dev,all]"
 	touch $@
 
+# Each in an environment of its own. The list of versions comes first, what broke last.
+test-newest test-oldest: test-%: $(VENV)-%/.installed
+	$(VENV)-$*/bin/python -m pip install --quiet $(if $(filter oldest,$*),$(OLDEST),--upgrade $(MOVING))
+	$(VENV)-$*/bin/python -m pip list 2>/dev/null | grep -wE "torch|$(shell echo $(MOVING) | tr ' ' '|')"
+	$(VENV)-$*/bin/python -m pytest -n 2
+
+$(VENV)-%/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-$*/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+faults: install
+	$(BIN)/python benchmarks/faults/every.py --output runs/faults
+
 mutants: install
 	$(BIN)/python tests/mutants.py $(MODULE) --seconds $(SECONDS)
 
@@ -67,4 +87,4 @@ fmt: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) data build dist .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest data build dist .pytest_cache .ruff_cache src/*.egg-info
