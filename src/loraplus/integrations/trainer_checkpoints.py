@@ -50,7 +50,7 @@ class WholeCheckpoints:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
         target = folder / f"checkpoint-{self.state.global_step}"
-        with writing(target):
+        with writing(target, folder):
             check_place(target)
             with self._staged_by_all(target) as staging:
                 self._staging = staging
@@ -184,7 +184,7 @@ def saved_whole(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full, say; the target is as it was.
     """
-    with writing(target):
+    with writing(target, target):
         target.mkdir(parents=True, exist_ok=True)
         with folder_beside(target / "model") as folder:
             if (target / CARD_FILE).is_file():  # PEFT adds to a model's card
@@ -195,8 +195,12 @@ def saved_whole(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def writing(target: Path) -> Iterator[None]:
+def writing(target: Path, run: Path) -> Iterator[None]:
     """Turns what a full or lost disk raises, in whatever library, into one line.
+
+    Args:
+        target: what is being written.
+        run: the folder of the run's checkpoints.
 
     Raises:
         CheckpointError: says what could not be written, and which checkpoint is whole.
@@ -204,27 +208,27 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _of_the_disk(error, target)
+        reason = _of_the_disk(error, run)
         if reason is None or isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{target} could not be written ({reason}); {_way_on(target.parent)}") from error
+        raise CheckpointError(f"{target} could not be written ({reason}); {_way_on(run)}") from error
 
 
-def _of_the_disk(error: BaseException | None, target: Path) -> str | None:
+def _of_the_disk(error: BaseException | None, folder: Path) -> str | None:
     """Why a file could not be written, None if the error is of another kind."""
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)
         if type(error).__name__ == "SafetensorError" or any(sign in str(error) for sign in _OF_WRITING):
-            return "the disk is full" if not _has_room(target) else str(error)
+            return str(error) if _has_room(folder) else "the disk is full"
         error = error.__cause__ or error.__context__
     return None
 
 
-def _has_room(target: Path) -> bool:
-    return shutil.disk_usage(target.parent).free > 2**20
+def _has_room(folder: Path) -> bool:
+    return not folder.is_dir() or shutil.disk_usage(folder).free > 2**20
 
 
 def _way_on(folder: Path) -> str:
-    whole, _ = newest_whole(folder)
+    whole, _ = newest_whole(folder) if folder.is_dir() else (None, None)
     return f"{whole} is whole, go on from it once there is room" if whole else "no checkpoint is there yet"

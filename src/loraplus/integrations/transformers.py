@@ -287,6 +287,8 @@ class LoraPlusMixin(WholeCheckpoints):
                 if auto is not None:
                     write_auto_state(folder, auto)
             except Exception as error:  # the model is saved; a run is not to end for a note beside it
+                if sealed and isinstance(error, OSError):  # nor is a checkpoint without it a whole one
+                    raise
                 warnings.warn(
                     f"the model is saved, but the record of its rates could not be written to {folder} "
                     f"({type(error).__name__}: {error}); the run cannot be resumed from there",
