@@ -96,6 +96,8 @@ def killed_and_resumed(arguments: list[str], output: Path, kills: list[dict[str,
 
 
 def main() -> None:
+    from loraplus.tasks.files import write_json
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="random ones, over all kinds")
     parser.add_argument("--kinds", default=",".join(KINDS))
@@ -104,6 +106,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.output:
+        options.output = options.output.resolve()
     place = Path(tempfile.mkdtemp(prefix="kill-train-"))
     os.chdir(place)
     preload()
@@ -122,6 +126,7 @@ def main() -> None:
         several = options.kills // len(options.kinds.split(","))
         at_random = [{"seconds": draw.uniform(0.02, 1.0) * whole.seconds} for _ in range(several)]
         points += [at_random[start : start + 2] for start in range(0, several, 2)]
+        draw.shuffle(points)  # so that a run that is cut short has tried some of each
         for kills in points:
             if time.monotonic() > stop:
                 break
@@ -134,16 +139,16 @@ def main() -> None:
                 failures.append({"kind": kind, "kills": kills, "code": ended.code, "half_written": bad,
                                  "differing": differing, "says": ended.output[-600:]})  # fmt: skip
                 print(json.dumps(failures[-1]), flush=True)
+            result = {
+                "command": " ".join(["python", "benchmarks/faults/kill_train.py", *sys.argv[1:]]),
+                "runs": dict(tried), "kills": kills_done, "survived": sum(tried.values()) - len(failures),
+                "lost": failures,
+            }  # fmt: skip
+            if options.output:
+                write_json(options.output, result)
         print(
             f"{kind}: {whole.operations} file operations; {sum(tried.values())} tried, {len(failures)} lost", flush=True
         )
-    result = {
-        "command": " ".join(["python", "benchmarks/faults/kill_train.py", *sys.argv[1:]]),
-        "runs": dict(tried), "kills": kills_done, "survived": sum(tried.values()) - len(failures), "lost": failures,
-    }  # fmt: skip
-    print(json.dumps({**result, "lost": len(failures)}, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
     shutil.rmtree(place)
     sys.exit(bool(failures))
 
