@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,21 +15,24 @@ _FORMAT_VERSION = 1
 _LARGEST = 2**24
 
 
-def seal(folder: Path, files: Iterable[Path] | None = None) -> None:
-    """Writes down the size and the SHA-256 of a folder's files.
-
-    Args:
-        folder: that holds them.
-        files: which; default all of them, those in its folders, too.
+def seal(folder: Path, files: Iterable[Path]) -> None:
+    """Writes down the size and the SHA-256 of files in a folder, or in folders of its.
 
     Raises:
         OSError: a file cannot be read, or the manifest not written.
     """
-    if files is None:
-        files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
     listed = {path.relative_to(folder).as_posix(): _facts(path) for path in sorted(files)}
     content = {"format_version": _FORMAT_VERSION, "files": listed}
     write_whole(folder / MANIFEST_FILE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def seal_again(folder: Path) -> None:
+    """Writes the manifest of a sealed folder anew, for what its files are by now.
+
+    Raises:
+        OSError: as `seal`.
+    """
+    seal(folder, [path for name in _read(folder) or {} if (path := folder / name).is_file()])
 
 
 def is_sealed(folder: Path) -> bool:
@@ -37,44 +40,44 @@ def is_sealed(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).is_file()
 
 
-def lost_files(folder: Path) -> list[str]:
-    """Names of the files of a sealed folder that are missing, or empty and were not."""
-    listed = (_read(folder) or {}).items()
-    return [name for name, facts in listed if not (folder / name).is_file() or _emptied(folder / name, facts)]
+def faults(folder: Path, of: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
+    """What is wrong with the files of a sealed folder; those that are not in its manifest do not count.
 
+    Args:
+        folder: with a manifest.
+        of: which names to look at.
 
-def _emptied(path: Path, facts: dict[str, Any]) -> bool:
-    return path.stat().st_size == 0 < facts["size"]
-
-
-def fault(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, in words, or None; files that are not in the manifest do not count.
+    Returns:
+        {name: "is missing", "is empty" or "was changed"}; empty if all is well.
 
     Example:
         >>> import tempfile
         >>> place = Path(tempfile.mkdtemp())
         >>> _ = (place / "a.txt").write_text("whole")
-        >>> seal(place)
-        >>> fault(place)
+        >>> seal(place, [place / "a.txt"])
+        >>> faults(place)
+        {}
         >>> _ = (place / "a.txt").write_text("whale")
-        >>> fault(place)
-        'a.txt was changed'
+        >>> faults(place)
+        {'a.txt': 'was changed'}
     """
     listed = _read(folder)
     if listed is None:
-        return f"{MANIFEST_FILE} was changed"
-    for name, facts in listed.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        try:
-            if path.stat().st_size != facts["size"]:
-                return f"{name} was changed to {path.stat().st_size} bytes from {facts['size']}"
-            if _facts(path) != facts:
-                return f"{name} was changed"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-    return None
+        return {MANIFEST_FILE: "is damaged"}
+    found = {name: _fault(folder / name, facts) for name, facts in listed.items() if of(name)}
+    return {name: fault for name, fault in found.items() if fault is not None}
+
+
+def _fault(path: Path, facts: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size == 0 < facts["size"]:
+        return "is empty"
+    try:
+        return None if size == facts["size"] and _facts(path) == facts else "was changed"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -19,10 +19,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
-"""Names of what is being written; one that is still there was left by a process that was killed."""
-_OURS = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
-"""Those of `temporary_path`: no name that somebody would give."""
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+"""Names of what is being written, such as nobody would give; what has one and no owner was left by a killed process."""
 
 
 def temporary_path(target: Path) -> Path:
@@ -86,7 +84,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     start = "." if name is None else f".{name[:40]}."
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
-            if entry.name.startswith(start) and _OURS.fullmatch(entry.name) and not entry.is_symlink():
+            if entry.name.startswith(start) and TEMPORARY.fullmatch(entry.name) and not entry.is_symlink():
                 remove_dead(Path(entry.path))
 
 
@@ -117,40 +115,28 @@ def move_into(source: Path, target: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         _sync(path)
         os.replace(path, place)
-    _sync_folder(target)
+    sync_names(target)
 
 
-def put_in_place(folder: Path, target: Path) -> None:
-    """Renames a folder to its place; what stood there is removed once the new one is there.
-
-    Raises:
-        OSError: it cannot be renamed.
-    """
+def sync_folder(folder: Path) -> None:
+    """Has the disk hold the contents of a folder's files before anything is renamed."""
     for path in _files(folder):
         _sync(path)
-    earlier = temporary_path(target) if os.path.lexists(target) else None
-    if earlier is not None:
-        os.rename(target, earlier)
-    os.rename(folder, target)
-    _sync_folder(target.parent)
-    if earlier is not None and earlier.is_symlink():
-        earlier.unlink()
-    elif earlier is not None:
-        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def follow_umask(folder: Path) -> None:
     """Gives the files in a folder the permissions that the umask leaves: safetensors keeps its own to their owner.
 
     Raises:
-        OSError: they cannot be changed.
+        OSError: nothing can be written there.
     """
     probe = temporary_path(folder / "mode")
     with new_file(probe) as file:
         mode = os.fstat(file.fileno()).st_mode & 0o777
     probe.unlink()
     for path in _files(folder):
-        path.chmod(mode)
+        with contextlib.suppress(OSError):  # of a disk without permissions
+            path.chmod(mode)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -168,7 +154,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_names(folder: Path) -> None:
+    """Has the disk hold the names in a folder, as far as it can."""
     with contextlib.suppress(OSError):  # not every file system, nor Windows, syncs folders
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -88,6 +88,7 @@ def test_a_run_that_goes_on_ends_in_the_same_adapter_curves_and_loss(run, step, 
     before, after = (json.loads((path / "metrics.json").read_text()) for path in (folder, place))
     assert after["steps"] == 12 and after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-6)
     assert after["train_seconds"] > (0.5 * before["train_seconds"] if step == 12 else 0)
+    assert after["seconds_per_step"] > 0
     timing = {"train_seconds", "seconds_per_step", "train_loss"}
     assert {key: before[key] for key in before.keys() - timing} == {key: after[key] for key in after.keys() - timing}
 
@@ -104,7 +105,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(run, name, content, tmp_pa
     outcome = loraplus_command(*flags(place, kind, "--resume", "--plain"))
     assert outcome.code == 0 and is_same(place, expected)
     (line,) = outcome.err.strip().splitlines()
-    assert f"checkpoint-9 is passed over: {name} " in line and line.endswith("checkpoint-6")
+    assert f"checkpoint-9: {name} " in line and line.endswith("checkpoint-6")
     assert "going on at step 6 of 12" in outcome.out
 
 
@@ -119,7 +120,9 @@ def test_a_folder_that_a_killed_process_was_filling_is_no_checkpoint(run, tmp_pa
     assert not [path.name for path in place.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("name", [ADAPTER, "adapter_config.json", "tokenizer.json", "loraplus.json", "metrics.json"])
+@pytest.mark.parametrize(
+    "name", [ADAPTER, "adapter_config.json", "tokenizer.json", "loraplus.json", "curves.csv", "metrics.json"]
+)
 @pytest.mark.parametrize("how", ["removed", "emptied"])
 def test_a_finished_run_that_lacks_a_file_says_so_and_writes_it_anew(run, name, how, tmp_path, flags, loraplus_command):
     kind, folder, expected = run
@@ -133,7 +136,7 @@ def test_a_finished_run_that_lacks_a_file_says_so_and_writes_it_anew(run, name, 
         assert json.loads(path.read_text())["steps"] == 12
     else:
         assert path.read_bytes() == before
-    said = "is damaged" if name == "metrics.json" else "is missing or empty"
+    said = "is damaged" if name == "metrics.json" else f"is {'missing' if how == 'removed' else 'empty'}"
     assert (name == "metrics.json" and how == "removed") or f"{name} {said}; it is written anew from" in outcome.err
     assert loraplus_command(*flags(place, kind, "--resume")).err == ""
 
@@ -144,9 +147,7 @@ def test_a_finished_adapter_that_was_changed_is_refused_and_left_alone(run, tmp_
     content = bytearray((place / ADAPTER).read_bytes())
     content[-1] ^= 1
     (place / ADAPTER).write_bytes(content)
-    assert f"{ADAPTER} was changed since the run was finished; remove that file" in refused(
-        *flags(place, kind, "--resume")
-    )
+    assert f"{ADAPTER} was changed since the run was finished; move it away" in refused(*flags(place, kind, "--resume"))
     assert (place / ADAPTER).read_bytes() == content
     (place / "README.md").write_text("my card")  # a card is there to be written in
 
@@ -168,17 +169,41 @@ def test_damaged_facts_of_the_data_are_one_line(run, content, tmp_path, flags, r
     assert "data_facts.json is damaged; if the data is what" in refused(*flags(place, kind, "--resume"))
 
 
-@pytest.mark.parametrize("what", ["file", "folder"])
-def test_what_stands_in_a_checkpoints_place_is_found_before_the_run(run, what, tmp_path, flags, refused):
-    kind, folder, _ = run
+def test_a_file_in_a_checkpoints_place_is_found_before_the_run_and_a_folder_keeps_what_is_in_it(
+    run, tmp_path, flags, refused, loraplus_command
+):
+    kind, folder, expected = run
     place = stopped_after(folder, 6, tmp_path / "r")
     mine = place / "checkpoint-9"
-    if what == "folder":
-        mine.mkdir()
-        mine = mine / "notes.txt"
     mine.write_text("mine")
-    assert "checkpoint-9 is not a checkpoint, and one may be written there" in refused(*flags(place, kind, "--resume"))
+    assert "checkpoint-9 is not a folder, and a checkpoint may be written there" in refused(
+        *flags(place, kind, "--resume")
+    )
     assert mine.read_text() == "mine"
+    mine.unlink()
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    assert loraplus_command(*flags(place, kind, "--resume")).code == 0 and is_same(place, expected)
+    assert (mine / "notes.txt").read_text() == "mine"
+
+
+def test_an_emptied_configuration_says_how_to_start_again(run, tmp_path, flags, refused, loraplus_command):
+    kind, folder, expected = run
+    place = shutil.copytree(folder, tmp_path / "r")
+    (place / "config.yaml").write_text("")
+    assert "config.yaml is damaged or gone; --overwrite starts the run again" in refused(
+        *flags(place, kind, "--resume")
+    )
+    assert loraplus_command(*flags(place, kind, "--overwrite")).code == 0 and is_same(place, expected)
+
+
+def test_a_finished_run_with_a_changed_file_and_a_lost_one_is_left_alone(run, tmp_path, flags, refused):
+    kind, folder, _ = run
+    place = shutil.copytree(folder, tmp_path / "r")
+    (place / "adapter_config.json").write_text((place / "adapter_config.json").read_text().replace("{", "{ ", 1))
+    (place / "tokenizer.json").unlink()
+    assert "adapter_config.json was changed since the run was finished" in refused(*flags(place, kind, "--resume"))
+    assert not (place / "tokenizer.json").exists()
 
 
 def test_a_disk_that_is_full_at_the_end_loses_nothing(run, tmp_path, flags, refused, loraplus_command):

@@ -84,28 +84,28 @@ def damaged(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["removed", "emptied", "cut", "flipped", "zeroed"])
 def test_a_damaged_checkpoint_is_passed_over_whatever_file_it_is(run, how, tmp_path):
     make, folder, expected = run
-    files = sorted(path.name for path in (folder / "checkpoint-4").iterdir())
-    assert len(files) >= 9
+    files = sorted(path.name for path in (folder / "checkpoint-4").iterdir() if path.name != "README.md")
+    assert len(files) >= 8
     for name in files if make is with_arguments else files[how == "cut" :: 4]:
         place = shutil.copytree(folder, tmp_path / name)
         shutil.rmtree(place / "checkpoint-6")
         damaged(place / "checkpoint-4" / name, how)
         trainer = make(place)
-        with pytest.warns(LoraPlusWarning, match=r"checkpoint-4 is passed over: .*; going on from .*checkpoint-2"):
+        with pytest.warns(LoraPlusWarning, match=r"passed over: .*checkpoint-4: .*; going on from .*checkpoint-2"):
             assert ends_as(trainer, expected, resume=True), name
         assert trainer.state.global_step == 6 and newest_whole(place)[0] == place / "checkpoint-6"
 
 
-@pytest.mark.parametrize("what", ["empty", "half", "without a state", "file"])
+@pytest.mark.parametrize("what", ["empty", "half", "without a state", "another's"])
 def test_what_was_never_a_whole_checkpoint_is_passed_over(run, what, tmp_path):
     make, folder, expected = run
     place = shutil.copytree(folder, tmp_path / "r")
     shutil.rmtree(place / "checkpoint-6")
     new = place / "checkpoint-5"
-    if what == "file":
-        new.write_text("notes")
-    elif what == "empty":
+    if what in ("empty", "another's"):
         new.mkdir()
+        if what == "another's":
+            (new / "config.json").write_text("{}")
     else:  # as an earlier version left them
         shutil.copytree(place / "checkpoint-4", new)
         for name in ("loraplus_manifest.json", "loraplus.json", "trainer_state.json", "rng_state.pth"):
@@ -116,7 +116,7 @@ def test_what_was_never_a_whole_checkpoint_is_passed_over(run, what, tmp_path):
         warnings.simplefilter("always")
         assert ends_as(make(place), expected, resume=True)
     told = [str(warning.message) for warning in said if issubclass(warning.category, LoraPlusWarning)]
-    assert len(told) == (what != "file") and all("cut short" in line for line in told)
+    assert len(told) == (what != "another's") and all("cut short" in line for line in told)
 
 
 def test_a_checkpoint_given_by_name_is_refused_with_the_one_to_take_instead(run, tmp_path):
@@ -174,7 +174,7 @@ WRITERS = {
     "weights": lambda patch: patch.setattr("peft.peft_model.safe_save_file", safetensors_is_full),
     "state": lambda patch: patch.setattr("transformers.TrainerState.save_to_json", no_space),
     "manifest": lambda patch: patch.setattr("loraplus.manifest.write_whole", no_space),
-    "rename": lambda patch: patch.setattr("loraplus.whole.os.rename", no_space),
+    "rename": lambda patch: patch.setattr("pathlib.Path.rename", no_space),
 }
 
 
@@ -185,7 +185,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_last_checkpoint_who
         trainer = make(tmp_path)
         trainer.add_callback(Full(patch, 4, WRITERS[writer]))
         with pytest.raises(
-            CheckpointError, match=r"checkpoint-4 could not be written \(.*\); .*checkpoint-2 is whole"
+            CheckpointError, match=r"checkpoint-4 could not be written \(.*\); .*checkpoint-2 is whole: "
         ) as told:
             trainer.train()
     assert len(str(told.value)) < 500
@@ -246,9 +246,19 @@ def test_the_best_checkpoint_is_found_where_the_folder_is_now(run, tmp_path):
 def test_a_best_checkpoint_that_is_damaged_is_named_and_not_loaded(run, tmp_path):
     make, _, _ = run
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    make(tmp_path, **best).train()
-    shutil.rmtree(tmp_path / "checkpoint-6")
+    trainer = make(tmp_path, **best)
+    trainer.train()
+    expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    damaged(tmp_path / "checkpoint-2" / "optimizer.pt", "flipped")  # of it only the weights are used
+    trainer = make(tmp_path, **best)
+    trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
     damaged(tmp_path / "checkpoint-2" / FINAL, "flipped")
+    with pytest.raises(
+        DamagedCheckpointError, match=r"checkpoint-2, the best checkpoint of a finished training, cannot be"
+    ):
+        make(tmp_path, **best).train(resume_from_checkpoint=True)
+    shutil.rmtree(tmp_path / "checkpoint-6")
     trainer = make(tmp_path, **best)
     with pytest.warns(
         LoraPlusWarning, match=r"checkpoint-2, the best checkpoint so far, cannot be used: .* was changed"
@@ -266,13 +276,77 @@ def test_only_checkpoints_are_rotated(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-6", "checkpoint-notes"]
 
 
-def test_a_folder_of_the_users_in_a_checkpoints_place_is_not_replaced(run, tmp_path):
+def test_what_the_user_has_in_a_checkpoints_place_stays(run, tmp_path):
     make, _, _ = run
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "mine.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="is not a checkpoint, and one may be written there; move it away"):
+    (tmp_path / "checkpoint-4").write_text("mine")
+    with pytest.raises(CheckpointError, match="checkpoint-4 is not a folder, and a checkpoint may be written there"):
         make(tmp_path).train()
-    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoint-2", "mine.txt"]
+    assert (tmp_path / "checkpoint-4").read_text() == "mine"
+    (tmp_path / "checkpoint-4").unlink()
+    make(tmp_path).train()
+    assert checkpoint_fault(tmp_path / "checkpoint-2") is None
+    assert (tmp_path / "checkpoint-2" / "mine.txt").read_text() == "mine"
+
+
+def test_a_subclass_may_add_files_leave_checkpoints_out_and_name_its_own_folder(tmp_path):
+    class Own(LoraPlusTrainer):
+        def _get_output_dir(self, trial):
+            return str(tmp_path / "own")
+
+        def _save_checkpoint(self, model, trial):
+            if self.state.global_step == 2:
+                return
+            place = tmp_path / "own" / f"checkpoint-{self.state.global_step}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "head.bin").write_bytes(b"mine")
+            super()._save_checkpoint(model, trial)
+
+    args = LoraPlusTrainingArguments(**options(tmp_path / "out"), loraplus_lr_ratio=4.0)
+    trainer = Own(adapted(), args, train_dataset=Tokens(), eval_dataset=Tokens())
+    trainer.train()
+    assert [path.name for path in checkpoints(tmp_path / "own")] == ["checkpoint-6", "checkpoint-4"]
+    for checkpoint in checkpoints(tmp_path / "own"):
+        assert checkpoint_fault(checkpoint) is None and (checkpoint / "head.bin").read_bytes() == b"mine"
+    again = Own(adapted(), args, train_dataset=Tokens(), eval_dataset=Tokens())
+    again.train(resume_from_checkpoint=True)
+    assert again._resumed_from == tmp_path / "own" / "checkpoint-6"
+
+
+def test_a_checkpoint_that_trainer_has_begun_is_written_in_its_place(run, tmp_path):
+    """As Trainer does with enable_jit_checkpoint, when it is told to end."""
+    make, _, _ = run
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "checkpoint-is-incomplete.txt").touch()
+    trainer = make(tmp_path, max_steps=2)
+    trainer.train()
+    assert checkpoint_fault(tmp_path / "checkpoint-2") is None
+    assert not (tmp_path / "checkpoint-2" / "checkpoint-is-incomplete.txt").exists()
+
+
+def test_a_card_that_was_edited_damages_nothing_nor_does_saving_into_a_checkpoint(run, tmp_path):
+    make, folder, expected = run
+    place = shutil.copytree(folder, tmp_path / "r")
+    (place / "checkpoint-6" / "README.md").write_text("my card")
+    assert checkpoint_fault(place / "checkpoint-6") is None
+    trainer = make(place)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model(str(place / "checkpoint-6"))
+    assert checkpoint_fault(place / "checkpoint-6") is None
+    assert ends_as(make(place), expected, resume=True)
+
+
+def test_checkpoints_of_an_earlier_version_that_are_damaged_are_not_replaced_unasked(run, tmp_path):
+    make, folder, _ = run
+    place = shutil.copytree(folder, tmp_path / "r")
+    for checkpoint in checkpoints(place):
+        (checkpoint / "loraplus_manifest.json").unlink()
+        (checkpoint / "loraplus.json").write_text("{}")
+        damaged(checkpoint / "optimizer.pt", "flipped")
+    with pytest.raises(DamagedCheckpointError, match="no checkpoint can be used: .*optimizer.pt is damaged"):
+        make(place, save_total_limit=1).train(resume_from_checkpoint=True)
+    assert len(checkpoints(place)) == 3
 
 
 def test_a_checkpoint_of_an_earlier_version_can_still_be_used(run, tmp_path):

@@ -64,15 +64,16 @@ EXPERIMENT = {"experiment": "toy", "scale": "cpu", "seeds": 3}
 FILES_OF_THE_USER = {
     "train": [
         "notes.txt", "checkpoint-notes/a", "checkpoint-list.txt", "plots/a.png", "summary.json", "runs.csv",
-        "checkpoint-7/my-results.txt", "checkpoint-5x/optimizer.pt", "best.yaml",
+        "checkpoint-7/my-results.txt", "checkpoint-5x/optimizer.pt", "best.yaml", "README.md", "report.html",
+        "checkpoint-2024/config.json",
     ],
     "study": ["metrics.json", "README.md", "checkpoint-10/optimizer.pt", "plots/a.png", "vocab.txt"],
     "reproduce": ["README.md", "plots/notes.md", "best.yaml", "checkpoint-10/optimizer.pt", "report.html"],
 }  # fmt: skip
 FILES_OF_THE_RUN = {
     "train": [
-        "metrics.json", "adapter_model.safetensors", "README.md", "checkpoint-10/optimizer.pt",
-        "checkpoint-20/rng_state.pth", "loraplus_manifest.json", "checkpoint-30/loraplus_manifest.json", "report.html",
+        "metrics.json", "adapter_model.safetensors", "checkpoint-10/optimizer.pt",
+        "checkpoint-20/rng_state.pth", "loraplus_manifest.json", "checkpoint-30/loraplus_manifest.json",
     ],
     "study": ["study.journal", "summary.json", "runs.csv", "report.html", "best.yaml"],
     "reproduce": ["study.journal", "summary.json", "index.html", "plots/deltas.png"],
@@ -99,10 +100,12 @@ def test_what_a_killed_command_was_writing_is_removed_by_the_next(tmp_path: Path
     (folder / ".config.yaml.77.tmp").touch()
     (folder / ".checkpoint-3.0123456789abcdef.tmp" / "checkpoint-3").mkdir(parents=True)
     (folder / ".hidden.tmp").write_text("mine")
+    (folder / ".draft.1.tmp").write_text("mine")
     for flags in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(InputError):
             prepare(folder, **flags)  # a file of the user's
     (folder / ".hidden.tmp").unlink()
+    (folder / ".draft.1.tmp").unlink()
     with hold_output(folder):
         prepare(folder)
     assert [entry.name for entry in folder.iterdir()] == ["config.yaml"]

@@ -7,29 +7,33 @@ A checkpoint is written in a folder of its own, sealed with a manifest and renam
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
+import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers.trainer_utils import get_last_checkpoint
 
-from loraplus import manifest
-from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusWarning
+from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusError, LoraPlusWarning
 from loraplus.integrations.whole_checkpoints import (
+    NAME,
     STATE_FILE,
     check_checkpoint,
-    check_place,
-    checkpoint_fault,
+    check_places,
     checkpoint_to_resume,
+    checkpoints,
+    model_fault,
+    names_written,
     newest_whole,
     rotate,
 )
+from loraplus.manifest import seal
+from loraplus.replacing import put_all_back, replace_folder
 from loraplus.scratch import folder_beside, made_folder
-from loraplus.whole import follow_umask, move_into, put_in_place, remove_leftovers, temporary_path
+from loraplus.whole import follow_umask, move_into, remove_leftovers, sync_folder, temporary_path
 
 CARD_FILE = "README.md"
 _OF_WRITING = ("PytorchStreamWriter", "unexpected pos", "file write failed")
@@ -40,6 +44,9 @@ class WholeCheckpoints:
 
     _staging: Path | None = None
     _resumed_from: Path | None = None
+    _passed_over: Collection[Path] = ()
+    _anew = "train without resume_from_checkpoint"
+    _only_ours = False
 
     # What the Trainer that this is mixed into provides.
     accelerator: Any
@@ -47,51 +54,66 @@ class WholeCheckpoints:
     control: Any
     state: Any
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls).get("_get_output_dir")
+        if own is not None:  # a subclass's: while a checkpoint is written it is elsewhere, too
+            cls._get_output_dir = functools.wraps(own)(  # type: ignore[method-assign]
+                lambda self, trial: own(self, trial) if self._staging is None else str(self._staging)
+            )
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
         target = folder / f"checkpoint-{self.state.global_step}"
-        with writing(target, folder):
-            check_place(target)
-            with self._staged_by_all(target) as staging:
-                self._staging = staging
-                try:
-                    super()._save_checkpoint(model, trial)  # type: ignore[misc]
-                finally:
-                    self._staging = None
-                self._best_is_in(folder, staging)
-                self._wait()  # each process has written its part
-                if self.args.should_save:
-                    new = staging / target.name
-                    self.state.save_to_json(str(new / STATE_FILE))
-                    follow_umask(new)
-                    manifest.seal(new)
-                    put_in_place(new, target)
-                self._wait()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target))
-        if self.args.should_save:
+        with writing(target, folder), self._staged_by_all(target) as staging:
+            new = staging / target.name
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            finally:
+                self._staging = None
             best = self.state.best_model_checkpoint
-            rotate(folder, self.args.save_total_limit, [target, *([Path(best)] if best else [])])
+            if best is not None and Path(best).parent == staging:
+                self.state.best_model_checkpoint = str(folder / Path(best).name)
+            self._wait()  # each process has written its part
+            if self.args.should_save and new.is_dir():  # a subclass may leave a checkpoint out
+                self._write_record(new, sealed=True)
+                self.state.save_to_json(str(new / STATE_FILE))
+                follow_umask(new)
+                # A card is there to be written in.
+                seal(new, [path for path in new.rglob("*") if path.is_file() and path.name != CARD_FILE])
+                self._put_in_place(new, target)
+            self._wait()
+            if self.args.local_process_index == 0 and not self.args.should_save and new.is_dir():
+                self._put_in_place(new, target)  # what a machine with a disk of its own has to keep
+                staging.rmdir()
+        if self.args.push_to_hub and target.is_dir():
+            self._push_from_checkpoint(str(target))
+        if self.args.should_save and target.is_dir():
+            best = self.state.best_model_checkpoint
+            kept = [target, *([Path(best)] if best else [])]
+            rotate(folder, self.args.save_total_limit, kept, self._passed_over)
+
+    def _put_in_place(self, new: Path, target: Path) -> None:
+        sync_folder(new)
+        written = {path.name for path in new.iterdir()} | (names_written(target) if target.is_dir() else set())
+        replace_folder(new, target, written)
+
+    def _write_record(self, folder: Path, *, sealed: bool = False) -> None:
+        """Writes what is to stand beside a model."""
 
     @contextlib.contextmanager
     def _staged_by_all(self, target: Path) -> Iterator[Path]:
         """The same new folder in every process."""
-        staging = temporary_path(target)
-        if self.args.world_size > 1:
-            names = [staging.name]
-            broadcast_object_list(names)
-            staging = staging.with_name(names[0])
+        check_places(target.parent)
+        staging = target.with_name(self._from_first(lambda: temporary_path(target).name))
         if not self.args.should_save:
             yield staging
             return
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target.parent)
         with made_folder(staging):
             yield staging
-
-    def _best_is_in(self, folder: Path, staging: Path) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == staging:
-            self.state.best_model_checkpoint = str(folder / Path(best).name)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)  # type: ignore[misc]
@@ -104,12 +126,8 @@ class WholeCheckpoints:
         if self._staging is not None or not self.args.should_save:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
-        with saved_whole(Path(output_dir or self.args.output_dir)) as folder:
+        with saved_whole(Path(output_dir or self.args.output_dir), Path(self.args.output_dir)) as folder:
             super()._save(str(folder), state_dict)  # type: ignore[misc]
-
-    def _wait(self) -> None:
-        if self.args.world_size > 1:
-            self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one more step
@@ -117,74 +135,105 @@ class WholeCheckpoints:
             return None
         return super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
+    def _wait(self) -> None:
+        if self.args.world_size > 1:
+            self.accelerator.wait_for_everyone()
+
+    def _from_first(self, ask: Callable[[], Any]) -> Any:
+        """What the first process answers, in every process."""
+        answer = [ask() if self.args.process_index == 0 else None]
+        if self.args.world_size > 1:
+            broadcast_object_list(answer)
+        return answer[0]
+
     def _whole_checkpoint(self, asked: Any) -> Any:
         """What `train(resume_from_checkpoint=…)` was given, or in place of True the newest checkpoint that is whole.
 
         Raises:
             DamagedCheckpointError: it is damaged, or there are only damaged ones.
         """
-        if self.args.should_save:
-            remove_leftovers(Path(self.args.output_dir))
-        self._resumed_from = None
-        if not asked or (asked is True and not _any_checkpoint(self.args.output_dir)):
-            return asked
-        found: list[Any] = [None, None]
-        if self.args.process_index == 0:
-            found = self._judged(asked)
-        if self.args.world_size > 1:
-            broadcast_object_list(found)
-        chosen, error = found
+        folder = Path(self._get_output_dir(None))
+        if self.args.should_save and folder.is_dir():
+            put_all_back(folder, NAME)
+            remove_leftovers(folder)
+        check_places(folder)
+        self._resumed_from, self._passed_over = None, ()
+        if not asked:
+            return None
+        self._wait()
+        chosen, self._passed_over, error = self._from_first(lambda: self._judged(asked, folder))
         if error is not None:
             raise DamagedCheckpointError(error)
-        if chosen is not None:
+        if isinstance(chosen, str):
             self._resumed_from = Path(chosen)
         return chosen
 
-    def _judged(self, asked: str | Literal[True]) -> list[Any]:
-        """[the checkpoint, what is wrong]; one of them is None."""
+    def _judged(self, asked: Any, folder: Path) -> tuple[Any, Collection[Path], str | None]:
+        """(the checkpoint, those passed over, what is wrong)."""
         try:
             if asked is not True:
                 if Path(asked).is_dir():
                     check_checkpoint(Path(asked))
-                return [asked, None]
-            found = checkpoint_to_resume(Path(self.args.output_dir), "train without resume_from_checkpoint")
-            return [None if found is None else str(found), None]
+                return str(asked), (), None
+            if not folder.is_dir() or not checkpoints(folder):
+                return True, (), None  # for Trainer to say
+            found, passed = checkpoint_to_resume(folder, self._anew, ours=self._only_ours)
+            return None if found is None else str(found), tuple(passed), None
         except DamagedCheckpointError as error:
-            return [None, str(error)]
+            return None, (), str(error)
 
     def _find_best(self) -> None:
-        """Has a resumed run know where its best checkpoint is now, or that it is no more."""
-        step = self.state.best_global_step
-        if self._resumed_from is None or step is None or not self.args.load_best_model_at_end:
+        """Has a resumed run know where its best checkpoint is now, or that it is no more.
+
+        Raises:
+            DamagedCheckpointError: it is damaged, and no steps follow of which one may be as good.
+        """
+        if self._resumed_from is None or not self.args.load_best_model_at_end:
             return
-        place = self._resumed_from.with_name(f"checkpoint-{step}")
-        if not place.is_dir() and self.state.best_model_checkpoint:  # resumed into another folder
-            place = Path(self.state.best_model_checkpoint)
-        fault = checkpoint_fault(place) if place.is_dir() else "it is not there"
+        place, fault = self._from_first(self._best_and_fault)
+        if place is None:
+            return
+        self.state.best_model_checkpoint = place
         if fault is None:
-            self.state.best_model_checkpoint = str(place)
             return
+        if self.state.global_step >= self.state.max_steps:
+            raise DamagedCheckpointError(
+                f"{place}, the best checkpoint of a finished training, cannot be used: {fault}; train again, or load "
+                f"the last weights from {self._resumed_from}"
+            )
         self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
-        warnings.warn(
-            f"{place}, the best checkpoint so far, cannot be used: {fault}; the best of the steps that follow "
-            "takes its place",
-            LoraPlusWarning,
-            stacklevel=2,
-        )
+        if self.args.process_index == 0:
+            warnings.warn(
+                f"{place}, the best checkpoint so far, cannot be used: {fault}; the best of the steps that follow "
+                "takes its place",
+                LoraPlusWarning,
+                stacklevel=2,
+            )
 
-
-def _any_checkpoint(folder: str) -> bool:
-    return os.path.isdir(folder) and get_last_checkpoint(folder) is not None
+    def _best_and_fault(self) -> tuple[str | None, str | None]:
+        """(the best checkpoint, where it is now; what is wrong with its weights)."""
+        assert self._resumed_from is not None
+        state = json.loads((self._resumed_from / STATE_FILE).read_text(encoding="utf-8"))
+        if not (saved := state.get("best_model_checkpoint")):
+            return None, None
+        place = self._resumed_from.with_name(Path(saved).name)
+        if not place.is_dir():  # resumed into another folder
+            place = Path(saved)
+        return str(place), model_fault(place) if place.is_dir() else "it is not there"
 
 
 @contextlib.contextmanager
-def saved_whole(target: Path) -> Iterator[Path]:
+def saved_whole(target: Path, run: Path) -> Iterator[Path]:
     """A folder to save a model in; in the end each of its files is renamed to its place in the target.
+
+    Args:
+        target: may be there, with other files.
+        run: the folder of the run's checkpoints.
 
     Raises:
         CheckpointError: the disk is full, say; the target is as it was.
     """
-    with writing(target, target):
+    with writing(target, run):
         target.mkdir(parents=True, exist_ok=True)
         with folder_beside(target / "model") as folder:
             if (target / CARD_FILE).is_file():  # PEFT adds to a model's card
@@ -208,27 +257,21 @@ def writing(target: Path, run: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _of_the_disk(error, run)
-        if reason is None or isinstance(error, CheckpointError):
+        reason = None if isinstance(error, LoraPlusError) else _of_the_disk(error, run)
+        if reason is None:
             raise
-        raise CheckpointError(f"{target} could not be written ({reason}); {_way_on(run)}") from error
+        whole, _ = newest_whole(run)
+        kept = f"{whole} is whole: mend that, and go on from it" if whole else "there is no checkpoint yet"
+        raise CheckpointError(f"{target} could not be written ({reason}); {kept}") from error
 
 
 def _of_the_disk(error: BaseException | None, folder: Path) -> str | None:
     """Why a file could not be written, None if the error is of another kind."""
     while error is not None:
-        if isinstance(error, OSError):
-            return error.strerror or str(error)
+        if isinstance(error, OSError) and error.errno is not None:  # those of networks have none
+            return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
         if type(error).__name__ == "SafetensorError" or any(sign in str(error) for sign in _OF_WRITING):
-            return str(error) if _has_room(folder) else "the disk is full"
-        error = error.__cause__ or error.__context__
+            full = folder.is_dir() and shutil.disk_usage(folder).free < 2**20
+            return "the disk is full" if full else str(error)
+        error = error.__cause__
     return None
-
-
-def _has_room(folder: Path) -> bool:
-    return not folder.is_dir() or shutil.disk_usage(folder).free > 2**20
-
-
-def _way_on(folder: Path) -> str:
-    whole, _ = newest_whole(folder) if folder.is_dir() else (None, None)
-    return f"{whole} is whole, go on from it once there is room" if whole else "no checkpoint is there yet"

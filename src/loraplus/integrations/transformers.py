@@ -9,7 +9,6 @@ so both are one implementation.
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,6 +38,7 @@ from loraplus.integrations.trainer_checkpoints import WholeCheckpoints
 from loraplus.integrations.trainer_optimizer import Split, keep_ratio, own_class, split
 from loraplus.integrations.trainer_search import check_searched, checked_space
 from loraplus.integrations.trainer_settings import LoraPlusTrainingArguments, RateSettings, overrides_from
+from loraplus.manifest import is_sealed, seal_again
 from loraplus.notices import told_once
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.roles import Role, trainable_parameters
@@ -241,8 +241,8 @@ class LoraPlusMixin(WholeCheckpoints):
             self.optimizer = None
         self._resumed = self._auto_state = None
         resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-        if isinstance(resume_from_checkpoint, (str, os.PathLike)) and Path(resume_from_checkpoint).is_dir():
-            self._resumed = Path(resume_from_checkpoint)
+        if self._resumed_from is not None and self._resumed_from.is_dir():
+            self._resumed = self._resumed_from
             if self._made is not None or _builds_as_trainer(self):
                 self._check_resumed()
         try:
@@ -279,22 +279,26 @@ class LoraPlusMixin(WholeCheckpoints):
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Saves the model, and beside it the rates and roles that the optimizer was made with."""
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
-        if self.args.should_save and self._made is not None:
-            folder, auto = Path(output_dir or self.args.output_dir), self.loraplus_auto
-            sealed = {SEALED: True} if self._staging is not None else {}
+        if self.args.should_save and self._staging is None:
+            folder = Path(output_dir or self.args.output_dir)
+            sealed = is_sealed(folder)
             try:
-                write_rates(folder, {**self._made.record, **sealed}, auto)
-                if auto is not None:
-                    write_auto_state(folder, auto)
+                self._write_record(folder, sealed=sealed)
+                if sealed:
+                    seal_again(folder)
             except Exception as error:  # the model is saved; a run is not to end for a note beside it
-                if sealed and isinstance(error, OSError):  # nor is a checkpoint without it a whole one
-                    raise
                 warnings.warn(
                     f"the model is saved, but the record of its rates could not be written to {folder} "
                     f"({type(error).__name__}: {error}); the run cannot be resumed from there",
                     LoraPlusWarning,
                     stacklevel=2,
                 )
+
+    def _write_record(self, folder: Path, *, sealed: bool = False) -> None:
+        if self._made is not None:
+            write_rates(folder, {**self._made.record, **({SEALED: True} if sealed else {})}, self.loraplus_auto)
+            if self.loraplus_auto is not None:
+                write_auto_state(folder, self.loraplus_auto)
 
 
 def _builds_as_trainer(trainer: Any) -> bool:

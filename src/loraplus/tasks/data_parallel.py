@@ -51,14 +51,6 @@ def any_process(flag: bool, args: Any) -> bool:
     return bool(flags.item())
 
 
-def from_main(ask: Callable[[], Any]) -> Any:
-    """What the main process answers, in every process."""
-    answer = [ask() if is_main_process() else None]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(answer, src=0)
-    return answer[0]
-
-
 def is_lost_process(error: BaseException) -> bool:
     """Whether an error says that another process of this run has ended."""
     return processes() > 1 and (
@@ -125,6 +117,9 @@ class OrderByPass(LengthGroupedSampler):
 
 class DataParallelTrainer(LoraPlusTrainer):
     """LoraPlusTrainer with an order of the rows that depends on nothing but the seed, shared out among processes."""
+
+    _anew = "--overwrite starts the run again"
+    _only_ours = True
 
     def get_train_dataloader(self) -> DataLoader:
         """The batches of one process with `processes()` times the batch size, this process's part of each."""

@@ -6,11 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from loraplus import manifest
 from loraplus.errors import InputError, LoraPlusWarning
-from loraplus.integrations.whole_checkpoints import newest_whole
+from loraplus.integrations.whole_checkpoints import can_be_read, newest_whole
 from loraplus.tasks.output import read_json
 
 METRICS_FILE = "metrics.json"
@@ -20,7 +18,7 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 def finished_run(folder: Path) -> dict[str, Any] | None:
     """The metrics of the run in a folder; None if it is to go on.
 
-    A finished run that has lost a file goes on from its last checkpoint, which writes the file anew.
+    A finished run that has lost a file goes on from its last checkpoint, which writes its files anew.
 
     Raises:
         InputError: a file was changed since, or one is lost and there is no checkpoint.
@@ -29,13 +27,23 @@ def finished_run(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     metrics = _metrics(path)
-    lost = f"{path} is damaged" if metrics is None else _lost_file(folder)
-    if lost is None:
+    faults = _faults(folder)
+    if changed := [name for name, fault in faults.items() if fault not in ("is missing", "is empty", "is damaged")]:
+        raise InputError(
+            f"{folder / changed[0]} {faults[changed[0]]} since the run was finished; move it away, and --resume writes "
+            "what was trained from the last checkpoint"
+        )
+    if metrics is None:
+        faults = {METRICS_FILE: "is damaged", **faults}
+    if not faults:
         return metrics
-    checkpoint, _ = newest_whole(folder)
+    name, fault = next(iter(faults.items()))
+    checkpoint, _ = newest_whole(folder, ours=True)
     if checkpoint is None:
-        raise InputError(f"{lost}, and there is no checkpoint to write it anew from; --overwrite trains again")
-    warnings.warn(f"{lost}; it is written anew from {checkpoint}", LoraPlusWarning, stacklevel=2)
+        raise InputError(
+            f"{folder / name} {fault}, and there is no checkpoint to write it anew from; --overwrite trains again"
+        )
+    warnings.warn(f"{folder / name} {fault}; it is written anew from {checkpoint}", LoraPlusWarning, stacklevel=2)
     return None
 
 
@@ -47,26 +55,9 @@ def _metrics(path: Path) -> dict[str, Any] | None:
     return metrics if isinstance(metrics, dict) and {"eval_loss", "steps", "groups"} <= metrics.keys() else None
 
 
-def _lost_file(folder: Path) -> str | None:
-    if not manifest.is_sealed(folder):  # of an earlier version
-        lost = [folder / name for name in _ADAPTER_FILES if not _is_whole(folder / name)]
-        return f"{lost[0]} is missing or damaged" if lost else None
-    fault = manifest.fault(folder)
-    if fault is None:
-        return None
-    if lost := manifest.lost_files(folder):
-        return f"{folder / lost[0]} is missing or empty"
-    raise InputError(
-        f"{folder}: {fault} since the run was finished; remove that file, and --resume writes it anew from the last "
-        "checkpoint"
-    )
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        if path.suffix == ".json":
-            return isinstance(read_json(path), dict)
-        with safe_open(path, framework="pt") as file:
-            return bool(list(file.keys()))
-    except Exception:  # safetensors has several errors for a damaged file
-        return False
+def _faults(folder: Path) -> dict[str, str]:
+    if manifest.is_sealed(folder):
+        return manifest.faults(folder)
+    lost = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]  # of an earlier version
+    damaged = [name for name in _ADAPTER_FILES if name not in lost and not can_be_read(folder / name)]
+    return {**dict.fromkeys(lost, "is missing"), **dict.fromkeys(damaged, "is damaged")}

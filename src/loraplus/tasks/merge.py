@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loraplus.errors import InputError, MergeMismatchError
+from loraplus.replacing import put_back, replace_folder
 from loraplus.scratch import folder_beside
 from loraplus.tasks.adapter import adapter_settings, load_causal
 from loraplus.tasks.files import read_json, write_json
@@ -22,7 +23,6 @@ from loraplus.tasks.loading import first_line, from_pretrained, loading, resolve
 from loraplus.tasks.output import check_unicode, check_writable
 from loraplus.tasks.paths import user_path
 from loraplus.tasks.predict import load_adapter
-from loraplus.tasks.replacing import put_back, replace_folder
 from loraplus.whole import TEMPORARY, follow_umask
 
 RECORD_FILE = "merge.json"
@@ -86,7 +86,10 @@ def merge(
             "files": sorted([RECORD_FILE, *(path.name for path in partial.iterdir())]),
         }  # fmt: skip
         write_json(partial / RECORD_FILE, record)
-        replace_folder(partial, target, _files_of_merge(target) or set())
+        try:
+            replace_folder(partial, target, _files_of_merge(target) or set())
+        except OSError as error:
+            raise InputError(f"cannot write {target}: {error.strerror}") from None
     return {"output": str(output), **record}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 import yaml
 
 from loraplus.errors import InputError
-from loraplus.integrations.whole_checkpoints import is_checkpoint
-from loraplus.manifest import MANIFEST_FILE
-from loraplus.tasks.config import ADDED
+from loraplus.integrations.whole_checkpoints import checkpoints
+from loraplus.manifest import MANIFEST_FILE, is_sealed
+from loraplus.tasks.config import ADDED, CLASSIFICATION
 from loraplus.tasks.files import (
     check_file,
     check_takes_files,
@@ -37,15 +38,17 @@ __all__ = [
 
 CONFIG_FILE = "config.yaml"
 PLOTS_FOLDER = "plots"
+_EARLIER_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
 # Where to write and how many processes to use do not change what is computed.
 NOT_COMPARED = ("workers", "output")
 # All that `--overwrite` may delete, by the command that wrote it; anything else in the folder is the user's.
 _OF_TRAIN = (  # which tokenizer files there are depends on the model
-    "data_facts.json", "metrics.json", "curves.csv", "adapter_config.json", "adapter_model.safetensors", "README.md",
+    "data_facts.json", "metrics.json", "curves.csv", "adapter_config.json", "adapter_model.safetensors",
     "loraplus.json", MANIFEST_FILE, "config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
-    "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja", "samples.json", "report.html",
+    "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
+_OF_LANGUAGE_MODELS = ("samples.json", "report.html")
 _OF_STUDY = (
     "study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv", "report.html",
     "tune.json", "trials.csv", "best.yaml",
@@ -82,6 +85,11 @@ def check_output(
     if _is_empty(folder):
         return
     saved = saved_config(folder)
+    if saved is None and _is_finished_or_begun(folder):
+        if resume:
+            raise InputError(f"--resume: {folder / CONFIG_FILE} is damaged or gone; --overwrite starts the run again")
+        if overwrite:
+            return
     if resume:
         if saved is None:
             raise InputError(f"--resume: {folder} holds no {CONFIG_FILE} of a loraplus run to go on with")
@@ -121,12 +129,12 @@ def prepare_output(
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_temporaries(folder)
+        _remove_earlier_temporaries(folder)
         if overwrite:
             _remove_written(folder)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
-    if not (resume and (folder / CONFIG_FILE).exists()):
+    if not (resume and saved_config(folder) is not None):
         write_yaml(folder / CONFIG_FILE, config)
     return folder
 
@@ -233,7 +241,15 @@ def check_writable(folder: Path) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    return not folder.exists() or all(TEMPORARY.fullmatch(entry.name) for entry in folder.iterdir())
+    if not folder.exists():
+        return True
+    names = [entry.name for entry in folder.iterdir()]
+    return all(TEMPORARY.fullmatch(name) or _is_earlier_temporary(name) for name in names)
+
+
+def _is_finished_or_begun(folder: Path) -> bool:
+    """Whether a folder without a configuration is that of a training run all the same."""
+    return is_sealed(folder) or any(is_sealed(checkpoint) for checkpoint in checkpoints(folder))
 
 
 def saved_config(folder: Path) -> dict[str, Any] | None:
@@ -265,13 +281,12 @@ def _check_same(folder: Path, saved: Mapping[str, Any], config: Mapping[str, Any
 
 
 def _remove_written(folder: Path) -> None:
+    """All but the configuration: while it is there, an interrupted clearing can be repeated."""
     for entry in _written(folder, saved_config(folder) or {}):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
-    # The configuration goes last: while it is there, an interrupted clearing can be repeated.
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
 
 
 def _written(folder: Path, config: Mapping[str, Any]) -> list[Path]:
@@ -280,11 +295,17 @@ def _written(folder: Path, config: Mapping[str, Any]) -> list[Path]:
         return [folder / name for name in _OF_REPRODUCE] + sorted((folder / PLOTS_FOLDER).glob("*.png"))
     if "tuning_runs" in config:
         return [folder / name for name in _OF_STUDY]
-    return [folder / name for name in _OF_TRAIN] + [path for path in folder.iterdir() if is_checkpoint(path)]
+    names = _OF_TRAIN if config.get("task", CLASSIFICATION) == CLASSIFICATION else _OF_TRAIN + _OF_LANGUAGE_MODELS
+    return [folder / name for name in names] + checkpoints(folder)
 
 
-def _remove_temporaries(folder: Path) -> None:
-    """Removes files that killed commands of earlier versions were writing, whose names were shorter."""
+def _remove_earlier_temporaries(folder: Path) -> None:
+    """Removes files that killed commands of earlier versions were writing; nothing tells whether their owner lives."""
     for entry in list(folder.iterdir()):
-        if TEMPORARY.fullmatch(entry.name) and (entry.is_file() or entry.is_symlink()):
+        if _is_earlier_temporary(entry.name) and (entry.is_file() or entry.is_symlink()):
             entry.unlink(missing_ok=True)
+
+
+def _is_earlier_temporary(name: str) -> bool:
+    found = _EARLIER_TEMPORARY.fullmatch(name)
+    return found is not None and found[1] in (CONFIG_FILE, *_OF_TRAIN, *_OF_LANGUAGE_MODELS, *_OF_STUDY, *_OF_REPRODUCE)

@@ -8,15 +8,21 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from loraplus.tasks.training import StepClock
+
 
 class RunTotals(TrainerCallback, ExportableState):
     """Adds up training loss and time; each checkpoint holds what they were there.
 
     Set `trainer` before training: Trainer keeps the loss to itself.
+
+    Args:
+        clock: goes on from what it showed there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: StepClock) -> None:
         self.trainer: Any = None
+        self._clock = clock
         self._loss_before = self._seconds_before = 0.0
         self._started: float | None = None
         self._ended: float | None = None
@@ -25,6 +31,8 @@ class RunTotals(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         before = saved.get("attributes", {}) if isinstance(saved, dict) else {}
         self._loss_before, self._seconds_before = before.get("loss", 0.0), before.get("seconds", 0.0)
+        self._clock.seconds += before.get("step_seconds", 0.0)
+        self._clock.steps += before.get("steps", 0)
         self._started = time.perf_counter()
         state.stateful_callbacks[type(self).__name__] = self.state()  # checkpoints of earlier versions lack it
 
@@ -32,7 +40,8 @@ class RunTotals(TrainerCallback, ExportableState):
         self._ended = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"loss": self.loss, "seconds": self.seconds}}
+        steps = {"steps": self._clock.steps, "step_seconds": self._clock.seconds}
+        return {"args": {}, "attributes": {"loss": self.loss, "seconds": self.seconds, **steps}}
 
     @property
     def loss(self) -> float:

@@ -17,12 +17,11 @@ from loraplus.groups import explain
 from loraplus.integrations.checkpoints import rates_record, write_rates
 from loraplus.integrations.trainer_checkpoints import CARD_FILE, saved_whole
 from loraplus.integrations.transformers import LoraPlusTrainer
-from loraplus.integrations.whole_checkpoints import check_place, checkpoint_to_resume, newest_whole
+from loraplus.integrations.whole_checkpoints import check_places, checkpoints, newest_whole
 from loraplus.manifest import seal
 from loraplus.tasks.config import AUTO, TrainConfig
 from loraplus.tasks.data_parallel import (
     any_process,
-    from_main,
     is_lost_process,
     is_main_process,
     processes,
@@ -96,7 +95,8 @@ def train(
 
     Raises:
         InputError, InvalidRateError, …: bad input; nothing was written.
-        ResumeMismatchError: the last checkpoint was trained at other rates, or all are damaged.
+        ResumeMismatchError: the last checkpoint was trained at other rates.
+        DamagedCheckpointError: there are checkpoints, and none is whole.
         CheckpointError: the disk is full, say; the last checkpoint is kept.
         DivergedError: the loss became NaN; the last good checkpoint is kept.
         InterruptedRun: a signal came; a checkpoint is saved.
@@ -104,8 +104,7 @@ def train(
     """
     wanted = asdict(config)
     check_output(config.output, wanted, overwrite=overwrite, resume=resume)
-    for place in sorted(Path(config.output).glob("checkpoint-*")):
-        check_place(place)
+    check_places(Path(config.output))
     if resume and (metrics := finished_run(Path(config.output))) is not None:
         return metrics
     rates = rates_of(config, config.lr, config.lr_ratio)
@@ -117,7 +116,8 @@ def train(
     total_steps(config, len(data.train))
     model = task.load_model(config, data, tokenizer, config.seed)
 
-    clock, totals, stop = StepClock(), RunTotals(), StopOnSignal()
+    clock, stop = StepClock(), StopOnSignal()
+    totals = RunTotals(clock)
     trainer = build_trainer(
         config, rates, data, model, tokenizer, seed=config.seed, output=config.output, checkpoints=True,
         auto=config.lr == AUTO,
@@ -130,12 +130,9 @@ def train(
             prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
             note_data(output / DATA_FILE, data.facts)
         wait_for_all()
-        checkpoint = None
-        if resume:
-            checkpoint = from_main(lambda: checkpoint_to_resume(output, "--overwrite starts the run again"))
         with stop.listening():
             try:
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                trainer.train(resume_from_checkpoint=resume and bool(checkpoints(output)))
             except DivergedError as error:
                 raise _diverged(error, output) from None
             except RuntimeError as error:
@@ -170,7 +167,8 @@ def train(
             "data": data.facts,
         }
         if main:
-            _save_adapter(task, trainer, data, tokenizer, output)
+            curves = _curves(trainer.state.log_history, task.metrics)
+            _save_adapter(task, trainer, data, tokenizer, output, curves)
             if samples := task.samples(config.samples, trainer.model, data, tokenizer):
                 write_json(output / SAMPLES_FILE, samples)
             write_json(output / METRICS_FILE, metrics)  # last: it says that the run is finished
@@ -202,12 +200,16 @@ def _rates_in_use(trainer: LoraPlusTrainer) -> dict[str, Any]:
     return {"lr": auto.lr_a, "lr_ratio": auto.lr_b / auto.lr_a if auto.lr_a else None, "auto": True}
 
 
-def _save_adapter(task: Task, trainer: LoraPlusTrainer, data: Any, tokenizer: Any, output: Path) -> None:
-    """Adapter in PEFT's format; beside it what the task needs, the rates, and the manifest of all that."""
-    with saved_whole(output) as folder:
+def _save_adapter(
+    task: Task, trainer: LoraPlusTrainer, data: Any, tokenizer: Any, output: Path, curves: list[dict[str, Any]]
+) -> None:
+    """Adapter in PEFT's format; beside it what the task needs, rates, curves, and the manifest of all that."""
+    with saved_whole(output, output) as folder:
         trainer.model.save_pretrained(str(folder), safe_serialization=True)
         task.save_beside_adapter(trainer.model, data, tokenizer, folder)
         write_rates(folder, rates_record(trainer.loraplus_rates, trainer.model, trainer.loraplus_auto))
+        write_csv(folder / CURVES_FILE, curves)
+        note_data(folder / DATA_FILE, data.facts)
         seal(folder, [path for path in folder.iterdir() if path.name != CARD_FILE])  # people write in their cards
 
 

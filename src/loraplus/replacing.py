@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 from pathlib import Path
 
 from loraplus.errors import InputError
-from loraplus.whole import TEMPORARY, remove_leftovers, temporary_path
+from loraplus.whole import TEMPORARY, remove_leftovers, sync_names, temporary_path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _EARLIER = "earlier"
@@ -23,33 +24,40 @@ def replace_folder(new: Path, target: Path, written: set[str]) -> None:
     """Renames `new` to `target`; afterwards the old folder, if there was one, has the name of the new one.
 
     Args:
-        new: On the same disk.
-        target: May be there.
-        written: Names in `target` that are not taken over; all others are the user's.
+        new: on the same disk.
+        target: may be there.
+        written: names in `target` that are not taken over; all others are the user's.
 
     Raises:
-        InputError: the user's files have names that are in `new`, too, or cannot be taken over, or no renaming.
+        InputError: the user's files have names that are in `new`, too, or cannot be taken over.
+        OSError: nothing can be renamed or linked there.
     """
     others = sorted({path.name for path in target.glob("*")} - written) if target.exists() else []
     others = [name for name in others if not TEMPORARY.fullmatch(name)]
     if taken := [name for name in others if os.path.lexists(new / name)]:
         raise InputError(f"{target / taken[0]} is of no earlier merge and would be replaced; move it away")
-    try:
-        for name in others:
-            _link(target / name, new / name, os.stat(target).st_dev)
-        if not target.exists():
+    for name in others:
+        _link(target / name, new / name, os.stat(target).st_dev)
+    if not target.exists():
+        new.rename(target)
+    elif not _exchange(new, target):
+        earlier = temporary_path(_earlier(target))
+        target.rename(earlier)
+        try:
             new.rename(target)
-        elif not _exchange(new, target):
-            earlier = temporary_path(_earlier(target))
-            target.rename(earlier)
-            try:
-                new.rename(target)
-            except OSError:
-                earlier.rename(target)
-                raise
-            earlier.rename(new)
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}") from None
+        except OSError:
+            earlier.rename(target)
+            raise
+        earlier.rename(new)
+    sync_names(target.parent)
+
+
+def put_all_back(folder: Path, name: re.Pattern[str]) -> None:
+    """As `put_back`, for every folder of such a name."""
+    for path in list(folder.glob(f".*.{_EARLIER}.*.tmp")):
+        of = path.name[1:].partition(f".{_EARLIER}.")[0]
+        if name.fullmatch(of):
+            put_back(folder / of)
 
 
 def put_back(target: Path) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from loraplus import replacing
 from loraplus.errors import InputError
+from loraplus.replacing import put_back, replace_folder
 from loraplus.scratch import folder_beside, scratch_folder
-from loraplus.tasks import replacing
 from loraplus.tasks.files import write_atomically
-from loraplus.tasks.replacing import put_back, replace_folder
 
 FILE_OPERATIONS = (
     "open",
