@@ -376,3 +376,17 @@ def test_an_optimizers_own_state_loaded_into_it_is_not_blamed():
     optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate does in `prepare`
     (told,) = stepped(optimizer, scheduler)
     assert "OneCycleLR did it" in told
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2, 3], [2, 3, 0, 1], [3, 2, 1, 0]])
+def test_groups_in_another_order_say_nothing_until_one_is_off(order):
+    model = adapted()
+    optimizer = loraplus.create_optimizer(model, torch.optim.SGD, lr=1e-3, lr_ratio=16, lr_overrides={"value": 0.5})
+    optimizer.param_groups[:] = [optimizer.param_groups[index] for index in order]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    off = next(group for group in optimizer.param_groups if group["name"] == "lora_B")
+    off["lr"] *= 2
+    with pytest.warns(loraplus.LoraPlusWarning, match="lora_B is at"):
+        optimizer.step()

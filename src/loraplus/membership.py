@@ -63,6 +63,7 @@ class Membership:
         labels = group_labels(groups)
         rates = {label: base_rate(group) for label, group in zip(labels, groups, strict=True)}
         of_a = rates[labels[reference]] if labels else None
+        of_a = of_a and of_a / (self._relations.get(labels[reference]) or 1.0)
         relations = {label: rate / of_a for label, rate in rates.items() if rate and of_a} | dict(self._relations)
         # Some optimizers step over a part of their groups at a time.
         complete = self._relations.keys() <= rates.keys()

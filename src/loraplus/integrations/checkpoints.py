@@ -18,7 +18,6 @@ from torch import nn
 from loraplus.auto import AutoRates
 from loraplus.errors import LoraPlusWarning, ResumeMismatchError
 from loraplus.groups import ParameterRate, built_rates
-from loraplus.movement import factors
 from loraplus.notices import told_once
 from loraplus.rates import Rates
 from loraplus.roles import Role, trainable_parameters
@@ -91,11 +90,7 @@ def all_auto_rates(optimizer: Any) -> list[AutoRates]:
 
 def auto_rates(optimizer: Any, model: nn.Module | None = None) -> AutoRates | None:
     """The `AutoRates` installed on an optimizer for a model, or for any."""
-    members = None if model is None else {id(parameter) for parameter in model.parameters()}
-    for auto in all_auto_rates(optimizer):
-        if members is None or any(id(weight) in members for weight in factors(auto._layers)):
-            return auto
-    return None
+    return next((auto for auto in all_auto_rates(optimizer) if model is None or auto.is_for(model)), None)
 
 
 def rates_record(rates: Rates, model: nn.Module, auto: AutoRates | None = None) -> dict[str, Any]:
