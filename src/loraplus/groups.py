@@ -18,7 +18,7 @@ from loraplus.errors import FlattenedParametersError, InvalidRateError, RateMism
 from loraplus.existing_groups import Groups, base_rates, like, refuse_beside_groups, with_prefix
 from loraplus.notices import told_once
 from loraplus.rates import DEFAULT_LR_RATIO, ROLES_OF, Rates, as_number
-from loraplus.roles import Role, TrainableParameter, trainable_parameters
+from loraplus.roles import Role, TrainableParameter, read_once, trainable_parameters
 from loraplus.step_probe import refusal, try_step, warn_unproved
 
 _RELATIVE_TOLERANCE = 1e-6
@@ -272,6 +272,7 @@ def _table(parameters: list[TrainableParameter], optimizer: Any, rate_of: Any = 
 
 
 @told_once()
+@read_once()
 def verify(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
