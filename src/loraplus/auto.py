@@ -39,7 +39,8 @@ from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, f
 from loraplus.owned_groups import OwnedGroups
 from loraplus.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
 from loraplus.roles import Role
-from loraplus.step_watcher import StepWatcher, unwrapped
+from loraplus.step_watcher import StepWatcher, torch_optimizer
+from loraplus.wrappers import unwrapped
 
 _ROLES = (Role.A, Role.B)
 
@@ -105,7 +106,7 @@ class AutoRates(StepWatcher):
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rule: Rule | None = None, process_group: Any = None
     ) -> None:
-        optimizer = unwrapped(optimizer)
+        optimizer = torch_optimizer(optimizer)
         _check_layers(adapted_layers(model))
         groups = OwnedGroups(model, optimizer)
         size = _check_steps(optimizer, groups)
@@ -337,7 +338,7 @@ class AutoRates(StepWatcher):
 
 def installed(optimizer: Any) -> list[AutoRates]:
     """All that set rates in an optimizer, wrapped or not: one for each model that it trains."""
-    return list(getattr(getattr(optimizer, "optimizer", optimizer), "loraplus_autos", ()))
+    return list(getattr(unwrapped(optimizer), "loraplus_autos", ()))
 
 
 def _register(optimizer: Any, rates: list[AutoRates]) -> None:

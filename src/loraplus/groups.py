@@ -20,6 +20,7 @@ from loraplus.notices import told_once
 from loraplus.rates import DEFAULT_LR_RATIO, ROLES_OF, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, read_once, trainable_parameters
 from loraplus.step_probe import refusal, try_step, warn_unproved
+from loraplus.wrappers import unwrapped
 
 _RELATIVE_TOLERANCE = 1e-6
 _NAMED_IN_MESSAGE = 5
@@ -185,7 +186,7 @@ def _as_float(value: Any) -> float | None:
 
 def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *, base: bool = False) -> float | None:
     """The rate of a group at this moment; with `base`, the one that a scheduler multiplies. Reads `AutoRates`' too."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+    optimizer = unwrapped(optimizer)
     auto = getattr(optimizer, "loraplus_auto", None)
     found = auto.rates_of(group) if auto is not None else None
     if found is not None and (found[1] or not base):  # before the first measured step there is none yet

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from loraplus.errors import LoraPlusWarning
 from loraplus.membership import Groups, Membership, base_rate, group_labels, rate_as_number, reference_group
 from loraplus.schedulers import cause
+from loraplus.wrappers import unwrapped
 
 _TOLERANCE = 1e-3  # relative: above all rounding in a schedule, below any change of a ratio that matters
 _NOTHING = 1e-4  # a rate of which part of its own trains nothing: no more is said of it than of 0
@@ -70,13 +71,6 @@ def unwatch_rates(optimizer: Any) -> None:
     watch = getattr(unwrapped(optimizer), "loraplus_watch", None)
     if watch is not None:
         watch.remove()
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside Accelerate's, DeepSpeed's and others' wrappers."""
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        optimizer = inner
-    return optimizer
 
 
 @functools.cache

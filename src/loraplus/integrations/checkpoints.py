@@ -21,8 +21,8 @@ from loraplus.groups import ParameterRate, built_rates
 from loraplus.notices import told_once
 from loraplus.rates import Rates
 from loraplus.roles import Role, trainable_parameters
-from loraplus.watch import unwrapped
 from loraplus.whole import write_whole
+from loraplus.wrappers import unwrapped
 
 RATES_FILE = "loraplus.json"
 AUTO_FILE = "loraplus_auto.pt"

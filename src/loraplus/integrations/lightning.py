@@ -22,7 +22,8 @@ from loraplus.integrations.checkpoints import (
 from loraplus.integrations.pytorch import rates_for_log
 from loraplus.membership import base_rate, group_labels, reference_group
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
-from loraplus.watch import unwrapped, watch_rates
+from loraplus.watch import watch_rates
+from loraplus.wrappers import unwrapped
 
 RECORD = "loraplus"
 """Key of the rates in a Lightning checkpoint."""
