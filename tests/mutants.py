@@ -42,6 +42,7 @@ NEAREST: dict[str, list[str]] = {
     "existing_groups": ["tests/test_existing_groups.py"],
     "optimizer": ["tests/test_optimizers.py", "tests/test_groups.py"],
     "auto": ["tests/test_auto.py"],
+    "owned_groups": ["tests/test_owned_groups.py"],
     "movement": ["tests/test_auto.py", "tests/test_feature_updates.py"],
     "watch": ["tests/test_watch.py"],
     "step_probe": ["tests/test_step_probe.py"],

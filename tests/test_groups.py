@@ -386,3 +386,15 @@ def test_any_usable_rates_survive_verify(lr, ratio, decay):
     model = adapted(bias="lora_only")
     optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=lr, lr_ratio=ratio, weight_decay=decay)
     loraplus.verify(model, optimizer, lr_ratio=ratio, lr=lr)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rates_in_tensors_are_proved_at_the_precision_that_they_have(dtype):
+    model = adapted()
+    optimizer = loraplus.create_optimizer(model, lr=torch.tensor(3e-3, dtype=dtype), lr_ratio=6.7)
+    loraplus.verify(model, optimizer, lr_ratio=6.7, lr=3e-3)
+    loraplus.verify(model, optimizer, lr_ratio=6.7)
+    with pytest.raises(loraplus.RateMismatchError):
+        loraplus.verify(model, optimizer, lr_ratio=6.9, lr=3e-3)
+    with pytest.raises(loraplus.RateMismatchError):
+        loraplus.verify(model, optimizer, lr_ratio=6.7, lr=3.1e-3)

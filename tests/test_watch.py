@@ -376,3 +376,91 @@ def test_an_optimizers_own_state_loaded_into_it_is_not_blamed():
     optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate does in `prepare`
     (told,) = stepped(optimizer, scheduler)
     assert "OneCycleLR did it" in told
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2, 3], [2, 3, 0, 1], [3, 2, 1, 0]])
+def test_groups_in_another_order_say_nothing_until_one_is_off(order):
+    model = adapted()
+    optimizer = loraplus.create_optimizer(model, torch.optim.SGD, lr=1e-3, lr_ratio=16, lr_overrides={"value": 0.5})
+    optimizer.param_groups[:] = [optimizer.param_groups[index] for index in order]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    off = next(group for group in optimizer.param_groups if group["name"] == "lora_B")
+    off["lr"] *= 2
+    with pytest.warns(loraplus.LoraPlusWarning, match="lora_B is at"):
+        optimizer.step()
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """How often a model is read, so far."""
+    seen = []
+    read = loraplus.roles._read
+    monkeypatch.setattr("loraplus.roles._read", lambda model: seen.append(model) or read(model))
+    return seen
+
+
+def test_a_model_is_read_once_to_make_an_optimizer_and_once_to_prove_it(readings):
+    model = adapted()
+    optimizer = made(model)
+    assert len(readings) == 1
+    loraplus.verify(model, optimizer, lr_ratio=RATIO)
+    assert len(readings) == 2
+    loraplus.verify(model, optimizer, lr_ratio=RATIO, groups=[{"params": model.parameters(), "lr": LR}])
+    assert len(readings) == 3
+    loraplus.create_loraplus_optimizer(model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=RATIO)
+    assert len(readings) == 4
+
+
+def test_what_was_read_does_not_outlive_the_call():
+    model, _ = split_model()
+    before = len(loraplus.param_groups(model, lr=LR)[0]["params"])
+    made(model)
+    unfrozen(model, None, [])
+    assert len(loraplus.param_groups(model, lr=LR)[0]["params"]) == 2 * before
+
+
+def test_the_watch_reads_no_model_that_has_not_changed(readings):
+    optimizer = made(adapted())
+    stepped(optimizer, steps=210)
+    assert len(readings) == 1
+
+
+def late_adapter(model):
+    model.add_adapter("late", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "late"])
+
+
+def late_layer(model):
+    linear = next(module for module in model.modules() if type(module) is torch.nn.Linear and module.out_features == 16)
+    pair = {"lora_A": torch.nn.Linear(16, 4, bias=False), "lora_B": torch.nn.Linear(4, 16, bias=False)}
+    for name, factor in pair.items():
+        linear.add_module(name, torch.nn.ModuleDict({"default": factor}))
+
+
+def late_unfreezing(model):
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize("late", [late_adapter, late_layer, late_unfreezing])
+def test_factors_that_come_to_train_between_two_looks_are_told_at_the_next(late):
+    model, _ = split_model()
+    optimizer = made(model)
+    told = stepped(optimizer, steps=120, between=lambda step: late(model) if step == 50 else None)
+    assert len(told) == 1 and told[0].startswith("at step 101") and "is in no group" in told[0]
+
+
+def test_factors_that_change_places_are_told_though_the_groups_keep_their_sizes():
+    model = adapted()
+    optimizer = made(model)
+
+    def swap(step):
+        a, b = (group["params"] for group in optimizer.param_groups)
+        if step == 50:
+            a[0], b[0] = b[0], a[0]
+
+    (told,) = stepped(optimizer, steps=120, between=swap)
+    assert told.startswith("at step 101") and "was moved from lora_B to lora_A" in told

@@ -39,7 +39,8 @@ from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, f
 from loraplus.owned_groups import OwnedGroups
 from loraplus.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
 from loraplus.roles import Role
-from loraplus.step_watcher import StepWatcher, unwrapped
+from loraplus.step_watcher import StepWatcher, torch_optimizer
+from loraplus.wrappers import unwrapped
 
 _ROLES = (Role.A, Role.B)
 
@@ -105,14 +106,14 @@ class AutoRates(StepWatcher):
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rule: Rule | None = None, process_group: Any = None
     ) -> None:
-        optimizer = unwrapped(optimizer)
+        optimizer = torch_optimizer(optimizer)
         _check_layers(adapted_layers(model))
         groups = OwnedGroups(model, optimizer)
         size = _check_steps(optimizer, groups)
         if size is None:
             groups.warn_of_dummies(model)
         for other in installed(optimizer):
-            if set(other._groups.roles) & set(groups.roles):  # a notebook's cell run again
+            if other.is_for(model):  # a notebook's cell run again
                 other.remove()
         super().__init__(model, optimizer)
         self.rule = rule or Rule()
@@ -166,16 +167,21 @@ class AutoRates(StepWatcher):
         layers = {name: {"lora_A": rates.lr_a, "lora_B": rates.lr_b} for name, rates in self.layer_rates.items()}
         return {"lr_a": self.lr_a, "lr_b": self.lr_b, "steps": self.steps, "layers": layers}
 
+    def is_for(self, model: nn.Module) -> bool:
+        """Whether it sets rates of this model's factors."""
+        members = {id(parameter) for parameter in model.parameters()}
+        return any(id(weight) in members for weight in factors(self._layers))
+
     def rates_of(self, group: Mapping[str, Any]) -> tuple[float, float] | None:
         """(rate at this moment of the schedule, rate without schedule) of a group whose rate is set automatically.
 
         Groups of the other models that share the optimizer are known too; None for any other.
         """
         for rates in installed(self._optimizer) or [self]:
-            index = rates._groups.index_of(group)
-            if index is not None:
-                scheduled, factor = rates._groups.factors(index)
-                base = rates._rate(rates._groups.roles[index]) * factor
+            owned = rates._groups.of(group)
+            if owned is not None:
+                scheduled, factor = rates._groups.factors(owned)
+                base = rates._rate(owned.role) * factor
                 return base * scheduled, base
         return None
 
@@ -336,7 +342,7 @@ class AutoRates(StepWatcher):
 
 def installed(optimizer: Any) -> list[AutoRates]:
     """All that set rates in an optimizer, wrapped or not: one for each model that it trains."""
-    return list(getattr(getattr(optimizer, "optimizer", optimizer), "loraplus_autos", ()))
+    return list(getattr(unwrapped(optimizer), "loraplus_autos", ()))
 
 
 def _register(optimizer: Any, rates: list[AutoRates]) -> None:

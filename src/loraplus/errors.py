@@ -6,6 +6,9 @@ import re
 import unicodedata
 
 LONGEST_MESSAGE = 500
+"""Of what a command prints."""
+LONGEST_ERROR = 2000
+"""Of an exception's text, which a script can print at any width: names of parameters stand there in full."""
 _LONG_WORDS = (160, 80, 40)  # a word is a path or a name: each is shortened before the sentence around it is
 _MOST_READ = 20_000  # a message that holds a whole file is not looked at character by character
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # parts of words in some scripts
@@ -62,10 +65,10 @@ def _without_middle(text: str, longest: int) -> str:
 
 
 class LoraPlusError(Exception):
-    """Base of all errors that loraplus raises on purpose; as text, one line of at most `LONGEST_MESSAGE` characters."""
+    """Base of all errors that loraplus raises on purpose; as text, one line of at most `LONGEST_ERROR` characters."""
 
     def __str__(self) -> str:
-        return one_line(super().__str__())
+        return one_line(super().__str__(), LONGEST_ERROR)
 
 
 class LoraPlusWarning(UserWarning):

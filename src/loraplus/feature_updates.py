@@ -27,7 +27,7 @@ from loraplus.optimizer import create_optimizer
 from loraplus.proposal import as_before
 from loraplus.rates import DEFAULT_LR_RATIO
 from loraplus.recorder import Recorder
-from loraplus.step_watcher import StepWatcher, unwrapped
+from loraplus.step_watcher import StepWatcher, torch_optimizer
 from loraplus.twin import step_of, twin_over
 
 STUCK_BELOW = 0.1
@@ -224,7 +224,7 @@ class UpdateMonitor(StepWatcher):
 
 def _twin_in_place(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """A twin over the same parameters, with a state of its own, at the rates of this moment."""
-    optimizer = unwrapped(optimizer)
+    optimizer = torch_optimizer(optimizer)
     twin = twin_over(optimizer, {p: p for group in optimizer.param_groups for p in group["params"]})
     groups = [group for group in optimizer.param_groups if group["params"]]
     for group, own in zip(twin.param_groups, groups, strict=True):

@@ -18,11 +18,12 @@ from loraplus.errors import FlattenedParametersError, InvalidRateError, RateMism
 from loraplus.existing_groups import Groups, base_rates, like, refuse_beside_groups, with_prefix
 from loraplus.notices import told_once
 from loraplus.rates import DEFAULT_LR_RATIO, ROLES_OF, Rates, as_number
-from loraplus.roles import Role, TrainableParameter, trainable_parameters
+from loraplus.roles import Role, TrainableParameter, read_once, trainable_parameters
 from loraplus.step_probe import refusal, try_step, warn_unproved
+from loraplus.wrappers import unwrapped
 
 _RELATIVE_TOLERANCE = 1e-6
-_NAMED_IN_MESSAGE = 5
+_NAMED_IN_MESSAGE = 3  # all that a message has room for
 
 
 @told_once()
@@ -185,7 +186,7 @@ def _as_float(value: Any) -> float | None:
 
 def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *, base: bool = False) -> float | None:
     """The rate of a group at this moment; with `base`, the one that a scheduler multiplies. Reads `AutoRates`' too."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+    optimizer = unwrapped(optimizer)
     auto = getattr(optimizer, "loraplus_auto", None)
     found = auto.rates_of(group) if auto is not None else None
     if found is not None and (found[1] or not base):  # before the first measured step there is none yet
@@ -272,6 +273,7 @@ def _table(parameters: list[TrainableParameter], optimizer: Any, rate_of: Any = 
 
 
 @told_once()
+@read_once()
 def verify(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -328,17 +330,17 @@ def verify(
         asked = [rates.of(source.role, source.rate_name) for source in sources]
     rates.check(sources)
 
-    wrong = []
+    wrong, tolerance = [], _precision(optimizer)
     scale = None  # what the schedule has multiplied all rates by, read off the first parameter
     for entry, expected in zip(table.entries, asked, strict=True):
         if entry.lr is None or entry.base_lr is None:
             wrong.append(f"{entry.name} is in no group of the optimizer")
             continue
-        if not math.isclose(entry.base_lr, expected, rel_tol=_RELATIVE_TOLERANCE):
+        if not math.isclose(entry.base_lr, expected, rel_tol=tolerance):
             wrong.append(f"{entry.name} ({entry.role}) has {entry.base_lr:.6g}, expected {expected:.6g}")
             continue
         scale = entry.lr / entry.base_lr if scale is None else scale
-        if not math.isclose(entry.lr, expected * scale, rel_tol=_RELATIVE_TOLERANCE):
+        if not math.isclose(entry.lr, expected * scale, rel_tol=2 * tolerance):
             wrong.append(f"{entry.name} ({entry.role}) is at {entry.lr:.6g}, expected {expected * scale:.6g}")
     if wrong:
         more = f"; and {len(wrong) - _NAMED_IN_MESSAGE} more" if len(wrong) > _NAMED_IN_MESSAGE else ""
@@ -349,6 +351,13 @@ def verify(
         )
     _prove_step(optimizer, sources, lr_ratio)
     return table
+
+
+def _precision(optimizer: Any) -> float:
+    """How far rates may be off by rounding alone: those in tensors have their tensor's precision."""
+    rates = [rate for group in optimizer.param_groups for rate in (group.get("lr"), group.get("initial_lr"))]
+    kinds = {rate.dtype for rate in rates if isinstance(rate, torch.Tensor) and rate.is_floating_point()}
+    return max([_RELATIVE_TOLERANCE, *(torch.finfo(kind).eps for kind in kinds)])
 
 
 def _prove_step(optimizer: Any, sources: list[TrainableParameter], lr_ratio: float) -> None:

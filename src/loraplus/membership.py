@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusError
+from loraplus.model_changes import ModelChanges
 from loraplus.notices import told_once
 from loraplus.roles import Role, TrainableParameter, clean_name, trainable_parameters
 
@@ -28,14 +29,18 @@ class Membership:
     def __init__(self, relations: Mapping[str, float]) -> None:
         self._relations = relations
         self._models: list[weakref.ref[nn.Module]] = []
+        self._changes: list[ModelChanges] = []  # of each model, since it was last looked at
+        self._places: dict[int, str] = {}  # as they were then
         self._homes: dict[int, str] = {}  # id of a factor: label of the group that it was first seen in
         self._elsewhere: set[int] = set()  # ids of those that another optimizer trains
 
     def add(self, model: nn.Module, groups: Groups) -> None:
         """Looks after a model's factors from now on; one that is looked after already stays as it is."""
         if all(known() is not model for known in self._models):
-            self._models.append(weakref.ref(model))
             places = _places(groups)
+            self._places = self._places if self._models else places
+            self._models.append(weakref.ref(model))
+            self._changes.append(ModelChanges(model))
             for entry in _factors(model):
                 if id(entry.parameter) not in places:
                     self._elsewhere.add(id(entry.parameter))
@@ -48,21 +53,25 @@ class Membership:
         return {id(parameter): clean_name(name) for model in models for name, parameter in model.named_parameters()}
 
     def problems(self, groups: Groups, reference: int) -> dict[str, str]:
-        """{name of a factor: what is wrong with its place}; each new place is looked at once.
+        """{name of a factor: what is wrong with its place}, of what has changed since the last look.
 
         Args:
             groups: the optimizer's, now.
             reference: index of A's group.
         """
-        models = [model for known in self._models if (model := known()) is not None]
-        members = {id(parameter) for model in models for parameter in model.parameters()}
         places = _places(groups)
+        if places == self._places and not any(changes.may_be() for changes in self._changes):
+            return {}
+        models = [model for known in self._models if (model := known()) is not None]
+        self._changes, self._places = [ModelChanges(model) for model in models], places
+        members = {id(parameter) for model in models for parameter in model.parameters()}
         built = {key for key, label in places.items() if label in self._relations}
         if not built <= members:  # sharded or flattened since, or of a model that is not known here
             return {}
         labels = group_labels(groups)
         rates = {label: base_rate(group) for label, group in zip(labels, groups, strict=True)}
         of_a = rates[labels[reference]] if labels else None
+        of_a = of_a and of_a / (self._relations.get(labels[reference]) or 1.0)
         relations = {label: rate / of_a for label, rate in rates.items() if rate and of_a} | dict(self._relations)
         # Some optimizers step over a part of their groups at a time.
         complete = self._relations.keys() <= rates.keys()

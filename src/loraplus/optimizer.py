@@ -14,12 +14,13 @@ from loraplus.groups import param_groups
 from loraplus.notices import told_once
 from loraplus.paper import LR_EMBEDDING, paper_groups
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
-from loraplus.roles import EMBEDDINGS, trainable_parameters
+from loraplus.roles import EMBEDDINGS, read_once, trainable_parameters
 from loraplus.step_probe import refusal, try_step, warn_unproved
 from loraplus.watch import watch_rates
 
 
 @told_once()
+@read_once()
 def create_optimizer(
     model: nn.Module,
     optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
@@ -161,6 +162,7 @@ def _keep_embeddings_in_32_bits(model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 @told_once()
+@read_once()
 def create_loraplus_optimizer(
     model: nn.Module,
     optimizer_cls: type[torch.optim.Optimizer],

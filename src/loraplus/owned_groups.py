@@ -11,29 +11,45 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from loraplus.errors import LoraPlusWarning, TrainerSetupError
+from loraplus.errors import LoraPlusError, LoraPlusWarning, TrainerSetupError
 from loraplus.notices import told_once
 from loraplus.proposal import as_before
-from loraplus.roles import Role, trainable_parameters
+from loraplus.roles import Role, clean_name, trainable_parameters
 
+_FACTORS = (Role.A, Role.B)
 _DUMMY = 0.1  # a rate that no head is trained with, and that stands for "set automatically"
 _OF_NO_ACCOUNT = {"params", "param_names", "name", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay"}
 _NAME = re.compile(r"(?:^|[._])lora_[AB](?:_x(?P<factor>[^_]+))?(?:_no_decay)?$")  # as `Rates.group_name` makes them
+_INSTALL_AGAIN = "install them again once the groups are as they are to be: AutoRates(model, optimizer)"
 
 Lent = list[tuple[dict[str, Any], Any, Any]]
 """(group, the rate that was put there, the scheduler's own)."""
+
+
+@dataclass(eq=False)
+class Owned:
+    """A group whose rate is set: what it was built with, and how its schedule is read."""
+
+    group: dict[str, Any]
+    role: Role
+    base: float  # what its scheduler multiplies; 0 where it was first seen at the start of a warm-up
+    members: list[torch.Tensor]  # held, so that none of them is taken for another
+    factor: float = 1.0  # what its role's rate is multiplied with for it
+    peak: float = 1.0  # the highest that its schedule was
 
 
 class OwnedGroups:
     """The groups of one model's A and B in an optimizer, which may hold other models' too.
 
     Groups of one role keep the relation of the rates that they were built with: one that `lr_overrides` halved gets
-    half of the role's rate.
+    half of the role's rate. They are followed wherever they stand among the optimizer's groups, and where their dicts
+    are replaced (as by a checkpoint that is loaded) known by their parameters.
 
     Args:
         model: whose factors they hold.
@@ -44,40 +60,40 @@ class OwnedGroups:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self.roles = _roles_of_groups(model, optimizer)
-        self._bases = {index: _base(group) for index, group in self._groups()}
-        self._peaks = dict.fromkeys(self.roles, 1.0)
-        plain = {role: self._plain_rate(role) for role in self.roles.values()}
-        self._factors = {
-            index: self._bases[index] / plain[role] if self._bases[index] and plain[role] else 1.0
-            for index, role in self.roles.items()
-        }
+        self._model, self._optimizer = model, optimizer
+        self._all = _groups_of_factors(model, optimizer)
+        plain = {role: self._plain_rate(role) for role in {owned.role for owned in self._all}}
+        for owned in self._all:
+            if owned.base and plain[owned.role]:
+                owned.factor = owned.base / plain[owned.role]
         self._lent: Lent = []
+        self._order: list[int] = []
+        self._here: dict[int, Owned] = {}
+        self._places = _places(optimizer)
 
     def examples(self) -> list[torch.Tensor]:
         """A parameter of each kind of group; rate, weight decay and name make no kind."""
         kinds = {}
-        for _, group in self._groups():
-            options = {key: value for key, value in group.items() if key not in _OF_NO_ACCOUNT}
-            kinds.setdefault(repr(options), group["params"][0])
+        for owned in self._now().values():
+            options = {key: value for key, value in owned.group.items() if key not in _OF_NO_ACCOUNT}
+            kinds.setdefault(repr(options), owned.group["params"][0])
         return list(kinds.values())
 
-    def index_of(self, group: Mapping[str, Any]) -> int | None:
-        """Which of them a group is, if any."""
-        return next((index for index, ours in self._groups() if ours is group), None)
+    def of(self, group: Mapping[str, Any]) -> Owned | None:
+        """What is known of a group, if it is one of them."""
+        return self._now().get(id(group))
 
-    def factors(self, index: int) -> tuple[float, float]:
+    def factors(self, owned: Owned) -> tuple[float, float]:
         """(what the schedule makes of a group at this step, what its role's rate is multiplied with for it)."""
-        scheduled = self._scheduled(index)
-        return scheduled / max(scheduled, self._peaks[index]), self._factors[index]
+        scheduled = self._scheduled(owned)
+        return scheduled / max(scheduled, owned.peak), owned.factor
 
     def by_parameter(self) -> dict[int, float]:
         """{id of a parameter: product of its group's factors}."""
         found = {}
-        for index, group in self._groups():
-            scheduled, factor = self.factors(index)
-            found |= {id(parameter): scheduled * factor for parameter in group["params"]}
+        for owned in self._now().values():
+            scheduled, factor = self.factors(owned)
+            found |= {id(parameter): scheduled * factor for parameter in owned.group["params"]}
         return found
 
     def lend(self, rates: Mapping[Role, float]) -> Any:
@@ -85,14 +101,19 @@ class OwnedGroups:
 
         Returns:
             What has to be kept until the step ends; when it goes, an error in the step included, the rates go too.
+
+        Raises:
+            TrainerSetupError: a factor has moved to another group, or come into one of the user's own.
         """
         self.give_back()
+        self._follow()
         self._lent = []  # a new list: an earlier loan ends by itself
-        for index, group in self._groups():
-            self._bases[index] = self._bases[index] or float(group["lr"])
-            self._peaks[index] = max(self._peaks[index], self._scheduled(index))
-            scheduled, factor = self.factors(index)
-            put = as_before(group["lr"], rates[self.roles[index]] * scheduled * factor)
+        for owned in self._now().values():
+            group = owned.group
+            owned.base = owned.base or float(group["lr"])
+            owned.peak = max(owned.peak, self._scheduled(owned))
+            scheduled, factor = self.factors(owned)
+            put = as_before(group["lr"], rates[owned.role] * scheduled * factor)
             self._lent.append((group, put, group["lr"]))
             group["lr"] = put
         return _Loan(self._lent)
@@ -103,32 +124,73 @@ class OwnedGroups:
 
     def state_dict(self) -> dict[str, Any]:
         """What the reading of a schedule depends on."""
-        return {"bases": list(self._bases.values()), "peaks": list(self._peaks.values())}
+        return {"bases": [owned.base for owned in self._all], "peaks": [owned.peak for owned in self._all]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
-        if len(state.get("bases", ())) == len(self.roles):
-            self._bases = dict(zip(self.roles, state["bases"], strict=True))
-            self._peaks = dict(zip(self.roles, state["peaks"], strict=True))
+        if len(state.get("bases", ())) == len(self._all):
+            for owned, base, peak in zip(self._all, state["bases"], state["peaks"], strict=True):
+                owned.base, owned.peak = base, peak
 
-    def _groups(self) -> list[tuple[int, dict[str, Any]]]:
-        """Looked up each time, since loading a checkpoint replaces them."""
-        return [(index, self._optimizer.param_groups[index]) for index in self.roles]
+    def _now(self) -> dict[int, Owned]:
+        """{id of a group that is in the optimizer: what is known of it}."""
+        groups = self._optimizer.param_groups
+        order = list(map(id, groups))
+        if order != self._order:
+            self._order = order
+            lost = [owned for owned in self._all if id(owned.group) not in order]
+            homes = {id(parameter): group for group in groups for parameter in group["params"]} if lost else {}
+            for owned in lost:
+                owned.group = next((homes[id(p)] for p in owned.members if id(p) in homes), owned.group)
+            self._here = {id(owned.group): owned for owned in self._all if id(owned.group) in order}
+        return self._here
+
+    def _follow(self) -> None:
+        """Takes note of parameters that have come and gone since the step before.
+
+        Raises:
+            TrainerSetupError: see `lend`.
+        """
+        places = _places(self._optimizer)
+        if places == self._places:
+            return
+        here = self._now()
+        if not here:
+            raise TrainerSetupError(
+                f"the optimizer no longer has any of the groups whose rates are automatic; {_INSTALL_AGAIN}"
+            )
+        homes = {id(parameter): owned for owned in self._all for parameter in owned.members}
+        roles = _roles(self._model)
+        for index, group in enumerate(self._optimizer.param_groups):
+            owned = here.get(id(group))
+            for parameter in group["params"]:
+                home = homes.get(id(parameter))
+                role = roles.get(id(parameter)) if home is None else home.role
+                expected = None if owned is None else owned.role
+                is_right = home is owned if home else role is expected or (role not in _FACTORS and owned is None)
+                if not is_right and (home or role or parameter.requires_grad):
+                    raise TrainerSetupError(
+                        f"{_name(self._model, parameter)} has come into {group.get('name', f'group {index}')} of the "
+                        f"optimizer since its rates were made automatic; {_INSTALL_AGAIN}"
+                    )
+                if owned is not None and home is None:
+                    owned.members.append(parameter)
+        self._places = places
 
     def _plain_rate(self, role: Role) -> float:
         """The rate of a role's group without overrides; where all names are the user's own, the highest."""
-        mine = [(self._bases[index], group) for index, group in self._groups() if self.roles[index] is role]
+        mine = [(owned.base, owned.group) for owned in self._all if owned.role is role]
         named = [(base, found["factor"]) for base, group in mine if (found := _NAME.search(str(group.get("name", ""))))]
         if not named:
             return max(base for base, _ in mine)
         base, factor = min(named, key=lambda pair: pair[1] is not None)
         return base / float(factor or 1.0)
 
-    def _scheduled(self, index: int) -> float:
+    def _scheduled(self, owned: Owned) -> float:
         """The scheduler's own rate over the base rate."""
-        group = self._optimizer.param_groups[index]
+        group = owned.group
         own = next((_without_loan(*loan) for loan in self._lent if loan[0] is group), group["lr"])
-        base = float(group.get("max_lr") or group.get("initial_lr") or self._bases[index] or own)
+        base = float(group.get("max_lr") or group.get("initial_lr") or owned.base or own)
         return float(own) / base if base else 0.0
 
     def warn_of_dummies(self, model: nn.Module) -> None:
@@ -136,7 +198,7 @@ class OwnedGroups:
         mine = {id(entry.parameter) for entry in trainable_parameters(model)}
         for index, group in enumerate(self._optimizer.param_groups):
             rate = _base(group)
-            dummy = index not in self.roles and rate >= _DUMMY and rate in self._bases.values()
+            dummy = self.of(group) is None and rate >= _DUMMY and rate in [owned.base for owned in self._all]
             if dummy and any(id(parameter) in mine for parameter in group["params"]):
                 warnings.warn(
                     f"automatic rates set those of A and B only: {group.get('name', f'group {index}')} is trained with "
@@ -181,21 +243,39 @@ def _base(group: Mapping[str, Any]) -> float:
     return float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
 
 
+def _places(optimizer: torch.optim.Optimizer) -> list[list[int]]:
+    """Which parameters are in which group, by their ids."""
+    return [list(map(id, group["params"])) for group in optimizer.param_groups]
+
+
 @told_once(silent=True)
-def _roles_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, Role]:
-    """{index of a group that holds A, or B: role}."""
+def _roles(model: nn.Module) -> dict[int, Role]:
+    """{id of a trainable parameter: role}; none where the adapter is merged, frozen or disabled."""
+    try:
+        return {id(entry.parameter): entry.role for entry in trainable_parameters(model)}
+    except LoraPlusError:
+        return {}
+
+
+def _name(model: nn.Module, parameter: torch.Tensor) -> str:
+    return next((clean_name(name) for name, mine in model.named_parameters() if mine is parameter), "a parameter")
+
+
+@told_once(silent=True)
+def _groups_of_factors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Owned]:
+    """The groups that hold A, or B, and nothing else that trains."""
     roles = {id(entry.parameter): entry.role for entry in trainable_parameters(model)}
-    found = {}
+    found = []
     for index, group in enumerate(optimizer.param_groups):
-        here = {roles.get(id(parameter)) for parameter in group["params"]}
-        for role in (Role.A, Role.B):
+        here = {roles.get(id(parameter)) for parameter in group["params"] if parameter.requires_grad}
+        for role in _FACTORS:
             if here == {role}:
-                found[index] = role
+                found.append(Owned(group, role, _base(group), list(group["params"])))
             elif role in here:
                 raise TrainerSetupError(
                     f"group {index} of the optimizer holds {role} beside other parameters, so it cannot have a rate of "
                     "its own; build the optimizer with loraplus.create_optimizer"
                 )
-    if not found or set(found.values()) != {Role.A, Role.B} & set(roles.values()):
+    if not found or {owned.role for owned in found} != {*_FACTORS} & set(roles.values()):
         raise TrainerSetupError("the optimizer does not hold the model's A and B; build it from this model")
     return found

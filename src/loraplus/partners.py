@@ -80,7 +80,7 @@ def fit(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
         given, taken = _width(a[0], "out"), _width(b[0], "in")
         if given and taken:
             return given == taken
-    of_a, of_b = _shape(a[1]), _shape(b[1])
+    of_a, of_b = whole_shape(a[1]), whole_shape(b[1])
     if of_a is None or of_b is None:
         return True
     if min(len(of_a), len(of_b)) < 2:
@@ -97,8 +97,8 @@ def _width(module: nn.Module, way: str) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _shape(tensor: Any) -> tuple[int, ...] | None:
-    """The shape of a whole matrix; None if this is a flattened shard, packed, or not made yet."""
+def whole_shape(tensor: Any) -> tuple[int, ...] | None:
+    """The shape of a whole matrix, sharded or not; None if this is flattened, packed, or not made yet."""
     if not isinstance(tensor, torch.Tensor) or is_lazy(tensor) or not tensor.is_floating_point():
         return None
     if (whole := getattr(tensor, "ds_shape", None)) is not None:  # ZeRO-3's

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -150,6 +152,27 @@ class _Reading:
             yield TrainableParameter(name, parameter, role, decays), owner
 
 
+_readings: ContextVar[dict[int, tuple[nn.Module, list[TrainableParameter]]] | None] = ContextVar(
+    "readings", default=None
+)
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """In a block, or in a function that this decorates, a model is read by whoever asks first, for all that follow.
+
+    Example:
+        >>> with read_once():
+        ...     optimizer = torch.optim.AdamW(loraplus.param_groups(model, lr=1e-3))  # doctest: +SKIP
+        ...     table = loraplus.explain(model, optimizer)  # doctest: +SKIP
+    """
+    token = _readings.set({} if _readings.get() is None else _readings.get())
+    try:
+        yield
+    finally:
+        _readings.reset(token)
+
+
 def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
     """Lists every trainable parameter of `model` once, with its role and whether weight decay applies to it.
 
@@ -168,6 +191,15 @@ def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
         UnknownAdapterParameterError: a parameter is an adapter's factor and no layout recognises it.
         FlattenedParametersError: FSDP1 has flattened parameters of several roles into one.
     """
+    known = _readings.get()
+    if known is None:
+        return _read(model)
+    if id(model) not in known:
+        known[id(model)] = (model, _read(model))  # held, so that no other has its id
+    return list(known[id(model)][1])
+
+
+def _read(model: nn.Module) -> list[TrainableParameter]:
     reading = _Reading(model)
     read = list(reading.entries())
     if not read:

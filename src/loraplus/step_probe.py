@@ -21,6 +21,7 @@ from torch import nn
 
 from loraplus.errors import LoraPlusWarning
 from loraplus.twin import step_of, twin_over
+from loraplus.wrappers import unwrapped
 
 _SHAPE = (4, 8)
 _SETTLING, _STEPS = 8, 8  # the first steps may set weights or states up, so the ones after them are measured
@@ -31,7 +32,6 @@ _MOST_APART = 64.0
 _ALIKE = 0.02  # rates nearer to each other than this (in log) prove nothing
 _TOLERANCE = 0.15  # in log; some divide by what the weights are, so that their step is not quite linear in the rate
 _SIGNATURES = 8
-_WRAPPERS = ("accelerate.", "deepspeed.", "torch.distributed.")
 _PER_GROUP = frozenset({"params", "param_names", "lr", "initial_lr", "name"})
 
 
@@ -53,7 +53,7 @@ class Trial(NamedTuple):
 
 def refusal(optimizer: Any, trial: Trial) -> str:
     """What is wrong with an optimizer whose trial failed, and what to do."""
-    optimizer = unwrapped(optimizer)
+    optimizer = _that_steps(optimizer)
     name = type(optimizer).__name__
     if trial.moved is not None and not math.isfinite(trial.moved):
         return (
@@ -82,7 +82,7 @@ _warned: WeakSet[Any] = WeakSet()
 
 def warn_unproved(optimizer: Any, trial: Trial) -> None:
     """Says, once for each optimizer, that its step could not be tried."""
-    optimizer = unwrapped(optimizer)
+    optimizer = _that_steps(optimizer)
     if optimizer not in _warned:
         _warned.add(optimizer)
         warnings.warn(
@@ -117,7 +117,7 @@ def try_step(optimizer: Any, rates: Mapping[int, float]) -> Trial:
         >>> try_step(optimizer, {0: 0.1, 1: 0.4}).follows
         True
     """
-    optimizer = unwrapped(optimizer)
+    optimizer = _that_steps(optimizer)
     held = {index: rate for index, rate in rates.items() if optimizer.param_groups[index]["params"]}
     if rates and not held:
         return Trial(None, reason="its groups are empty between steps")  # DeepSpeed's ZeRO-3
@@ -129,10 +129,11 @@ def try_step(optimizer: Any, rates: Mapping[int, float]) -> Trial:
     return Trial(True)
 
 
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that takes the step: without a wrapper of Accelerate, DeepSpeed or torch.distributed."""
-    while type(optimizer).__module__.startswith(_WRAPPERS):
-        inner = getattr(optimizer, "optimizer", getattr(optimizer, "optim", None))  # ZeroRedundancyOptimizer has optim
+def _that_steps(optimizer: Any) -> Any:
+    """The optimizer whose step moves the parameters: inside every wrapper, and in those of torch.distributed."""
+    optimizer = unwrapped(optimizer)
+    while type(optimizer).__module__.startswith("torch.distributed."):
+        inner = getattr(optimizer, "optim", None)  # ZeroRedundancyOptimizer's, over its part of the parameters
         if inner is None:
             break
         optimizer = inner

@@ -13,6 +13,7 @@ from torch import nn
 from loraplus.errors import TrainerSetupError
 from loraplus.movement import adapted_layers
 from loraplus.recorder import Recorder
+from loraplus.wrappers import unwrapped
 
 
 class StepWatcher:
@@ -31,7 +32,7 @@ class StepWatcher:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = unwrapped(optimizer)
+        self._optimizer = torch_optimizer(optimizer)
         self._layers = adapted_layers(model)
         self._recorder = Recorder(model, self._layers)
         self._hooks = [
@@ -80,13 +81,13 @@ class _Arguments(tuple):
     kept: Any
 
 
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside Accelerate's or Lightning's wrapper.
+def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside a wrapper, whose steps can be watched.
 
     Raises:
         TrainerSetupError: it is no torch optimizer.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped(optimizer)
     if not isinstance(inner, torch.optim.Optimizer):
         raise TrainerSetupError(f"a torch optimizer is needed, got {type(inner).__name__}")
     return inner

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from loraplus.errors import LoraPlusWarning
 from loraplus.membership import Groups, Membership, base_rate, group_labels, rate_as_number, reference_group
 from loraplus.schedulers import cause
+from loraplus.wrappers import unwrapped
 
 _TOLERANCE = 1e-3  # relative: above all rounding in a schedule, below any change of a ratio that matters
 _NOTHING = 1e-4  # a rate of which part of its own trains nothing: no more is said of it than of 0
@@ -72,13 +73,6 @@ def unwatch_rates(optimizer: Any) -> None:
         watch.remove()
 
 
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside Accelerate's, DeepSpeed's and others' wrappers."""
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        optimizer = inner
-    return optimizer
-
-
 @functools.cache
 def _hook_all_optimizers() -> None:
     """One hook for all, so that an optimizer has none of ours, and ours is asked before its own.
@@ -104,8 +98,8 @@ class RateWatch:
         self._optimizer: weakref.ref[Any] | None = None
         self._handles: list[Any] = []
         self._relations: dict[str, float] = {}  # label of a group: its base rate over that of A's group
-        self._base_of_a = 0.0
-        self._sizes: list[int] = []
+        self._base_of_a = self._base_of_a_at_first = 0.0
+        self._groups: list[tuple[int, int]] = []
         self._expected: list[float | None] = []  # the relations of the groups that are there now
         self._reference = 0
         self._told_rates = self._off_before = self._loaded_off = False
@@ -128,7 +122,7 @@ class RateWatch:
         ]
         groups = optimizer.param_groups
         labels, base = group_labels(groups), [base_rate(group) for group in groups]
-        self._base_of_a = of_a = base[reference_group(labels)] or 0.0
+        self._base_of_a_at_first = of_a = base[reference_group(labels)] or 0.0
         if of_a:
             self._relations = {label: rate / of_a for label, rate in zip(labels, base, strict=True) if rate}
         self.members = Membership(self._relations)
@@ -154,7 +148,7 @@ class RateWatch:
             return
         self.steps += 1
         groups, seldom = optimizer.param_groups, self.steps % _SELDOM == 1
-        changed = [len(group["params"]) for group in groups] != self._sizes
+        changed = _shape(groups) != self._groups
         if changed:
             self._match(groups)
         if changed or seldom:
@@ -176,9 +170,12 @@ class RateWatch:
 
     def _match(self, groups: Groups) -> None:
         labels = group_labels(groups)
-        self._sizes = [len(group["params"]) for group in groups]
-        self._expected = [self._relations.get(label) for label in labels]
+        self._groups = _shape(groups)
         self._reference = reference_group(labels)
+        known = [self._relations.get(label) for label in labels]
+        of_reference = (known[self._reference] if known else None) or 1.0  # where groups stand in another order now
+        self._expected = [relation and relation / of_reference for relation in known]
+        self._base_of_a = self._base_of_a_at_first * of_reference
 
     def _off(self, groups: Groups, *, on_accelerator: bool) -> list[int]:
         """Indices of the groups whose rate is not in relation to that of A's group."""
@@ -225,3 +222,8 @@ class RateWatch:
             text = "; ".join(problems[:_NAMED]) + more
             # 6: the line that takes the step, past our hook and torch's wrapper of `step`.
             warnings.warn(f"at step {self.steps}, {text}; {why}", LoraPlusWarning, stacklevel=6)
+
+
+def _shape(groups: Groups) -> list[tuple[int, int]]:
+    """Which groups there are, in which order, and of how many parameters."""
+    return [(id(group), len(group["params"])) for group in groups]

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loraplus
 from integrations.test_transformers import Tokens, adapted, common, weights
 from loraplus import LoraPlusTrainer, LoraPlusTrainingArguments
-from loraplus.errors import InvalidRateError, ResumeMismatchError
+from loraplus.errors import InvalidRateError, ResumeMismatchError, TrainerSetupError
 
 
 def attached(folder, model=None, **more):
@@ -106,3 +106,30 @@ def test_overrides_hold_on_top_of_the_automatic_pair(tmp_path):
         if "lora_" in name:
             rate = auto.lr_a if "lora_A" in name else auto.lr_b
             assert row["base_lr"] == pytest.approx(rate * (0.5 if "value" in name else 1)), name
+
+
+class Groups(TrainerCallback):
+    """Changes the optimizer's groups when training starts."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def on_train_begin(self, args, state, control, optimizer=None, **_):
+        self.change(optimizer.param_groups)
+
+
+def test_groups_that_a_callback_puts_in_another_order_are_followed(tmp_path):
+    found = []
+    for change in (lambda groups: None, lambda groups: groups.reverse()):
+        trainer = attached(tmp_path, lr_scheduler_type="constant")
+        trainer.add_callback(Groups(change))
+        trainer.train()
+        found.append(weights(trainer.model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_factor_that_a_callback_moves_is_refused(tmp_path):
+    trainer = attached(tmp_path)
+    trainer.add_callback(Groups(lambda groups: groups[0]["params"].append(groups[1]["params"].pop())))
+    with pytest.raises(TrainerSetupError, match=r"lora_B.* has come into lora_A"):
+        trainer.train()

@@ -9,7 +9,14 @@ from test_groups import adapted
 
 import loraplus
 from loraplus.inspection.rates import _GROUP_NAME, read_rates_file
-from loraplus.integrations.checkpoints import RATES_FILE, check_resume, rates_record, write_rates
+from loraplus.integrations.checkpoints import (
+    RATES_FILE,
+    check_resume,
+    rates_record,
+    roles_of,
+    shapes_of,
+    write_rates,
+)
 
 
 def test_resuming_under_other_ratios_by_name_is_refused(tmp_path):
@@ -31,6 +38,36 @@ def test_a_checkpoint_from_before_ratios_by_name_goes_on_without_them_only(tmp_p
     assert read_rates_file(tmp_path)["lr_ratio"] == 16.0
     with pytest.raises(loraplus.ResumeMismatchError, match="lr_ratio_overrides"):
         check_resume(tmp_path, loraplus.Rates(1e-3, 16.0, lr_ratio_overrides={"query": 4.0}))
+
+
+def test_another_rank_is_refused_in_one_line_that_names_the_first_factor(tmp_path):
+    rates = loraplus.Rates(1e-3, 16.0)
+    write_rates(tmp_path, rates_record(rates, adapted(r=8)))
+    check_resume(tmp_path, rates, roles=roles_of(adapted(r=8)), shapes=shapes_of(adapted(r=8)))
+    with pytest.raises(loraplus.ResumeMismatchError, match=r"rank was 8 there, 4 here \(first of 8: ") as refusal:
+        check_resume(tmp_path, rates, roles=roles_of(adapted(r=4)), shapes=shapes_of(adapted(r=4)))
+    assert "8 × 16 there and 4 × 16 here" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_one_layer_of_another_rank_or_of_another_width_is_refused(tmp_path):
+    model, rates = adapted(r=4), loraplus.Rates(1e-3, 16.0)
+    write_rates(tmp_path, rates_record(rates, model))
+    last_b = [name for name in shapes_of(model) if "lora_B" in name][-1]
+    for shape, what in (
+        ([16, 6], r"rank was 4 there, 6 here \(first of 1: "),
+        ([32, 4], "the shape is another"),
+    ):
+        with pytest.raises(loraplus.ResumeMismatchError, match=what):
+            check_resume(tmp_path, rates, roles=roles_of(model), shapes={**shapes_of(model), last_b: shape})
+
+
+def test_a_record_from_before_there_were_shapes_goes_on(tmp_path):
+    rates = loraplus.Rates(1e-3, 16.0)
+    write_rates(tmp_path, rates_record(rates, adapted(r=8)))
+    content = json.loads((tmp_path / RATES_FILE).read_text())
+    del content["shapes"]
+    (tmp_path / RATES_FILE).write_text(json.dumps(content))
+    check_resume(tmp_path, rates, roles=roles_of(adapted(r=4)), shapes=shapes_of(adapted(r=4)))
 
 
 def test_inspect_reads_roles_off_every_name_that_a_group_can_have():

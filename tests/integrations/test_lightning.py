@@ -217,3 +217,34 @@ def test_several_optimizers_are_refused(tmp_path):
 
     with pytest.raises(TrainerSetupError, match="reads the rates of one optimizer, Two has 2"):
         fitted(Two(), [LoraPlusCallback(16)], tmp_path)
+
+
+class Adapted(Fixed):
+    def __init__(self, **options):
+        super().__init__()
+        self.model = classifier(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["query"]}, "are not trained by this run"),
+        ({"target_modules": ["query", "value", "key"]}, "are not among them"),
+        ({"r": 2}, "rank was .* there, 2 here"),
+    ],
+)
+def test_other_target_modules_and_ranks_are_refused_in_one_line_before_lightning_loads_them(options, message, tmp_path):
+    trainer, _ = fitted(Adapted(target_modules=["query", "value"]), [LoraPlusCallback(16)], tmp_path, epochs=1)
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    module = Adapted(**{"target_modules": ["query", "value"], **options})
+    with pytest.raises(ResumeMismatchError, match=message) as refusal:
+        fitted(module, [LoraPlusCallback(16)], tmp_path, resume=str(tmp_path / "some.ckpt"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_same_parameters_are_loaded_and_no_hook_is_left(tmp_path):
+    trainer, _ = fitted(Adapted(), [LoraPlusCallback(16)], tmp_path, epochs=1)
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    module = Adapted()
+    fitted(module, [LoraPlusCallback(16)], tmp_path, resume=str(tmp_path / "some.ckpt"), epochs=2)
+    assert not module._load_state_dict_pre_hooks and len(module.ratios) == 6

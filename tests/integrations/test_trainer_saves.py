@@ -140,3 +140,14 @@ def test_a_record_that_cannot_be_written_is_a_warning(tmp_path):
     with pytest.warns(LoraPlusWarning, match="the model is saved, but the record of its rates could not be written"):
         trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_rank_is_refused_in_one_line_before_it_is_loaded(tmp_path):
+    def trainer(rank):
+        args = LoraPlusTrainingArguments(**common(tmp_path, max_steps=2, save_strategy="steps", save_steps=2))
+        return LoraPlusTrainer(adapted(r=rank), args, train_dataset=Tokens())
+
+    trainer(8).train()
+    with pytest.raises(loraplus.ResumeMismatchError, match="rank was 8 there, 2 here") as refusal:
+        trainer(2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "\n" not in str(refusal.value)

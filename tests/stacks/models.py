@@ -30,11 +30,12 @@ class Tokens(Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": int(ids.sum()) % 2}
 
 
-def classifier() -> PeftModel:
+def classifier(**options: Any) -> PeftModel:
     """A BERT with adapters on query and value, and a head (weight and bias) trained in full."""
     model = tiny_bert()
     torch.manual_seed(3)
-    return get_peft_model(model, LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"]))
+    config = {"r": 4, "target_modules": ["query", "value"], "modules_to_save": ["classifier"], **options}
+    return get_peft_model(model, LoraConfig(**config))
 
 
 def language_model_config(**options: Any) -> Qwen2Config:

@@ -163,7 +163,10 @@ def test_arms_that_disagree_on_one_example_only_are_told_apart_by_nothing():
 @pytest.mark.parametrize("curve", [(), (CurvePoint(50, math.inf, 0.5), CurvePoint(100, 0.4, 0.8))])
 def test_a_curve_with_gaps_leaves_a_valid_summary(curve):
     records = [replace(r, curve=curve) if r.trial.phase == "final" else r for r in study(0.8)]
-    summary_of(records)
+    found, whole = summary_of(records), summary_of(study(0.8))
+    json.dumps(found, allow_nan=False)
+    assert found["verdict"] and found["paired"] == whole["paired"]
+    assert found["steps_to_target"] != whole["steps_to_target"] or curve
 
 
 def test_a_final_phase_that_no_seed_survived_is_an_error_that_counts_the_losses():

@@ -118,7 +118,7 @@ def _hook(accelerator: Any, models: Mapping[str, _Registered]) -> None:
             where = input_dir if len(models) == 1 else f"{name} in {input_dir}"
             check_record(
                 of_several[name], each.rates, where, LOOP_WAY, auto=each.auto is not None, roles=each.record["roles"],
-                missing=f"has no {RATES_FILE}",
+                shapes=each.record["shapes"], missing=f"has no {RATES_FILE}",
             )  # fmt: skip
 
     accelerator.register_save_state_pre_hook(save)

@@ -18,12 +18,12 @@ from torch import nn
 from loraplus.auto import AutoRates
 from loraplus.errors import LoraPlusWarning, ResumeMismatchError
 from loraplus.groups import ParameterRate, built_rates
-from loraplus.movement import factors
 from loraplus.notices import told_once
+from loraplus.partners import whole_shape
 from loraplus.rates import Rates
-from loraplus.roles import Role, trainable_parameters
-from loraplus.watch import unwrapped
+from loraplus.roles import FACTORS, Role, trainable_parameters
 from loraplus.whole import write_whole
+from loraplus.wrappers import unwrapped
 
 RATES_FILE = "loraplus.json"
 AUTO_FILE = "loraplus_auto.pt"
@@ -91,15 +91,11 @@ def all_auto_rates(optimizer: Any) -> list[AutoRates]:
 
 def auto_rates(optimizer: Any, model: nn.Module | None = None) -> AutoRates | None:
     """The `AutoRates` installed on an optimizer for a model, or for any."""
-    members = None if model is None else {id(parameter) for parameter in model.parameters()}
-    for auto in all_auto_rates(optimizer):
-        if members is None or any(id(weight) in members for weight in factors(auto._layers)):
-            return auto
-    return None
+    return next((auto for auto in all_auto_rates(optimizer) if model is None or auto.is_for(model)), None)
 
 
 def rates_record(rates: Rates, model: nn.Module, auto: AutoRates | None = None) -> dict[str, Any]:
-    """The content of loraplus.json: the rates, the role of every parameter, what automatic rates have arrived at.
+    """The content of loraplus.json: the rates, every parameter's role, factors' shapes, where automatic rates are.
 
     Made once, with the optimizer: what is merged, frozen or disabled later had these rates, and is saved with them.
 
@@ -113,6 +109,7 @@ def rates_record(rates: Rates, model: nn.Module, auto: AutoRates | None = None) 
         **asdict(rates),
         **({} if auto is None else {"auto": auto.summary()}),
         "roles": roles_of(model),
+        "shapes": shapes_of(model),
     }
 
 
@@ -120,6 +117,14 @@ def rates_record(rates: Rates, model: nn.Module, auto: AutoRates | None = None) 
 def roles_of(model: nn.Module) -> dict[str, str]:
     """{name of a trainable parameter: its role}, as a record holds them."""
     return {entry.name: entry.role.value for entry in trainable_parameters(model)}
+
+
+@told_once(silent=True)
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    """{name of a factor that trains: its shape, sharded or not}, where it is known."""
+    factors = [entry for entry in trainable_parameters(model) if entry.role in FACTORS]
+    shapes = {entry.name: whole_shape(entry.parameter) for entry in factors}
+    return {name: list(shape) for name, shape in shapes.items() if shape is not None}
 
 
 def up_to_date(record: Mapping[str, Any], auto: AutoRates | None) -> dict[str, Any]:
@@ -167,6 +172,7 @@ def check_resume(
     *,
     auto: bool = False,
     roles: Mapping[str, str] | None = None,
+    shapes: Mapping[str, Any] | None = None,
     instead: str = _TRAINER_WAY,
 ) -> None:
     """Refuses a checkpoint folder whose optimizer was not made with these rates, over these parameters.
@@ -178,6 +184,7 @@ def check_resume(
         rates: what this run asks for.
         auto: whether it asks for automatic rates.
         roles: `roles_of` the model that it trains; None compares the rates only.
+        shapes: `shapes_of` it.
         instead: what else the user can do, as the end of a sentence.
 
     Raises:
@@ -186,7 +193,8 @@ def check_resume(
     """
     instead = instead.format(checkpoint=str(checkpoint))
     saved = read_record(checkpoint, instead)
-    check_record(saved, rates, str(checkpoint), instead, auto=auto, roles=roles, missing=f"has no {RATES_FILE}")
+    missing = f"has no {RATES_FILE}"
+    check_record(saved, rates, str(checkpoint), instead, auto=auto, roles=roles, shapes=shapes, missing=missing)
 
 
 def read_record(checkpoint: Path, instead: str) -> dict[str, Any] | None:
@@ -217,6 +225,7 @@ def check_record(
     *,
     auto: bool = False,
     roles: Mapping[str, str] | None = None,
+    shapes: Mapping[str, Any] | None = None,
     missing: str = "has no record of its rates",
 ) -> None:
     """Compares a `rates_record` with what this run asks for; `check_resume` for checkpoints of any form.
@@ -235,8 +244,7 @@ def check_record(
             f"{where} was trained with {was}, this run asks for {asks}; resume with {was}, {instead}"
         )
     known = saved.get("roles")
-    if roles is not None and isinstance(known, Mapping):
-        refuse_other_parameters(_places_of_factors(known), _places_of_factors(roles), where, instead)
+    check_parameters(saved, roles, shapes, where, instead)
     for name, value in asdict(rates).items():
         # A setting that this version has and the one that wrote the checkpoint did not was not in use, nor was one that
         # reached no parameter.
@@ -251,6 +259,44 @@ def check_record(
             f"{where} was trained with {name} = {before}, this run asks for {value}; resume with {name} = {before}, "
             f"{instead}"
         )
+
+
+def check_parameters(
+    saved: Mapping[str, Any],
+    roles: Mapping[str, str] | None,
+    shapes: Mapping[str, Any] | None,
+    where: str,
+    instead: str,
+) -> None:
+    """Compares the parameters of a `rates_record` with this run's; older records have no shapes, or not even roles.
+
+    Raises:
+        ResumeMismatchError: they differ.
+    """
+    known, sizes = saved.get("roles"), saved.get("shapes")
+    if roles is not None and isinstance(known, Mapping):
+        refuse_other_parameters(_places_of_factors(known), _places_of_factors(roles), where, instead)
+        if shapes is not None and isinstance(sizes, Mapping):
+            _refuse_other_shapes(sizes, shapes, known, where, instead)
+
+
+def _refuse_other_shapes(
+    saved: Mapping[str, Any], shapes: Mapping[str, Any], roles: Mapping[str, str], where: str, instead: str
+) -> None:
+    wrong = [name for name in saved if name in shapes and [*saved[name]] != [*shapes[name]]]
+    if not wrong:
+        return
+    name = wrong[0]
+    there, here = saved[name], shapes[name]
+    sizes = " and ".join(f"{' × '.join(map(str, shape))} {at}" for shape, at in ((there, "there"), (here, "here")))
+    side = 0 if roles.get(name) in (Role.A, Role.EMBEDDING_A) else 1  # of B A x, where the two meet
+    differs = [i for i, pair in enumerate(zip(there, here, strict=False)) if pair[0] != pair[1]]
+    of_rank = len(there) == len(here) and differs == [side]
+    what = f"rank was {there[side]} there, {here[side]} here" if of_rank else "the shape is another"
+    raise ResumeMismatchError(
+        f"{where} was trained with other factors: {what} (first of {len(wrong)}: {name}, {sizes}); resume with the "
+        f"rank and model that it was trained with, {instead}"
+    )
 
 
 def refuse_other_parameters(saved: Mapping[str, str], roles: Mapping[str, str], where: str, instead: str) -> None:

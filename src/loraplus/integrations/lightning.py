@@ -14,15 +14,19 @@ from loraplus.groups import verify
 from loraplus.integrations.checkpoints import (
     LOOP_WAY,
     all_auto_rates,
+    check_parameters,
     check_record,
     rates_in_use,
     rates_record,
+    roles_of,
+    shapes_of,
     up_to_date,
 )
 from loraplus.integrations.pytorch import rates_for_log
 from loraplus.membership import base_rate, group_labels, reference_group
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
-from loraplus.watch import unwrapped, watch_rates
+from loraplus.watch import watch_rates
+from loraplus.wrappers import unwrapped
 
 RECORD = "loraplus"
 """Key of the rates in a Lightning checkpoint."""
@@ -77,9 +81,25 @@ class LoraPlusCallback(Callback):
         self._record: dict[str, Any] = {}
         self._autos: list[AutoRates] = []
         self._loaded: tuple[Any, Any] | None = None
+        self._before_load: Any = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Has a checkpoint of other parameters refused before Lightning loads it into the module."""
+        if stage == "fit":
+
+            def check(*_: Any) -> None:
+                loaded = getattr(trainer._checkpoint_connector, "_loaded_checkpoint", None) or {}
+                saved, where = loaded.get(RECORD), str(trainer.ckpt_path or "the checkpoint")
+                if saved is not None:
+                    check_parameters(saved, roles_of(pl_module), shapes_of(pl_module), where, LOOP_WAY)
+
+            self._before_load = pl_module.register_load_state_dict_pre_hook(check)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Checks what `configure_optimizers` built; Lightning loads the optimizer's state after this."""
+        if self._before_load is not None:
+            self._before_load.remove()
+            self._before_load = None
         self._read(trainer, pl_module)
         optimizer = trainer.optimizers[0]
         watch_rates(pl_module, optimizer)
@@ -141,7 +161,10 @@ class LoraPlusCallback(Callback):
         if self._loaded is not None and self._rates is not None:
             (saved, states), self._loaded = self._loaded, None
             where = str(trainer.ckpt_path or "the checkpoint")
-            check_record(saved, self._rates, where, LOOP_WAY, auto=bool(self._autos), roles=self._record["roles"])
+            check_record(
+                saved, self._rates, where, LOOP_WAY, auto=bool(self._autos), roles=self._record["roles"],
+                shapes=self._record["shapes"],
+            )  # fmt: skip
             states = states if isinstance(states, list) else [state for state in (states,) if state is not None]
             if len(states) != len(self._autos):
                 raise ResumeMismatchError(

@@ -15,7 +15,8 @@ from loraplus.errors import LoraPlusWarning, ResumeMismatchError
 from loraplus.groups import rate_of_group
 from loraplus.integrations.checkpoints import LOOP_WAY, OF_PARAMETERS_SHAPE, refuse_other_parameters
 from loraplus.membership import Groups, base_rate, group_labels, reference_group
-from loraplus.watch import unwrapped, watch_rates
+from loraplus.watch import watch_rates
+from loraplus.wrappers import unwrapped
 
 _RELATIVE_TOLERANCE = 1e-6
 _RECORD = "loraplus"  # in the optimizer's state, beside torch's "state" and "param_groups"

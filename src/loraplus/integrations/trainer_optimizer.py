@@ -24,7 +24,7 @@ from loraplus.groups import groups_for
 from loraplus.integrations.trainer_settings import RateSettings
 from loraplus.optimizer import check_class, finish
 from loraplus.rates import Rates
-from loraplus.roles import FACTORS, Role, TrainableParameter, trainable_parameters
+from loraplus.roles import FACTORS, Role, TrainableParameter, read_once, trainable_parameters
 from loraplus.watch import unwatch_rates
 
 _GROUP_THEMSELVES = ("galore", "apollo", "lomo", "adalomo")
@@ -87,6 +87,7 @@ def _groups_itself(what: str) -> TrainerSetupError:
     )
 
 
+@read_once()
 def split(trainer: Any, model: nn.Module, settings: RateSettings, rates_at: Callable[[float], Rates]) -> Split:
     """Splits the groups of the optimizer that a trainer has just built, in place, by role.
 

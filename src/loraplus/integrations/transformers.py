@@ -29,6 +29,7 @@ from loraplus.integrations.checkpoints import (
     rates_record,
     read_auto_state,
     roles_of,
+    shapes_of,
     write_auto_state,
     write_rates,
 )
@@ -256,8 +257,12 @@ class LoraPlusMixin(WholeCheckpoints):
             auto = self.loraplus_settings.auto
             # FSDP names flat parameters otherwise once it has wrapped the model.
             wrapped_later = self._made is None and self.is_fsdp_enabled
-            roles = roles_of(self.model) if self._made is None else self._made.record["roles"]
-            check_resume(self._resumed, self.loraplus_rates, auto=auto, roles=None if wrapped_later else roles)
+            roles = shapes = None
+            if self._made is not None:
+                roles, shapes = self._made.record["roles"], self._made.record["shapes"]
+            elif not wrapped_later:
+                roles, shapes = roles_of(self.model), shapes_of(self.model)
+            check_resume(self._resumed, self.loraplus_rates, auto=auto, roles=roles, shapes=shapes)
             self._auto_state = read_auto_state(self._resumed) if auto else None
             if self.loraplus_auto is not None and self._auto_state is not None:
                 self.loraplus_auto.load_state_dict(self._auto_state)

@@ -18,6 +18,7 @@ from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.tasks.config import DEFAULT_LR, TaskConfig
 from loraplus.tasks.data_parallel import processes
 from loraplus.tasks.task import TaskData, task_of
+from loraplus.wrappers import unwrapped
 
 _EVALUATIONS_PER_RUN = 10
 _LOGS_PER_EVALUATION = 2
@@ -118,7 +119,7 @@ class DivergenceGuard(TrainerCallback):
                 self._stop(f"the {what} of {name} became {value}", step, optimizer)
 
     def _stop(self, what: str, step: int, optimizer: Any) -> None:
-        auto = getattr(getattr(optimizer, "optimizer", optimizer), "loraplus_auto", None)
+        auto = getattr(unwrapped(optimizer), "loraplus_auto", None)
         a, b = (auto.lr_a, auto.lr_b) if auto else (self.rates.lr, self.rates.lr * self.rates.lr_ratio)
         advice = (
             "give --lr and --lr-ratio as numbers, or a smaller --lr-head"
