@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _WRAPPERS = ("accelerate.", "deepspeed.", "lightning.", "pytorch_lightning.")
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_load_state_dict_pre_hooks")  # some have the first alone
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -24,7 +25,7 @@ def unwrapped(optimizer: Any) -> Any:
     """
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         own = type(optimizer).__module__.startswith(_WRAPPERS)
-        if not own and hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        if not own and all(hasattr(optimizer, name) for name in _HOOKS):
             break
         optimizer = inner
     return optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 from loraplus import manifest
 from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusWarning
 from loraplus.integrations.checkpoints import AUTO_FILE, RATES_FILE, SEALED
+from loraplus.whole import temporary_path
 
 STATE_FILE = "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -169,7 +171,10 @@ def rotate(folder: Path, limit: int | None, keep: Iterable[Path], worthless: Col
     by_age = sorted(found, key=lambda path: (path not in worthless, path.stat().st_mtime, step_of_checkpoint(path)))
     others = [path for path in by_age if path.resolve() not in kept]
     for path in others[: max(0, len(by_age) - max(limit, len(kept)))]:
-        shutil.rmtree(path, ignore_errors=True)
+        leaving = temporary_path(path)  # so that none that is half deleted has a checkpoint's name
+        with contextlib.suppress(OSError):
+            path.rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
 
 
 def can_be_read(path: Path) -> bool:
