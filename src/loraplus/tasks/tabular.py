@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,14 @@ class LineError(InputError):
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length; `row_name(i)` says where row i stands in its source, `place(i)` names that, too."""
+    """Columns of equal length, read when they are looked at.
+
+    `row_name(i)` says where row i stands in its source, `place(i)` names that, too.
+    """
 
     source: str
-    columns: dict[str, list[Any]]
-    lines: list[int] | None = None
+    columns: Mapping[str, Sequence[Any]]
+    lines: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
