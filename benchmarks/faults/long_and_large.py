@@ -38,10 +38,10 @@ _WORDS = "a film indeed fine great dull poor the plot music story was very quite
 _WARM = 0.25
 
 
-def memory(name: str) -> int:
-    """Megabytes that /proc tells of this process: VmHWM is the peak, RssAnon what is not a file's."""
+def memory(name: str) -> float:
+    """Megabytes that /proc tells of this process: VmHWM is the peak, VmRSS what it has now."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith(f"{name}:"))
+    return next(round(int(line.split()[1]) / 1024, 1) for line in lines if line.startswith(f"{name}:"))
 
 
 def labelled(path: Path, rows: int) -> Path:
@@ -74,7 +74,9 @@ def train_on(rows: int) -> dict[str, Any]:
         data, model = labelled(folder / "data.csv", rows), small.encoder(folder / "model")
         first = FirstStep()
         metrics = train(
-            TrainConfig(str(model), str(data), output=str(folder / "run"), max_steps=20, max_eval_samples=1000),
+            TrainConfig(
+                model=str(model), data=str(data), output=str(folder / "run"), max_steps=20, max_eval_samples=1000
+            ),
             callbacks=[first],
         )
         return {
@@ -88,7 +90,7 @@ class Readings(TrainerCallback):
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.found: list[tuple[int, int]] = []
+        self.found: list[tuple[int, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.every == 0:
@@ -103,13 +105,13 @@ def train_long(steps: int, lr: str) -> dict[str, Any]:
         readings = Readings(steps // 20)
         begun = time.perf_counter()
         config = TrainConfig(
-            str(model), str(data), output=str(folder / "run"), max_steps=steps, eval_steps=steps // 20, batch_size=8,
-            lr=lr if lr == "auto" else float(lr),
+            model=str(model), data=str(data), output=str(folder / "run"), max_steps=steps, eval_steps=steps // 20,
+            batch_size=8, lr=lr if lr == "auto" else float(lr),
         )  # fmt: skip
         train(config, callbacks=[readings])
         seconds = time.perf_counter() - begun
     warm = [(step, megabytes) for step, megabytes in readings.found if step > steps * _WARM]
-    slope = float(np.polyfit(*zip(*warm, strict=True), 1)[0])
+    slope = float(np.polyfit([step for step, _ in warm], [megabytes for _, megabytes in warm], 1)[0])
     return {
         "lr": lr, "steps": steps, "checkpoints": 20, "seconds": round(seconds), "megabytes": readings.found,
         "megabytes_per_1000_steps": round(1000 * slope, 3),

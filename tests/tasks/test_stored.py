@@ -210,7 +210,8 @@ from transformers import AutoTokenizer
 from loraplus.tasks.classification import load_classification
 from loraplus.tasks.config import TrainConfig
 for data in sys.argv[2:]:
-    load_classification(TrainConfig(model=sys.argv[1], data=data, output="o"), AutoTokenizer.from_pretrained(sys.argv[1]))
+    config = TrainConfig(model=sys.argv[1], data=data, output="o")
+    load_classification(config, AutoTokenizer.from_pretrained(config.model))
     (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
     print(1024 * int(peak))
 print(os.listdir(os.environ["TMPDIR"]))
