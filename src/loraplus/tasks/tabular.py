@@ -12,7 +12,7 @@ LONGEST_ROW = 2**24
 """Characters of a row of a text file."""
 MOST_ROWS = 10_000_000
 MOST_CELLS = 100_000_000
-MOST_BYTES = 2**31
+MOST_BYTES = 2**32
 """Of a file, and of what it unpacks to."""
 
 
