@@ -154,6 +154,10 @@ def test_a_row_is_read_where_it_stands_whatever_the_block(monkeypatch):
     assert table.columns["b"][2:4] == [None, [3, {"c": None}]] and table.place(4) == "d, line 10"
     with pytest.raises(IndexError):
         table.columns["a"][20]
+    late = TableWriter("d")
+    for row in [{}, {"a": "x"}, {}, {"b": 1, "a": "y" * 20}]:
+        late.add(row, 6)
+    assert late.table().columns == {"a": [None, "x", None, "y" * 20], "b": [None, None, None, 1]}
     assert table.columns["a"] != ["x"] and table.columns["a"] != table.columns["b"]
 
 

@@ -18,6 +18,7 @@ from loraplus.tasks.table import Table
 TEXT_NAMES = ("text", "sentence", "review", "content", "document", "comment", "tweet", "body", "message", "snippet")
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "y")
 _MOST_CLASSES_GUESSED = 100
+_SHORT = 100  # kept as they are while columns are compared
 _INTEGER = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
@@ -88,11 +89,12 @@ def _mean_lengths(table: Table, leave_out: str | None) -> dict[str, float]:
 def _columns_of_few(table: Table, leave_out: str) -> list[str]:
     """Columns of so few distinct values that they may be labels."""
     most = min(_MOST_CLASSES_GUESSED, max(2, len(table) // 2))
-    found: dict[str, set[bytes]] = {name: set() for name in table.columns if name != leave_out}
+    found: dict[str, set[str | bytes]] = {name: set() for name in table.columns if name != leave_out}
     for row in zip(*(table.columns[name] for name in found), strict=True):
         for values, value in zip(found.values(), row, strict=True):
             if len(values) <= most:
-                values.add(digest(str(value)))
+                text = str(value)
+                values.add(text if len(text) < _SHORT else digest(text))
     return [name for name, values in found.items() if 2 <= len(values) <= most]
 
 

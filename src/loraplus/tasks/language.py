@@ -164,7 +164,7 @@ def _targets(split: Fitted) -> int:
 
 
 def _fingerprint(splits: Sequence[Sequence[Encoded]]) -> str:
-    """Hash of all tokens and targets as JSON, so that a run is not resumed on data or with a template that has been edited."""
+    """Hash of all tokens and targets as JSON, so that a run is not resumed on edited data or with another template."""
     found = hashlib.sha256()
     for place, split in enumerate(splits):
         found.update(b", [" if place else b"[[")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -13,15 +13,17 @@ from loraplus.tasks.scratch_file import ScratchFile
 from loraplus.tasks.streamed import Streamed
 from loraplus.tasks.tabular import Table, check_size
 
-_LINES = "lines"  # the names of a table's own columns have a mark before them
 _CELLS_AT_ONCE = 2**16
 _CHARACTERS_AT_ONCE = 2**22
 _BYTES_AT_ONCE = 2**24
-_IS_JSON = {b"json": b""}
+_TEXT, _JSON = {b"kind": b"text"}, {b"kind": b"json"}  # of the cells of a block
 
 
 class _Blocks:
-    """Blocks of rows, each Arrow's stream of its columns; a block may have columns that others lack."""
+    """Blocks of rows, each Arrow's stream of one batch: its columns, or the cells of all columns one behind the other.
+
+    The latter, for rows of text and JSON, is quick however many columns there are; a block may lack the last of them.
+    """
 
     def __init__(self, source: str) -> None:
         self._file = ScratchFile(f"the rows of {source}")
@@ -29,38 +31,52 @@ class _Blocks:
         self.starts = [0]  # the first row of every block, and of the next
         self._held: tuple[int, Any] | None = None
 
-    def add(self, arrays: Mapping[str, Any], fields: Sequence[Any], rows: int) -> None:
-        """A block, with a field for each array."""
-        schema = pa.schema(fields)
+    def add_columns(self, columns: Sequence[Any], rows: int) -> None:
+        """Arrays of Arrow."""
+        self._add(columns, rows, None)
+
+    def add_cells(self, cells: list[Any], rows: int) -> None:
+        """Values of JSON, those of the first column first."""
+        kind = _TEXT
+        if not all(value is None or type(value) is str for value in cells):
+            kind = _JSON
+            cells = [None if value is None else json.dumps(value) for value in cells]
+        self._add([pa.array(cells, pa.large_string())], rows, kind)
+
+    def _add(self, arrays: Sequence[Any], rows: int, kind: dict[bytes, bytes] | None) -> None:
+        schema = pa.schema([pa.field(str(place), array.type) for place, array in enumerate(arrays)], kind)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, schema) as writer:
-            writer.write_batch(pa.RecordBatch.from_arrays(list(arrays.values()), schema=schema))
+            writer.write_batch(pa.RecordBatch.from_arrays(list(arrays), schema=schema))
         content = sink.getvalue()
         self._places.append((self._file.append(content), content.size))
         self.starts.append(self.starts[-1] + rows)
 
-    def read(self, block: int, name: str) -> list[Any]:
+    def read(self, block: int, place: int) -> list[Any]:
         """The values of a column in a block; None in each row where it lacks the column."""
         if self._held is None or self._held[0] != block:
-            self._held = (
-                block,
-                pa.ipc.open_stream(pa.py_buffer(self._file.read(*self._places[block]))).read_next_batch(),
-            )
+            content = pa.py_buffer(self._file.read(*self._places[block]))
+            self._held = block, pa.ipc.open_stream(content).read_next_batch()
         batch = self._held[1]
-        place = batch.schema.get_field_index(name)
-        if place < 0:
-            return [None] * (self.starts[block + 1] - self.starts[block])
-        values = batch.column(place).to_pylist()
-        if batch.schema.field(place).metadata == _IS_JSON:
-            return [None if value is None else json.loads(value) for value in values]
-        return values
+        kind = batch.schema.metadata
+        if kind is None:
+            return batch.column(place).to_pylist()
+        rows = self.starts[block + 1] - self.starts[block]
+        values = batch.column(0).slice(place * rows, rows).to_pylist() or [None] * rows
+        return [None if value is None else json.loads(value) for value in values] if kind == _JSON else values
 
 
 class Column(Streamed[Any]):
-    """A column of a stored table."""
+    """A column of a stored table.
 
-    def __init__(self, blocks: _Blocks, name: str) -> None:
-        self._blocks, self._name = blocks, name
+    Args:
+        blocks: of the table.
+        place: of the column.
+        kind: what its values are made; None for what they are.
+    """
+
+    def __init__(self, blocks: _Blocks, place: int, kind: Callable[[Any], Any] | None = None) -> None:
+        self._blocks, self._place, self._kind = blocks, place, kind
         self._held: tuple[int, list[Any]] = -1, []
 
     def __len__(self) -> int:
@@ -68,13 +84,17 @@ class Column(Streamed[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for block in range(len(self._blocks.starts) - 1):
-            yield from self._blocks.read(block, self._name)
+            yield from self._read(block)
+
+    def _read(self, block: int) -> list[Any]:
+        values = self._blocks.read(block, self._place)
+        return values if self._kind is None else list(map(self._kind, values))
 
     def value(self, index: int) -> Any:
         """Quick for a row that is in the block of the one before."""
         block = bisect_right(self._blocks.starts, index) - 1
         if self._held[0] != block:
-            self._held = block, self._blocks.read(block, self._name)
+            self._held = block, self._read(block)
         return self._held[1][index - self._blocks.starts[block]]
 
 
@@ -122,35 +142,21 @@ class TableWriter:
         self._count += rows
         step = max(1, rows * _BYTES_AT_ONCE // max(_BYTES_AT_ONCE, size))
         for start in range(0, rows, step):
-            parts = [_plain(column.slice(start, step)) for column in columns]
-            arrays = {f":{name}": part for name, part in zip(names, parts, strict=True)}
-            fields = [pa.field(name, array.type) for name, array in arrays.items()]
-            self._blocks.add(arrays, fields, min(step, rows - start))
+            self._blocks.add_columns([_plain(column.slice(start, step)) for column in columns], min(step, rows - start))
 
     def table(self) -> Table:
         """All that was added."""
         self._flush()
-        columns = {name: Column(self._blocks, f":{name}") for name in self._names}
-        return Table(self._source, columns, Column(self._blocks, _LINES) if self._numbered else None)
+        first = int(self._numbered)  # the numbers of the lines stand before the columns
+        columns = {name: Column(self._blocks, place) for place, name in enumerate(self._names, start=first)}
+        return Table(self._source, columns, Column(self._blocks, 0, int) if self._numbered else None)
 
     def _flush(self) -> None:
         if not self._rows:
             return
-        found = {f":{name}": _array([row.get(name) for row in self._rows]) for name in self._names}
-        fields = [pa.field(name, array.type, metadata=metadata) for name, (array, metadata) in found.items()]
-        arrays = {name: array for name, (array, _) in found.items()}
-        if self._lines:
-            arrays[_LINES] = pa.array(self._lines, pa.int64())
-            fields.append(pa.field(_LINES, pa.int64()))
-        self._blocks.add(arrays, fields, len(self._rows))
+        cells = [row.get(name) for name in self._names for row in self._rows]
+        self._blocks.add_cells([*map(str, self._lines), *cells], len(self._rows))
         self._rows, self._lines, self._characters = [], [], 0
-
-
-def _array(values: list[Any]) -> tuple[Any, Any]:
-    """Texts as they are; a column that has other values, too, as JSON."""
-    if all(value is None or type(value) is str for value in values):
-        return pa.array(values, pa.large_string()), None
-    return pa.array([None if value is None else json.dumps(value) for value in values], pa.large_string()), _IS_JSON
 
 
 def _plain(column: Any) -> Any:
