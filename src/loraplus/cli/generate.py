@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -90,7 +91,7 @@ def run(
 
 def _read(
     prompt: str | None, prompts: str | None, column: str | None
-) -> tuple[dict[str, list[Any]], list[Any], list[str]]:
+) -> tuple[Mapping[str, Sequence[Any]], list[Any], list[str]]:
     """(columns of the source, prompts, where each stands if they are those of a file)"""
     from loraplus.tasks.prompts import read_prompts, read_stdin
 
@@ -103,7 +104,7 @@ def _read(
     return {"prompt": [text]}, [text], []
 
 
-def _rows(columns: dict[str, list[Any]], completions: list[str], num_samples: int) -> list[dict[str, Any]]:
+def _rows(columns: Mapping[str, Sequence[Any]], completions: list[str], num_samples: int) -> list[dict[str, Any]]:
     """The source's own columns, and what was generated from each row."""
     rows = []
     for index, completion in enumerate(completions):

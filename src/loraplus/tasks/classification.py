@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from loraplus.tasks.data_parallel import DataParallelTrainer
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
+from loraplus.tasks.streamed import in_parts
 from loraplus.tasks.table import read_table
 from loraplus.tasks.token_rows import tokenised
 
@@ -66,19 +67,19 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
     table = read_table(config.data)
     text_column, label_column = choose_columns(table, config.text_column, config.label_column)
     train = examples(table, text_column, label_column)
-    names = label_names(train.labels)
+    names = label_names(train.labels.distinct)
 
-    test = Examples([], [], text_column, label_column)
+    test = train.take(np.arange(0))
     if isinstance(config, CompareConfig):
         train, test = _hold_out(
             train, config.test_data, config.test_fraction, config.max_test_samples, config, names, "--test-data"
         )
     train, validation = _hold_out(train, config.eval_data, config.eval_fraction, config.max_eval_samples, config, names)
-    kept, removed = without_duplicates(train.texts, validation.texts + test.texts)
-    train = _take(train, kept)
+    kept, removed = without_duplicates(train.texts, chain(validation.texts, test.texts))
+    train = train.take(kept)
     kept, removed_validation = without_duplicates(validation.texts, test.texts)
-    validation = _take(validation, kept)
-    if not train.texts or not validation.texts:
+    validation = validation.take(kept)
+    if not len(train.texts) or not len(validation.texts):
         raise InputError(f"{config.data}: nothing is left to train on after texts of the held-out data were removed")
 
     tokens = tokenised(train.texts, _indices(train, names), tokenizer)
@@ -91,7 +92,7 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
         "train_examples": len(train.texts),
         "validation_examples": len(validation.texts),
         "test_examples": len(test.texts),
-        "train_class_counts": dict(sorted(Counter(train.labels).items())),
+        "train_class_counts": dict(sorted(train.labels.counts().items())),
         "duplicates_removed": removed + removed_validation,
         "max_length": max_length,
         "truncated_train_examples": int((tokens.lengths > max_length).sum()),
@@ -122,21 +123,15 @@ def _hold_out(
     if source is not None:
         table = read_table(source)
         rest, held_out = data, examples(table, data.text_column, data.label_column, option)
-        unknown = sorted(set(held_out.labels) - set(names))
+        unknown = sorted(set(held_out.labels.distinct) - set(names))
         if unknown:
             raise InputError(f"{source}: labels that the training data lacks: {', '.join(unknown)}")
     else:
         kept, held = stratified_split(data.labels, fraction, config.seed)
-        rest, held_out = _take(data, kept), _take(data, held)
+        rest, held_out = data.take(kept), data.take(held)
     if at_most is not None and at_most < len(held_out.labels):
-        held_out = _take(held_out, stratified_sample(held_out.labels, at_most, config.seed))
+        held_out = held_out.take(stratified_sample(held_out.labels, at_most, config.seed))
     return rest, held_out
-
-
-def _take(data: Examples, indices: Sequence[int]) -> Examples:
-    return Examples(
-        [data.texts[i] for i in indices], [data.labels[i] for i in indices], data.text_column, data.label_column
-    )
 
 
 def _fingerprint(*splits: Examples) -> str:
@@ -151,12 +146,11 @@ def _fingerprint(*splits: Examples) -> str:
     return found.hexdigest()
 
 
-def _add_list(found: Any, values: Sequence[str]) -> None:
+def _add_list(found: Any, values: Iterable[str]) -> None:
     """Adds a list as JSON, in parts."""
     found.update(b"[")
-    for start in range(0, len(values), _HASHED_AT_ONCE):
-        part = json.dumps(values[start : start + _HASHED_AT_ONCE])[1:-1]
-        found.update((", " if start else "").encode() + part.encode())
+    for number, part in enumerate(in_parts(values, _HASHED_AT_ONCE)):
+        found.update(((", " if number else "") + json.dumps(part)[1:-1]).encode())
     found.update(b"]")
 
 
@@ -166,9 +160,9 @@ def _max_length(lengths: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> int:
     return max(8, min(wanted, _LENGTH_CAP, tokenizer.model_max_length))
 
 
-def _indices(data: Examples, names: Sequence[str]) -> list[int]:
+def _indices(data: Examples, names: Sequence[str]) -> np.ndarray:
     index = {name: i for i, name in enumerate(names)}
-    return [index[label] for label in data.labels]
+    return np.asarray([index[name] for name in data.labels.distinct], np.int32)[data.labels.codes]
 
 
 def classification_metrics(prediction: Any) -> dict[str, float]:

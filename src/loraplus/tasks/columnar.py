@@ -4,7 +4,7 @@ file unpacks to is seen before it fills the memory."""
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from loraplus.errors import InputError
 from loraplus.tasks.files import read_json
 from loraplus.tasks.limited import TooMuchError, parquet_facts
 from loraplus.tasks.paths import is_inside
+from loraplus.tasks.stored import TableWriter
 from loraplus.tasks.tabular import Table, check_size
 from loraplus.tasks.telling import Telling
 
@@ -116,36 +117,41 @@ def _from_dataset(source: str, loaded: Any, split: str) -> Table:
         loaded = loaded[split]
     loaded.data.table.validate(full=True)  # first: Arrow follows the offsets in its own files wherever they lead
     check_size(source, len(loaded), len(loaded) * len(loaded.column_names), loaded.data.table.nbytes)
-    table = _from_batches(
-        source, loaded.column_names, loaded.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE), len(loaded)
-    )
-    for name, feature in loaded.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            values = table.columns[name]
-            values[:] = [None if value is None or value < 0 else feature.int2str(value) for value in values]
-    return table
+    classes = {name: kind for name, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)}
+    batches = loaded.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
+    return _from_batches(source, loaded.column_names, batches, len(loaded), classes)
 
 
-def _from_batches(source: str, names: list[str], batches: Iterable[Any], total: int) -> Table:
-    columns: dict[str, list[Any]] = {name: [] for name in names}
-    if len(columns) < len(names):
+def _class_names(column: Any, kind: Any) -> Any:
+    """The names that a column of numbers stands for; -1 is none."""
+    arrow = importlib.import_module("pyarrow")
+    names = [None if value is None or value < 0 else kind.int2str(value) for value in column.to_pylist()]
+    return arrow.array(names, arrow.string())
+
+
+def _from_batches(
+    source: str, names: list[str], batches: Iterable[Any], total: int, classes: Mapping[str, Any] | None = None
+) -> Table:
+    if len(set(names)) < len(names):
         raise InputError(f"{source} has two columns of one name")
     telling = Telling(f"reading {source}, rows", total)
+    writer = TableWriter(source)
     rows = cells = size = 0
     for batch in batches:
         batch.validate(full=True)  # text is UTF-8, and an offset leads into the data, only if somebody looked
-        for name, column in zip(names, batch.columns, strict=True):
+        earlier = size
+        for column in batch.columns:
             inside, bytes_ = _measured(column)
             cells, size = cells + inside, size + bytes_
             check_size(source, rows + batch.num_rows, cells, size)
-            columns[name] += _without_dictionary(column).to_pylist()
+        columns = [
+            _class_names(column, classes[name]) if classes and name in classes else column
+            for name, column in zip(names, batch.columns, strict=True)
+        ]
+        writer.add_batch(names, columns, batch.num_rows, size - earlier)
         rows += batch.num_rows
         telling.advance(batch.num_rows)
-    return Table(source, columns)
-
-
-def _without_dictionary(column: Any) -> Any:
-    return column.dictionary_decode() if hasattr(column, "dictionary") else column
+    return writer.table()
 
 
 def _measured(column: Any) -> tuple[int, int]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from loraplus.errors import InputError
+from loraplus.tasks.streamed import Labels, Texts, digest
 from loraplus.tasks.table import Table
 
 TEXT_NAMES = ("text", "sentence", "review", "content", "document", "comment", "tweet", "body", "message", "snippet")
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "y")
 _MOST_CLASSES_GUESSED = 100
+_SHORT = 100  # kept as they are while columns are compared
 _INTEGER = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
@@ -21,10 +27,14 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 class Examples:
     """Texts and their labels as strings."""
 
-    texts: list[str]
-    labels: list[str]
+    texts: Texts
+    labels: Labels
     text_column: str
     label_column: str
+
+    def take(self, rows: np.ndarray) -> Examples:
+        """Some of them, in their order."""
+        return replace(self, texts=self.texts.take(rows), labels=self.labels.take(rows))
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -37,7 +47,7 @@ def _named(table: Table, column: str | None, option: str, usual: tuple[str, ...]
         if column not in table.columns:
             raise InputError(f"{table.source} has no column {column!r} ({option}); it has {_listed(table.columns)}")
         return column
-    by_lower = {name.lower(): name for name in reversed(table.columns) if name != taken}
+    by_lower = {name.lower(): name for name in reversed(list(table.columns)) if name != taken}
     return next((by_lower[name] for name in usual if name in by_lower), None)
 
 
@@ -52,15 +62,40 @@ def choose_text_column(
     found = _named(table, text_column, option, TEXT_NAMES, label_column)
     if found is not None:
         return found
-    present = {name: [v for v in values if v is not None] for name, values in table.columns.items()}
-    lengths = {
-        name: sum(map(len, values)) / len(values)
-        for name, values in present.items()
-        if name != label_column and values and all(isinstance(value, str) for value in values)
-    }
+    lengths = _mean_lengths(table, label_column)
     if not lengths:
         raise InputError(f"{table.source}: no column holds text; name it with {option} ({_listed(table.columns)})")
     return max(lengths, key=lambda name: lengths[name])
+
+
+def _mean_lengths(table: Table, leave_out: str | None) -> dict[str, float]:
+    """Characters of a cell on average, for the columns that hold text alone."""
+    names = [name for name in table.columns if name != leave_out]
+    counts, lengths, others = [0] * len(names), [0] * len(names), set[int]()
+    for row in zip(*(table.columns[name] for name in names), strict=True):
+        for place, value in enumerate(row):
+            if isinstance(value, str):
+                counts[place] += 1
+                lengths[place] += len(value)
+            elif value is not None:
+                others.add(place)
+    return {
+        name: lengths[place] / counts[place]
+        for place, name in enumerate(names)
+        if counts[place] and place not in others
+    }
+
+
+def _columns_of_few(table: Table, leave_out: str) -> list[str]:
+    """Columns of so few distinct values that they may be labels."""
+    most = min(_MOST_CLASSES_GUESSED, max(2, len(table) // 2))
+    found: dict[str, set[str | bytes]] = {name: set() for name in table.columns if name != leave_out}
+    for row in zip(*(table.columns[name] for name in found), strict=True):
+        for values, value in zip(found.values(), row, strict=True):
+            if len(values) <= most:
+                text = str(value)
+                values.add(text if len(text) < _SHORT else digest(text))
+    return [name for name, values in found.items() if 2 <= len(values) <= most]
 
 
 def choose_columns(table: Table, text_column: str | None = None, label_column: str | None = None) -> tuple[str, str]:
@@ -72,12 +107,7 @@ def choose_columns(table: Table, text_column: str | None = None, label_column: s
     label = _named(table, label_column, "--label-column", LABEL_NAMES, text_column)
     text = choose_text_column(table, text_column, label)
     if label is None:
-        few = [
-            name
-            for name, values in table.columns.items()
-            if name != text
-            and 2 <= len({str(v) for v in values}) <= min(_MOST_CLASSES_GUESSED, max(2, len(values) // 2))
-        ]
+        few = _columns_of_few(table, text)
         if len(few) != 1:
             raise InputError(
                 f"{table.source}: cannot tell which column is the label; name it with --label-column "
@@ -89,39 +119,55 @@ def choose_columns(table: Table, text_column: str | None = None, label_column: s
     return text, label
 
 
-def strings(table: Table, kind: str, column: str) -> list[str]:
+def strings(table: Table, kind: str, column: str) -> Texts:
     """A column as strings; refuses lists and objects, and cells that are missing or blank."""
-    strings = []
-    for index, value in enumerate(table.columns[column]):
+    values = table.columns[column]
+    missing = 0
+    first = 0
+    for index, value in enumerate(values):
         if isinstance(value, (list, dict, bytes)):
             raise InputError(
                 f"{table.source}, {table.row_name(index)}: the {kind} (column {column!r}) is a "
                 f"{type(value).__name__}, expected a string"
             )
-        missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
-        strings.append("" if missing else str(value))
-    count = strings.count("")
-    if count:
+        if value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip():
+            first = first if missing else index
+            missing += 1
+    if missing:
         raise InputError(
-            f"{table.source}: the {kind} (column {column!r}) is missing in {count} of {len(strings)} rows, "
-            f"first in {table.row_name(strings.index(''))}; fill or remove them"
+            f"{table.source}: the {kind} (column {column!r}) is missing in {missing} of {len(values)} rows, "
+            f"first in {table.row_name(first)}; fill or remove them"
         )
-    return strings
+    return Texts(values)
 
 
-def _labels(table: Table, column: str) -> list[str]:
-    labels = [label.strip() for label in strings(table, "label", column)]
-    all_numbers = all(map(_NUMBER.fullmatch, labels))
-    for index, value in enumerate(table.columns[column]):
-        if isinstance(value, float) or (all_numbers and not _INTEGER.fullmatch(labels[index])):
-            number = float(value)
+def _labels(table: Table, column: str) -> Labels:
+    strings(table, "label", column)
+    distinct: dict[tuple[bool, str], int] = {}
+    firsts: list[int] = []
+
+    def code(index: int, value: Any) -> int:
+        found = distinct.setdefault((isinstance(value, float), str(value).strip()), len(distinct))
+        if found == len(firsts):
+            firsts.append(index)
+        return found
+
+    codes = np.fromiter(map(code, itertools.count(), table.columns[column]), np.int32)
+    all_numbers = all(_NUMBER.fullmatch(label) for _, label in distinct)
+    names: list[str] = []
+    for (is_float, label), first in zip(distinct, firsts, strict=True):
+        if is_float or (all_numbers and not _INTEGER.fullmatch(label)):
+            number = float(label)
             if not number.is_integer():
                 raise InputError(
-                    f"{table.source}, {table.row_name(index)}: label {labels[index]} in column {column!r} looks like "
+                    f"{table.source}, {table.row_name(first)}: label {label} in column {column!r} looks like "
                     "a regression target; classification needs classes, so give each a name"
                 )
-            labels[index] = str(int(number))
-    return labels
+            names.append(str(int(number)))
+        else:
+            names.append(label)
+    merged = Labels.of(names)  # "1" stands for 1 and 1.0
+    return Labels(merged.distinct, merged.codes[codes])
 
 
 def examples(
@@ -145,12 +191,12 @@ def examples(
     text_column, label_column = choose_columns(table, text_column, label_column)
     labels = _labels(table, label_column)
     texts = strings(table, "text", text_column)
-    if len(set(labels)) < 2 and held_out:
+    if len(labels.distinct) < 2 and held_out:
         raise InputError(
             f"{table.source} ({held_out}): all {len(labels)} rows are of the class {labels[0]!r}, which says nothing "
             "of the others; add rows of those"
         )
-    if len(set(labels)) < 2:
+    if len(labels.distinct) < 2:
         raise InputError(
             f"{table.source}: column {label_column!r} has one class only ({labels[0]!r}); classification needs two"
         )

@@ -83,9 +83,11 @@ def read_examples(table: Table, task: str, text_column: str | None = None) -> Ex
         column = choose_text_column(table, text_column)
         texts = strings(table, "text", column)
         return Examples(kind, [Example(where=table.place(i), text=text) for i, text in enumerate(texts)])
-    build = _conversation if kind == CONVERSATION else _pair
     tools = table.columns.get("tools", [None] * len(table))
-    return Examples(kind, [build(table, i, _tools(tools[i], table.place(i))) for i in range(len(table))])
+    if kind == COMPLETION:
+        return Examples(kind, [_pair(table, i, _tools(tools[i], table.place(i))) for i in range(len(table))])
+    name = _messages_column(table) or MESSAGES_NAMES[0]
+    return Examples(kind, [_conversation(table, name, i, _tools(tools[i], table.place(i))) for i in range(len(table))])
 
 
 def _messages_column(table: Table) -> str | None:
@@ -139,9 +141,8 @@ def _without_none(value: Any) -> Any:
     return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _conversation(table: Table, index: int, tools: Any) -> Example:
+def _conversation(table: Table, name: str, index: int, tools: Any) -> Example:
     where = table.place(index)
-    name = _messages_column(table) or MESSAGES_NAMES[0]
     messages = messages_of(table.columns[name][index], where, name)
     _check_assistant(messages, where, "the conversation")
     return Example(where=where, messages=messages, tools=tools)

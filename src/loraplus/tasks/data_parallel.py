@@ -14,14 +14,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import BatchSampler, DataLoader, Dataset
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from loraplus.integrations.transformers import LoraPlusTrainer
+from loraplus.tasks.token_rows import TokenRows
 
 _WEIGHT = "batch_weight"
+_BATCHES_SORTED = 50  # at a time, as in transformers
 _SAME_PASS = 1e-6  # the number of passes done is a float
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo", "NCCL")
 
@@ -97,8 +99,10 @@ class _Weighted(Dataset):
         return self._rows[at[0]], at[1]
 
 
-class OrderByPass(LengthGroupedSampler):
-    """Batches of like length, in an order that a seed fixes.
+class OrderByPass(Sampler[int]):
+    """Batches of like length, in an order that a seed fixes: that of transformers' LengthGroupedSampler.
+
+    It is laid out a part at a time, so that a pass over millions of rows holds one number a row.
 
     Args:
         lengths: of the rows, in tokens.
@@ -106,13 +110,25 @@ class OrderByPass(LengthGroupedSampler):
         seed: asked for when a pass begins.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: Callable[[], int]) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self._seed = seed
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: Callable[[], int]) -> None:
+        self._lengths, self._batch_size, self._seed = np.asarray(lengths), batch_size, seed
+
+    def __len__(self) -> int:
+        return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self._seed())
-        return super().__iter__()
+        generator = torch.Generator().manual_seed(self._seed())
+        rows = torch.randperm(len(self), generator=generator).numpy()
+        size = self._batch_size * max(1, min(len(self) // (self._batch_size * 4), _BATCHES_SORTED))
+        parts = range(0, len(rows), size)
+        for start in parts:  # in place: the longest first, equal ones in their order
+            part = rows[start : start + size]
+            part[:] = part[np.argsort(-self._lengths[part], kind="stable")]
+        # The longest of all comes first, so that memory that does not suffice is seen at once.
+        longest = size * int(np.argmax(self._lengths[rows[::size]]))
+        rows[[0, longest]] = rows[[longest, 0]]
+        for start in parts:
+            yield from rows[start : start + size].tolist()
 
 
 class DataParallelTrainer(LoraPlusTrainer):
@@ -143,9 +159,9 @@ class DataParallelTrainer(LoraPlusTrainer):
             self.lengths(rows), batch_size, lambda: self.args.seed + int((self.state.epoch or 0.0) + _SAME_PASS)
         )
 
-    def lengths(self, rows: Any) -> list[int]:
+    def lengths(self, rows: Any) -> Sequence[int] | np.ndarray:
         """Tokens of each row."""
-        return [len(row["input_ids"]) for row in rows]
+        return rows.lengths if isinstance(rows, TokenRows) else [len(row["input_ids"]) for row in rows]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OrderByPass:
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -164,9 +164,15 @@ def _targets(split: Fitted) -> int:
 
 
 def _fingerprint(splits: Sequence[Sequence[Encoded]]) -> str:
-    """Hash of all tokens and targets, so that a run is not resumed on data or with a template that has been edited."""
-    content = [[[row.ids, row.labels] for row in split] for split in splits]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    """Hash of all tokens and targets as JSON, so that a run is not resumed on edited data or with another template."""
+    found = hashlib.sha256()
+    for place, split in enumerate(splits):
+        found.update(b", [" if place else b"[[")
+        for number, row in enumerate(split):
+            found.update(((", " if number else "") + json.dumps([row.ids, row.labels])).encode())
+        found.update(b"]")
+    found.update(b"]")
+    return found.hexdigest()
 
 
 def _dataset(rows: Sequence[Encoded]) -> Dataset:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
-from loraplus.tasks.tabular import LONGEST_ROW, LineError, Table, check_size
+from loraplus.tasks.stored import TableWriter
+from loraplus.tasks.tabular import LONGEST_ROW, LineError, Table
 from loraplus.tasks.text_files import lines_of
 
 _LOOKED_AHEAD = 2**20  # characters in which the end of a quote is looked for once a row cannot be parsed
@@ -67,8 +68,7 @@ class _Reading:
             lines, delimiter=self._delimiter, quoting=self._quoting, strict=self._quoting != csv.QUOTE_NONE
         )
         header: list[str] = []
-        columns: list[list[str]] = []
-        numbers: list[int] = []
+        writer = TableWriter(self._source)
         try:
             for row in reader:
                 line, self._first = self._first, reader.line_num + 1
@@ -78,7 +78,6 @@ class _Reading:
                 if not header:
                     header = [name.strip() for name in row]
                     _check_header(self._source, line, header, self._delimiter)
-                    columns = [[] for _ in header]
                 elif len(row) != len(header):
                     many = len(row) > len(header)
                     advice = "quote fields that hold the separator" if many else "fill or remove the line"
@@ -86,16 +85,13 @@ class _Reading:
                         self._source, line, f"{len(row)} fields where the header has {len(header)}; {advice}"
                     )
                 else:
-                    for column, cell in zip(columns, row, strict=True):
-                        column.append(cell)
-                    numbers.append(line)
-                    check_size(self._source, len(numbers), len(numbers) * len(header))
+                    writer.add(dict(zip(header, row, strict=True)), sum(map(len, row)), line)
         except csv.Error as error:
             opened = self._open_quote(lines)
             if opened:
                 raise LineError(self._source, opened, "a quote is opened here and never closed") from None
             raise LineError(self._source, reader.line_num, f"cannot be parsed ({error})") from None
-        return Table(self._source, dict(zip(header, columns, strict=True)), numbers)
+        return writer.table()
 
     def _lines(self) -> Iterator[str]:
         length = 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from loraplus.errors import InputError
 from loraplus.tasks.config import CompareConfig, TaskConfig
+from loraplus.tasks.streamed import Labels, digest
 
 _LARGEST_SEED = 2**32 - 1  # numpy's
 
@@ -27,8 +28,7 @@ def check_seed(config: TaskConfig) -> None:
 def _shuffled_classes(labels: Sequence[str], seed: int) -> list[np.ndarray]:
     """The indices of every class, each in an order fixed by the seed."""
     generator = np.random.default_rng(seed)
-    array = np.asarray(labels)
-    return [generator.permutation(np.flatnonzero(array == name)) for name in sorted(set(labels))]
+    return [generator.permutation(rows) for rows in Labels.of(labels).classes()]
 
 
 def _quotas(sizes: Sequence[int], total: int, least: Sequence[int], most: Sequence[int]) -> list[int]:
@@ -42,7 +42,7 @@ def _quotas(sizes: Sequence[int], total: int, least: Sequence[int], most: Sequen
     return quotas
 
 
-def stratified_split(labels: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def stratified_split(labels: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Keeps a part of every class aside.
 
     Args:
@@ -72,14 +72,18 @@ def stratified_split(labels: Sequence[str], fraction: float, seed: int) -> tuple
         [1 if size > 1 else 0 for size in sizes],
         [size - 1 if size > 1 else 0 for size in sizes],
     )
-    held_out = sorted(int(i) for indices, quota in zip(classes, quotas, strict=True) for i in indices[:quota])
-    if not held_out:
+    held_out = _first_of_each(classes, quotas)
+    if not len(held_out):
         raise InputError(f"{len(labels)} rows are too few to hold any out: every class has a single row")
-    aside = set(held_out)
-    return [i for i in range(len(labels)) if i not in aside], held_out
+    return np.delete(np.arange(len(labels)), held_out), held_out
 
 
-def stratified_sample(labels: Sequence[str], count: int, seed: int) -> list[int]:
+def _first_of_each(classes: Sequence[np.ndarray], quotas: Sequence[int]) -> np.ndarray:
+    parts = [rows[:quota] for rows, quota in zip(classes, quotas, strict=True)]
+    return np.sort(np.concatenate(parts)) if parts else np.arange(0)
+
+
+def stratified_sample(labels: Sequence[str], count: int, seed: int) -> np.ndarray:
     """Indices of `count` rows in the proportions of the classes.
 
     Args:
@@ -100,18 +104,18 @@ def stratified_sample(labels: Sequence[str], count: int, seed: int) -> list[int]
     if count < 1:
         raise InputError(f"a sample needs at least one row, got {count}")
     if count >= len(labels):
-        return list(range(len(labels)))
+        return np.arange(len(labels))
     classes = _shuffled_classes(labels, seed)
     sizes = [len(indices) for indices in classes]
     quotas = _quotas(sizes, count, [0] * len(sizes), sizes)
-    return sorted(int(i) for indices, quota in zip(classes, quotas, strict=True) for i in indices[:quota])
+    return _first_of_each(classes, quotas)
 
 
 def _canonical(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def without_duplicates(texts: Sequence[str], held_out_texts: Sequence[str]) -> tuple[list[int], int]:
+def without_duplicates(texts: Iterable[str], held_out_texts: Iterable[str]) -> tuple[np.ndarray, int]:
     """Leaves out texts that also stand in the held-out data, whatever their case and spacing.
 
     Args:
@@ -123,8 +127,9 @@ def without_duplicates(texts: Sequence[str], held_out_texts: Sequence[str]) -> t
 
     Example:
         >>> without_duplicates(["A  film", "another"], ["a film"])
-        ([1], 1)
+        (array([1]), 1)
     """
-    aside = {_canonical(text) for text in held_out_texts}
-    kept = [i for i, text in enumerate(texts) if _canonical(text) not in aside]
-    return kept, len(texts) - len(kept)
+    aside = {digest(_canonical(text)) for text in held_out_texts}
+    stays = np.fromiter((digest(_canonical(text)) not in aside for text in texts), bool)
+    kept = np.flatnonzero(stays)
+    return kept, len(stays) - len(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ LONGEST_ROW = 2**24
 """Characters of a row of a text file."""
 MOST_ROWS = 10_000_000
 MOST_CELLS = 100_000_000
-MOST_BYTES = 2**31
+MOST_BYTES = 2**32
 """Of a file, and of what it unpacks to."""
 
 
@@ -25,11 +26,14 @@ class LineError(InputError):
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length; `row_name(i)` says where row i stands in its source, `place(i)` names that, too."""
+    """Columns of equal length, read when they are looked at.
+
+    `row_name(i)` says where row i stands in its source, `place(i)` names that, too.
+    """
 
     source: str
-    columns: dict[str, list[Any]]
-    lines: list[int] | None = None
+    columns: Mapping[str, Sequence[Any]]
+    lines: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))

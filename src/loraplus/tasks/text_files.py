@@ -6,13 +6,14 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from loraplus.errors import InputError
 from loraplus.tasks.parsing import ParseError, parse_json, values_in
+from loraplus.tasks.stored import TableWriter
 from loraplus.tasks.tabular import LONGEST_ROW, LineError, Table, check_size
 from loraplus.tasks.telling import Telling
 
@@ -97,22 +98,30 @@ def _line_of_bad_byte(path: Path) -> int:
 
 def read_lines(source: str, path: Path) -> Table:
     """One row a line that is not blank, in a column `text`."""
-    texts: list[str] = []
-    lines: list[int] = []
+    writer = TableWriter(source)
     # Not splitlines, which also splits at U+2028, form feeds and others.
     for number, line in enumerate(lines_of(source, path, newline=None), start=1):
         if line.strip():
-            texts.append(line.rstrip("\n"))
-            lines.append(number)
-            check_size(source, len(texts))
-    return Table(source, {"text": texts}, lines)
+            writer.add({"text": line.rstrip("\n")}, len(line), number)
+    return writer.table()
 
 
 def read_json_rows(source: str, path: Path) -> Table:
     """One object a line, or one array of objects."""
+    writer = TableWriter(source)
     if _first_characters(source, path).startswith(b"["):
-        return _table(source, enumerate(_array(source, path), start=1), "row")
-    return _table(source, _objects(source, path), "line")
+        for number, value in enumerate(_array(source, path), start=1):
+            writer.add(_row(source, f"row {number}", value), 0)
+    else:
+        for number, line, value in _objects(source, path):
+            writer.add(_row(source, f"line {number}", value), len(line), number)
+    return writer.table()
+
+
+def _row(source: str, place: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f'{source}, {place}: expected an object like {{"text": …, "label": …}}')
+    return value
 
 
 def _array(source: str, path: Path) -> list[Any]:
@@ -125,7 +134,7 @@ def _array(source: str, path: Path) -> list[Any]:
     return rows
 
 
-def _objects(source: str, path: Path) -> Iterator[tuple[int, Any]]:
+def _objects(source: str, path: Path) -> Iterator[tuple[int, str, Any]]:
     inside = 0
     for number, line in enumerate(lines_of(source, path, newline="\n"), start=1):
         if line.strip():
@@ -133,7 +142,7 @@ def _objects(source: str, path: Path) -> Iterator[tuple[int, Any]]:
             check_size(source, cells=inside)
             value = _value(source, number, line.rstrip("\n"))
             _check_characters(f"{source}, line {number}", line, value)
-            yield number, value
+            yield number, line, value
 
 
 def _value(source: str, line: int, text: str) -> Any:
@@ -149,20 +158,3 @@ def _check_characters(where: str, text: str, value: Any) -> None:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise InputError(f"{where}: half of a surrogate pair (\\ud…), which is no character; remove it") from None
-
-
-def _table(source: str, rows: Iterable[tuple[int, Any]], unit: str) -> Table:
-    columns: dict[str, list[Any]] = {}
-    numbers: list[int] = []
-    for number, value in rows:
-        if not isinstance(value, dict):
-            raise InputError(f'{source}, {unit} {number}: expected an object like {{"text": …, "label": …}}')
-        for name, cell in value.items():
-            column = columns.setdefault(name, [])
-            column += [None] * (len(numbers) - len(column))  # rows before that do not have it
-            column.append(cell)
-        numbers.append(number)
-        check_size(source, len(numbers), len(numbers) * len(columns))
-    for column in columns.values():
-        column += [None] * (len(numbers) - len(column))
-    return Table(source, columns, numbers if unit == "line" else None)

@@ -1,77 +1,69 @@
-"""Tokenised texts with their labels, held as two flat arrays: a million rows are a few hundred megabytes."""
+"""Tokenised texts with their labels: the tokens stand in a temporary file, a row is a place in it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from loraplus.tasks.scratch_file import ScratchFile
+from loraplus.tasks.streamed import Texts, in_parts
 from loraplus.tasks.telling import Telling
 
 _AT_ONCE = 1000
+_TOKEN = np.dtype(np.int32)
 
 
 class TokenRows(Sequence[dict[str, Any]]):
     """Rows {"input_ids", "labels"} for Trainer, made when they are asked for.
 
     Args:
-        ids: of all rows, one behind the other.
-        ends: where each row ends in `ids`.
+        file: holds tokens.
+        starts: of each row, in tokens from the file's beginning.
+        lengths: of each row.
         labels: one a row.
+        largest: token id.
     """
 
-    def __init__(self, ids: np.ndarray, ends: np.ndarray, labels: np.ndarray) -> None:
-        self._ids, self._ends, self._labels = ids, ends, labels
+    def __init__(
+        self, file: ScratchFile, starts: np.ndarray, lengths: np.ndarray, labels: np.ndarray, largest: int
+    ) -> None:
+        self._file, self._starts, self.lengths, self._labels, self.largest = file, starts, lengths, labels, largest
+        self._ids = file.array(_TOKEN)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.lengths)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        return {"input_ids": self._row(index).tolist(), "labels": int(self._labels[index])}
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
-        return np.diff(self._ends, prepend=0)
-
-    @property
-    def largest(self) -> int:
-        """The largest token id."""
-        return int(self._ids.max(initial=0))
+        start = self._starts[index]
+        ids = self._ids[start : start + self.lengths[index]]
+        return {"input_ids": ids.tolist(), "labels": int(self._labels[index])}
 
     def by_length(self) -> TokenRows:
         """The same rows, short ones first, equal ones in their order."""
         order = np.argsort(self.lengths, kind="stable")
-        return TokenRows.of([self._row(i) for i in order], self._labels[order])
+        return TokenRows(self._file, self._starts[order], self.lengths[order], self._labels[order], self.largest)
 
     def cut(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenRows:
         """With the rows that are longer than `max_length` tokenised again, so that the tokens of their end stay."""
-        long = np.flatnonzero(self.lengths > max_length).tolist()
-        if not long:
+        long = np.flatnonzero(self.lengths > max_length)
+        if not len(long):
             return self
-        cut = tokenised([texts[i] for i in long], self._labels[long], tokenizer, max_length)
-        rows = [self._row(i) for i in range(len(self))]
-        for place, i in enumerate(long):
-            rows[i] = cut._row(place)
-        return TokenRows.of(rows, self._labels)
-
-    @classmethod
-    def of(cls, parts: Sequence[np.ndarray], labels: Sequence[int] | np.ndarray) -> TokenRows:
-        """Rows from the ids of each."""
-        return cls(_flat(parts), np.cumsum([len(part) for part in parts]), np.asarray(labels))
-
-    def _row(self, index: int) -> np.ndarray:
-        return self._ids[self._ends[index - 1] if index else 0 : self._ends[index]]
+        starts, lengths = self._starts.copy(), self.lengths.copy()
+        starts[long], lengths[long], largest = _written(
+            self._file, Texts(texts, long), len(long), tokenizer, max_length
+        )
+        return TokenRows(self._file, starts, lengths, self._labels, max(self.largest, largest))
 
 
 def tokenised(
-    texts: Sequence[str],
+    texts: Iterable[str],
     labels: Sequence[int] | np.ndarray,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
@@ -84,25 +76,31 @@ def tokenised(
         tokenizer: of the model.
         max_length: cut to so many tokens; None for all of them.
     """
-    telling = Telling("tokenising, texts", len(texts))
+    file = ScratchFile("the tokens")
+    starts, lengths, largest = _written(file, texts, len(labels), tokenizer, max_length)
+    return TokenRows(file, starts, lengths, np.asarray(labels), largest)
+
+
+def _written(
+    file: ScratchFile, texts: Iterable[str], count: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """(starts, lengths, largest token) of texts whose tokens are added to the file."""
+    telling = Telling("tokenising, texts", count)
     cutting: dict[str, Any] = (
         {"truncation": False} if max_length is None else {"truncation": True, "max_length": max_length}
     )
-    parts: list[np.ndarray] = []
-    lengths: list[int] = []
-    for start in range(0, len(texts), _AT_ONCE):
+    begin = file.size // _TOKEN.itemsize
+    lengths = np.empty(count, np.int32)
+    done = largest = 0
+    for part in in_parts(texts, _AT_ONCE):
         rows = tokenizer(
-            list(texts[start : start + _AT_ONCE]),
-            verbose=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            **cutting,
-        )["input_ids"]
-        parts.append(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32))
-        lengths += map(len, rows)
+            part, verbose=False, return_attention_mask=False, return_token_type_ids=False, **cutting
+        )["input_ids"]  # fmt: skip
+        ids = np.fromiter(itertools.chain.from_iterable(rows), _TOKEN)
+        file.append(ids)
+        largest = max(largest, int(ids.max(initial=0)))
+        lengths[done : done + len(rows)] = list(map(len, rows))
+        done += len(rows)
         telling.advance(len(rows))
-    return TokenRows(_flat(parts), np.cumsum(lengths), np.asarray(labels))
-
-
-def _flat(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return begin + ends - lengths, lengths, largest

@@ -1,0 +1,140 @@
+"""Sequences that are read a part at a time: any, the texts of a column, and labels by their numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
+from typing import Any, TypeVar, overload
+
+import numpy as np
+
+_CHARACTERS_AT_ONCE = 2**22
+
+T = TypeVar("T", covariant=True)
+
+
+class Streamed(Sequence[T]):
+    """A sequence that is not in memory; it equals any sequence of the same values."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return [self.value(i) for i in range(*index.indices(len(self)))]
+        return self.value(range(len(self))[index])
+
+    def value(self, index: int) -> T:
+        """The value at an index that is within the sequence."""
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == its for mine, its in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Texts(Streamed[str]):
+    """A column's values as text, or those of some of its rows.
+
+    Args:
+        values: of the column.
+        rows: which, in their order; None for all.
+    """
+
+    def __init__(self, values: Sequence[Any], rows: np.ndarray | None = None) -> None:
+        self._values, self._rows = values, rows
+
+    def __len__(self) -> int:
+        return len(self._values) if self._rows is None else len(self._rows)
+
+    def value(self, index: int) -> str:
+        """Of one row."""
+        return str(self._values[index if self._rows is None else int(self._rows[index])])
+
+    def __iter__(self) -> Iterator[str]:
+        if self._rows is None:
+            return map(str, self._values)
+        wanted = np.zeros(len(self._values), bool)
+        wanted[self._rows] = True
+        return map(str, compress(self._values, wanted.tobytes()))
+
+    def take(self, indices: np.ndarray) -> Texts:
+        """Some of them, in their order."""
+        return Texts(self._values, indices if self._rows is None else self._rows[indices])
+
+
+class Labels(Streamed[str]):
+    """Labels by their places in a list of the distinct ones.
+
+    Args:
+        distinct: labels; some need not occur.
+        codes: one a row.
+    """
+
+    def __init__(self, distinct: Sequence[str], codes: np.ndarray) -> None:
+        self.distinct, self.codes = list(distinct), codes
+
+    @classmethod
+    def of(cls, labels: Iterable[str]) -> Labels:
+        """Of any."""
+        if isinstance(labels, Labels):
+            return labels
+        codes: dict[str, int] = {}
+        found = np.fromiter((codes.setdefault(label, len(codes)) for label in labels), np.int32)
+        return cls(list(codes), found)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def value(self, index: int) -> str:
+        """Of one row."""
+        return self.distinct[int(self.codes[index])]
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.distinct.__getitem__, self.codes)
+
+    def take(self, indices: np.ndarray) -> Labels:
+        """Those of some rows."""
+        return Labels(self.distinct, self.codes[indices])
+
+    def counts(self) -> Counter[str]:
+        """How often each occurs."""
+        found = np.bincount(self.codes, minlength=len(self.distinct)).tolist()
+        return Counter({label: count for label, count in zip(self.distinct, found, strict=True) if count})
+
+    def classes(self) -> list[np.ndarray]:
+        """The rows of each label that occurs, by alphabet."""
+        order = np.argsort(self.codes, kind="stable")
+        ends = np.cumsum(np.bincount(self.codes, minlength=len(self.distinct)))
+        rows = dict(zip(self.distinct, np.split(order, ends[:-1]), strict=True)) if len(order) else {}
+        return [rows[label] for label in sorted(rows) if len(rows[label])]
+
+
+def digest(text: str) -> bytes:
+    """16 bytes that stand for a text: no other has them."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def in_parts(texts: Iterable[str], most: int) -> Iterator[list[str]]:
+    """Lists of so many texts, or fewer where texts are long.
+
+    Example:
+        >>> list(in_parts(["a", "b", "c"], 2))
+        [['a', 'b'], ['c']]
+    """
+    part: list[str] = []
+    characters = 0
+    for text in texts:
+        part.append(text)
+        characters += len(text)
+        if len(part) == most or characters >= _CHARACTERS_AT_ONCE:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
