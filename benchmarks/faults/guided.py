@@ -16,7 +16,7 @@ import atheris
 
 with atheris.instrument_imports(include=["yaml", "loraplus.tasks"]):
     from loraplus.cli.options import load_yaml
-    from loraplus.errors import LONGEST_ERROR, LoraPlusError
+    from loraplus.errors import LONGEST_MESSAGE, LoraPlusError
     from loraplus.tasks.columns import examples
     from loraplus.tasks.conversations import read_examples
     from loraplus.tasks.files import read_json
@@ -43,7 +43,7 @@ def one_input(data: bytes) -> None:
         read(str(path))
     except LoraPlusError as error:
         message = str(error)
-        if len(message) > LONGEST_ERROR or len(message.splitlines()) != 1:
+        if len(message) > LONGEST_MESSAGE or len(message.splitlines()) != 1:
             raise RuntimeError(f"a message of {len(message)} characters") from error
 
 

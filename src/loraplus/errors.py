@@ -65,10 +65,12 @@ def _without_middle(text: str, longest: int) -> str:
 
 
 class LoraPlusError(Exception):
-    """Base of all errors that loraplus raises on purpose; as text, one line of at most `LONGEST_ERROR` characters."""
+    """Base of all errors that loraplus raises on purpose; as text, one line of at most `longest` characters."""
+
+    longest = LONGEST_ERROR
 
     def __str__(self) -> str:
-        return one_line(super().__str__(), LONGEST_ERROR)
+        return one_line(super().__str__(), self.longest)
 
 
 class LoraPlusWarning(UserWarning):
@@ -133,6 +135,8 @@ class MergeMismatchError(LoraPlusError, ArithmeticError):
 
 class InputError(LoraPlusError, ValueError):
     """A file, column, label, flag or configuration key that cannot be used."""
+
+    longest = LONGEST_MESSAGE  # what is wrong with a file may quote it
 
 
 class InterruptedRun(LoraPlusError):
