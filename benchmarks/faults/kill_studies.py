@@ -38,7 +38,7 @@ SMALL = ["--max-steps", "4", "--eval-steps", "2", "--batch-size", "4", "--worker
 COMMANDS = {
     "compare": ["compare", *SMALL, "--tuning-runs", "2", "--seeds", "2"],
     "tune": ["tune", *SMALL, "--tuning-runs", "2"],
-    "reproduce": ["reproduce", "init", "--seeds", "1", "--workers", "1", "--plain"],
+    "reproduce": ["reproduce", "coordinates", "--seeds", "1", "--workers", "1", "--plain"],
 }
 RESULTS = ("summary.json", "runs.csv", "tune.json", "trials.csv", "best.yaml")
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link")
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     options = parser.parse_args()
     deadline, output = time.monotonic() + 60 * options.minutes, Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(output.read_text())["tried"] if output.exists() else {}
     work = Path(tempfile.mkdtemp(prefix="kill-studies-"))
     try:
