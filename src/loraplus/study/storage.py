@@ -151,7 +151,8 @@ def _create_study(location: str, name: str, key_of: KeyOf | None, begun: bool) -
             return optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
         except Exception as error:
             # Two processes that create the tables at the same moment: one of them is told that they exist.
-            if attempt == ATTEMPTS or type(error).__name__ not in ("IntegrityError", "ProgrammingError"):
+            exists = type(error).__name__ in ("IntegrityError", "ProgrammingError") or "already exists" in str(error)
+            if attempt == ATTEMPTS or not exists:
                 raise
             time.sleep(attempt)
     raise AssertionError("unreachable")
