@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import shutil
@@ -91,6 +92,14 @@ def test_a_run_that_goes_on_ends_in_the_same_adapter_curves_and_loss(run, step, 
     assert after["seconds_per_step"] > 0
     timing = {"train_seconds", "seconds_per_step", "train_loss"}
     assert {key: before[key] for key in before.keys() - timing} == {key: after[key] for key in after.keys() - timing}
+
+
+def test_the_curves_end_in_the_last_weights_loss_and_not_in_that_of_the_best(run):
+    _, folder, _ = run
+    history = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    (last,) = (entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == 12)
+    *_, row = csv.DictReader((folder / "curves.csv").open())
+    assert (row["step"], float(row["eval_loss"])) == ("12", last)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", ADAPTER])

@@ -188,9 +188,10 @@ class WholeCheckpoints:
         Raises:
             DamagedCheckpointError: it is damaged, and no steps follow of which one may be as good.
         """
-        if self._resumed_from is None or not self.args.load_best_model_at_end:
+        resumed = self._resumed_from
+        if resumed is None or not self.args.load_best_model_at_end:
             return
-        place, fault = self._from_first(self._best_and_fault)
+        place, fault = self._from_first(lambda: _best_and_fault(resumed))
         if place is None:
             return
         self.state.best_model_checkpoint = place
@@ -199,7 +200,7 @@ class WholeCheckpoints:
         if self.state.global_step >= self.state.max_steps:
             raise DamagedCheckpointError(
                 f"{place}, the best checkpoint of a finished training, cannot be used: {fault}; train again, or load "
-                f"the last weights from {self._resumed_from}"
+                f"the last weights from {resumed}"
             )
         self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
         if self.args.process_index == 0:
@@ -210,16 +211,16 @@ class WholeCheckpoints:
                 stacklevel=2,
             )
 
-    def _best_and_fault(self) -> tuple[str | None, str | None]:
-        """(the best checkpoint, where it is now; what is wrong with its weights)."""
-        assert self._resumed_from is not None
-        state = json.loads((self._resumed_from / STATE_FILE).read_text(encoding="utf-8"))
-        if not (saved := state.get("best_model_checkpoint")):
-            return None, None
-        place = self._resumed_from.with_name(Path(saved).name)
-        if not place.is_dir():  # resumed into another folder
-            place = Path(saved)
-        return str(place), model_fault(place) if place.is_dir() else "it is not there"
+
+def _best_and_fault(resumed: Path) -> tuple[str | None, str | None]:
+    """(the best checkpoint, where it is now; what is wrong with its weights), as the resumed one tells."""
+    state = json.loads((resumed / STATE_FILE).read_text(encoding="utf-8"))
+    if not (saved := state.get("best_model_checkpoint")):
+        return None, None
+    place = resumed.with_name(Path(saved).name)
+    if not place.is_dir():  # resumed into another folder
+        place = Path(saved)
+    return str(place), model_fault(place) if place.is_dir() else "it is not there"
 
 
 @contextlib.contextmanager

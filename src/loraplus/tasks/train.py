@@ -140,8 +140,9 @@ def train(
                     raise
                 raise _lost_process(trainer.state.global_step, output) from None
         step = trainer.state.global_step
+        curves = _curves(trainer.state.log_history, task.metrics)
         if main:
-            write_csv(output / CURVES_FILE, _curves(trainer.state.log_history, task.metrics))
+            write_csv(output / CURVES_FILE, curves)
         if stop.stopped.is_set() and step < trainer.state.max_steps:
             wait_for_all()  # each writes its part of the checkpoint
             raise InterruptedRun(
@@ -167,7 +168,6 @@ def train(
             "data": data.facts,
         }
         if main:
-            curves = _curves(trainer.state.log_history, task.metrics)
             _save_adapter(task, trainer, data, tokenizer, output, curves)
             if samples := task.samples(config.samples, trainer.model, data, tokenizer):
                 write_json(output / SAMPLES_FILE, samples)
