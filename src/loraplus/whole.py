@@ -62,11 +62,19 @@ def write_whole(target: Path, content: bytes) -> None:
         raise
 
 
-def hold(handle: int) -> bool:
-    """Takes the kernel's lock on an open file or folder, which ends with this process; False if another has it."""
+def hold(handle: int, *, wait: bool = False) -> bool:
+    """Takes the kernel's lock on an open file or folder, which ends with this process.
+
+    Args:
+        handle: of the file or folder.
+        wait: until it is free.
+
+    Returns:
+        False if another process has it.
+    """
     if fcntl is not None:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
         except OSError:  # a file system without locks

@@ -28,7 +28,7 @@ from loraplus.tasks.files import (
     write_yaml,
 )
 from loraplus.tasks.parsing import LONGEST_YAML, parse_yaml
-from loraplus.whole import TEMPORARY, remove_leftovers
+from loraplus.whole import TEMPORARY, hold, remove_leftovers
 
 __all__ = [
     "check_file", "check_output", "check_unicode", "check_writable", "data_changes", "hold_output", "json_text",
@@ -155,19 +155,13 @@ def hold_output(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if os.name == "nt":  # where folders cannot be opened
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise InputError(f"another loraplus command is writing to {folder}; wait for it to end") from None
-        except OSError:  # a file system without locks
-            pass
+        if not hold(handle, wait=wait):
+            raise InputError(f"another loraplus command is writing to {folder}; wait for it to end")
         remove_leftovers(folder)
         yield
     finally:
