@@ -17,7 +17,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import loraplus
-from loraplus.errors import InputError
+from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.inspection import inspect_folder
 from loraplus.inspection.adapter import Adapter, saved_name
 from loraplus.inspection.update import update_size
@@ -223,6 +223,16 @@ def test_a_checkpoint_shows_each_groups_rate_now_and_its_base_rate(tmp_path):
     assert rows["head_no_decay", "head"]["weight_decay"] == 0
     facts = inspect_folder(last)["training"]
     assert (facts["step"], facts["max_steps"], facts["lr_ratio"], facts["auto"]) == (6, 6, 16, False)
+
+
+def test_a_file_that_was_changed_since_it_was_written_is_named(tmp_path):
+    trained(tmp_path, lambda t: loraplus.attach(t, lr_ratio=16))
+    path = tmp_path / "checkpoint-4" / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.warns(LoraPlusWarning, match="optimizer.pt was changed since it was written"):
+        rows_of(path.parent)
 
 
 def test_a_checkpoint_of_automatic_rates_shows_the_rates_in_use_and_what_each_layer_asked_for(tmp_path):

@@ -43,7 +43,7 @@ PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "pyarr
 
 def one_input(reader: Any, name: str, content: bytes, work: Path) -> tuple[str, str, float]:
     """(what came of it: read, refused, failed; why; seconds)"""
-    from loraplus.errors import LONGEST_MESSAGE, LoraPlusError
+    from loraplus.errors import LoraPlusError
 
     for other, good in reader.seeds.items():
         path = work / other
@@ -56,7 +56,7 @@ def one_input(reader: Any, name: str, content: bytes, work: Path) -> tuple[str, 
         result = "read"
     except LoraPlusError as error:
         message = str(error)
-        result = "refused" if len(message) <= LONGEST_MESSAGE and len(message.splitlines()) == 1 else "failed"
+        result = "refused" if len(message) <= error.longest and len(message.splitlines()) == 1 else "failed"
         why = message if result == "refused" else f"message of {len(message)} characters: {message[:200]!r}"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):

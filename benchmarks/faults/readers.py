@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ CHATS = [
     {"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "yes", "x": {"y": [1]}}]}
     for i in range(4)
 ]
+_BEGUN: dict[str, Any] = {"output": "begun", "max_steps": 4, "eval_steps": 2, "batch_size": 4, "rank": 2}
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 
 
@@ -42,15 +45,15 @@ class Reader:
 
 
 def readers(folder: Path) -> list[Reader]:
-    """All readers, with small models made in a folder. Another one is another `Reader` in a list below: that of
-    checkpoints to go on from belongs to `_inspected`, which has one.
+    """All readers, with small models made in a folder. Another one is another `Reader` in a list below.
 
     Args:
         folder: empty, or filled by an earlier call.
     """
     if not (folder / "done").exists():
         _make(folder)
-    return [*_tables(folder), *_settings(folder), *_inspected(folder), *_loaded(folder), _report(folder)]
+    return [*_tables(folder), *_settings(folder), *_inspected(folder), *_resumed(folder), *_loaded(folder),
+            _report(folder)]  # fmt: skip
 
 
 def _files(folder: Path, *names: str) -> dict[str, bytes]:
@@ -124,6 +127,31 @@ def _inspected(folder: Path) -> list[Reader]:
         Reader("inspect checkpoint", _all(folder / "checkpoint"), shown, 5),
         Reader("inspect old adapter", _all(folder / "bin"), shown, 2),
         Reader("inspect model", _files(folder / "base", "config.json"), shown, 2),
+    ]
+
+
+def _resumed(folder: Path) -> list[Reader]:
+    """A run that goes on from its checkpoint: one that its manifest vouches for, and one of an earlier version."""
+    from loraplus.manifest import MANIFEST_FILE
+    from loraplus.tasks.config import TrainConfig
+    from loraplus.tasks.train import train
+
+    files = _all(folder / "begun")
+    trained_on: dict[str, Any] = {"model": str(folder / "base"), "data": str(folder / "data/d.csv")}
+
+    def gone_on(root: Path, name: str) -> Any:
+        with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+            shutil.copytree(root, "begun")  # which its configuration names
+            return train(TrainConfig(**_BEGUN, **trained_on), resume=True)
+
+    def unsealed(files: dict[str, bytes]) -> dict[str, bytes]:
+        found = {name: content for name, content in files.items() if not name.endswith(MANIFEST_FILE)}
+        rates = next(name for name in found if name.endswith("checkpoint-2/loraplus.json"))
+        return {**found, rates: json.dumps({**json.loads(found[rates]), "sealed": False}).encode()}
+
+    return [
+        Reader("checkpoint", files, gone_on, 1),
+        Reader("checkpoint without a manifest", unsealed(files), gone_on, 1),
     ]
 
 
@@ -275,6 +303,12 @@ def _make_adapters(folder: Path) -> None:
     shutil.copytree(folder / "run-of-classifier/checkpoint-2", folder / "checkpoint")
     for name in ("README.md", "training_args.bin"):
         (folder / "checkpoint" / name).unlink(missing_ok=True)
+    with contextlib.chdir(folder):
+        train(TrainConfig(model=str(folder / "base"), data=str(folder / "data/d.csv"), **_BEGUN))
+    for path in (folder / "begun").iterdir():  # as if it had been killed after its first checkpoint
+        if path.is_file() and path.name not in ("config.yaml", "data_facts.json"):
+            path.unlink()
+    shutil.rmtree(folder / "begun/checkpoint-4")
     (folder / "bin").mkdir()
     shutil.copy(folder / "adapter/adapter_config.json", folder / "bin")
     torch.save(load_file(folder / "adapter/adapter_model.safetensors"), folder / "bin/adapter_model.bin")

@@ -337,6 +337,12 @@ def test_a_card_that_was_edited_damages_nothing_nor_does_saving_into_a_checkpoin
     assert ends_as(make(place), expected, resume=True)
 
 
+def as_an_earlier_version_left_it(checkpoint):
+    (checkpoint / "loraplus_manifest.json").unlink()
+    record = (checkpoint / "loraplus.json").read_text()
+    (checkpoint / "loraplus.json").write_text(record.replace('"sealed": true', '"earlier": true'))
+
+
 def test_checkpoints_of_an_earlier_version_that_are_damaged_are_not_replaced_unasked(run, tmp_path):
     make, folder, _ = run
     place = shutil.copytree(folder, tmp_path / "r")
@@ -354,11 +360,33 @@ def test_a_checkpoint_of_an_earlier_version_can_still_be_used(run, tmp_path):
     place = shutil.copytree(folder, tmp_path / "r")
     shutil.rmtree(place / "checkpoint-6")
     checkpoint = place / "checkpoint-4"
-    (checkpoint / "loraplus_manifest.json").unlink()
-    record = (checkpoint / "loraplus.json").read_text()
-    (checkpoint / "loraplus.json").write_text(record.replace('"sealed": true', '"earlier": true'))
+    as_an_earlier_version_left_it(checkpoint)
     with warnings.catch_warnings():
         warnings.simplefilter("error", LoraPlusWarning)
         assert ends_as(make(place), expected, resume=True)
     damaged(checkpoint / "optimizer.pt", "flipped")
     assert checkpoint_fault(checkpoint) == "optimizer.pt is damaged"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(FINAL, lambda content: content.replace(b"lora_B", b"lora_C")),
+     ("trainer_state.json", lambda content: content.replace(b"log_history", b"log_hastory")),
+     ("trainer_state.json", lambda content: content.replace(b"TrainerControl", b"TrainerContral"))],
+)  # fmt: skip
+def test_damage_that_only_shows_when_a_file_is_used_is_one_line(run, name, change, tmp_path):
+    make, folder, _ = run
+    place = shutil.copytree(folder, tmp_path / "r")
+    for checkpoint in checkpoints(place):
+        as_an_earlier_version_left_it(checkpoint)
+        content = (checkpoint / name).read_bytes()
+        assert change(content) != content
+        (checkpoint / name).write_bytes(change(content))
+    with pytest.raises(DamagedCheckpointError, match="checkpoint-6"):
+        make(place).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_an_optimizer_says_that_it_starts_anew(tmp_path):
+    with_arguments(tmp_path, save_only_model=True, max_steps=4).train()
+    with pytest.warns(LoraPlusWarning, match="checkpoint-4 holds no state of the optimizer"):
+        with_arguments(tmp_path, save_only_model=True).train(resume_from_checkpoint=True)

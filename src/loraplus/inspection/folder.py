@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 
-from loraplus.errors import InputError
+from loraplus import manifest
+from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.inspection.adapter import CONFIG_FILE, WEIGHT_FILES, Adapter, Pair
 from loraplus.inspection.base import BaseWeights
 from loraplus.inspection.rates import (
@@ -30,6 +32,7 @@ from loraplus.tasks.output import read_json
 from loraplus.tasks.paths import is_folder, user_path
 
 _PREFIX = "base_model.model."
+_NAMED_IN_MESSAGE = 3
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def inspect_folder(path: str, model: str | None = None) -> dict[str, Any]:
     folder = _find(path)
     if not (folder / CONFIG_FILE).is_file():
         return _without_adapter(folder, path, model)
+    _tell_of_changes(folder)
     adapter = Adapter(folder)
     saved = read_rates_file(folder)
     learn_roles(adapter, saved)
@@ -90,6 +94,15 @@ def inspect_folder(path: str, model: str | None = None) -> dict[str, Any]:
         "groups": groups,
         "layers": layers,
     }
+
+
+def _tell_of_changes(folder: Path) -> None:
+    """Warns of files that are not what was written; a person may have edited them, so they are shown all the same."""
+    changed = manifest.faults(folder) if manifest.is_sealed(folder) else {}
+    if changed:
+        told = ", ".join(f"{name} {fault}" for name, fault in list(changed.items())[:_NAMED_IN_MESSAGE])
+        more = f" and {len(changed) - _NAMED_IN_MESSAGE} more" if len(changed) > _NAMED_IN_MESSAGE else ""
+        warnings.warn(f"{folder}: {told}{more} since it was written", LoraPlusWarning, stacklevel=3)
 
 
 def _find(path: str) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusError, LoraPlusWarning
+from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusError, LoraPlusWarning, one_line
 from loraplus.integrations.whole_checkpoints import (
     NAME,
     STATE_FILE,
@@ -25,17 +25,20 @@ from loraplus.integrations.whole_checkpoints import (
     check_places,
     checkpoint_to_resume,
     checkpoints,
+    holds_optimizer,
     model_fault,
     names_written,
     newest_whole,
     rotate,
 )
-from loraplus.manifest import seal
+from loraplus.manifest import is_sealed, seal
 from loraplus.replacing import put_all_back, replace_folder
 from loraplus.scratch import folder_beside, made_folder
 from loraplus.whole import follow_umask, move_into, remove_leftovers, sync_folder, temporary_path
+from loraplus.wrappers import unwrapped
 
-CARD_FILE = "README.md"
+CARD_FILE, ADAPTER_FILE = "README.md", "adapter_model.safetensors"
+_LONGEST_QUOTE = 200
 _OF_WRITING = ("PytorchStreamWriter", "unexpected pos", "file write failed")
 
 
@@ -52,6 +55,7 @@ class WholeCheckpoints:
     accelerator: Any
     args: Any
     control: Any
+    model: Any
     state: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -129,6 +133,23 @@ class WholeCheckpoints:
         with saved_whole(Path(output_dir or self.args.output_dir), Path(self.args.output_dir)) as folder:
             super()._save(str(folder), state_dict)  # type: ignore[misc]
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> None:
+        with _reading(resume_from_checkpoint):
+            _check_names(Path(resume_from_checkpoint), args[0] if args else kwargs.get("model") or self.model)
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+    def _load_callback_state(self) -> None:
+        with _reading(self._resumed_from):
+            super()._load_callback_state()  # type: ignore[misc]
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one more step
             self.control.should_training_stop = True
@@ -166,6 +187,13 @@ class WholeCheckpoints:
             raise DamagedCheckpointError(error)
         if isinstance(chosen, str):
             self._resumed_from = Path(chosen)
+            if self.args.process_index == 0 and self._resumed_from.is_dir() and not holds_optimizer(self._resumed_from):
+                warnings.warn(
+                    f"{chosen} holds no state of the optimizer (save_only_model): the weights go on, the optimizer and "
+                    "its schedule start anew",
+                    LoraPlusWarning,
+                    stacklevel=2,
+                )
         return chosen
 
     def _judged(self, asked: Any, folder: Path) -> tuple[Any, Collection[Path], str | None]:
@@ -242,6 +270,50 @@ def saved_whole(target: Path, run: Path) -> Iterator[Path]:
             yield folder
             follow_umask(folder)
             move_into(folder, target)
+
+
+def _check_names(checkpoint: Path, model: Any) -> None:
+    """Makes sure that an adapter's file holds all that the model trains: PEFT passes over names that it does not know.
+
+    Raises:
+        DamagedCheckpointError: names the first tensor that is missing.
+    """
+    path, adapters = checkpoint / ADAPTER_FILE, getattr(unwrapped(model), "peft_config", {})
+    if len(adapters) != 1 or is_sealed(checkpoint) or not path.is_file():
+        return
+    from peft.utils.save_and_load import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        there = set(file.keys())
+    wanted = get_peft_model_state_dict(unwrapped(model), adapter_name=next(iter(adapters)), save_embedding_layers=False)
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise DamagedCheckpointError(
+            f"{checkpoint} cannot be used: {ADAPTER_FILE} lacks {len(missing)} of the adapter's {len(wanted)} tensors "
+            f"(first: {missing[0]}); resume from another, or start the run again"
+        )
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Any) -> Iterator[None]:
+    """Turns what a damaged file of a checkpoint raises, in whatever library, into one line.
+
+    A manifest has told of damage before; a checkpoint of an earlier version, or of Trainer itself, has none.
+
+    Raises:
+        DamagedCheckpointError: names the checkpoint.
+    """
+    try:
+        yield
+    except Exception as error:
+        unsealed = checkpoint is not None and Path(checkpoint).is_dir() and not is_sealed(Path(checkpoint))
+        if isinstance(error, LoraPlusError) or not unsealed:
+            raise
+        said = one_line(f"{type(error).__name__}: {error}", _LONGEST_QUOTE)
+        raise DamagedCheckpointError(
+            f"{checkpoint} cannot be loaded ({said}); resume from another, or start the run again"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -91,6 +92,11 @@ def model_fault(checkpoint: Path) -> str | None:
         return f"{broken[0]} is damaged" if broken else None
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
+
+
+def holds_optimizer(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the optimizer's state, whoever wrote it."""
+    return _has_any(checkpoint, (_STATES[0], *_SHARDED[:3]))
 
 
 def newest_whole(folder: Path, *, ours: bool = False) -> tuple[Path | None, dict[Path, str]]:
@@ -204,12 +210,22 @@ def _unsealed_fault(checkpoint: Path) -> str | None:
     if len(missing) == 1 and not sharded:  # both are with save_only_model
         return f"{missing[0]} is missing"
     state, step = _json(checkpoint / STATE_FILE), step_of_checkpoint(checkpoint)
-    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+    if not _is_trainer_state(state):
         return f"{STATE_FILE} is damaged"
     if step >= 0 and state["global_step"] != step:
         return f"{STATE_FILE} is of step {state['global_step']}"
     found = sorted({path for pattern in _READ for path in checkpoint.glob(pattern) if path.is_file()})
     return next((f"{path.name} is damaged" for path in found if not can_be_read(path)), None)
+
+
+def _is_trainer_state(state: Any) -> bool:
+    from transformers.trainer_callback import TrainerState
+
+    known = {field.name for field in dataclasses.fields(TrainerState)}
+    if not isinstance(state, dict) or not state.keys() <= known or not isinstance(state.get("global_step"), int):
+        return False
+    callbacks = state.get("stateful_callbacks")
+    return callbacks is None or (isinstance(callbacks, dict) and "TrainerControl" in callbacks)
 
 
 def _was_whole(checkpoint: Path) -> bool:

@@ -23,6 +23,7 @@ from loraplus.wrappers import unwrapped
 _EVALUATIONS_PER_RUN = 10
 _LOGS_PER_EVALUATION = 2
 _LARGEST_DECAY = 1e3
+_LARGEST_RANK = 2**16  # wider than any layer that is adapted
 
 
 def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float) -> Rates:
@@ -45,6 +46,8 @@ def total_steps(config: TaskConfig, train_examples: int) -> int:
     for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "rank", "alpha", "epochs"):
         if not (math.isfinite(getattr(config, name)) and getattr(config, name) > 0):
             raise InputError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(config, name)}")
+    if config.rank > _LARGEST_RANK:
+        raise InputError(f"--rank must be at most {_LARGEST_RANK}, got {config.rank}")
     if not 0 <= config.weight_decay <= _LARGEST_DECAY:
         raise InputError(f"--weight-decay must lie between 0 and {_LARGEST_DECAY:g}, got {config.weight_decay:g}")
     for name in ("max_steps", "eval_steps", "max_eval_samples"):
