@@ -35,7 +35,6 @@ from loraplus.manifest import is_sealed, seal
 from loraplus.replacing import put_all_back, replace_folder
 from loraplus.scratch import folder_beside, made_folder
 from loraplus.whole import follow_umask, move_into, remove_leftovers, sync_folder, temporary_path
-from loraplus.wrappers import unwrapped
 
 CARD_FILE, ADAPTER_FILE = "README.md", "adapter_model.safetensors"
 _LONGEST_QUOTE = 200
@@ -278,7 +277,7 @@ def _check_names(checkpoint: Path, model: Any) -> None:
     Raises:
         DamagedCheckpointError: names the first tensor that is missing.
     """
-    path, adapters = checkpoint / ADAPTER_FILE, getattr(unwrapped(model), "peft_config", {})
+    path, adapters = checkpoint / ADAPTER_FILE, getattr(model, "peft_config", {})
     if len(adapters) != 1 or is_sealed(checkpoint) or not path.is_file():
         return
     from peft.utils.save_and_load import get_peft_model_state_dict
@@ -286,7 +285,7 @@ def _check_names(checkpoint: Path, model: Any) -> None:
 
     with safe_open(path, framework="pt") as file:
         there = set(file.keys())
-    wanted = get_peft_model_state_dict(unwrapped(model), adapter_name=next(iter(adapters)), save_embedding_layers=False)
+    wanted = get_peft_model_state_dict(model, adapter_name=next(iter(adapters)), save_embedding_layers=False)
     missing = [name for name in wanted if name not in there]
     if missing:
         raise DamagedCheckpointError(
