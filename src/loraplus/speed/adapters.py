@@ -1,0 +1,259 @@
+"""LoRA's linear layer as one step: y = x Wᵀ + b + s·(x Aᵀ) Bᵀ.
+
+PEFT computes it in six, and keeps more than the gradients need. Here
+
+* in 32 bits W + s·B A is formed where that is cheaper than two products with every row of x (RunLoRA's choice of order);
+* in 16 bits s·(x Aᵀ) Bᵀ is added by the matrix product itself;
+* the input is kept as it came, neither cast nor dropped out, or not at all if it can be made again (`remake`);
+* products with a thin matrix are laid out so that the long side is contiguous, which is four times as fast on a CPU.
+
+The gradients are those of autograd, to rounding:
+
+    g = ∂L/∂y,  dB = s·gᵀ (x Aᵀ),  dA = s·(g B)ᵀ x,  dx = g (W + s·B A)
+
+Source: Cherniuk et al., "Run LoRA Run", arXiv 2312.03415.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from loraplus.speed.dropout import Mask
+from loraplus.speed.fast import Fast, computed_in, is_plain, is_traced
+from loraplus.speed.remake import Recipe, keep, kept, recipe_of
+
+_WIDE = (torch.float32, torch.float64)  # W + s·B A would lose B A in 16 bits
+
+
+class FastLinear(Fast):
+    """The forward of PEFT's `lora.Linear`."""
+
+    lever = "adapters"
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        if args or kwargs or layer.disable_adapters or layer.merged or is_traced():
+            return super().forward(x, *args, **kwargs)
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        if not names or not _is_usable(layer, names, x):
+            return super().forward(x)
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not _drops_out(layer, names):
+            return self._without_casts(x)
+        base, y = layer.base_layer, None
+        plain = _holds_plain_weight(base)
+        if not plain:
+            y = base(x)
+        for name in names:
+            y = _step(x, y, _rows(base) if plain else None, base.bias if plain else None, layer, name)
+        return y  # type: ignore[return-value]
+
+    def _without_casts(self, x: Tensor) -> Tensor:
+        """PEFT's own steps but for the cast that autocast undoes: the same bits."""
+        layer: Any = self
+        before = layer.cast_input_dtype_enabled
+        layer.cast_input_dtype_enabled = False
+        try:
+            return super().forward(x)
+        finally:
+            layer.cast_input_dtype_enabled = before
+
+
+def literal(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float = 0.0
+) -> Tensor:
+    """What `FastLinear` computes, written down as PEFT does it: the twin that it is held against.
+
+    Args:
+        x: (…, in).
+        weight: W, (out, in).
+        bias: (out,), or None.
+        a: A, (r, in).
+        b: B, (out, r).
+        scale: s.
+        p: dropout on the input of A.
+
+    Returns:
+        y, (…, out).
+    """
+    return F.linear(x, weight, bias) + F.linear(F.linear(F.dropout(x, p), a), b) * scale
+
+
+def _is_usable(layer: Any, names: list[str], x: Tensor) -> bool:
+    """Whether weights may be used without calling the modules that hold them."""
+    if type(x) is not Tensor or not x.is_floating_point() or x.dim() < 2:
+        return False
+    for name in names:
+        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if (
+            name in layer.lora_variant
+            or type(a) is not nn.Linear
+            or type(b) is not nn.Linear
+            or type(a.weight) is not nn.Parameter
+            or type(b.weight) is not nn.Parameter
+            or a.bias is not None
+            or type(dropout) not in (nn.Identity, nn.Dropout)
+            or not is_plain((a, b, dropout))
+        ):
+            return False
+    return True
+
+
+def _holds_plain_weight(base: nn.Module) -> bool:
+    """Whether a base layer is x Wᵀ + b with W and b frozen."""
+    if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
+        return False
+    weight, bias = base.weight, base.bias
+    frozen = type(weight) is nn.Parameter and not weight.requires_grad
+    return frozen and (bias is None or (type(bias) is nn.Parameter and not bias.requires_grad)) and is_plain((base,))
+
+
+def _drops_out(layer: Any, names: list[str]) -> bool:
+    dropouts = [layer.lora_dropout[name] for name in names]
+    return any(isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0 for dropout in dropouts)
+
+
+def _rows(base: Any) -> Tensor:
+    """W as (out, in); transformers' Conv1D holds it the other way around."""
+    return base.weight if type(base) is nn.Linear else base.weight.t()
+
+
+def _step(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, layer: Any, name: str) -> Tensor:
+    """y plus what an adapter adds; without y, the base layer's product in the same step."""
+    a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
+    mask = Mask(dropout.p, x, a.dtype) if _drops_out(layer, [name]) else None
+    product, scale = computed_in(x), layer.scaling[name]
+    if torch.is_autocast_enabled(x.device.type):
+        a, b = a.to(product), b.to(product)
+    if y is None:
+        y = _Whole.apply(x, weight, bias, a, b, scale, product, mask, recipe_of(x))
+    else:
+        y = _Added.apply(y, x, a, b, scale, product, mask, recipe_of(x))
+    own_bias = layer.lora_B[name].bias
+    return y if own_bias is None else y + (own_bias * scale).to(y.dtype)  # type: ignore[return-value]
+
+
+class _Whole(torch.autograd.Function):
+    """y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with W and b frozen."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+        product: torch.dtype, mask: Mask | None, made: Recipe,
+    ) -> Tensor:  # fmt: skip
+        rows, w = x.reshape(-1, x.shape[-1]).to(product), weight.to(product)
+        outputs, inputs = weight.shape
+        formed = mask is None and product in _WIDE and a.dtype is product
+        ctx.formed = formed and rows.shape[0] * (inputs + outputs) > inputs * outputs
+        if ctx.formed:
+            w = torch.addmm(w, b, a, alpha=scale)
+        y = F.linear(rows, w, None if bias is None else bias.to(product))
+        if not ctx.formed:
+            _add_product(y, F.linear(_dropped(rows, x, a.dtype, mask), a), b.t(), scale)
+        ctx.scale, ctx.product, ctx.mask = scale, product, mask
+        keep(ctx, made, weight, a, b)
+        return y.view(*x.shape[:-1], outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, (weight, a, b) = kept(ctx)
+        rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        of_factors = _Gradients(ctx, x, rows, g, a, b, needs_a=ctx.needs_input_grad[3], needs_b=ctx.needs_input_grad[4])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            w = weight.to(ctx.product)
+            if ctx.formed:
+                dx = g @ torch.addmm(w, b, a, alpha=ctx.scale)
+            else:
+                dx = of_factors.add_to_input(g @ w)
+            dx = dx.to(x.dtype).view(x.shape)
+        return dx, None, None, of_factors.a, of_factors.b, None, None, None, None
+
+
+class _Added(torch.autograd.Function):
+    """y + s·(x Aᵀ) Bᵀ, where the base layer is of another kind, or another adapter has been added before."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, product: torch.dtype, mask: Mask | None,
+        made: Recipe,
+    ) -> Tensor:  # fmt: skip
+        rows = x.reshape(-1, x.shape[-1]).to(product)
+        total = y.reshape(-1, y.shape[-1]).clone()
+        _add_product(total, F.linear(_dropped(rows, x, a.dtype, mask), a), b.t(), scale)
+        ctx.scale, ctx.product, ctx.mask = scale, product, mask
+        keep(ctx, made, a, b)
+        return total.view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, (a, b) = kept(ctx)
+        rows, flat = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        of_factors = _Gradients(
+            ctx, x, rows, flat, a, b, needs_a=ctx.needs_input_grad[2], needs_b=ctx.needs_input_grad[3]
+        )
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = of_factors.add_to_input(torch.zeros_like(rows, dtype=ctx.product)).to(x.dtype).view(x.shape)
+        return g, dx, of_factors.a, of_factors.b, None, None, None, None
+
+
+class _Gradients:
+    """dA and dB, and what the adapter adds to dx.
+
+    Args:
+        ctx: of the function: scale, product, mask.
+        x: the input, (…, in).
+        rows: the same, (rows, in).
+        g: ∂L/∂y, (rows, out).
+        a: A, (r, in).
+        b: B, (out, r).
+        needs_a: whether dA is wanted.
+        needs_b: whether dB is wanted.
+    """
+
+    def __init__(
+        self, ctx: Any, x: Tensor, rows: Tensor, g: Tensor, a: Tensor, b: Tensor, *, needs_a: bool, needs_b: bool
+    ) -> None:
+        self._through_b = F.linear(g.to(b.dtype), b.t().contiguous()).mul_(ctx.scale)  # s·g B, (rows, r)
+        self._input_factor = a
+        self._mask = ctx.mask.again().view(rows.shape) if ctx.mask is not None else None
+        seen = _masked(rows, self._mask, ctx.product, a.dtype) if needs_a or needs_b else rows
+        self.a = self._through_b.t() @ seen if needs_a else None
+        self.b = None
+        if needs_b:
+            self.b = (F.linear(seen, a).mul_(ctx.scale).t() @ g.to(b.dtype)).t().contiguous()
+
+    def add_to_input(self, dx: Tensor) -> Tensor:
+        """dx + s·(g B) A, in place: (rows, in)."""
+        if self._mask is None:
+            _add_product(dx, self._through_b, self._input_factor, 1.0)
+            return dx
+        return dx.add_((self._through_b @ self._input_factor).mul_(self._mask.to(self._input_factor.dtype)))
+
+
+def _dropped(rows: Tensor, x: Tensor, dtype: torch.dtype, mask: Mask | None) -> Tensor:
+    """The input of A in the forward pass, (rows, in): cast, and dropped out."""
+    if mask is None:
+        return rows.to(dtype)
+    return _masked(x.reshape(rows.shape), mask.draw().view(rows.shape), rows.dtype, dtype)
+
+
+def _masked(rows: Tensor, mask: Tensor | None, product: torch.dtype, dtype: torch.dtype) -> Tensor:
+    if mask is None:
+        return rows.to(product).to(dtype)
+    return (rows * mask).to(dtype)  # in the wider type of the two, as PEFT drops out after its cast
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """total += scale · left right, in place, rounded once where total is narrower."""
+    if left.dtype is total.dtype:
+        total.addmm_(left, right, alpha=scale)
+    else:
+        total.copy_(total.to(left.dtype).addmm_(left, right, alpha=scale))

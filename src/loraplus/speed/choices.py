@@ -1,0 +1,222 @@
+"""For each lever, which modules it changes: those whose own forward was seen to compute the same.
+
+Names and shapes only suggest. Before the first module of a class changes, its own forward is run once beside the literal
+twin of the faster one, on a few numbers; a class that computes something else is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraplus.speed.activations import FastActivation, FastGatedMLP, kind_of, literal_activation, literal_gated
+from loraplus.speed.adapters import FastLinear
+from loraplus.speed.fast import Fast, make_fast, make_slow
+from loraplus.speed.last_layer import FastClassifier, FastLastLayer, last_layer
+from loraplus.speed.loss import ChunkedLoss, FastOutput, fits
+from loraplus.speed.norms import FastLayerNorm, FastRMSNorm, literal_rms_norm
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+_REPLACED = "another forward stands in its place"
+_OTHER = "{} computes something else"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A module changes its class.
+
+    Args:
+        module: which.
+        fast: what is mixed in.
+        what: what it does then, in words.
+    """
+
+    module: nn.Module
+    fast: type[Fast]
+    what: str
+
+    def make(self) -> None:
+        """Changes it, unless that was done before."""
+        if not isinstance(self.module, Fast):
+            make_fast(self.module, self.fast)
+
+
+class Judged:
+    """Which classes compute what their faster form does: each is tried once."""
+
+    def __init__(self) -> None:
+        self._same: dict[type, bool] = {}
+
+    def same(self, module: nn.Module, own: Callable[[], Tensor], literal: Callable[[], Tensor]) -> bool:
+        """Whether two computations give the same numbers; neither draws from the script's random numbers."""
+        kind = type(module)
+        if kind not in self._same:
+            with _quiet(module):
+                try:
+                    found, expected = own(), literal()
+                    tolerance = _TOLERANCE.get(expected.dtype, 0.0)
+                    close = found.shape == expected.shape and torch.allclose(found, expected, tolerance, tolerance)
+                except Exception:  # a module of another form, or one that cannot be called by itself
+                    close = False
+            self._same[kind] = close
+        return self._same[kind]
+
+
+@contextlib.contextmanager
+def _quiet(module: nn.Module) -> Iterator[None]:
+    """Without dropout, gradients or traces in the random numbers."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    device = next((value.device for value in module.parameters()), torch.device("cpu"))
+    devices = [device] if device.type not in ("cpu", "meta") else []
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
+            torch.manual_seed(0)
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _numbers(*shape: int, like: Tensor) -> Tensor:
+    return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+
+def _adapters(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None or not isinstance(module, tuners.BaseTunerLayer):
+        return
+    known = sys.modules["peft.tuners.lora.layer"].Linear
+    layer: Any = module
+    if type(layer) is not known and not isinstance(layer, FastLinear):
+        yield f"{type(layer).__name__}: PEFT's own form is kept"
+    elif "forward" in vars(layer):
+        yield _REPLACED
+    elif layer.lora_variant and set(layer.lora_variant) >= set(layer.lora_A):
+        yield f"{type(next(iter(layer.lora_variant.values()))).__name__}: PEFT's own form is kept"
+    else:
+        yield Change(layer, FastLinear, "LoRA in one step")
+
+
+def _recompute(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
+    if type(module) is nn.LayerNorm:
+        yield Change(module, FastLayerNorm, "output made again where a gradient needs it")
+    elif isinstance(module, Fast) and module.lever == "recompute":
+        yield Change(module, type(module), "output made again where a gradient needs it")
+    elif "forward" in vars(module):
+        return
+    elif (kind := kind_of(module)) is not None and not list(module.parameters()):
+        x = torch.linspace(-4.0, 4.0, 33)
+        if judged.same(module, lambda: module(x), lambda: literal_activation(x, kind)):
+            yield Change(module, FastActivation, "output made again where a gradient needs it")
+    elif all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
+        yield from _gated(module, judged)
+
+
+def _gated(mlp: Any, judged: Judged) -> Iterator[Change | str]:
+    kind = kind_of(getattr(mlp, "act_fn", None))
+    weight = next(iter(mlp.gate_proj.parameters()))
+    width = getattr(mlp.gate_proj, "in_features", None)
+
+    def literal() -> Tensor:
+        x = _numbers(1, 3, width, like=weight)
+        return mlp.down_proj(literal_gated(mlp.gate_proj(x), mlp.up_proj(x), kind))
+
+    def own() -> Tensor:
+        return mlp(_numbers(1, 3, width, like=weight))
+
+    def seeded(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: (torch.manual_seed(0), compute())[1]
+
+    if kind is not None and width and judged.same(mlp, seeded(own), seeded(literal)):
+        yield Change(mlp, FastGatedMLP, "gated layer that keeps its two inputs")
+    else:
+        yield _OTHER.format(type(mlp).__name__)
+
+
+def _norms(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
+    norm: Any = module
+    if isinstance(norm, FastRMSNorm):
+        yield Change(norm, FastRMSNorm, "RMSNorm in one step")
+    if isinstance(norm, Fast) or not type(norm).__name__.endswith("RMSNorm") or "forward" in vars(norm):
+        return
+    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if not isinstance(weight, nn.Parameter) or not isinstance(eps, float):
+        yield _OTHER.format(type(norm).__name__)
+        return
+    x = torch.linspace(-3.0, 4.0, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
+    if judged.same(norm, lambda: norm(x), lambda: literal_rms_norm(x, weight, eps)):
+        yield Change(norm, FastRMSNorm, "RMSNorm in one step")
+    else:
+        yield _OTHER.format(type(norm).__name__)
+
+
+def _is_model(module: nn.Module, *ends: str) -> bool:
+    """Whether a module is a model of transformers whose name ends so; PEFT's models, which hold one, are none."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    known = transformers is not None and isinstance(module, transformers.PreTrainedModel)
+    return known and type(module).__name__.endswith(ends)
+
+
+def _last_layer(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
+    model: Any = module
+    if not _is_model(model, "ForSequenceClassification"):
+        return
+    what = "last layer only where the head reads"
+    if isinstance(model, FastClassifier):
+        yield Change(model, FastClassifier, what)
+        return
+    layer = last_layer(model)
+    if layer is None or "forward" in vars(model) or "forward" in vars(layer):
+        yield "last layer: of another form"
+        return
+    ids = torch.arange(10, device=next(model.parameters()).device).view(2, 5) % model.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+
+    def logits() -> Tensor:
+        return model(input_ids=ids, attention_mask=mask).logits
+
+    with _quiet(model):
+        try:
+            expected = logits()
+            changes = [Change(layer, FastLastLayer, what), Change(model, FastClassifier, what)]
+            for change in changes:
+                change.make()
+            found = logits()
+            tolerance = _TOLERANCE.get(expected.dtype, 0.0)
+            same = found.shape == expected.shape and torch.allclose(found, expected, tolerance, tolerance)
+        except Exception:  # the head reads other positions, say
+            same = False
+    if same:
+        yield Change(model, FastClassifier, what)
+        return
+    for part in (layer, model):
+        make_slow(part)
+    yield "last layer: the head reads other positions, too"
+
+
+def _loss(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
+    model: Any = module
+    if not _is_model(model, "ForCausalLM", "LMHeadModel"):
+        return
+    head = model.get_output_embeddings()
+    if isinstance(head, FastOutput):
+        yield Change(head, FastOutput, "loss in chunks, without the logits of masked labels")
+    elif fits(model, head):
+        model.loss_function = ChunkedLoss(model.loss_function)
+        yield Change(head, FastOutput, "loss in chunks, without the logits of masked labels")
+    else:
+        yield "loss: the output layer is trained or of another form"
+
+
+CHOICES: dict[str, Callable[[nn.Module, Judged], Iterator[Change | str]]] = {
+    "adapters": _adapters, "recompute": _recompute, "norms": _norms, "last_layer": _last_layer, "loss": _loss,
+}  # fmt: skip
+"""{lever: what it makes of a module}."""

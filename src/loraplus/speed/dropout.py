@@ -1,0 +1,45 @@
+"""Dropout whose mask is drawn again in the backward pass instead of being kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Mask:
+    """The mask that `F.dropout` draws from the generator's present state.
+
+    Args:
+        p: probability that an entry is dropped.
+        like: gives shape and device.
+        dtype: of the tensor that PEFT would drop entries of; the numbers drawn hang on it.
+    """
+
+    def __init__(self, p: float, like: Tensor, dtype: torch.dtype) -> None:
+        self.p, self._shape, self._dtype, self._device = p, like.shape, dtype, like.device
+        self._state = self._generator_state()
+
+    def draw(self) -> Tensor:
+        """0 where an entry is dropped, 1 / (1 − p) elsewhere; the generator moves on, as with `F.dropout`."""
+        ones = torch.ones(self._shape, dtype=self._dtype, device=self._device)
+        return torch.nn.functional.dropout(ones, self.p, training=True)
+
+    def again(self) -> Tensor:
+        """The same mask; the generator stays where it is."""
+        now = self._generator_state()
+        self._set_generator(self._state)
+        try:
+            return self.draw()
+        finally:
+            self._set_generator(now)
+
+    def _generator_state(self) -> Tensor:
+        if self._device.type == "cpu":
+            return torch.get_rng_state()
+        return torch.get_device_module(self._device.type).get_rng_state(self._device)
+
+    def _set_generator(self, state: Tensor) -> None:
+        if self._device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(self._device.type).set_rng_state(state, self._device)

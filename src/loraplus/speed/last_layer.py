@@ -1,0 +1,123 @@
+"""A last encoder layer that is computed at the first position only, where the head of a classifier reads.
+
+Keys and values are needed at every position; the query, the attention's output and the feed-forward part at one. Where
+the layer drops out, masks are drawn for all positions, as if they were there: the same random numbers, the same loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loraplus.speed.fast import Fast, is_plain, is_traced
+
+_NAME = "_loraplus_first_only"
+
+
+class FastClassifier(Fast):
+    """A model for the classification of sequences; where nobody asks for hidden states, its last layer may be short."""
+
+    lever = "last_layer"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self
+        layer = last_layer(model)
+        asked = any(
+            kwargs.get(name) or getattr(model.config, name, False)
+            for name in ("output_hidden_states", "output_attentions")
+        )
+        if layer is None or asked or is_traced():
+            return super().forward(*args, **kwargs)
+        setattr(layer, _NAME, True)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            delattr(layer, _NAME)
+
+
+class FastLastLayer(Fast):
+    """A layer of the BERT family."""
+
+    lever = "last_layer"
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self
+        attention = layer.attention.self
+        usable = (
+            getattr(layer, _NAME, False)
+            and not (layer.training and getattr(layer, "gradient_checkpointing", False))
+            and not any(value is not None for value in args)
+            and kwargs.get("encoder_hidden_states") is None
+            and kwargs.get("cache") is None
+            and kwargs.get("past_key_values") is None
+            and attention.config._attn_implementation in ("sdpa", "eager")
+            and (attention_mask is None or attention_mask.dim() == 4)
+            and not (hidden_states.device.type != "cpu" and _drops_out(layer))
+            and is_plain(layer.modules())
+        )
+        if not usable:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        return _first_position(layer, hidden_states, attention_mask)
+
+
+def last_layer(model: Any) -> nn.Module | None:
+    """The last layer of a BERT-like encoder inside a model, None where there is none of that form."""
+    encoder = getattr(getattr(model, getattr(model, "base_model_prefix", ""), None), "encoder", None)
+    layers = getattr(encoder, "layer", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return None
+    layer: Any = layers[-1]
+    parts = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+             "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm")  # fmt: skip
+    try:
+        for name in parts:
+            layer.get_submodule(name)
+    except AttributeError:
+        return None
+    return layer
+
+
+def _drops_out(layer: nn.Module) -> bool:
+    return any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in layer.modules())
+
+
+def _first_position(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The layer's output at position 0: (batch, 1, width)."""
+    length, first = x.shape[1], x[:, :1]
+    attended = layer.attention.output.dense(_attended(layer.attention.self, x, first, mask))
+    attended = _dropped(layer.attention.output.dropout, attended, length)
+    attended = layer.attention.output.LayerNorm(attended + first)
+    output = layer.output.dense(layer.intermediate(attended))
+    return layer.output.LayerNorm(_dropped(layer.output.dropout, output, length) + attended)
+
+
+def _attended(attention: Any, x: Tensor, first: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of the first position to all: (batch, 1, width)."""
+    heads, size = attention.num_attention_heads, attention.attention_head_size
+    query = attention.query(first).view(x.shape[0], 1, heads, size).transpose(1, 2)
+    key, value = (part(x).view(*x.shape[:2], heads, size).transpose(1, 2) for part in (attention.key, attention.value))
+    mask = None if mask is None else mask[:, :, :1] if mask.shape[2] > 1 else mask
+    p = attention.dropout.p if attention.training else 0.0
+    if p == 0.0:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attention.scaling)
+    else:
+        weights = (query @ key.transpose(2, 3)) * attention.scaling
+        if mask is not None:
+            weights = weights.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else weights + mask
+        weights = _dropped(attention.dropout, F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype),
+                           x.shape[1], dim=2)  # fmt: skip
+        out = weights @ value
+    return out.transpose(1, 2).reshape(x.shape[0], 1, heads * size)
+
+
+def _dropped(dropout: nn.Dropout, x: Tensor, length: int, dim: int = 1) -> Tensor:
+    """Dropout at position 0 of what would have `length` positions along a dimension."""
+    if not dropout.training or dropout.p == 0.0:
+        return x
+    shape = [*x.shape]
+    shape[dim] = length
+    mask = F.dropout(torch.ones(shape, dtype=x.dtype, device=x.device), dropout.p, training=True)
+    return x * mask.narrow(dim, 0, 1)

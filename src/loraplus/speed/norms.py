@@ -1,0 +1,106 @@
+"""Norms that keep their input and nothing else, and say how their output is made again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loraplus.speed.fast import Fast, is_traced
+from loraplus.speed.remake import mark
+
+
+class FastLayerNorm(Fast):
+    """torch's `nn.LayerNorm`: its own kernel; what reads the output need not keep it."""
+
+    lever = "recompute"
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: Any = self
+        y = super().forward(x)
+        if is_traced() or not y.requires_grad or _is_trained(norm):
+            return y
+        shape, eps, dtype = norm.normalized_shape, norm.eps, y.dtype
+        frozen = [parameter for parameter in (norm.weight, norm.bias) if parameter is not None]
+
+        def again(x: Tensor, *parameters: Tensor) -> Tensor:
+            weight = parameters[0] if norm.weight is not None else None
+            bias = parameters[-1] if norm.bias is not None else None
+            with torch.autocast(x.device.type, enabled=False):
+                if dtype is not x.dtype:  # autocast computes it in 32 bits
+                    x, weight, bias = (value.to(dtype) if value is not None else None for value in (x, weight, bias))
+                return F.layer_norm(x, shape, weight, bias, eps)
+
+        return mark(y, again, x, *frozen)
+
+
+class FastRMSNorm(Fast):
+    """The norm of Llama and its kin: w ⊙ round(x / √(mean(x²) + ε)), computed in 32 bits and rounded to x's type."""
+
+    lever = "norms"
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: Any = self
+        if is_traced() or type(x) is not Tensor or type(norm.weight) is not nn.Parameter or norm.weight.requires_grad:
+            return super().forward(x)
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        eps = norm.variance_epsilon
+        y: Tensor = _RMSNorm.apply(x, norm.weight, eps)  # type: ignore[assignment]
+        if not y.requires_grad:
+            return y
+        return mark(y, lambda x, weight: _normed(x, weight, eps)[0], x, norm.weight)
+
+
+def literal_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What `FastRMSNorm` computes, as transformers writes it.
+
+    Args:
+        x: (…, width).
+        weight: (width,).
+        eps: added to the mean square.
+
+    Returns:
+        The same shape and type as x.
+    """
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With n = x·ρ, ρ = 1/√(mean(x²) + ε) and h = g ⊙ w:  dx = ρ·(h − n · mean(h ⊙ n))."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        y, rho = _normed(x, weight, eps)
+        ctx.save_for_backward(x, weight, rho)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, weight, rho = ctx.saved_tensors
+        if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward"):
+            dx, _ = torch.ops.aten._fused_rms_norm_backward(
+                g.contiguous(), x, [x.shape[-1]], rho, weight.to(x.dtype), [True, False]
+            )
+            return dx, None, None
+        h = (g * weight).to(torch.float32)
+        n = x.to(torch.float32) * rho
+        mean = (h * n).mean(-1, keepdim=True)
+        return h.addcmul_(n, mean, value=-1.0).mul_(rho).to(x.dtype), None, None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(the norm's output, ρ of each row)."""
+    if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm") and weight.dtype is x.dtype:
+        return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
+    wide = x.to(torch.float32)
+    rho = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * rho).to(x.dtype) * weight, rho
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))

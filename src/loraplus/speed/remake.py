@@ -1,0 +1,71 @@
+"""Tensors that are cheap to make again are not kept for the backward pass.
+
+A norm keeps its input h and hands x = norm(h) on. A layer that needs x for its gradient can keep h instead, which is there
+anyway, and make x again. `mark` says on x how it was made, `Kept` keeps what is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_NAME = "_loraplus_made_by"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a tensor was made.
+
+    Args:
+        make: called with the sources; gives the same values again.
+        sources: tensors that the graph keeps in any case.
+    """
+
+    make: Callable[..., torch.Tensor]
+    sources: tuple[torch.Tensor, ...]
+
+
+def mark(tensor: torch.Tensor, make: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:
+    """Says of a tensor how it can be made again.
+
+    Args:
+        tensor: made of the sources, whatever its shape.
+        make: gives it again; it draws no random numbers.
+        sources: what the graph keeps anyway; they are not changed in place.
+
+    Returns:
+        The same tensor.
+    """
+    setattr(tensor, _NAME, Recipe(make, tuple(source.detach() for source in sources)))
+    return tensor
+
+
+def recipe_of(tensor: torch.Tensor) -> Recipe:
+    """How a tensor can be made again; of one without a mark, by keeping it."""
+    found = getattr(tensor, _NAME, None)
+    return found if found is not None else Recipe(_itself, (tensor.detach(),))
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def keep(ctx: Any, recipe: Recipe, *tensors: torch.Tensor | None) -> None:
+    """Has an autograd function keep tensors and what a recipe needs.
+
+    Args:
+        ctx: of the function.
+        recipe: of the one that is not kept.
+        tensors: that are.
+    """
+    ctx.save_for_backward(*tensors, *recipe.sources)
+    ctx.make, ctx.kept = recipe.make, len(tensors)
+
+
+def kept(ctx: Any) -> tuple[torch.Tensor, Sequence[Any]]:
+    """(the tensor that was not kept, those that were), in the backward pass."""
+    saved = ctx.saved_tensors
+    return ctx.make(*saved[ctx.kept :]), saved[: ctx.kept]
