@@ -16,7 +16,7 @@ _GELU, _SILU = {"GELUActivation", "GELU"}, {"SiLUActivation", "SiLU"}
 
 
 def kind_of(activation: Any) -> str | None:
-    """"gelu", "tanh" (GELU by tanh) or "silu"; None for what is not known here.
+    """ "gelu", "tanh" (GELU by tanh) or "silu"; None for what is not known here.
 
     Args:
         activation: a module without parameters, or a function.
@@ -34,7 +34,7 @@ class FastActivation(Fast):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = kind_of(self)
-        if is_traced() or kind is None:
+        if is_traced() or kind is None or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
             return super().forward(x)
         y = _act(x, kind)
         return mark(y, lambda x: _act(x, kind), x) if y.requires_grad else y

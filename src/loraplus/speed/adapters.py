@@ -83,6 +83,36 @@ def literal(
     return F.linear(x, weight, bias) + F.linear(F.linear(F.dropout(x, p), a), b) * scale
 
 
+def whole_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """W + s·B A and b of a layer, for autograd to go through; None where that is not what the layer multiplies by.
+
+    Args:
+        layer: linear, with adapters or without.
+
+    Returns:
+        (out, in) and (out,), if nothing drops out and the numbers have 32 bits or more.
+    """
+    if type(layer) is nn.Linear:
+        return (layer.weight, layer.bias) if layer.weight.dtype in _WIDE else None
+    if not isinstance(layer, FastLinear):
+        return None
+    lora: Any = layer
+    base = lora.base_layer
+    names = (
+        [] if lora.disable_adapters or lora.merged else [name for name in lora.active_adapters if name in lora.lora_A]
+    )
+    if type(base) is not nn.Linear or base.weight.dtype not in _WIDE or _drops_out(lora, names):
+        return None
+    weight = base.weight
+    for name in names:
+        a, b = lora.lora_A[name], lora.lora_B[name]
+        plain = type(a) is nn.Linear and type(b) is nn.Linear and a.bias is None and b.bias is None
+        if name in lora.lora_variant or not plain or a.weight.dtype is not weight.dtype:
+            return None
+        weight = torch.addmm(weight, b.weight, a.weight, alpha=lora.scaling[name])
+    return weight, base.bias
+
+
 def _is_usable(layer: Any, names: list[str], x: Tensor) -> bool:
     """Whether weights may be used without calling the modules that hold them."""
     if type(x) is not Tensor or not x.is_floating_point() or x.dim() < 2:

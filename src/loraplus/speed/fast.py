@@ -101,9 +101,7 @@ def is_plain(modules: Iterable[nn.Module]) -> bool:
 def is_traced() -> bool:
     """Whether the computation is being compiled or transformed, which needs the plain form."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
     )
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loraplus.speed.adapters import whole_weight
 from loraplus.speed.fast import Fast, is_plain, is_traced
 
 _NAME = "_loraplus_first_only"
@@ -55,7 +56,7 @@ class FastLastLayer(Fast):
             and kwargs.get("past_key_values") is None
             and attention.config._attn_implementation in ("sdpa", "eager")
             and (attention_mask is None or attention_mask.dim() == 4)
-            and not (hidden_states.device.type != "cpu" and _drops_out(layer))
+            and not (_drops_out(layer) and _draws_otherwise(hidden_states))
             and is_plain(layer.modules())
         )
         if not usable:
@@ -84,6 +85,11 @@ def _drops_out(layer: nn.Module) -> bool:
     return any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in layer.modules())
 
 
+def _draws_otherwise(x: Tensor) -> bool:
+    """Whether attention drops out by a kernel whose random numbers are not those of `F.dropout`."""
+    return x.device.type != "cpu" or torch.is_autocast_enabled(x.device.type)
+
+
 def _first_position(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     """The layer's output at position 0: (batch, 1, width)."""
     length, first = x.shape[1], x[:, :1]
@@ -96,21 +102,53 @@ def _first_position(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _attended(attention: Any, x: Tensor, first: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of the first position to all: (batch, 1, width)."""
-    heads, size = attention.num_attention_heads, attention.attention_head_size
-    query = attention.query(first).view(x.shape[0], 1, heads, size).transpose(1, 2)
-    key, value = (part(x).view(*x.shape[:2], heads, size).transpose(1, 2) for part in (attention.key, attention.value))
-    mask = None if mask is None else mask[:, :, :1] if mask.shape[2] > 1 else mask
-    p = attention.dropout.p if attention.training else 0.0
-    if p == 0.0:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attention.scaling)
+    query = attention.query(first).view(x.shape[0], 1, attention.num_attention_heads, attention.attention_head_size)
+    mask = None if mask is None else mask[:, :, :1]
+    of_key, of_value = whole_weight(attention.key), whole_weight(attention.value)
+    if of_key is None or of_value is None or torch.is_autocast_enabled(x.device.type):
+        out = _by_keys(attention, query.transpose(1, 2), x, mask)
     else:
-        weights = (query @ key.transpose(2, 3)) * attention.scaling
-        if mask is not None:
-            weights = weights.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else weights + mask
-        weights = _dropped(attention.dropout, F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype),
-                           x.shape[1], dim=2)  # fmt: skip
-        out = weights @ value
-    return out.transpose(1, 2).reshape(x.shape[0], 1, heads * size)
+        out = _by_weights(attention, query.squeeze(1), x, mask, of_key, of_value)
+    return out.reshape(x.shape[0], 1, -1)
+
+
+def _by_keys(attention: Any, query: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """From the keys and values of all positions: (batch, heads, 1, size)."""
+    heads, size = attention.num_attention_heads, attention.attention_head_size
+    key, value = (part(x).view(*x.shape[:2], heads, size).transpose(1, 2) for part in (attention.key, attention.value))
+    if not (attention.training and attention.dropout.p):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attention.scaling)
+    return _chances(attention, (query @ key.transpose(2, 3)) * attention.scaling, mask) @ value
+
+
+def _by_weights(
+    attention: Any, query: Tensor, x: Tensor, mask: Tensor | None, of_key: tuple[Tensor, Tensor | None],
+    of_value: tuple[Tensor, Tensor | None],
+) -> Tensor:  # fmt: skip
+    """Without keys and values, of which one query needs no more than their sums: (batch, heads, size).
+
+    q·(Wₖ xₗ) = (Wₖᵀ q)·xₗ and Σₗ pₗ Wᵥ xₗ = Wᵥ Σₗ pₗ xₗ, so a head of size d costs a d-th of the products with every row of x.
+    """
+    heads, size, width = attention.num_attention_heads, attention.attention_head_size, x.shape[-1]
+    query = query * attention.scaling
+    through_key = torch.bmm(query.transpose(0, 1), of_key[0].view(heads, size, width)).transpose(0, 1)
+    scores = through_key @ x.transpose(1, 2)
+    if of_key[1] is not None:
+        scores = scores + (query * of_key[1].view(heads, size)).sum(-1, keepdim=True)
+    chances = _chances(attention, scores.unsqueeze(2), mask).squeeze(2)
+    mean = (chances @ x).transpose(0, 1)
+    out = torch.bmm(mean, of_value[0].view(heads, size, width).transpose(1, 2)).transpose(0, 1)
+    if of_value[1] is not None:
+        out = out + chances.sum(-1, keepdim=True) * of_value[1].view(heads, size)
+    return out
+
+
+def _chances(attention: Any, scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Of scores (batch, heads, 1, length): what each position counts, dropped out."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return _dropped(attention.dropout, F.softmax(scores, dim=-1, dtype=wide).to(scores.dtype), scores.shape[-1], dim=2)
 
 
 def _dropped(dropout: nn.Dropout, x: Tensor, length: int, dim: int = 1) -> Tensor:

@@ -198,7 +198,8 @@ class _MeanLoss(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         scale = g if ctx.late is None else g * ctx.late
-        return (gradient.float() * scale).to(gradient.dtype), None, None, None, None, None
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        return (wide * scale).to(gradient.dtype), None, None, None, None, None
 
 
 def fits(model: Any, head: Any) -> bool:
