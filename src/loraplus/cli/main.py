@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from loraplus.cli import (  # noqa: F401  (each registers its command on `app`)
+    bench,
     compare,
     generate,
     inspect,
