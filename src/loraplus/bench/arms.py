@@ -140,9 +140,10 @@ def _trl(arm: Arm, prepared: Prepared, model: Any, output: str) -> Any:
     args = SFTConfig(
         **options, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, padding_free=arm.packed,
     )  # fmt: skip
+    # Without padding SFTTrainer insists on a collator that it makes itself.
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=rows, processing_class=prepared.tokenizer,
-        data_collator=DataCollatorForLanguageModeling(pad, padding_free=arm.packed),
+        data_collator=None if arm.packed else DataCollatorForLanguageModeling(pad),
     )  # fmt: skip
     trainer._send_telemetry = lambda: None  # type: ignore[method-assign]
     return trainer

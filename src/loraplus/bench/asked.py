@@ -14,7 +14,7 @@ from loraplus.tasks.files import read_json
 
 SCHEMA_VERSION = 1
 OWN = "own"
-_OF_DATA = ("eval_data", "task", "max_length", "target_modules")
+_OF_DATA = ("eval_data", "task", "max_length", "batch_size", "target_modules")
 
 
 def rows_of(config: BenchConfig) -> list[str]:

@@ -14,11 +14,12 @@ from loraplus.bench.memory import measured
 from loraplus.bench.prepared import Prepared
 from loraplus.bench.roofline import floor_of
 from loraplus.bench.runs import Run, ended, steps_of
-from loraplus.bench.timing import ratio, spread, take_turns
+from loraplus.bench.timing import Turn, ratio, spread, take_turns
 from loraplus.errors import InputError
 
 _TIMING = 0.6  # of a row's time, where memory is measured too
 _LEAST = 3  # rounds
+_FLOOR = "floor"
 Told = Callable[[str], None]
 
 
@@ -47,7 +48,8 @@ class Measurement:
     output: str
     memory: bool
     told: Told
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict, init=False)
+    floor: dict[str, float] = field(default_factory=dict, init=False)
 
     def row(self) -> dict[str, Any]:
         """Measures everything.
@@ -58,17 +60,20 @@ class Measurement:
         started = time.perf_counter()
         for_turns = self.seconds * (_TIMING if self.memory else 1.0)
         times = self._times(for_turns)
+        floor = times.pop(_FLOOR)
         row = self._described(times)
+        for name, seconds in times.items():
+            row["arms"][name]["share_of_floor"] = ratio(floor, seconds).to_dict()
+        row["floor"] = {**self.floor, "seconds_a_step": spread(floor).to_dict()}
         row["ratios"] = self._ratios(times)
-        self.told(f"{self.title}: gradients, and the floor of the products")
+        self.told(f"{self.title}: gradients")
         row["gradient_error"] = self._gradients()
-        row["floor"] = self._floor(row)
         if self.memory:
             self._measure_memory(row, self.seconds - (time.perf_counter() - started))
         return row
 
     def _times(self, seconds: float) -> dict[str, list[float]]:
-        """Seconds a step, round by round, of every arm that runs."""
+        """Seconds a step, round by round, of every arm that runs and of the floor."""
         end = time.perf_counter() + seconds
         runs: dict[str, Run] = {}
         try:
@@ -82,8 +87,13 @@ class Measurement:
                 self.told(f"{self.title}: round {done}")
 
             # A packed arm may take another number of steps over the same examples; a step is a batch's worth of these.
-            turns = {name: (lambda run=run: run.turn() / self.prepared.steps) for name, run in runs.items()}
-            return take_turns(turns, max(0.0, end - time.perf_counter()), least=_LEAST, told=told)
+            steps = self.prepared.steps
+            turns: dict[str, Turn] = {name: (lambda run=run: run.turn() / steps) for name, run in runs.items()}
+            floor = floor_of(self.prepared)
+            turns[_FLOOR] = floor.turn
+            found = take_turns(turns, max(0.0, end - time.perf_counter()), least=_LEAST, told=told)
+            self.floor = {"operations_a_step": floor.operations, "most_operations_a_second": floor.fastest}
+            return found
         finally:
             for run in runs.values():
                 run.end()
@@ -150,13 +160,8 @@ class Measurement:
         if ours is None:
             return ratios
         others = [arm.name for arm in self.arms if arm.side in (DEFAULTS, PEFT) and arm.name in times]
-        against = {arm.name: arm.name for arm in self.arms if arm.side == DEFAULTS and arm.name in times}
-        pairs = (
-            {"defaults": next(iter(against), None), "best": min(others, key=lambda n: spread(times[n]).median)}
-            if others
-            else {}
-        )
-        for name, other in pairs.items():
+        best = min(others, key=lambda name: spread(times[name]).median, default=None)
+        for name, other in (("defaults", by_side.get(DEFAULTS)), ("best", best)):
             if other is not None:
                 ratios[name] = {"against": other, **ratio(times[other], times[ours]).to_dict()}
         if LAMBDA_ONE.name in times:
@@ -177,13 +182,6 @@ class Measurement:
         with suppress(ZeroDivisionError):
             found["ratio"] = found["ours"] / found["peft"]
         return found
-
-    def _floor(self, row: dict[str, Any]) -> dict[str, Any]:
-        floor = floor_of(self.prepared)
-        for arm in row["arms"].values():
-            if "seconds_a_step" in arm:
-                arm["share_of_floor"] = floor.share(arm["seconds_a_step"]["median"])
-        return floor.to_dict()
 
     def _measure_memory(self, row: dict[str, Any], seconds: float) -> None:
         self.told(f"{self.title}: memory")

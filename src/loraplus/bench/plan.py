@@ -59,6 +59,8 @@ def _measurement(config: BenchConfig, name: str, seconds: float, scratch: Path, 
         told(f"{shape.title}: making the model")
         wanted |= make(shape, folder, config.seed)
         title, batches, memory, unit = shape.title, shape.batches, shape.memory, shape.unit
+    if "speed_up" in wanted:
+        wanted["speed_up"] = False  # each arm does it, or does not, by itself
     task = TaskConfig(**{**wanted, "output": str(scratch), "max_steps": None})
     if config.ablation:
         from loraplus.speed import LEVERS  # type: ignore[import-not-found]

@@ -8,15 +8,15 @@ Counted is what a step must compute, for tokens that are no padding:
 
 The output layer of a decoder counts tokens that are learnt; the head of a classifier counts texts, as does what a last
 layer does behind its attention and to its queries, since nothing else of it is read. The first layer's projections need
-no gradient of their input. Each shape is then timed as a bare product, and the sum of the times is the floor.
+no gradient of their input. Each shape is then timed as a bare product, in turns with the arms, and the sum of the times
+is the floor.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,30 +26,59 @@ from loraplus.tasks.config import CLASSIFICATION
 
 _INPUTS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin")
 _KEPT = ("key", "value", "k_proj", "v_proj", "k_lin", "v_lin")  # of a last layer: read at every position
-_SECONDS, _LEAST = 0.05, 3  # of timing a shape
 Product = tuple[int, int, int]  # rows, inner, columns
 
 
-@dataclass(frozen=True)
+@dataclass
 class Floor:
     """What a step must compute, and how fast this machine does it.
 
     Args:
-        operations: Floating-point operations of a mean step.
-        seconds: Of its products, each at the rate of its own shape.
-        peak: Operations a second of the fastest shape.
+        products: How often a mean step computes each.
+        attention: Operations of attention in a mean step; they count at the rate of the fastest product.
+        device: Of the model.
+        dtype: That it computes in.
     """
 
-    operations: float
-    seconds: float
-    peak: float
+    products: Counter[Product]
+    attention: float
+    device: torch.device
+    dtype: torch.dtype
+    fastest: float = field(default=0.0, init=False)
 
-    def share(self, seconds_a_step: float) -> float:
-        """Of a step's time that its necessary products take."""
-        return self.seconds / seconds_a_step
+    @property
+    def operations(self) -> float:
+        """Of a mean step."""
+        return sum(count * _operations(shape) for shape, count in self.products.items()) + self.attention
 
-    def to_dict(self) -> dict[str, float]:
-        return {"operations_a_step": self.operations, "seconds_a_step": self.seconds, "peak_a_second": self.peak}
+    def turn(self) -> float:
+        """Computes each product once.
+
+        Returns:
+            The seconds of a step that did nothing else. Taken in turns with the arms, it knows of the same machine.
+        """
+        seconds, best = 0.0, 0.0
+        for shape, count in self.products.items():
+            taken = self._seconds(shape)
+            seconds += count * taken
+            best = max(best, _operations(shape) / taken)
+        self.fastest = max(self.fastest, best)
+        return seconds + self.attention / best
+
+    def _seconds(self, shape: Product) -> float:
+        rows, inner, columns = shape
+        sizes = ((rows, inner), (columns, inner))
+        x, w = (torch.randn(size, device=self.device).to(self.dtype) for size in sizes)
+        torch.nn.functional.linear(x, w)
+        self._wait()
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
 
 def floor_of(prepared: Prepared) -> Floor:
@@ -57,13 +86,11 @@ def floor_of(prepared: Prepared) -> Floor:
     model = prepared.model(dropout=False, lora_dropout=0.0)
     weights = next(p for p in model.parameters() if p.is_floating_point())
     dtype = torch.bfloat16 if prepared.config.bf16 else weights.dtype
-    products = _products(prepared, model)
-    rates = {shape: _rate(shape, weights.device, dtype) for shape in products}
-    operations = {shape: count * 2.0 * shape[0] * shape[1] * shape[2] for shape, count in products.items()}
-    attention = _attention(prepared, model)
-    peak = max(rates.values())
-    seconds = sum(operations[shape] / rates[shape] for shape in products) + attention / peak
-    return Floor(sum(operations.values()) + attention, seconds, peak)
+    return Floor(_products(prepared, model), _attention(prepared, model), weights.device, dtype)
+
+
+def _operations(shape: Product) -> float:
+    return 2.0 * shape[0] * shape[1] * shape[2]
 
 
 def _products(prepared: Prepared, model: Any) -> Counter[Product]:
@@ -119,24 +146,3 @@ def _attention(prepared: Prepared, model: Any) -> float:
     if prepared.config.task == CLASSIFICATION:  # the last layer asks from one position
         return 12.0 * width * ((layers - 1) * squares + prepared.tokens) / prepared.steps
     return 6.0 * width * layers * squares / prepared.steps
-
-
-def _rate(shape: Product, device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one product, as `torch.nn.functional.linear` does it."""
-    rows, inner, columns = shape
-    x, w = (torch.randn(size, device=device).to(dtype) for size in ((rows, inner), (columns, inner)))
-    times: list[float] = []
-    end = time.perf_counter() + _SECONDS
-    torch.nn.functional.linear(x, w)
-    while len(times) < _LEAST or time.perf_counter() < end:
-        _wait(device)
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, w)
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return 2.0 * rows * inner * columns / median(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()

@@ -18,7 +18,7 @@ from typing import Any
 
 from loraplus.tasks.config import CLASSIFICATION
 
-EXAMPLES, ENCODER_WORDS, DECODER_WORDS, LONGEST = 1600, 30522, 32000, 512
+EXAMPLES, LONGEST = 1600, 512
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>")
 # Tokens of 10,566 rated sentences of movie reviews (`python -m loraplus.tasks.assets DIR movie-reviews`) in MiniLM's
 # tokenizer: (share of the sentences, tokens that these have at most).
@@ -36,6 +36,8 @@ class Shape:
         unit: What is counted a second, "examples" or "tokens".
         length: Tokens of the text at a share of the texts, short ones first.
         learnt: The share of a text's tokens that a decoder learns.
+        words: Of the vocabulary.
+        batch_size: Texts a step.
         batches: In a turn.
         memory: Whether its memory is measured.
     """
@@ -45,6 +47,8 @@ class Shape:
     unit: str
     length: Callable[[float], int]
     learnt: float = 1.0
+    words: int = 30522
+    batch_size: int = 32
     batches: int = 8
     memory: bool = True
 
@@ -75,11 +79,14 @@ def log_normal_length(share: float) -> int:
 SHAPES = {
     "reviews": Shape("MiniLM shape, lengths of movie reviews", CLASSIFICATION, "examples", review_length, memory=False),
     "encoder": Shape("MiniLM shape, log-normal lengths", CLASSIFICATION, "tokens", log_normal_length, batches=6),
-    "decoder": Shape("small Llama, log-normal lengths", "lm", "tokens", log_normal_length, batches=3),
-    "masked": Shape(
-        "small Llama, 32k words, 75% of labels masked", "sft", "tokens", log_normal_length, 0.25, 3, memory=False
+    "decoder": Shape(
+        "small Llama, 8k words, log-normal lengths", "lm", "tokens", log_normal_length, words=8000, batches=4
     ),
-}
+    "masked": Shape(
+        "small Llama, 32k words, 75% of labels masked", "sft", "tokens", log_normal_length, learnt=0.25, words=32000,
+        batch_size=8, memory=False,
+    ),
+}  # fmt: skip
 
 
 def make(shape: Shape, folder: Path, seed: int) -> dict[str, Any]:
@@ -94,35 +101,35 @@ def make(shape: Shape, folder: Path, seed: int) -> dict[str, Any]:
         The settings of a run that name them.
     """
     model = folder / "model"
-    words = ENCODER_WORDS if shape.task == CLASSIFICATION else DECODER_WORDS
-    _save_tokenizer(model, words, classifier=shape.task == CLASSIFICATION)
-    _save_model(model, words, seed, classifier=shape.task == CLASSIFICATION)
+    _save_tokenizer(model, shape.words, classifier=shape.task == CLASSIFICATION)
+    _save_model(model, shape.words, seed, classifier=shape.task == CLASSIFICATION)
     draw = random.Random(seed)
     for name, count in (("data", EXAMPLES), ("eval", 8)):
         lengths = [shape.length((i + 0.5) / count) for i in range(count)]
         draw.shuffle(lengths)
-        lines = [json.dumps(_example(shape, length, words, i, draw)) for i, length in enumerate(lengths)]
+        lines = [json.dumps(_example(shape, length, i, draw)) for i, length in enumerate(lengths)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {
         "model": str(model),
         "data": str(folder / "data.jsonl"),
         "eval_data": str(folder / "eval.jsonl"),
         "task": shape.task,
+        "batch_size": shape.batch_size,
         "max_length": LONGEST,
         "target_modules": "all-linear",
     }
 
 
-def _example(shape: Shape, length: int, words: int, number: int, draw: random.Random) -> dict[str, str]:
+def _example(shape: Shape, length: int, number: int, draw: random.Random) -> dict[str, str]:
     """Special tokens count: two around a classifier's text, one behind a decoder's."""
     if shape.task == CLASSIFICATION:
-        return {"text": _text(length - 2, words, draw), "label": "yes" if number % 2 else "no"}
+        return {"text": _text(length - 2, shape.words, draw), "label": "yes" if number % 2 else "no"}
     if shape.learnt == 1:
-        return {"text": _text(length - 1, words, draw)}
+        return {"text": _text(length - 1, shape.words, draw)}
     learnt = max(2, round(shape.learnt * length))
     return {
-        "prompt": _text(max(1, length - learnt), words, draw),
-        "completion": " " + _text(learnt - 1, words, draw),
+        "prompt": _text(max(1, length - learnt), shape.words, draw),
+        "completion": " " + _text(learnt - 1, shape.words, draw),
     }
 
 

@@ -32,7 +32,7 @@ def _cells(name: str, arm: Mapping[str, Any], unit: str) -> Cells:
         f"{arm[f'{unit}_a_second']:,.0f} {unit}",
         f"{1e3 * step['median']:.1f} ({1e3 * step['quartile_1']:.1f}–{1e3 * step['quartile_3']:.1f})",
         _NONE if memory is None else f"{memory:,.0f} MiB",
-        _NONE if share is None else f"{100 * share:.0f}%",
+        _NONE if share is None else f"{100 * share['ratio']:.0f}%",
     )
 
 

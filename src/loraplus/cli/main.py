@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
         _tell("interrupted")
         sys.exit(130)
+    if code == 130:  # typer's, of a KeyboardInterrupt
+        _tell("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 
