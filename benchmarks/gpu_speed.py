@@ -152,9 +152,7 @@ def adapted(bench: Bench, arm: Arm, dtype: torch.dtype = torch.bfloat16) -> torc
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False  # as peft.helpers.disable_input_dtype_casting does for a while
     if arm.ours:
-        from loraplus.speed import LEVERS
-
-        from loraplus import speed_up
+        from loraplus.speed import LEVERS, speed_up
 
         left_out = {lever[1:] for lever in arm.levers or ()}
         report = speed_up(model, levers=[lever for lever in LEVERS if lever not in left_out])

@@ -94,11 +94,10 @@ def trainer_of(arm: Arm, prepared: Prepared, output: str) -> Any:
 
 
 def _sped_up(arm: Arm, model: Any) -> Any:
-    import loraplus
+    if arm.stack == LORAPLUS:
+        from loraplus.speed import speed_up  # type: ignore[import-not-found]
 
-    if arm.stack != LORAPLUS:
-        return model
-    loraplus.speed_up(model, levers=arm.levers)  # type: ignore[attr-defined]
+        speed_up(model, levers=arm.levers)
     return model
 
 
