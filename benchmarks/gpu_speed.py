@@ -42,6 +42,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArg
 from gpu_speed_results import conclude, table  # isort: skip
 
 from loraplus.bench.machine import machine
+from loraplus.bench.profiling import costliest
 from loraplus.bench.timing import spread, take_turns
 
 SHAPES = {
@@ -243,24 +244,7 @@ def prepare(bench: Bench, arm: Arm) -> None:
 
     bench.turns[arm.name], bench.models[arm.name] = turn, model
     if bench.options.profile:
-        result["kernels"] = kernels(bench, step)
-
-
-def kernels(bench: Bench, step: Callable[[], None], rows: int = 12) -> list[dict[str, Any]]:
-    """The costliest kernels of one step (operators, on a CPU), the number of all, and the time of all."""
-    from torch.profiler import ProfilerActivity, profile
-
-    on_gpu = bench.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as record:
-        step()
-        bench.wait()
-    cost = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    events = [e for e in record.key_averages() if e.device_type == device and getattr(e, cost) > 0]
-    events = [e for e in events if not e.is_user_annotation]  # spans over kernels that are counted themselves
-    events.sort(key=lambda e: -getattr(e, cost))
-    total = {"name": "all", "ms": sum(getattr(e, cost) for e in events) / 1e3, "calls": sum(e.count for e in events)}
-    return [total, *({"name": e.key[:90], "ms": getattr(e, cost) / 1e3, "calls": e.count} for e in events[:rows])]
+        result["kernels"] = costliest(step, bench.device)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loraplus.bench.machine import in_words
+from loraplus.bench.profiling import profile_lines
 from loraplus.bench.timing import ratio
 
 
@@ -54,6 +55,5 @@ def table(found: dict[str, Any]) -> str:
             )
     for name, arm in found["arms"].items():
         if "kernels" in arm:
-            lines += ["", f"{name}, one step:", "", "| kernel | ms | calls |", "|---|---|---|"]
-            lines += [f"| `{k['name']}` | {k['ms']:.2f} | {k['calls']} |" for k in arm["kernels"]]
+            lines += profile_lines(name, arm["kernels"])
     return "\n".join(lines)

@@ -56,7 +56,7 @@ def test_a_file_of_something_else_is_no_table(command, tmp_path):
 @pytest.fixture
 def result(command, stand_in, model_folder, reviews_csv, tmp_path):
     path = tmp_path / "speed.json"
-    flags = ("--batch-size", 16, "--rank", 2, "--minutes", 0.05, "--no-memory", "--output", path, "--json")
+    flags = ("--batch-size", 16, "--rank", 2, "--minutes", 0.05, "--no-memory", "--profile", "--output", path, "--json")
     code, out, err = command("--model", model_folder, "--data", reviews_csv, *flags)
     assert code == 0, err
     return json.loads(out), err, path
@@ -74,6 +74,8 @@ def test_json_and_terminal_tell_of_the_users_own_model(result, command):
         assert ratios[name]["low"] <= ratios[name]["ratio"] <= ratios[name]["high"]
     assert ratios["best"]["against"].startswith("PEFT")
     assert {len(arm["rounds"]) for arm in row["arms"].values()} <= set(range(3, 51))
+    assert {name for name, arm in row["arms"].items() if "profile" in arm} == {"loraplus", ratios["best"]["against"]}
+    assert row["arms"]["loraplus"]["profile"][0]["ms"] > 0
     assert row["gradient_error"]["ratio"] == pytest.approx(1, abs=0.3)
     assert found["machine"]["processor"] and found["machine"]["versions"]["torch"]
     assert "times as fast as PEFT + Trainer, defaults" in err and "█" in err and "Traceback" not in err

@@ -97,7 +97,7 @@ def _sped_up(arm: Arm, model: Any) -> Any:
     if arm.stack == LORAPLUS:
         from loraplus.speed import speed_up  # type: ignore[import-not-found]
 
-        speed_up(model, levers=arm.levers)
+        speed_up(model, **({} if arm.levers is None else {"levers": arm.levers}))
     return model
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraplus.bench.arms import DEFAULTS, LAMBDA_ONE, OURS, PEFT, Arm, trainer_of
-from loraplus.bench.gradients import gradient_errors
+from loraplus.bench.gradients import gradient_errors, profile_of
 from loraplus.bench.memory import measured
 from loraplus.bench.prepared import Prepared
 from loraplus.bench.roofline import floor_of
@@ -36,6 +36,7 @@ class Measurement:
         seconds: For all of it, about.
         output: A folder for the trainers.
         memory: Whether memory is measured.
+        profile: Whether a step of PEFT's best arm and of ours are taken apart.
         told: Is told what is going on.
     """
 
@@ -47,6 +48,7 @@ class Measurement:
     seconds: float
     output: str
     memory: bool
+    profile: bool
     told: Told
     failed: dict[str, str] = field(default_factory=dict, init=False)
     floor: dict[str, float] = field(default_factory=dict, init=False)
@@ -68,6 +70,10 @@ class Measurement:
         row["ratios"] = self._ratios(times)
         self.told(f"{self.title}: gradients")
         row["gradient_error"] = self._gradients()
+        if self.profile:
+            for name in {row["ratios"].get("best", {}).get("against"), self._ours()} - {None}:
+                arm = next(arm for arm in self.arms if arm.name == name)
+                row["arms"][name]["profile"] = profile_of(self.prepared, arm, self.output)
         if self.memory:
             self._measure_memory(row, self.seconds - (time.perf_counter() - started))
         return row
@@ -167,6 +173,10 @@ class Measurement:
         if LAMBDA_ONE.name in times:
             ratios["lambda"] = {"against": LAMBDA_ONE.name, **ratio(times[ours], times[LAMBDA_ONE.name]).to_dict()}
         return ratios
+
+    def _ours(self) -> str | None:
+        """The name of our arm, if it runs."""
+        return next((arm.name for arm in self.arms if arm.side == OURS and arm.name not in self.failed), None)
 
     def _gradients(self) -> dict[str, Any]:
         """Of PEFT's arm with batches like ours, and of ours, against PEFT's in float64."""

@@ -69,4 +69,6 @@ def _measurement(config: BenchConfig, name: str, seconds: float, scratch: Path, 
     else:
         arms = arms_of(task.task)
     prepared = prepare(task, batches)
-    return Measurement(name, title, unit, prepared, arms, seconds, str(scratch), memory and config.memory, told)
+    return Measurement(
+        name, title, unit, prepared, arms, seconds, str(scratch), memory and config.memory, config.profile, told
+    )

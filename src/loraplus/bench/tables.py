@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraplus.bench.machine import in_words
+from loraplus.bench.profiling import profile_lines
 
 _NONE = "–"
 HEADS = ("arm", "a second", "ms a step (quartiles)", "memory over idle", "share of the floor")
@@ -82,6 +83,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     for row in result["rows"]:
         lines += [f"**{about(row)}**", "", _line(HEADS), _line(["---"] * len(HEADS))]
         lines += [*map(_line, arm_cells(row)), "", *(f"* {finding}" for finding in findings(row)), ""]
+        for name, arm in row["arms"].items():
+            if "profile" in arm:
+                lines += [*profile_lines(name, arm["profile"])[1:], ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -52,6 +52,11 @@ def show(console: Console, result: dict[str, Any]) -> None:
         console.print(_table(("", "", f"{row['unit']} a second"), bars(row), style="green"))
         for finding in findings(row):
             console.say(finding)
+        for name, arm in row["arms"].items():
+            if "profile" in arm:
+                console.say(f"\n{name}, one step")
+                lines = [(line["name"], f"{line['ms']:.2f}", str(line["calls"])) for line in arm["profile"]]
+                console.print(_table(("", "ms", "calls"), lines))
 
 
 def _table(heads: tuple[str, ...], rows: Any, style: str = "") -> Table:

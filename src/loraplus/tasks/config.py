@@ -181,4 +181,5 @@ class BenchConfig(TaskConfig):
     )
     ablation: bool = _option(False, "Ours with each lever alone, and with each left out, in place of PEFT's arms.")
     memory: bool = _option(True, "Measure memory, too (in a process of its own).")
+    profile: bool = _option(False, "Take a step of PEFT's best arm and of ours apart, operator by operator.")
     table: str | None = _option(None, "Print such a file of results as Markdown, and measure nothing.")
