@@ -21,7 +21,6 @@ def costliest(step: Callable[[], object], device: torch.device, rows: int = 12) 
         [{"name", "ms", "calls"}], the sum of all first. Time within an operator that another one calls is the latter's.
     """
     import torch
-    from torch.autograd.profiler_util import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"
@@ -30,8 +29,8 @@ def costliest(step: Callable[[], object], device: torch.device, rows: int = 12) 
         if on_gpu:
             torch.cuda.synchronize()
     cost = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    where = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    events: list[Any] = [e for e in record.key_averages() if e.device_type == where and getattr(e, cost) > 0]
+    where = "CUDA" if on_gpu else "CPU"
+    events: list[Any] = [e for e in record.key_averages() if e.device_type.name == where and getattr(e, cost) > 0]
     events = [e for e in events if not e.is_user_annotation]  # spans over kernels that are counted themselves
     events.sort(key=lambda e: -getattr(e, cost))
     total = {"name": "all", "ms": sum(getattr(e, cost) for e in events) / 1e3, "calls": sum(e.count for e in events)}
