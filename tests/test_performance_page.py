@@ -12,11 +12,11 @@ import pytest
 from loraplus.bench.asked import saved
 from loraplus.bench.tables import markdown
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from gpu_speed_results import table
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"<!-- begin: (.+?) --table (\S+) -->\n(.*?)\n<!-- end -->", PAGE, flags=re.DOTALL)
 
