@@ -13,7 +13,7 @@ ORDER = (
     "weight_calls weight_code partners orientation structure adapter_types memory roles rates schedulers "
     "model_changes membership watch existing_groups groups paper optimizer movement recorder step_watcher "
     "proposal compiled owned_groups feature_updates auto integrations tasks inspection study report compare "
-    "reproduce cli"
+    "reproduce bench cli"
 ).split()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from loraplus.cli import (  # noqa: F401  (each registers its command on `app`)
+    bench,
     compare,
     generate,
     inspect,
@@ -49,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
         _tell("interrupted")
         sys.exit(130)
+    if code == 130:  # typer's, of a KeyboardInterrupt
+        _tell("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 

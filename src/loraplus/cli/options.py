@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, get_type_hints
 
@@ -90,8 +90,22 @@ def _command_option(name: str, annotation: Any, default: Any, help: str, **kwarg
     )
 
 
-def config_command(app: typer.Typer, name: str, config_class: type) -> Callable[[Callable[..., None]], Any]:
-    """Registers `run(config, overwrite, resume, json, plain)` as a command with one flag a field of the class."""
+def config_command(
+    app: typer.Typer,
+    name: str,
+    config_class: type,
+    required: Sequence[str] = ("model", "data", "output"),
+    own: Sequence[str] = ("overwrite", "resume", "json", "plain"),
+) -> Callable[[Callable[..., None]], Any]:
+    """Registers `run(config, overwrite, resume, json, plain)` as a command with one flag a field of the class.
+
+    Args:
+        app: Gets the command.
+        name: Of the command.
+        config_class: A dataclass.
+        required: Fields that must be given.
+        own: The command's own flags, which `run` takes beside the configuration.
+    """
 
     def register(run: Callable[..., None]) -> Any:
         hints = get_type_hints(config_class)
@@ -99,14 +113,14 @@ def config_command(app: typer.Typer, name: str, config_class: type) -> Callable[
 
         def command(**values: Any) -> None:
             values.pop("config")
-            extra = {key: values.pop(key) for key in ("overwrite", "resume", "json", "plain")}
-            for required in ("model", "data", "output"):
-                if not values[required]:
-                    raise InputError(f"--{required} is needed (a flag, or a key of the --config file)")
+            extra = {key: values.pop(key) for key in own}
+            for needed in required:
+                if not values[needed]:
+                    raise InputError(f"--{needed} is needed (a flag, or a key of the --config file)")
             run(config_class(**values), **extra)
 
         parameters = [_parameter(spec, hints[spec.name]) for spec in specs]
-        parameters += [
+        flags = [
             _command_option(
                 "config", str | None, None, "YAML file with any of these flags as keys.",
                 is_eager=True, callback=_fill_default_map,
@@ -116,6 +130,7 @@ def config_command(app: typer.Typer, name: str, config_class: type) -> Callable[
             _command_option("json", bool, False, "Print the result as JSON on standard output."),
             _command_option("plain", bool, False, "No colours, no moving progress bars."),
         ]  # fmt: skip
+        parameters += [flag for flag in flags if flag.name == "config" or flag.name in own]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         command.__doc__ = run.__doc__

@@ -168,3 +168,18 @@ class TuneConfig(TaskConfig):
     )
     study: str = _option("loraplus-tune", "Name of the study within --storage.")
     workers: int | None = _option(None, "Runs side by side. Default: one a core up to 2 on a CPU, one on a GPU.")
+
+
+@dataclass(kw_only=True)
+class BenchConfig(TaskConfig):
+    """A comparison of speed and memory with PEFT and Trainer; without a model of the user's, on built-in ones."""
+
+    output: str = _option("", "File that the results are written to, as JSON.")
+    minutes: float = _option(6.0, "Time for all, about.")
+    rows: str | None = _option(
+        None, "Built-in models to run, comma-separated: reviews, encoder, decoder, masked. Default: all."
+    )
+    ablation: bool = _option(False, "Ours with each lever alone, and with each left out, in place of PEFT's arms.")
+    memory: bool = _option(True, "Measure memory, too (in a process of its own).")
+    profile: bool = _option(False, "Take a step of PEFT's best arm and of ours apart, operator by operator.")
+    table: str | None = _option(None, "Print such a file of results as Markdown, and measure nothing.")

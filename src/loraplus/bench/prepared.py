@@ -1,0 +1,134 @@
+"""Model and data of a comparison: the examples that every arm trains on, and fresh models.
+
+Of the batches that length grouping makes of a pool, every k-th by length is run; arms that do not group draw their
+batches from the examples of just these, at random. So all train on the same examples, and these are as long as the
+pool's are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from loraplus.tasks.config import CLASSIFICATION, DEFAULT_LR, TaskConfig
+
+_POOL = 50  # batches; as many as transformers sorts together at most
+
+
+@dataclass
+class Prepared:
+    """What the arms have in common.
+
+    Args:
+        config: Model, data, adapter, batch.
+        task: Of --task.
+        tokenizer: Of the model.
+        data: The task's.
+        pool: Batches of rows, as length grouping makes them.
+        tokens_of: Tokens of each row of the data.
+        batches: Of a turn, at most.
+        lr: η_A.
+    """
+
+    config: TaskConfig
+    task: Any
+    tokenizer: Any
+    data: Any
+    pool: list[list[int]]
+    tokens_of: Sequence[int]
+    batches: int
+    lr: float = DEFAULT_LR
+
+    @property
+    def order(self) -> list[int]:
+        """Rows of a turn, batch by batch."""
+        count = len(self.pool)
+        chosen = sorted({int((i + 0.5) * count / self.batches) for i in range(self.batches)})
+        return [row for batch in chosen for row in self.pool[batch]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row of `order`."""
+        return [int(self.tokens_of[row]) for row in self.order]
+
+    def with_batches(self, batches: int) -> Prepared:
+        """The same with shorter turns."""
+        return replace(self, batches=max(1, batches))
+
+    @property
+    def examples(self) -> int:
+        """Of a turn."""
+        return len(self.order)
+
+    @property
+    def tokens(self) -> int:
+        """Of a turn; padding does not count."""
+        return sum(self.lengths)
+
+    @property
+    def steps(self) -> int:
+        """Of a turn."""
+        return -(-self.examples // self.config.batch_size)
+
+    def rows(self, *, grouped: bool) -> Any:
+        """The examples of a turn; in the order of their batches, or in that of the data."""
+        order, rows = self.order if grouped else sorted(self.order), self.data.train
+        return rows.select(order) if hasattr(rows, "select") else [rows[i] for i in order]
+
+    def model(self, *, dropout: bool, lora_dropout: float) -> Any:
+        """A fresh model with its adapter: the same weights every time."""
+        config = replace(self.config, lora_dropout=lora_dropout)
+        model = self.task.load_model(config, self.data, self.tokenizer, self.config.seed)
+        if not dropout:
+            without_dropout(model)
+        return model
+
+    def collator(self) -> Any:
+        """Pads each batch to its longest text."""
+        if self.config.task == CLASSIFICATION:
+            from transformers import DataCollatorWithPadding
+
+            return DataCollatorWithPadding(self.tokenizer)
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        return DataCollatorForLanguageModeling(self.tokenizer.pad_token_id)
+
+
+def prepare(config: TaskConfig, batches: int) -> Prepared:
+    """Reads the data of a run, and chooses the examples of a turn.
+
+    Args:
+        config: Model and data.
+        batches: Of a turn, at most.
+
+    Raises:
+        InputError: as `loraplus train` does.
+    """
+    from loraplus.tasks.data_parallel import OrderByPass
+    from loraplus.tasks.task import task_of
+    from loraplus.tasks.training import total_steps
+
+    task = task_of(config)
+    tokenizer = task.load_tokenizer(config)
+    data = task.load_data(config, tokenizer)
+    total_steps(config, len(data.train))
+    known = getattr(data.train, "lengths", None)
+    lengths = [len(ids) for ids in data.train["input_ids"]] if known is None else known
+    size = config.batch_size
+    order = list(OrderByPass(lengths, size, lambda: config.seed))[: _POOL * size]
+    whole = [order[i : i + size] for i in range(0, len(order) - size + 1, size)] or [order]
+    whole.sort(key=lambda batch: -sum(lengths[row] for row in batch))  # a pool may hold several parts, each sorted
+    return Prepared(config, task, tokenizer, data, whole, lengths, max(1, batches))
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Turns off every dropout in a model: layers, and the rates that attention reads."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,77 @@
+"""`loraplus bench`: speed and memory side by side with PEFT and Trainer, on this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from loraplus.bench.tables import HEADS, about, arm_cells, bars, findings, machine_line
+from loraplus.cli.app import app
+from loraplus.cli.options import config_command
+from loraplus.cli.terminal import Console, narrated, print_json
+from loraplus.tasks.config import BenchConfig
+
+_WIDTH_OF_FILES = 140
+
+
+@config_command(app, "bench", BenchConfig, required=(), own=("overwrite", "json", "plain"))
+def run(config: BenchConfig, *, overwrite: bool, json: bool, plain: bool) -> None:
+    """Compare speed and memory with PEFT and Trainer on this machine, for your model and data or built-in ones."""
+    console = Console(stderr=json, plain=plain)
+    if config.table:
+        _show_table(config.table)
+        return
+    from loraplus.bench.asked import rows_of
+    from loraplus.tasks.files import check_file, write_json
+
+    rows_of(config)
+    output = check_file(config.output, (".json",), overwrite=overwrite) if config.output else None
+    console.say("compares speed and memory with PEFT and Trainer; the libraries are being loaded")
+    from loraplus.bench.plan import bench
+    from loraplus.cli.console import quiet_libraries
+
+    quiet_libraries()
+    with narrated(console):
+        result = bench(config, console.say)
+    if output:
+        write_json(output, result)
+    if json:
+        print_json(result)
+    show(console, result)
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """Tables, bars and what they say."""
+    if not console.is_terminal:
+        console.width = _WIDTH_OF_FILES
+    console.say(machine_line(result))
+    for row in result["rows"]:
+        console.say(f"\n{about(row)}")
+        console.print(_table(HEADS, arm_cells(row)))
+        console.print(_table(("", "", f"{row['unit']} a second"), bars(row), style="green"))
+        for finding in findings(row):
+            console.say(finding)
+        for name, arm in row["arms"].items():
+            if "profile" in arm:
+                console.say(f"\n{name}, one step")
+                lines = [(line["name"], f"{line['ms']:.2f}", str(line["calls"])) for line in arm["profile"]]
+                console.print(_table(("", "ms", "calls"), lines))
+
+
+def _table(heads: tuple[str, ...], rows: Any, style: str = "") -> Table:
+    table = Table(box=None, pad_edge=False)
+    for number, head in enumerate(heads):
+        is_bar = bool(style) and number == 1
+        table.add_column(head, justify="left" if number == 0 or is_bar else "right", style=style if is_bar else "")
+    for cells in rows:
+        table.add_row(*cells)
+    return table
+
+
+def _show_table(path: str) -> None:
+    """Prints a file of results as Markdown."""
+    from loraplus.bench.asked import saved
+    from loraplus.bench.tables import markdown
+
+    Console().say(markdown(saved(path)))
