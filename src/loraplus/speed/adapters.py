@@ -16,7 +16,8 @@ Source: Cherniuk et al., "Run LoRA Run", arXiv 2312.03415.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -157,14 +158,21 @@ def _step(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | Non
     a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
     mask = Mask(dropout.p, x, a.dtype) if _drops_out(layer, [name]) else None
     product, scale = computed_in(x), layer.scaling[name]
-    if torch.is_autocast_enabled(x.device.type):
-        a, b = a.to(product), b.to(product)
-    if y is None:
-        y = _Whole.apply(x, weight, bias, a, b, scale, product, mask, recipe_of(x))
-    else:
-        y = _Added.apply(y, x, a, b, scale, product, mask, recipe_of(x))
+    thin = product if torch.is_autocast_enabled(x.device.type) else a.dtype
+    step = _Settings(scale, product, thin, mask, recipe_of(x))
+    y = _Whole.apply(x, weight, bias, a, b, step) if y is None else _Added.apply(y, x, a, b, step)
     own_bias = layer.lora_B[name].bias
     return y if own_bias is None else y + (own_bias * scale).to(y.dtype)  # type: ignore[return-value]
+
+
+class _Settings(NamedTuple):
+    """What a step has besides tensors."""
+
+    scale: float
+    product: torch.dtype  # of x Wᵀ
+    thin: torch.dtype  # of the products with A and B
+    mask: Mask | None
+    made: Recipe
 
 
 class _Whole(torch.autograd.Function):
@@ -172,37 +180,42 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
-        product: torch.dtype, mask: Mask | None, made: Recipe,
-    ) -> Tensor:  # fmt: skip
-        rows, w = x.reshape(-1, x.shape[-1]).to(product), weight.to(product)
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, step: _Settings
+    ) -> Tensor:
+        rows, w, (a_, b_) = x.reshape(-1, x.shape[-1]).to(step.product), weight.to(step.product), _cast(step, a, b)
         outputs, inputs = weight.shape
-        formed = mask is None and product in _WIDE and a.dtype is product
-        ctx.formed = formed and rows.shape[0] * (inputs + outputs) > inputs * outputs
+        ctx.formed = (
+            step.mask is None
+            and step.product in _WIDE
+            and step.thin is step.product
+            and rows.shape[0] * (inputs + outputs) > inputs * outputs
+        )
         if ctx.formed:
-            w = torch.addmm(w, b, a, alpha=scale)
-        y = F.linear(rows, w, None if bias is None else bias.to(product))
+            w = torch.addmm(w, b_, a_, alpha=step.scale)
+        y = F.linear(rows, w, None if bias is None else bias.to(step.product))
+        through_a = None
         if not ctx.formed:
-            _add_product(y, F.linear(_dropped(rows, x, a.dtype, mask), a), b.t(), scale)
-        ctx.scale, ctx.product, ctx.mask = scale, product, mask
-        keep(ctx, made, weight, a, b)
+            through_a = F.linear(_dropped(rows, x, step), a_)
+            _add_product(y, through_a, b_.t(), step.scale)
+        ctx.step, ctx.of = step, (a.dtype, b.dtype)
+        keep(ctx, step.made, weight, a_, b_, through_a)
         return y.view(*x.shape[:-1], outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        x, (weight, a, b) = kept(ctx)
-        rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        of_factors = _Gradients(ctx, x, rows, g, a, b, needs_a=ctx.needs_input_grad[3], needs_b=ctx.needs_input_grad[4])
+        x, (weight, a, b, through_a) = kept(ctx)
+        g = g.reshape(-1, g.shape[-1])
+        found = _Gradients(ctx, x, g, a, b, through_a, needs=ctx.needs_input_grad[3:5])
         dx = None
         if ctx.needs_input_grad[0]:
-            w = weight.to(ctx.product)
+            w = weight.to(ctx.step.product)
             if ctx.formed:
-                dx = g @ torch.addmm(w, b, a, alpha=ctx.scale)
+                dx = g @ torch.addmm(w, b, a, alpha=ctx.step.scale)
             else:
-                dx = of_factors.add_to_input(g @ w)
+                dx = found.add_to_input(g @ w)
             dx = dx.to(x.dtype).view(x.shape)
-        return dx, None, None, of_factors.a, of_factors.b, None, None, None, None
+        return dx, None, None, found.a, found.b, None
 
 
 class _Added(torch.autograd.Function):
@@ -210,55 +223,65 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, product: torch.dtype, mask: Mask | None,
-        made: Recipe,
-    ) -> Tensor:  # fmt: skip
-        rows = x.reshape(-1, x.shape[-1]).to(product)
-        total = y.reshape(-1, y.shape[-1]).clone()
-        _add_product(total, F.linear(_dropped(rows, x, a.dtype, mask), a), b.t(), scale)
-        ctx.scale, ctx.product, ctx.mask = scale, product, mask
-        keep(ctx, made, a, b)
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, step: _Settings
+    ) -> Tensor:
+        rows, (a_, b_) = x.reshape(-1, x.shape[-1]).to(step.product), _cast(step, a, b)
+        through_a = F.linear(_dropped(rows, x, step), a_)
+        total = y.reshape(-1, y.shape[-1])
+        if total.dtype is step.thin:
+            total = torch.addmm(total, through_a, b_.t(), alpha=step.scale)
+        else:
+            total = total.clone()
+            _add_product(total, through_a, b_.t(), step.scale)
+        ctx.step, ctx.of = step, (a.dtype, b.dtype)
+        keep(ctx, step.made, a_, b_, through_a)
         return total.view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        x, (a, b) = kept(ctx)
-        rows, flat = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        of_factors = _Gradients(
-            ctx, x, rows, flat, a, b, needs_a=ctx.needs_input_grad[2], needs_b=ctx.needs_input_grad[3]
-        )
+        x, (a, b, through_a) = kept(ctx)
+        found = _Gradients(ctx, x, g.reshape(-1, g.shape[-1]), a, b, through_a, needs=ctx.needs_input_grad[2:4])
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = of_factors.add_to_input(torch.zeros_like(rows, dtype=ctx.product)).to(x.dtype).view(x.shape)
-        return g, dx, of_factors.a, of_factors.b, None, None, None, None
+            zeros = torch.zeros((g.numel() // g.shape[-1], x.shape[-1]), dtype=ctx.step.product, device=x.device)
+            dx = found.add_to_input(zeros).to(x.dtype).view(x.shape)
+        return g, dx, found.a, found.b, None
 
 
 class _Gradients:
     """dA and dB, and what the adapter adds to dx.
 
     Args:
-        ctx: of the function: scale, product, mask.
+        ctx: of the function.
         x: the input, (…, in).
-        rows: the same, (rows, in).
         g: ∂L/∂y, (rows, out).
-        a: A, (r, in).
-        b: B, (out, r).
-        needs_a: whether dA is wanted.
-        needs_b: whether dB is wanted.
+        a: A, (r, in), as it was multiplied by.
+        b: B, (out, r), likewise.
+        through_a: x Aᵀ, (rows, r), if it was kept.
+        needs: whether dA and dB are wanted.
     """
 
     def __init__(
-        self, ctx: Any, x: Tensor, rows: Tensor, g: Tensor, a: Tensor, b: Tensor, *, needs_a: bool, needs_b: bool
+        self, ctx: Any, x: Tensor, g: Tensor, a: Tensor, b: Tensor, through_a: Tensor | None, *, needs: Sequence[bool]
     ) -> None:
-        self._through_b = F.linear(g.to(b.dtype), b.t().contiguous()).mul_(ctx.scale)  # s·g B, (rows, r)
-        self._input_factor = a
-        self._mask = ctx.mask.again().view(rows.shape) if ctx.mask is not None else None
-        seen = _masked(rows, self._mask, ctx.product, a.dtype) if needs_a or needs_b else rows
-        self.a = self._through_b.t() @ seen if needs_a else None
-        self.b = None
+        step: _Settings = ctx.step
+        g, rows, on_cpu = g.to(step.thin), x.reshape(-1, x.shape[-1]), g.device.type == "cpu"
+        # s·g B, (rows, r). On a CPU a thin matrix is read along its rows.
+        self._through_b = (F.linear(g, b.t().contiguous()) if on_cpu else g @ b).mul_(step.scale)
+        self._input_factor, self.a, self.b = a, None, None
+        self._mask = step.mask.again().view(rows.shape) if step.mask is not None else None
+        needs_a, needs_b = needs
+        if needs_a or (needs_b and through_a is None):
+            rows = _masked(rows.to(step.product) if self._mask is None else rows, self._mask, step.thin)
+        if needs_a:
+            self.a = _product(self._through_b.t(), rows, ctx.of[0])
         if needs_b:
-            self.b = (F.linear(seen, a).mul_(ctx.scale).t() @ g.to(b.dtype)).t().contiguous()
+            through_a = F.linear(rows, a) if through_a is None else through_a
+            if on_cpu:
+                self.b = (through_a.t() @ g).mul_(step.scale).t().to(ctx.of[1]).contiguous()
+            else:
+                self.b = _product(g.t(), through_a, ctx.of[1]).mul_(step.scale)
 
     def add_to_input(self, dx: Tensor) -> Tensor:
         """dx + s·(g B) A, in place: (rows, in)."""
@@ -268,17 +291,26 @@ class _Gradients:
         return dx.add_((self._through_b @ self._input_factor).mul_(self._mask.to(self._input_factor.dtype)))
 
 
-def _dropped(rows: Tensor, x: Tensor, dtype: torch.dtype, mask: Mask | None) -> Tensor:
+def _cast(step: _Settings, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return a.to(step.thin), b.to(step.thin)
+
+
+def _dropped(rows: Tensor, x: Tensor, step: _Settings) -> Tensor:
     """The input of A in the forward pass, (rows, in): cast, and dropped out."""
-    if mask is None:
-        return rows.to(dtype)
-    return _masked(x.reshape(rows.shape), mask.draw().view(rows.shape), rows.dtype, dtype)
+    if step.mask is None:
+        return rows.to(step.thin)
+    return _masked(x.reshape(rows.shape), step.mask.draw().view(rows.shape), step.thin)
 
 
-def _masked(rows: Tensor, mask: Tensor | None, product: torch.dtype, dtype: torch.dtype) -> Tensor:
-    if mask is None:
-        return rows.to(product).to(dtype)
-    return (rows * mask).to(dtype)  # in the wider type of the two, as PEFT drops out after its cast
+def _masked(rows: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return rows.to(dtype) if mask is None else (rows * mask).to(dtype)  # PEFT drops out after its cast
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left right in another type, rounded once."""
+    if left.dtype is not dtype and left.is_cuda and dtype is torch.float32:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
