@@ -16,7 +16,7 @@ from trl.chat_template_utils import (
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.tasks.chat import Chats, ChatTemplateError
 from loraplus.tasks.conversations import COMPLETION, CONVERSATION, Example, Examples
-from loraplus.tasks.generate import ends_texts, text_ids, texts_ids
+from loraplus.tasks.generate import ONLY_IDS, ends_texts, text_ids, texts_ids
 from loraplus.tasks.target_rows import Encoded
 
 ALL, ON_COMPLETION, ON_ASSISTANT = "all", "completion", "assistant"
@@ -75,14 +75,8 @@ class Encoder:
             InputError: the chat template refuses a conversation or marks none of its turns; names the line.
         """
         plain = [row for row in rows if not row.is_chat]
-        texts = [str(row.prompt) + self._ended(row.text or str(row.completion)) for row in plain]
-        wholes = iter(self._tokenizer(texts, verbose=False)["input_ids"] if texts else ())
-        prompts = iter(
-            texts_ids(self._tokenizer, [str(row.prompt) for row in plain])
-            if plain and self._on == ON_COMPLETION
-            else ()
-        )
-        return [self._of_chat(row) if row.is_chat else _behind(next(prompts, ()), next(wholes)) for row in rows]
+        found = iter(self._of_plain(plain) if plain else ())
+        return [self._of_chat(row) if row.is_chat else next(found) for row in rows]
 
     def prompt(self, example: Example) -> tuple[list[int], list[int]]:
         """(what a model is given, how the example goes on).
@@ -112,6 +106,14 @@ class Encoder:
             if error.line is not None:
                 raise InputError(f"the chat template, line {error.line}: not valid Jinja ({error})") from None
             raise InputError(f"{example.where}: the chat template refuses this conversation: {error}") from None
+
+    def _of_plain(self, examples: Sequence[Example]) -> list[Encoded]:
+        texts = [str(row.prompt) + self._ended(row.text or str(row.completion)) for row in examples]
+        wholes = self._tokenizer(texts, **ONLY_IDS)["input_ids"]
+        prompts: list[Any] = [()] * len(examples)
+        if self._on == ON_COMPLETION:
+            prompts = texts_ids(self._tokenizer, [str(row.prompt) for row in examples])
+        return list(map(_behind, prompts, wholes))
 
     def _of_chat(self, example: Example) -> Encoded:
         if not example.messages:

@@ -21,7 +21,7 @@ from loraplus.tasks.token_rows import TOKEN, TokenRows, write
 IGNORED = -100
 CUT, DROP, SPLIT = "cut", "drop", "split"
 LONG_EXAMPLES = (CUT, DROP, SPLIT)
-_TOKENS_AT_ONCE = 2**20
+_TOKENS_AT_ONCE = 2**18
 _ROWS_AT_ONCE = 2**16
 
 
