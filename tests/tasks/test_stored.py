@@ -244,8 +244,8 @@ print(os.listdir(os.environ["TMPDIR"]))
 # Rows of 2,000 characters, and of 120 tokens, which took 17,000 and 32,000 bytes in memory; last, what one may take.
 LARGE = {
     "classification": ("d.csv", "text,label\n", lambda i: f"a film {'x' * 2000} {i},{('bad', 'good')[i % 2]}\n", 700),
-    "sft": ("d.jsonl", "", lambda i: f'{{"prompt": "grass {i}", "completion": "{" grass is green" * 40}"}}\n', 6000),
-    "lm": ("d.txt", "", lambda i: f"{'grass is green ' * 40} {i}\n", 6000),
+    "sft": ("d.jsonl", "", lambda i: f'{{"prompt": "grass {i}", "completion": "{" grass is green" * 40}"}}\n', 4000),
+    "lm": ("d.txt", "", lambda i: f"{'grass is green ' * 40} {i}\n", 4000),
 }  # fmt: skip
 
 
@@ -253,7 +253,7 @@ LARGE = {
 @pytest.mark.parametrize("task", LARGE)
 def test_a_row_takes_its_places_and_not_its_text(task, tmp_path, model_folder, decoder_folder):
     name, head, row, most = LARGE[task]
-    few, many = (5_000, 25_000) if task == "classification" else (2_000, 8_000)
+    few, many = 2_000, 8_000
     files = [tmp_path / f"few-{name}", tmp_path / f"many-{name}"]
     for path, count in zip(files, (few, many), strict=True):
         path.write_text(head + "".join(map(row, range(count))))
