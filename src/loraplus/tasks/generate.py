@@ -15,7 +15,7 @@ from loraplus.tasks.chat import Chats, ChatTemplateError
 from loraplus.tasks.loading import loading
 from loraplus.tasks.pretrained import check_tokens
 
-ONLY_IDS = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+ONLY_IDS: dict[str, Any] = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
 """Of a tokenizer's options."""
 _LARGEST_TOKEN = 2**31 - 1
 Prompt = str | Sequence[Mapping[str, str]]
