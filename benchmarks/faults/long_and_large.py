@@ -1,11 +1,14 @@
 """Memory of training on millions of rows, and over many thousand steps.
 
     python benchmarks/faults/long_and_large.py rows --rows 5000000 --output benchmarks/results/faults/large-data.json
+    python benchmarks/faults/long_and_large.py rows --task sft --output benchmarks/results/faults/large-data-sft.json
+    python benchmarks/faults/long_and_large.py rows --task lm --output benchmarks/results/faults/large-data-lm.json
     python benchmarks/faults/long_and_large.py steps --steps 20000 --output benchmarks/results/faults/long-runs.json
 
-rows: a CSV of so many labelled texts of some fifty characters is made, and `loraplus train` is run on it with a small
-encoder, to its first steps. Told are the peak of the process's memory and the time to the first step, for a hundredth
-of the rows and for all; the difference by rows is what a row takes.
+rows: a file of so many rows of some fifty characters is made (classification: a CSV of labelled texts; sft: prompts
+with completions, one JSON object a line; lm: lines of text), and `loraplus train` is run on it with a small model, to
+its first steps. Told are the peak of the process's memory and the time to the first step, for a hundredth of the rows
+and for all; the difference by rows is what a row takes.
 
 steps: `LoraPlusTrainer` trains a small encoder, with fixed and with automatic rates, and writes a checkpoint now and
 then. The memory is read at twenty points; told are the readings after the first quarter, and the slope of
@@ -24,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +48,24 @@ def memory(name: str) -> float:
     return next(round(int(line.split()[1]) / 1024, 1) for line in lines if line.startswith(f"{name}:"))
 
 
-def labelled(path: Path, rows: int) -> Path:
-    """Texts that differ, of three classes."""
+def _texts(rows: int) -> Iterator[tuple[str, str]]:
+    """Texts that differ, each with one of three classes."""
     draw = random.Random(0)
-    with path.open("w") as file:
-        file.write("text,label\n")
-        for number in range(rows):
-            file.write(f"{' '.join(draw.choices(_WORDS, k=8))} {number},{draw.choice(('good', 'bad', 'so-so'))}\n")
-    return path
+    for number in range(rows):
+        yield f"{' '.join(draw.choices(_WORDS, k=8))} {number}", draw.choice(("good", "bad", "so-so"))
+
+
+def _write(task: str, folder: Path, rows: int) -> Path:
+    """A file of so many rows in the format of a task."""
+    name, head, line = {
+        "classification": ("data.csv", "text,label\n", "{0},{1}\n"),
+        "sft": ("data.jsonl", "", '{{"prompt": "{0}", "completion": " {1}"}}\n'),
+        "lm": ("data.txt", "", "{0} {1}\n"),
+    }[task]
+    with (folder / name).open("w") as file:
+        file.write(head)
+        file.writelines(line.format(*row) for row in _texts(rows))
+    return folder / name
 
 
 class FirstStep(TrainerCallback):
@@ -67,21 +81,21 @@ class FirstStep(TrainerCallback):
         self.found.setdefault("megabytes_at_first_step", memory("VmHWM"))
 
 
-def train_on(rows: int) -> dict[str, Any]:
+def train_on(task: str, rows: int) -> dict[str, Any]:
     """A few steps on a table of so many rows."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data, model = labelled(folder / "data.csv", rows), small.encoder(folder / "model")
+        data = _write(task, folder, rows)
+        model = (small.encoder if task == "classification" else small.llama)(folder / "model")
         first = FirstStep()
-        metrics = train(
-            TrainConfig(
-                model=str(model), data=str(data), output=str(folder / "run"), max_steps=20, max_eval_samples=1000
-            ),
-            callbacks=[first],
-        )
+        config = TrainConfig(
+            task=task, model=str(model), data=str(data), output=str(folder / "run"), max_steps=20,
+            max_eval_samples=1000,
+        )  # fmt: skip
+        metrics = train(config, callbacks=[first])
         return {
-            "rows": rows, "bytes": data.stat().st_size, "train_examples": metrics["data"]["train_examples"],
-            **first.found, "megabytes_at_most": memory("VmHWM"),
+            "task": task, "rows": rows, "bytes": data.stat().st_size,
+            "train_examples": metrics["data"]["train_examples"], **first.found, "megabytes_at_most": memory("VmHWM"),
         }  # fmt: skip
 
 
@@ -132,13 +146,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("rows", "steps"))
     parser.add_argument("--rows", type=int, default=5_000_000)
+    parser.add_argument("--task", choices=("classification", "sft", "lm"), default="classification")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--lr", default="2e-4")
     parser.add_argument("--one", action="store_true", help="a single case, in this process")
     parser.add_argument("--output")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(train_on(options.rows) if options.kind == "rows" else train_long(options.steps, options.lr)))
+        rows = options.kind == "rows"
+        print(json.dumps(train_on(options.task, options.rows) if rows else train_long(options.steps, options.lr)))
         return
     found: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]), "machine": platform.machine(), "cores": os.cpu_count(),
@@ -146,7 +162,8 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "pyarrow")},
     }  # fmt: skip
     if options.kind == "rows":
-        cases = [_in_process("rows", "--rows", str(rows)) for rows in (options.rows // 100, options.rows)]
+        few_and_many = (options.rows // 100, options.rows)
+        cases = [_in_process("rows", "--task", options.task, "--rows", str(rows)) for rows in few_and_many]
         few, many = cases
         more = many["megabytes_at_most"] - few["megabytes_at_most"]
         found |= {"runs": cases, "bytes_of_memory_per_row": round(more * 2**20 / (many["rows"] - few["rows"]))}

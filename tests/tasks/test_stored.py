@@ -21,7 +21,7 @@ from loraplus.tasks.classification import load_classification
 from loraplus.tasks.config import CompareConfig, TrainConfig
 from loraplus.tasks.language import load_language_data
 from loraplus.tasks.stored import TableWriter
-from loraplus.tasks.streamed import Labels, Texts, in_parts
+from loraplus.tasks.streamed import Labels, Made, Texts, in_parts
 from loraplus.tasks.table import read_table
 
 WORDS = "good bad film Straße ÉTÉ été 電影 the a was 👍 dull".split()
@@ -98,6 +98,18 @@ def lines(path):
     return {"data": str(path), "task": "lm", "max_length": 16}
 
 
+def mixed(path):
+    asked = [text(i) if i % 3 else [{"role": "user", "content": text(i)}] for i in range(60)]
+    answers = [text(i + 2) if i % 3 else [{"role": "assistant", "content": text(i + 2)}] for i in range(60)]
+    tools = [[{"name": "f", "of": None}], None, "", '[{"name": "g"}]']
+    rows = [
+        {"prompt": a, "completion": b, "tools": tools[i % 4]}
+        for i, (a, b) in enumerate(zip(asked, answers, strict=True))
+    ]
+    path.write_text("\n".join(map(json.dumps, [*rows, *rows[:9]])) + "\n")
+    return {"data": str(path), "task": "sft", "long_examples": "drop", "max_length": 60, "test_fraction": 0.2}
+
+
 # The facts and tokens as they were when whole tables were in memory.
 CASES = {
     "d.csv": (csv, {}, "a681292b4b1ac4b0"),
@@ -111,6 +123,8 @@ CASES = {
     "chats.jsonl": (chats, {}, "fd5f6f9836667b4a"),
     "pairs.jsonl": (pairs, {}, "ff744d6e5f3bea07"),
     "d.txt": (lines, {}, "474ce4eaa1ef5471"),
+    "mixed.jsonl": (mixed, {}, "395c43ed3a9fd4c4"),
+    "other.txt": (lines, {"test_fraction": 0.2, "max_test_samples": 5, "seed": 3}, "e632e2d41189b367"),
 }  # fmt: skip
 
 
@@ -164,6 +178,9 @@ def test_a_row_is_read_where_it_stands_whatever_the_block(monkeypatch):
 def test_some_rows_of_some_rows_are_those_rows():
     texts = Texts(["a", 1, None, 2.5, "e"]).take(np.array([0, 1, 3, 4])).take(np.array([1, 2]))
     assert list(texts) == ["1", "2.5"] == [texts[0], texts[1]]
+    sums = Made(lambda a, b: a + b, (range(5), [10, 20, 30, 40, 50])).take(np.array([1, 3, 4]))
+    assert list(sums) == [21, 43, 54] == sums[:] and sums.take(np.array([0, 2])) == [21, 54]
+    assert sums == [21, 43, 54] and not sums.take(np.arange(0)) and list(sums.take(np.arange(0))) == []
     labels = Labels.of(["b", "a", "b"])
     assert labels == ["b", "a", "b"] and labels.take(np.array([1])).counts() == {"a": 1}
     assert [rows.tolist() for rows in labels.classes()] == [[1], [0, 2]] and Labels.of([]).classes() == []
@@ -211,27 +228,41 @@ def test_no_folder_for_temporary_files_is_one_line(tmp_path, monkeypatch):
 _PEAKS = """
 import os, sys
 from transformers import AutoTokenizer
-from loraplus.tasks.classification import load_classification
+from loraplus.tasks import stored, streamed
 from loraplus.tasks.config import TrainConfig
-for data in sys.argv[2:]:
-    config = TrainConfig(model=sys.argv[1], data=data, output="o")
-    load_classification(config, AutoTokenizer.from_pretrained(config.model))
+from loraplus.tasks.task import task_of
+stored._CHARACTERS_AT_ONCE = streamed._CHARACTERS_AT_ONCE = 2**18
+for data in sys.argv[3:]:
+    config = TrainConfig(task=sys.argv[1], model=sys.argv[2], data=data, output="o")
+    task_of(config).load_data(config, AutoTokenizer.from_pretrained(config.model))
     (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
     print(1024 * int(peak))
 print(os.listdir(os.environ["TMPDIR"]))
 """
 
 
+# Rows of 2,000 characters, and of 120 tokens, which took 17,000 and 32,000 bytes in memory; last, what one may take.
+LARGE = {
+    "classification": ("d.csv", "text,label\n", lambda i: f"a film {'x' * 2000} {i},{('bad', 'good')[i % 2]}\n", 700),
+    "sft": ("d.jsonl", "", lambda i: f'{{"prompt": "grass {i}", "completion": "{" grass is green" * 40}"}}\n', 4000),
+    "lm": ("d.txt", "", lambda i: f"{'grass is green ' * 40} {i}\n", 4000),
+}  # fmt: skip
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process without its parent's")
-def test_a_row_takes_its_places_and_not_its_text(tmp_path, model_folder):
-    files = [tmp_path / "small.csv", tmp_path / "large.csv"]
-    for path, count in zip(files, (5_000, 25_000), strict=True):
-        rows = (f"a film {'x' * 2000} {i},{'good' if i % 2 else 'bad'}\n" for i in range(count))
-        path.write_text("text,label\n" + "".join(rows))
+@pytest.mark.parametrize("task", LARGE)
+def test_a_row_takes_its_places_and_not_its_text(task, tmp_path, model_folder, decoder_folder):
+    name, head, row, most = LARGE[task]
+    few, many = 2_000, 8_000
+    files = [tmp_path / f"few-{name}", tmp_path / f"many-{name}"]
+    for path, count in zip(files, (few, many), strict=True):
+        path.write_text(head + "".join(map(row, range(count))))
     (tmp_path / "scratch").mkdir()
-    command = [sys.executable, "-c", _PEAKS, str(model_folder), *map(str, files)]
+    model = model_folder if task == "classification" else decoder_folder
+    command = [sys.executable, "-c", _PEAKS, task, str(model), *map(str, files)]
     environment = os.environ | {"TMPDIR": str(tmp_path / "scratch")}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     small, large, left = result.stdout.splitlines()[-3:]
-    assert (int(large) - int(small)) / 20_000 < 700  # a text has 2,000 characters
+    assert (int(large) - int(small)) / (many - few) < most
     assert left == "[]"  # nobody has to remove anything

@@ -24,7 +24,7 @@ def tokenizer(model_folder):
 @pytest.mark.parametrize("at_once", [1, 2, 1000])
 @pytest.mark.parametrize("length", [3, 8, 30])
 def test_rows_are_what_the_tokenizer_makes_of_all_at_once(tokenizer, monkeypatch, at_once, length):
-    monkeypatch.setattr(token_rows, "_AT_ONCE", at_once)
+    monkeypatch.setattr(token_rows, "AT_ONCE", at_once)
     wanted = tokenizer(TEXTS, truncation=True, max_length=length)["input_ids"]
     rows = tokenised(TEXTS, LABELS, tokenizer).cut(TEXTS, tokenizer, length)
     assert rows[:] == [{"input_ids": ids, "labels": y} for ids, y in zip(wanted, LABELS, strict=True)]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loraplus.errors import InputError
 from loraplus.tasks.columns import TEXT_NAMES, choose_text_column, strings
 from loraplus.tasks.parsing import ParseError, parse_json
+from loraplus.tasks.streamed import Made
 from loraplus.tasks.table import Table
 
 CONVERSATION, COMPLETION, TEXT = "conversation", "prompt and completion", "text"
@@ -56,10 +58,11 @@ def _content(part: Any) -> str:
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples of one kind."""
+    """Examples of one kind, made of the table when they are looked at; `are_chats` if any needs a chat template."""
 
     kind: str
-    rows: list[Example]
+    rows: Made[Example]
+    are_chats: bool = False
 
 
 def read_examples(table: Table, task: str, text_column: str | None = None) -> Examples:
@@ -80,14 +83,13 @@ def read_examples(table: Table, task: str, text_column: str | None = None) -> Ex
     """
     kind = TEXT if task == "lm" or text_column is not None else _kind(table)
     if kind == TEXT:
-        column = choose_text_column(table, text_column)
-        texts = strings(table, "text", column)
-        return Examples(kind, [Example(where=table.place(i), text=text) for i, text in enumerate(texts)])
-    tools = table.columns.get("tools", [None] * len(table))
-    if kind == COMPLETION:
-        return Examples(kind, [_pair(table, i, _tools(tools[i], table.place(i))) for i in range(len(table))])
-    name = _messages_column(table) or MESSAGES_NAMES[0]
-    return Examples(kind, [_conversation(table, name, i, _tools(tools[i], table.place(i))) for i in range(len(table))])
+        texts = strings(table, "text", choose_text_column(table, text_column))
+        return Examples(kind, Made(lambda i, text: Example(table.place(i), text=text), (range(len(table)), texts)))
+    names = _PAIR if kind == COMPLETION else (_messages_column(table) or MESSAGES_NAMES[0],)
+    make = _pair if kind == COMPLETION else partial(_conversation, *names)
+    columns = [table.columns[name] for name in (*names, "tools") if name in table.columns]
+    rows = Made(lambda i, *cells: make(table.place(i), *cells), (range(len(table)), *columns))
+    return Examples(kind, rows, are_chats=sum(row.is_chat for row in rows) > 0)  # looks at all, which checks all
 
 
 def _messages_column(table: Table) -> str | None:
@@ -141,16 +143,15 @@ def _without_none(value: Any) -> Any:
     return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _conversation(table: Table, name: str, index: int, tools: Any) -> Example:
-    where = table.place(index)
-    messages = messages_of(table.columns[name][index], where, name)
+def _conversation(name: str, where: str, cell: Any, tools: Any = None) -> Example:
+    tools = _tools(tools, where)
+    messages = messages_of(cell, where, name)
     _check_assistant(messages, where, "the conversation")
     return Example(where=where, messages=messages, tools=tools)
 
 
-def _pair(table: Table, index: int, tools: Any) -> Example:
-    where = table.place(index)
-    prompt, completion = (table.columns[name][index] for name in _PAIR)
+def _pair(where: str, prompt: Any, completion: Any, tools: Any = None) -> Example:
+    tools = _tools(tools, where)
     for name, value in zip(_PAIR, (prompt, completion), strict=True):
         if value is None or (
             isinstance(value, (str, list)) and not (value.strip() if isinstance(value, str) else value)

@@ -1,10 +1,9 @@
-"""From examples to token ids and labels, as TRL's SFTTrainer makes them; errors name the line of the example."""
+"""From examples to token ids and which are learnt, as TRL's SFTTrainer makes them; errors name the example's line."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,25 +15,12 @@ from trl.chat_template_utils import (
 
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.tasks.chat import Chats, ChatTemplateError
-from loraplus.tasks.conversations import COMPLETION, CONVERSATION, TEXT, Example, Examples
-from loraplus.tasks.generate import ends_texts, text_ids
+from loraplus.tasks.conversations import COMPLETION, CONVERSATION, Example, Examples
+from loraplus.tasks.generate import ONLY_IDS, ends_texts, text_ids, texts_ids
+from loraplus.tasks.target_rows import Encoded
 
-IGNORED = -100
 ALL, ON_COMPLETION, ON_ASSISTANT = "all", "completion", "assistant"
 LOSS_ON = (ALL, ON_COMPLETION, ON_ASSISTANT)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids, and labels: the id where the loss is, -100 elsewhere. The first token is never a target."""
-
-    ids: list[int]
-    labels: list[int]
-
-    @property
-    def targets(self) -> int:
-        """Tokens that the loss is on."""
-        return sum(label != IGNORED for label in self.labels)
 
 
 def loss_on(asked: str | None, kind: str) -> str:
@@ -73,7 +59,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str, examples: Examples, on: str) -> None:
         self._tokenizer, self._chats, self._on, self._template = tokenizer, Chats(tokenizer), on, None
         self._end: Any = None if ends_texts(tokenizer) else tokenizer.eos_token
-        if any(example.is_chat for example in examples.rows):
+        if examples.are_chats:
             if not tokenizer.chat_template:
                 raise InputError(
                     f"the tokenizer of {model} has no chat template; name a Jinja file with --chat-template, or give "
@@ -83,23 +69,21 @@ class Encoder:
                 self._template = _marking_template(tokenizer, model)
 
     def __call__(self, rows: Sequence[Example]) -> list[Encoded]:
-        """One `Encoded` a row.
+        """One `Encoded` a row. What needs no chat template is tokenised together, which is quick.
 
         Raises:
             InputError: the chat template refuses a conversation or marks none of its turns; names the line.
         """
-        texts = [self._ended(row.text) for row in rows if row.text]
-        ids = self._tokenizer(texts, verbose=False)["input_ids"] if texts else []
-        if texts:
-            return [_encoded(row, [1] * len(row)) for row in ids]
-        return [self._conversation(row) if row.messages else self._pair(row) for row in rows]
+        plain = [row for row in rows if not row.is_chat]
+        found = iter(self._of_plain(plain) if plain else ())
+        return [self._of_chat(row) if row.is_chat else next(found) for row in rows]
 
     def prompt(self, example: Example) -> tuple[list[int], list[int]]:
         """(what a model is given, how the example goes on).
 
         Given is all before the last assistant turn, the prompt, or the first half of a text.
         """
-        whole = self([example])[0].ids
+        whole = list(self([example])[0].ids)
         if example.messages:
             last = max(i for i, turn in enumerate(example.messages) if turn["role"] == "assistant")
             given = self._chat(example, example.messages[:last], add_generation_prompt=True)["input_ids"]
@@ -123,7 +107,18 @@ class Encoder:
                 raise InputError(f"the chat template, line {error.line}: not valid Jinja ({error})") from None
             raise InputError(f"{example.where}: the chat template refuses this conversation: {error}") from None
 
-    def _conversation(self, example: Example) -> Encoded:
+    def _of_plain(self, examples: Sequence[Example]) -> list[Encoded]:
+        texts = [str(row.prompt) + self._ended(row.text or str(row.completion)) for row in examples]
+        wholes = self._tokenizer(texts, **ONLY_IDS)["input_ids"]
+        prompts: list[Any] = [()] * len(examples)
+        if self._on == ON_COMPLETION:
+            prompts = texts_ids(self._tokenizer, [str(row.prompt) for row in examples])
+        return list(map(_behind, prompts, wholes))
+
+    def _of_chat(self, example: Example) -> Encoded:
+        if not example.messages:
+            ids = self._chat(example, [*example.prompt, *example.completion])["input_ids"]
+            return _behind(self._prompt_ids(example) if self._on == ON_COMPLETION else (), ids)
         marked = self._on == ON_ASSISTANT
         chat = self._chat(example, example.messages, return_assistant_tokens_mask=marked)
         mask = chat["assistant_masks"] if marked else [1] * len(chat["input_ids"])
@@ -131,31 +126,24 @@ class Encoder:
             raise InputError(
                 f"{example.where}: the chat template marks no token of this conversation as the assistant's"
             )
-        return _encoded(chat["input_ids"], mask)
+        return Encoded(chat["input_ids"], mask)
 
     def _prompt_ids(self, example: Example) -> list[int]:
         if isinstance(example.prompt, str):
             return text_ids(self._tokenizer, example.prompt)
         return self._chat(example, example.prompt, add_generation_prompt=True)["input_ids"]
 
-    def _pair(self, example: Example) -> Encoded:
-        if isinstance(example.prompt, str) and isinstance(example.completion, str):
-            ids = self._tokenizer(example.prompt + self._ended(example.completion), verbose=False)["input_ids"]
-        else:
-            ids = self._chat(example, [*example.prompt, *example.completion])["input_ids"]
-        start = _shared(self._prompt_ids(example), ids) if self._on == ON_COMPLETION else 0
-        return _encoded(ids, [0] * start + [1] * (len(ids) - start))
+
+def _behind(prompt: Sequence[int], whole: Sequence[int]) -> Encoded:
+    """All that stands behind the prompt is learnt."""
+    start = _shared(prompt, whole)
+    return Encoded(whole, [0] * start + [1] * (len(whole) - start))
 
 
 def _shared(prompt: Sequence[int], whole: Sequence[int]) -> int:
     """Where a completion starts: where its prompt, and prompt with completion, first differ."""
     pairs = enumerate(zip(prompt, whole, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
-
-
-def _encoded(ids: Sequence[int], mask: Sequence[int]) -> Encoded:
-    labels = [token if wanted else IGNORED for token, wanted in zip(ids, mask, strict=True)]
-    return Encoded(list(ids), [IGNORED, *labels[1:]])
 
 
 def _marking_template(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
@@ -182,79 +170,3 @@ def _marking_template(tokenizer: PreTrainedTokenizerBase, model: str) -> str | N
             stacklevel=2,
         )
     return template
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Examples within the length, and what became of those that were longer.
-
-    Args:
-        rows: to train or evaluate on.
-        longer: examples that were longer.
-        cut: tokens that were cut off.
-        dropped: examples that were left out: longer ones, or those with no target left.
-    """
-
-    rows: list[Encoded]
-    longer: int
-    cut: int
-    dropped: int
-
-
-CUT, DROP, SPLIT = "cut", "drop", "split"
-LONG_EXAMPLES = (CUT, DROP, SPLIT)
-
-
-def fit(examples: Sequence[Encoded], length: int, how: str) -> Fitted:
-    """Holds examples to a length.
-
-    Args:
-        examples: of any length.
-        length: most tokens.
-        how: cut the end off, drop the example, or split it into parts. Parts overlap by one token, so that every
-            token but the first is still predicted.
-
-    Example:
-        >>> [row.ids for row in fit([Encoded([1, 2, 3, 4, 5], [-100, 2, 3, 4, 5])], 3, "split").rows]
-        [[1, 2, 3], [3, 4, 5]]
-    """
-    rows: list[Encoded] = []
-    longer = cut = dropped = 0
-    for example in examples:
-        parts = [example]
-        if len(example.ids) > length:
-            longer += 1
-            parts = [] if how == DROP else _parts(example, length, first_only=how == CUT)
-            cut += len(example.ids) - length if how == CUT else 0
-        kept = [part for part in parts if part.targets]
-        dropped += not kept
-        rows += kept
-    return Fitted(rows, longer, cut, dropped)
-
-
-def _parts(example: Encoded, length: int, *, first_only: bool) -> list[Encoded]:
-    starts = [0] if first_only else range(0, len(example.ids) - 1, length - 1)
-    return [
-        Encoded(example.ids[start : start + length], [IGNORED, *example.labels[start + 1 : start + length]])
-        for start in starts
-    ]
-
-
-def longest_of(examples: Sequence[Encoded]) -> int:
-    """Tokens of the longest example."""
-    return max(len(example.ids) for example in examples)
-
-
-def how_to_fit(asked: str | None, task: str, kind: str) -> str:
-    """What is done with longer examples: what was asked for, else lm splits and sft cuts.
-
-    Raises:
-        InputError: not one of `LONG_EXAMPLES`, or a split of something other than text.
-    """
-    if asked is None:
-        return SPLIT if task == "lm" else CUT
-    if asked not in LONG_EXAMPLES:
-        raise InputError(f"--long-examples must be one of {', '.join(LONG_EXAMPLES)}, got {asked!r}")
-    if asked == SPLIT and kind != TEXT:
-        raise InputError(f"--long-examples split is for texts, but the data is of the kind {kind}")
-    return asked

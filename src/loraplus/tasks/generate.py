@@ -15,6 +15,8 @@ from loraplus.tasks.chat import Chats, ChatTemplateError
 from loraplus.tasks.loading import loading
 from loraplus.tasks.pretrained import check_tokens
 
+ONLY_IDS: dict[str, Any] = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+"""Of a tokenizer's options."""
 _LARGEST_TOKEN = 2**31 - 1
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or a chat as {"role", "content"} messages."""
@@ -129,12 +131,18 @@ def text_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     Raises:
         InputError: the text holds halves of characters.
     """
+    return texts_ids(tokenizer, [text], special=special)[0]
+
+
+def texts_ids(tokenizer: Any, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    """As `text_ids`, for several."""
     try:
-        text.encode()
+        for text in texts:
+            text.encode()
     except UnicodeEncodeError:
         raise InputError("a prompt is no Unicode text") from None
-    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return ids[:-1] if special and ends_texts(tokenizer) else ids
+    rows = tokenizer(texts, add_special_tokens=special, **ONLY_IDS)["input_ids"]
+    return [ids[:-1] for ids in rows] if special and ends_texts(tokenizer) else rows
 
 
 def ends_texts(tokenizer: Any) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -18,7 +19,7 @@ from loraplus.errors import InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.tasks.config import DEFAULT_LR_HEAD, CompareConfig, TaskConfig
 from loraplus.tasks.conversations import Example, Examples, read_examples
-from loraplus.tasks.encoding import Encoded, Encoder, Fitted, fit, how_to_fit, longest_of, loss_on
+from loraplus.tasks.encoding import Encoder, loss_on
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
 from loraplus.tasks.model import load_language_model
 from loraplus.tasks.packing import PackingCollator, keeps_apart
@@ -26,7 +27,10 @@ from loraplus.tasks.paths import user_path
 from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.samples import answers
 from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
+from loraplus.tasks.streamed import Labels, Made, in_parts
 from loraplus.tasks.table import read_table
+from loraplus.tasks.target_rows import Encoded, TargetRows, fit, how_to_fit
+from loraplus.tasks.token_rows import AT_ONCE
 
 _LENGTH_CAP = 1024  # TRL's default
 _LONGEST_TEMPLATE = 2**20
@@ -36,13 +40,14 @@ _LONGEST_TEMPLATE = 2**20
 class LanguageData:
     """Tokenised splits. `test` is empty unless a comparison asked for it; `held_out` are the validation examples."""
 
-    train: Dataset
-    validation: Dataset
-    test: Dataset
-    held_out: list[Example]
+    train: TargetRows
+    validation: TargetRows
+    test: TargetRows
+    held_out: Sequence[Example]
     encoder: Encoder
     max_length: int
     facts: dict[str, Any]
+    largest_token: int
 
 
 def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> LanguageData:
@@ -72,8 +77,8 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
     how = how_to_fit(config.long_examples, config.task, train.kind)
     encoder = Encoder(tokenizer, config.model, train, on)
 
-    test: list[Example] = []
     rows = train.rows
+    test = rows.take(np.arange(0))
     if isinstance(config, CompareConfig):
         rows, test = _hold_out(
             rows, train.kind, config.test_data, config.test_fraction, config.max_test_samples, config
@@ -81,13 +86,13 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
     rows, validation = _hold_out(
         rows, train.kind, config.eval_data, config.eval_fraction, config.max_eval_samples, config
     )  # fmt: skip
-    rows, removed = _without_duplicates(rows, [*validation, *test])
+    rows, removed = _without_duplicates(rows, validation, test)
     validation, removed_validation = _without_duplicates(validation, test)
     if not rows or not validation:
         raise InputError(f"{config.data}: nothing is left to train on after examples of the held-out data were removed")
 
-    encoded = [encoder(split) for split in (rows, validation, test)]
-    max_length = checked_length(config, _max_length(longest_of(encoded[0]), tokenizer), tokenizer)
+    encoded, fingerprint = _encoded((rows, validation, test), encoder)
+    max_length = checked_length(config, _max_length(int(encoded[0].lengths.max()), tokenizer), tokenizer)
     fitted = [fit(split, max_length, how) for split in encoded]
     for name, split in zip(("training", "validation", "test"), fitted, strict=True):
         if not split.rows and (name != "test" or test):
@@ -108,27 +113,28 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         "tokens_cut": sum(split.cut for split in fitted),
         "examples_dropped": sum(split.dropped for split in fitted),
         "train_rows": len(fitted[0].rows),
-        "train_tokens": sum(len(row.ids) for row in fitted[0].rows),
-        "train_target_tokens": _targets(fitted[0]),
-        "validation_target_tokens": _targets(fitted[1]),
-        "test_target_tokens": _targets(fitted[2]),
+        "train_tokens": int(fitted[0].rows.lengths.sum(dtype=np.int64)),
+        "train_target_tokens": fitted[0].targets,
+        "validation_target_tokens": fitted[1].targets,
+        "test_target_tokens": fitted[2].targets,
         "split_seed": config.seed,
-        "sha256": _fingerprint(encoded),
+        "sha256": fingerprint,
     }
     return LanguageData(
-        train=_dataset(fitted[0].rows),
-        validation=_dataset(sorted(fitted[1].rows, key=_length)),
-        test=_dataset(sorted(fitted[2].rows, key=_length)),
+        train=fitted[0].rows,
+        validation=fitted[1].rows.by_length(),
+        test=fitted[2].rows.by_length(),
         held_out=validation,
         encoder=encoder,
         max_length=max_length,
         facts=facts,
+        largest_token=fitted[0].largest,
     )
 
 
 def _hold_out(
-    rows: list[Example], kind: str, source: str | None, fraction: float, at_most: int | None, config: TaskConfig
-) -> tuple[list[Example], list[Example]]:
+    rows: Made[Example], kind: str, source: str | None, fraction: float, at_most: int | None, config: TaskConfig
+) -> tuple[Made[Example], Made[Example]]:
     """(rest, held out): from a file of its own, or a part of `rows`."""
     if source is not None:
         found = read_examples(read_table(source), config.task, config.text_column)
@@ -137,11 +143,15 @@ def _hold_out(
     elif len(rows) < 2:
         raise InputError(f"{config.data}: one example is too few to keep any aside; add some, or name held-out data")
     else:
-        kept, held = stratified_split([""] * len(rows), fraction, config.seed)
-        rest, held_out = [rows[i] for i in kept], [rows[i] for i in held]
+        kept, held = stratified_split(_of_one_class(rows), fraction, config.seed)
+        rest, held_out = rows.take(kept), rows.take(held)
     if at_most is not None and at_most < len(held_out):
-        held_out = [held_out[i] for i in stratified_sample([""] * len(held_out), at_most, config.seed)]
+        held_out = held_out.take(stratified_sample(_of_one_class(held_out), at_most, config.seed))
     return rest, held_out
+
+
+def _of_one_class(rows: Sequence[Example]) -> Labels:
+    return Labels([""], np.zeros(len(rows), np.int32))
 
 
 def _check_kind(found: Examples, kind: str, source: str, data: str) -> None:
@@ -149,9 +159,11 @@ def _check_kind(found: Examples, kind: str, source: str, data: str) -> None:
         raise InputError(f"{source} is of the kind {found.kind}, but {data} is of the kind {kind}")
 
 
-def _without_duplicates(rows: list[Example], held_out: list[Example]) -> tuple[list[Example], int]:
-    kept, removed = without_duplicates([row.content for row in rows], [row.content for row in held_out])
-    return [rows[i] for i in kept], removed
+def _without_duplicates(rows: Made[Example], *held_out: Made[Example]) -> tuple[Made[Example], int]:
+    kept, removed = without_duplicates(
+        (row.content for row in rows), (row.content for row in chain.from_iterable(held_out))
+    )
+    return rows.take(kept), removed
 
 
 def _max_length(longest: int, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -159,28 +171,27 @@ def _max_length(longest: int, tokenizer: PreTrainedTokenizerBase) -> int:
     return max(2, min(longest, _LENGTH_CAP, tokenizer.model_max_length))
 
 
-def _targets(split: Fitted) -> int:
-    return sum(row.targets for row in split.rows)
+def _encoded(splits: Sequence[Made[Example]], encoder: Encoder) -> tuple[list[TargetRows], str]:
+    """(splits as tokens, hash of all tokens and labels as JSON).
 
-
-def _fingerprint(splits: Sequence[Sequence[Encoded]]) -> str:
-    """Hash of all tokens and targets as JSON, so that a run is not resumed on edited data or with another template."""
+    The hash tells edited data, and another template, when a run is resumed.
+    """
     found = hashlib.sha256()
-    for place, split in enumerate(splits):
+
+    def parts(rows: Made[Example]) -> Iterator[list[Encoded]]:
+        for number, part in enumerate(in_parts(rows, AT_ONCE, lambda row: len(row.content))):
+            encoded = encoder(part)
+            text = json.dumps([[row.ids, row.labels] for row in encoded])
+            found.update(((", " if number else "") + text[1:-1]).encode())
+            yield encoded
+
+    encoded = []
+    for place, rows in enumerate(splits):
         found.update(b", [" if place else b"[[")
-        for number, row in enumerate(split):
-            found.update(((", " if number else "") + json.dumps([row.ids, row.labels])).encode())
+        encoded.append(TargetRows.of(parts(rows), len(rows)))
         found.update(b"]")
     found.update(b"]")
-    return found.hexdigest()
-
-
-def _dataset(rows: Sequence[Encoded]) -> Dataset:
-    return Dataset.from_dict({"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]})
-
-
-def _length(row: Encoded) -> int:
-    return len(row.ids)
+    return encoded, found.hexdigest()
 
 
 class LanguageModelling:
@@ -210,7 +221,7 @@ class LanguageModelling:
     ) -> PeftModel:
         """As `load_language_model`."""
         model = load_language_model(config, tokenizer, seed)
-        check_tokens(model, max(map(max, data.train["input_ids"])), config.model)
+        check_tokens(model, data.largest_token, config.model)
         return model
 
     def arguments(self, **options: Any) -> LoraPlusTrainingArguments:

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from loraplus.integrations.transformers import LoraPlusTrainingArguments
 from loraplus.tasks.data_parallel import DataParallelTrainer
-from loraplus.tasks.encoding import IGNORED
 from loraplus.tasks.measures import perplexity
 from loraplus.tasks.packing import PackingCollator
+from loraplus.tasks.target_rows import IGNORED, TargetRows
 
 
 @dataclass
@@ -41,11 +42,17 @@ class LanguageTrainer(DataParallelTrainer, SFTTrainer):  # type: ignore[misc]
 
     Args:
         packing: how to pack training batches; None pads them.
+        train_dataset, eval_dataset: rows of tokens and labels.
         **options: of SFTTrainer.
     """
 
-    def __init__(self, *, packing: PackingCollator | None, **options: Any) -> None:
-        super().__init__(compute_metrics=token_metrics, **options)
+    def __init__(
+        self, *, packing: PackingCollator | None, train_dataset: TargetRows, eval_dataset: TargetRows, **options: Any
+    ) -> None:
+        # SFTTrainer takes nothing but a Dataset, which it looks at the first row of.
+        first = Dataset.from_list([train_dataset[0]])
+        super().__init__(compute_metrics=token_metrics, train_dataset=first, eval_dataset=first, **options)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.packing = packing
         self.model_accepts_loss_kwargs = True  # SFTTrainer divides by the number of target tokens, whatever the model
 
@@ -57,10 +64,6 @@ class LanguageTrainer(DataParallelTrainer, SFTTrainer):  # type: ignore[misc]
             return super().get_train_dataloader()
         finally:
             self.data_collator = padding
-
-    def lengths(self, rows: Any) -> list[int]:
-        """Of the rows' token ids, read as one column."""
-        return [len(ids) for ids in rows["input_ids"]]
 
     def weighted(self, part: dict[str, Any], weight: float) -> dict[str, Any]:
         """A part counts by its target tokens; one that only fills a process's place has none."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from loraplus.tasks.encoding import IGNORED
+from loraplus.tasks.target_rows import IGNORED
 
 _CHECKED = 6  # tokens of an example in the check
 _CLOSE = 1e-4

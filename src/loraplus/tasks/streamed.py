@@ -1,18 +1,20 @@
-"""Sequences that are read a part at a time: any, the texts of a column, and labels by their numbers."""
+"""Sequences that are read a part at a time: any, what is made of columns, their texts, and labels by their numbers."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from itertools import compress
-from typing import Any, TypeVar, overload
+from typing import Any, Self, TypeVar, overload
 
 import numpy as np
 
 _CHARACTERS_AT_ONCE = 2**22
 
 T = TypeVar("T", covariant=True)
+V = TypeVar("V")
 
 
 class Streamed(Sequence[T]):
@@ -39,7 +41,46 @@ class Streamed(Sequence[T]):
     __hash__ = None  # type: ignore[assignment]
 
 
-class Texts(Streamed[str]):
+class Made(Streamed[T]):
+    """What is made of the values that stand side by side in columns, in all rows or in some; nothing of it is kept.
+
+    Args:
+        make: takes one value of each column.
+        columns: of equal length.
+        rows: which, in their order; None for all.
+    """
+
+    def __init__(
+        self, make: Callable[..., T], columns: Sequence[Sequence[Any]], rows: np.ndarray | None = None
+    ) -> None:
+        self._make, self._columns, self._rows = make, columns, rows
+
+    def __len__(self) -> int:
+        return len(self._columns[0]) if self._rows is None else len(self._rows)
+
+    def value(self, index: int) -> T:
+        """Of one row."""
+        row = index if self._rows is None else int(self._rows[index])
+        return self._make(*(column[row] for column in self._columns))
+
+    def __iter__(self) -> Iterator[T]:
+        if self._rows is None:
+            return map(self._make, *self._columns)
+        if not len(self._rows):
+            return iter(())
+        wanted = np.zeros(len(self._columns[0]), bool)
+        wanted[self._rows] = True
+        chosen = wanted.tobytes()
+        return map(self._make, *(compress(column, chosen) for column in self._columns))
+
+    def take(self, indices: np.ndarray) -> Self:
+        """Some of them, in their order."""
+        taken = copy(self)
+        taken._rows = indices if self._rows is None else self._rows[indices]
+        return taken
+
+
+class Texts(Made[str]):
     """A column's values as text, or those of some of its rows.
 
     Args:
@@ -48,25 +89,7 @@ class Texts(Streamed[str]):
     """
 
     def __init__(self, values: Sequence[Any], rows: np.ndarray | None = None) -> None:
-        self._values, self._rows = values, rows
-
-    def __len__(self) -> int:
-        return len(self._values) if self._rows is None else len(self._rows)
-
-    def value(self, index: int) -> str:
-        """Of one row."""
-        return str(self._values[index if self._rows is None else int(self._rows[index])])
-
-    def __iter__(self) -> Iterator[str]:
-        if self._rows is None:
-            return map(str, self._values)
-        wanted = np.zeros(len(self._values), bool)
-        wanted[self._rows] = True
-        return map(str, compress(self._values, wanted.tobytes()))
-
-    def take(self, indices: np.ndarray) -> Texts:
-        """Some of them, in their order."""
-        return Texts(self._values, indices if self._rows is None else self._rows[indices])
+        super().__init__(str, (values,), rows)
 
 
 class Labels(Streamed[str]):
@@ -121,18 +144,23 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def in_parts(texts: Iterable[str], most: int) -> Iterator[list[str]]:
+def in_parts(values: Iterable[V], most: int, size: Callable[[V], int] = len) -> Iterator[list[V]]:  # type: ignore[assignment]
     """Lists of so many texts, or fewer where texts are long.
+
+    Args:
+        values: texts, or what holds texts.
+        most: of them in a list.
+        size: characters of one.
 
     Example:
         >>> list(in_parts(["a", "b", "c"], 2))
         [['a', 'b'], ['c']]
     """
-    part: list[str] = []
+    part: list[V] = []
     characters = 0
-    for text in texts:
-        part.append(text)
-        characters += len(text)
+    for value in values:
+        part.append(value)
+        characters += size(value)
         if len(part) == most or characters >= _CHARACTERS_AT_ONCE:
             yield part
             part, characters = [], 0

@@ -1,10 +1,11 @@
-"""Tokenised texts with their labels: the tokens stand in a temporary file, a row is a place in it."""
+"""Tokenised rows: the tokens stand in a temporary file, a row is a place in it, and memory holds the places."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,8 +14,9 @@ from loraplus.tasks.scratch_file import ScratchFile
 from loraplus.tasks.streamed import Texts, in_parts
 from loraplus.tasks.telling import Telling
 
-_AT_ONCE = 1000
-_TOKEN = np.dtype(np.int32)
+AT_ONCE = 1000
+"""Rows that are tokenised at once."""
+TOKEN = np.dtype(np.int32)
 
 
 class TokenRows(Sequence[dict[str, Any]]):
@@ -24,15 +26,11 @@ class TokenRows(Sequence[dict[str, Any]]):
         file: holds tokens.
         starts: of each row, in tokens from the file's beginning.
         lengths: of each row.
-        labels: one a row.
-        largest: token id.
     """
 
-    def __init__(
-        self, file: ScratchFile, starts: np.ndarray, lengths: np.ndarray, labels: np.ndarray, largest: int
-    ) -> None:
-        self._file, self._starts, self.lengths, self._labels, self.largest = file, starts, lengths, labels, largest
-        self._ids = file.array(_TOKEN)
+    def __init__(self, file: ScratchFile, starts: np.ndarray, lengths: np.ndarray) -> None:
+        self._file, self._starts, self.lengths = file, starts, lengths
+        self._tokens = file.array(TOKEN)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -42,24 +40,54 @@ class TokenRows(Sequence[dict[str, Any]]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         start = self._starts[index]
-        ids = self._ids[start : start + self.lengths[index]]
-        return {"input_ids": ids.tolist(), "labels": int(self._labels[index])}
+        return self._row(index, self._tokens[start : start + self.lengths[index]])
 
-    def by_length(self) -> TokenRows:
+    def _row(self, index: int, tokens: np.ndarray) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Some of the rows, in the order that they are named in."""
+        taken = copy(self)
+        taken._starts, taken.lengths = self._starts[rows], self.lengths[rows]
+        return taken
+
+    def by_length(self) -> Self:
         """The same rows, short ones first, equal ones in their order."""
-        order = np.argsort(self.lengths, kind="stable")
-        return TokenRows(self._file, self._starts[order], self.lengths[order], self._labels[order], self.largest)
+        return self.take(np.argsort(self.lengths, kind="stable"))
 
-    def cut(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenRows:
+
+class LabelledRows(TokenRows):
+    """Rows with one label each.
+
+    Args:
+        file, starts, lengths: as of `TokenRows`.
+        labels: one a row.
+        largest: token id.
+    """
+
+    def __init__(
+        self, file: ScratchFile, starts: np.ndarray, lengths: np.ndarray, labels: np.ndarray, largest: int
+    ) -> None:
+        super().__init__(file, starts, lengths)
+        self._labels, self.largest = labels, largest
+
+    def _row(self, index: int, tokens: np.ndarray) -> dict[str, Any]:
+        return {"input_ids": tokens.tolist(), "labels": int(self._labels[index])}
+
+    def take(self, rows: np.ndarray) -> Self:
+        taken = super().take(rows)
+        taken._labels = self._labels[rows]
+        return taken
+
+    def cut(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> LabelledRows:
         """With the rows that are longer than `max_length` tokenised again, so that the tokens of their end stay."""
         long = np.flatnonzero(self.lengths > max_length)
         if not len(long):
             return self
         starts, lengths = self._starts.copy(), self.lengths.copy()
-        starts[long], lengths[long], largest = _written(
-            self._file, Texts(texts, long), len(long), tokenizer, max_length
-        )
-        return TokenRows(self._file, starts, lengths, self._labels, max(self.largest, largest))
+        parts = _tokenised(Texts(texts, long), tokenizer, max_length)
+        starts[long], lengths[long], largest = write(self._file, parts, len(long))
+        return LabelledRows(self._file, starts, lengths, self._labels, max(self.largest, largest))
 
 
 def tokenised(
@@ -67,7 +95,7 @@ def tokenised(
     labels: Sequence[int] | np.ndarray,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
-) -> TokenRows:
+) -> LabelledRows:
     """Tokenises texts, and says how far it has come.
 
     Args:
@@ -77,30 +105,45 @@ def tokenised(
         max_length: cut to so many tokens; None for all of them.
     """
     file = ScratchFile("the tokens")
-    starts, lengths, largest = _written(file, texts, len(labels), tokenizer, max_length)
-    return TokenRows(file, starts, lengths, np.asarray(labels), largest)
+    starts, lengths, largest = write(file, _tokenised(texts, tokenizer, max_length), len(labels))
+    return LabelledRows(file, starts, lengths, np.asarray(labels), largest)
 
 
-def _written(
-    file: ScratchFile, texts: Iterable[str], count: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """(starts, lengths, largest token) of texts whose tokens are added to the file."""
-    telling = Telling("tokenising, texts", count)
+def _tokenised(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> Iterator[tuple[np.ndarray, list[int]]]:
     cutting: dict[str, Any] = (
         {"truncation": False} if max_length is None else {"truncation": True, "max_length": max_length}
     )
-    begin = file.size // _TOKEN.itemsize
-    lengths = np.empty(count, np.int32)
-    done = largest = 0
-    for part in in_parts(texts, _AT_ONCE):
+    for part in in_parts(texts, AT_ONCE):
         rows = tokenizer(
             part, verbose=False, return_attention_mask=False, return_token_type_ids=False, **cutting
         )["input_ids"]  # fmt: skip
-        ids = np.fromiter(itertools.chain.from_iterable(rows), _TOKEN)
-        file.append(ids)
-        largest = max(largest, int(ids.max(initial=0)))
-        lengths[done : done + len(rows)] = list(map(len, rows))
-        done += len(rows)
-        telling.advance(len(rows))
+        yield np.fromiter(itertools.chain.from_iterable(rows), TOKEN), list(map(len, rows))
+
+
+def write(
+    file: ScratchFile, parts: Iterable[tuple[np.ndarray, Sequence[int]]], count: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Adds rows to a file, and says how far it has come.
+
+    Args:
+        file: of tokens.
+        parts: (tokens, lengths) of some rows one behind the other.
+        count: rows in all.
+
+    Returns:
+        (starts, lengths, largest token).
+    """
+    telling = Telling("tokenising, texts", count)
+    begin = file.size // TOKEN.itemsize
+    lengths = np.empty(count, np.int32)
+    done = largest = 0
+    for tokens, sizes in parts:
+        file.append(tokens)
+        largest = max(largest, int(tokens.max(initial=0)))
+        lengths[done : done + len(sizes)] = sizes
+        done += len(sizes)
+        telling.advance(len(sizes))
     ends = np.cumsum(lengths, dtype=np.int64)
     return begin + ends - lengths, lengths, largest
