@@ -159,8 +159,8 @@ def _step(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | Non
     mask = Mask(dropout.p, x, a.dtype) if _drops_out(layer, [name]) else None
     product, scale = computed_in(x), layer.scaling[name]
     thin = product if torch.is_autocast_enabled(x.device.type) else a.dtype
-    step = _Settings(scale, product, thin, mask, recipe_of(x))
-    y = _Whole.apply(x, weight, bias, a, b, step) if y is None else _Added.apply(y, x, a, b, step)
+    step, made = _Settings(scale, product, thin, mask), recipe_of(x)
+    y = _Whole.apply(x, weight, bias, a, b, step, made) if y is None else _Added.apply(y, x, a, b, step, made)
     own_bias = layer.lora_B[name].bias
     return y if own_bias is None else y + (own_bias * scale).to(y.dtype)  # type: ignore[return-value]
 
@@ -172,7 +172,6 @@ class _Settings(NamedTuple):
     product: torch.dtype  # of x Wᵀ
     thin: torch.dtype  # of the products with A and B
     mask: Mask | None
-    made: Recipe
 
 
 class _Whole(torch.autograd.Function):
@@ -180,7 +179,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, step: _Settings
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, step: _Settings, made: Recipe
     ) -> Tensor:
         rows, w, (a_, b_) = x.reshape(-1, x.shape[-1]).to(step.product), weight.to(step.product), _cast(step, a, b)
         outputs, inputs = weight.shape
@@ -198,7 +197,7 @@ class _Whole(torch.autograd.Function):
             through_a = F.linear(_dropped(rows, x, step), a_)
             _add_product(y, through_a, b_.t(), step.scale)
         ctx.step, ctx.of = step, (a.dtype, b.dtype)
-        keep(ctx, step.made, weight, a_, b_, through_a)
+        keep(ctx, made, weight, a_, b_, through_a)
         return y.view(*x.shape[:-1], outputs)
 
     @staticmethod
@@ -215,7 +214,7 @@ class _Whole(torch.autograd.Function):
             else:
                 dx = found.add_to_input(g @ w)
             dx = dx.to(x.dtype).view(x.shape)
-        return dx, None, None, found.a, found.b, None
+        return dx, None, None, found.a, found.b, None, None
 
 
 class _Added(torch.autograd.Function):
@@ -223,7 +222,7 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, step: _Settings
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, step: _Settings, made: Recipe
     ) -> Tensor:
         rows, (a_, b_) = x.reshape(-1, x.shape[-1]).to(step.product), _cast(step, a, b)
         through_a = F.linear(_dropped(rows, x, step), a_)
@@ -234,7 +233,7 @@ class _Added(torch.autograd.Function):
             total = total.clone()
             _add_product(total, through_a, b_.t(), step.scale)
         ctx.step, ctx.of = step, (a.dtype, b.dtype)
-        keep(ctx, step.made, a_, b_, through_a)
+        keep(ctx, made, a_, b_, through_a)
         return total.view(y.shape)
 
     @staticmethod
@@ -246,7 +245,7 @@ class _Added(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             zeros = torch.zeros((g.numel() // g.shape[-1], x.shape[-1]), dtype=ctx.step.product, device=x.device)
             dx = found.add_to_input(zeros).to(x.dtype).view(x.shape)
-        return g, dx, found.a, found.b, None
+        return g, dx, found.a, found.b, None, None
 
 
 class _Gradients:
