@@ -14,7 +14,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from loraplus.cli.terminal import Console, is_speaker
 from loraplus.errors import InputError
+from loraplus.tasks.checks import check_run
 from loraplus.tasks.parsing import LONGEST_YAML, ParseError, parse_yaml
 from loraplus.tasks.paths import user_path
 
@@ -90,8 +92,17 @@ def _command_option(name: str, annotation: Any, default: Any, help: str, **kwarg
     )
 
 
-def config_command(app: typer.Typer, name: str, config_class: type) -> Callable[[Callable[..., None]], Any]:
-    """Registers `run(config, overwrite, resume, json, plain)` as a command with one flag a field of the class."""
+def config_command(
+    app: typer.Typer, name: str, config_class: type, check: Callable[[Any], object] = lambda config: None
+) -> Callable[[Callable[..., None]], Any]:
+    """Registers `run(config, overwrite, resume, json, plain)` as a command with one flag a field of the class.
+
+    Args:
+        app: that has the command.
+        name: of the command.
+        config_class: its flags.
+        check: of the command's own settings; what all runs have is checked here, before `run` imports anything heavy.
+    """
 
     def register(run: Callable[..., None]) -> Any:
         hints = get_type_hints(config_class)
@@ -103,7 +114,13 @@ def config_command(app: typer.Typer, name: str, config_class: type) -> Callable[
             for required in ("model", "data", "output"):
                 if not values[required]:
                     raise InputError(f"--{required} is needed (a flag, or a key of the --config file)")
-            run(config_class(**values), **extra)
+            config = config_class(**values)
+            check(config)
+            check_run(config, overwrite=extra["overwrite"], resume=extra["resume"])
+            if is_speaker():
+                console = Console(stderr=extra["json"], plain=extra["plain"])
+                console.say(f"{name}: {config.task} on {config.data} with {config.model}, into {config.output}")
+            run(config, **extra)
 
         parameters = [_parameter(spec, hints[spec.name]) for spec in specs]
         parameters += [

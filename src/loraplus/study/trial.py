@@ -16,6 +16,7 @@ from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.scratch import scratch_folder
 from loraplus.study.arms import ALL, REFERENCE, Arm
 from loraplus.study.records import CurvePoint, Record, Trial
+from loraplus.tasks.checks import rates_of
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.measures import ACCURACY, MEASURES
 from loraplus.tasks.methods import Method, rates_arrived_at
@@ -24,7 +25,6 @@ from loraplus.tasks.training import (
     DivergenceGuard,
     StepClock,
     build_trainer,
-    rates_of,
     steps_between_evaluations,
     total_steps,
     train_and_evaluate,

@@ -23,9 +23,9 @@ from transformers.models.auto.modeling_auto import (
 
 from loraplus.errors import InputError
 from loraplus.tasks.limited import check_patterns
-from loraplus.tasks.loading import first_line, from_pretrained, load_any_tokenizer, loading, resolve_model
+from loraplus.tasks.loading import first_line, from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.output import read_json
-from loraplus.tasks.paths import is_file, is_folder, user_path
+from loraplus.tasks.paths import is_file, is_folder, resolve_model, user_path
 from loraplus.tasks.pretrained import load_decoder
 
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -20,6 +20,10 @@ DEFAULT_TUNING_RUNS = 4
 LOWEST_LR, HIGHEST_LR, HIGHEST_LR_RATIO = 1e-10, 1e3, 1e6
 DEFAULT_ARMS = "lora,loraplus"
 CLASSIFICATION = "classification"
+ON_ALL, ON_COMPLETION, ON_ASSISTANT = "all", "completion", "assistant"
+LOSS_ON = (ON_ALL, ON_COMPLETION, ON_ASSISTANT)
+CUT, DROP, SPLIT = "cut", "drop", "split"
+LONG_EXAMPLES = (CUT, DROP, SPLIT)
 # Settings that came later, with the value that runs without them had.
 ADDED = {
     "task": CLASSIFICATION, "loss_on": None, "packing": None, "long_examples": None, "chat_template": None,

@@ -16,12 +16,11 @@ from trl.chat_template_utils import (
 
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.tasks.chat import Chats, ChatTemplateError
+from loraplus.tasks.config import CUT, DROP, ON_ALL, ON_ASSISTANT, ON_COMPLETION, SPLIT
 from loraplus.tasks.conversations import COMPLETION, CONVERSATION, TEXT, Example, Examples
 from loraplus.tasks.generate import ends_texts, text_ids
 
 IGNORED = -100
-ALL, ON_COMPLETION, ON_ASSISTANT = "all", "completion", "assistant"
-LOSS_ON = (ALL, ON_COMPLETION, ON_ASSISTANT)
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,10 @@ def loss_on(asked: str | None, kind: str) -> str:
     """The tokens to learn: those asked for, else the completion where there is one, else all.
 
     Raises:
-        InputError: not one of `LOSS_ON`, or not to be had in data of this kind.
+        InputError: not to be had in data of this kind.
     """
     if asked is None:
-        return ON_COMPLETION if kind == COMPLETION else ALL
-    if asked not in LOSS_ON:
-        raise InputError(f"--loss-on must be one of {', '.join(LOSS_ON)}, got {asked!r}")
+        return ON_COMPLETION if kind == COMPLETION else ON_ALL
     if asked == ON_COMPLETION and kind != COMPLETION:
         raise InputError(
             f"--loss-on completion needs columns prompt and completion, but the data is of the kind {kind}"
@@ -201,10 +198,6 @@ class Fitted:
     dropped: int
 
 
-CUT, DROP, SPLIT = "cut", "drop", "split"
-LONG_EXAMPLES = (CUT, DROP, SPLIT)
-
-
 def fit(examples: Sequence[Encoded], length: int, how: str) -> Fitted:
     """Holds examples to a length.
 
@@ -249,12 +242,10 @@ def how_to_fit(asked: str | None, task: str, kind: str) -> str:
     """What is done with longer examples: what was asked for, else lm splits and sft cuts.
 
     Raises:
-        InputError: not one of `LONG_EXAMPLES`, or a split of something other than text.
+        InputError: a split of something other than text.
     """
     if asked is None:
         return SPLIT if task == "lm" else CUT
-    if asked not in LONG_EXAMPLES:
-        raise InputError(f"--long-examples must be one of {', '.join(LONG_EXAMPLES)}, got {asked!r}")
     if asked == SPLIT and kind != TEXT:
         raise InputError(f"--long-examples split is for texts, but the data is of the kind {kind}")
     return asked

@@ -16,20 +16,20 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loraplus.errors import InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
-from loraplus.tasks.config import DEFAULT_LR_HEAD, CompareConfig, TaskConfig
+from loraplus.tasks.checks import check_task
+from loraplus.tasks.config import CompareConfig, TaskConfig
 from loraplus.tasks.conversations import Example, Examples, read_examples
 from loraplus.tasks.encoding import Encoded, Encoder, Fitted, fit, how_to_fit, longest_of, loss_on
+from loraplus.tasks.files import read_template
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
 from loraplus.tasks.model import load_language_model
 from loraplus.tasks.packing import PackingCollator, keeps_apart
-from loraplus.tasks.paths import user_path
 from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.samples import answers
 from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
 from loraplus.tasks.table import read_table
 
 _LENGTH_CAP = 1024  # TRL's default
-_LONGEST_TEMPLATE = 2**20
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,8 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
     Raises:
         InputError: data that cannot be used; the message names the file, column or line.
     """
+    check_task(config)
     check_seed(config)
-    if config.label_column is not None:
-        raise InputError("--label-column is for --task classification")
-    if config.lr_head != DEFAULT_LR_HEAD:
-        raise InputError("--lr-head is for --task classification; a decoder trains no head")
     train = read_examples(read_table(config.data), config.task, config.text_column)
     on = loss_on(config.loss_on, train.kind)
     how = how_to_fit(config.long_examples, config.task, train.kind)
@@ -192,13 +189,7 @@ class LanguageModelling:
         """The model's tokenizer, with the chat template of --chat-template if there is one."""
         tokenizer = load_tokenizer(config)
         if config.chat_template is not None:
-            try:
-                with user_path(config.chat_template).open(encoding="utf-8") as file:
-                    tokenizer.chat_template = file.read(_LONGEST_TEMPLATE)
-            except OSError as error:
-                raise InputError(f"--chat-template: cannot read {config.chat_template}: {error.strerror}") from None
-            except UnicodeDecodeError:
-                raise InputError(f"--chat-template: {config.chat_template} is not UTF-8 text") from None
+            tokenizer.chat_template = read_template(config.chat_template)
         return tokenizer
 
     def load_data(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> LanguageData:
