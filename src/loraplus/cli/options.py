@@ -16,7 +16,6 @@ import typer
 
 from loraplus.cli.terminal import Console, is_speaker
 from loraplus.errors import InputError
-from loraplus.tasks.checks import check_run
 from loraplus.tasks.parsing import LONGEST_YAML, ParseError, parse_yaml
 from loraplus.tasks.paths import user_path
 
@@ -115,6 +114,8 @@ def config_command(
                 if not values[required]:
                     raise InputError(f"--{required} is needed (a flag, or a key of the --config file)")
             config = config_class(**values)
+            from loraplus.tasks.checks import check_run
+
             check(config)
             check_run(config, overwrite=extra["overwrite"], resume=extra["resume"])
             if is_speaker():

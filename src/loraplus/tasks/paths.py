@@ -60,6 +60,22 @@ def _mode(path: Path) -> int:
         raise InputError(f"cannot read {path}: {str(error.strerror).lower()}") from None
 
 
+def folder_unless_hub_name(name: str) -> Path | None:
+    """The folder of a name; None if it can be no folder's, and so may be a hub repository's.
+
+    Raises:
+        InputError: a file's, or that of a folder which is not there.
+    """
+    folder = user_path(name)
+    if is_folder(folder):
+        return folder
+    if folder.exists():
+        raise InputError(f"{name} is a file; name the folder that it is in")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or os.sep != "/":
+        raise InputError(f"there is no folder {name}")
+    return None
+
+
 def is_inside(name: object) -> bool:
     """Whether a file name that a file tells leads to a place below its own folder.
 
