@@ -20,6 +20,7 @@ from loraplus.tasks.checks import check_task
 from loraplus.tasks.columns import Examples, choose_columns, examples, label_names
 from loraplus.tasks.config import CompareConfig, TaskConfig
 from loraplus.tasks.data_parallel import DataParallelTrainer
+from loraplus.tasks.lengths import most_validation_examples
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
@@ -74,7 +75,8 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
         train, test = _hold_out(
             train, config.test_data, config.test_fraction, config.max_test_samples, config, names, "--test-data"
         )
-    train, validation = _hold_out(train, config.eval_data, config.eval_fraction, config.max_eval_samples, config, names)
+    most = most_validation_examples(config, len(train.texts))
+    train, validation = _hold_out(train, config.eval_data, config.eval_fraction, most, config, names)
     kept, removed = without_duplicates(train.texts, chain(validation.texts, test.texts))
     train = train.take(kept)
     kept, removed_validation = without_duplicates(validation.texts, test.texts)

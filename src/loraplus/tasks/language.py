@@ -22,6 +22,7 @@ from loraplus.tasks.conversations import Example, Examples, read_examples
 from loraplus.tasks.encoding import Encoded, Encoder, Fitted, fit, how_to_fit, longest_of, loss_on
 from loraplus.tasks.files import read_template
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
+from loraplus.tasks.lengths import most_validation_examples
 from loraplus.tasks.model import load_language_model
 from loraplus.tasks.packing import PackingCollator, keeps_apart
 from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
@@ -75,9 +76,8 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         rows, test = _hold_out(
             rows, train.kind, config.test_data, config.test_fraction, config.max_test_samples, config
         )  # fmt: skip
-    rows, validation = _hold_out(
-        rows, train.kind, config.eval_data, config.eval_fraction, config.max_eval_samples, config
-    )  # fmt: skip
+    most = most_validation_examples(config, len(rows))
+    rows, validation = _hold_out(rows, train.kind, config.eval_data, config.eval_fraction, most, config)
     rows, removed = _without_duplicates(rows, [*validation, *test])
     validation, removed_validation = _without_duplicates(validation, test)
     if not rows or not validation:

@@ -150,8 +150,8 @@ def train(
                 "go on with the same command and --resume"
             )
 
-        evaluation = trainer.evaluate()
         best = trainer.state.best_global_step
+        evaluation = _evaluation_at(best, trainer) or trainer.evaluate()
         metrics = {
             "eval_loss": evaluation["eval_loss"],
             **{name: evaluation[name] for name in task.metrics},
@@ -174,6 +174,12 @@ def train(
             write_json(output / METRICS_FILE, metrics)  # last: it says that the run is finished
         wait_for_all()
         return metrics
+
+
+def _evaluation_at(step: int | None, trainer: LoraPlusTrainer) -> dict[str, Any] | None:
+    """What was logged of the weights of a step; they need not be evaluated again."""
+    rows = (row for row in reversed(trainer.state.log_history) if row["step"] == step and "eval_loss" in row)
+    return next(rows, None)
 
 
 def _diverged(error: DivergedError, output: Path) -> DivergedError:

@@ -18,10 +18,10 @@ from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.tasks.checks import check_numbers, check_parts
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.data_parallel import processes
+from loraplus.tasks.lengths import steps_between_evaluations, steps_of
 from loraplus.tasks.task import TaskData, task_of
 from loraplus.wrappers import unwrapped
 
-_EVALUATIONS_PER_RUN = 10
 _LOGS_PER_EVALUATION = 2
 
 
@@ -33,15 +33,7 @@ def total_steps(config: TaskConfig, train_examples: int) -> int:
     """
     check_numbers(config)
     check_parts(config, processes())
-    if config.max_steps is not None:
-        return config.max_steps
-    micro_batches = math.ceil(train_examples / (config.batch_size // config.gradient_accumulation_steps))
-    return max(1, math.ceil(math.ceil(micro_batches / config.gradient_accumulation_steps) * config.epochs))
-
-
-def steps_between_evaluations(steps: int) -> int:
-    """How often a run of so many steps is evaluated if nobody says otherwise: ten times."""
-    return max(1, steps // _EVALUATIONS_PER_RUN)
+    return steps_of(config, train_examples)
 
 
 def _steps_between_logs(eval_steps: int) -> int:
@@ -162,7 +154,9 @@ def build_trainer(
         InputError: a training setting that cannot be used.
     """
     steps = total_steps(config, len(data.train))
-    eval_steps = min(steps, config.eval_steps or steps_between_evaluations(steps))
+    eval_steps = min(
+        steps, config.eval_steps or steps_between_evaluations(steps, config.batch_size, len(data.validation))
+    )
     task = task_of(config)
     if optimizer is not None:  # Trainer passes no learning_rate on
         optimizer = optimizer[0], {"lr": rates.lr, **optimizer[1]}
