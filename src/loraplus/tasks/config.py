@@ -116,11 +116,12 @@ class TaskConfig:
     eval_fraction: float = _option(0.1, "Part of --data kept for validation when --eval-data is not given.")
     max_eval_samples: int | None = _option(
         None,
-        "Use at most so many validation examples (stratified, by seed). Default: all; in a short run as many of --data as "
-        "can be evaluated three times in a fifth of its time.",
+        "Use at most so many validation examples (stratified, by seed). Default: all; in a short run as many of --data "
+        "as can be evaluated three times in a fifth of its time.",
     )
     eval_steps: int | None = _option(
-        None, "Steps between evaluations. Default: ten in a run, or as many as a fifth of its time allows, but three."
+        None,
+        "Steps between evaluations. Default: ten in a run; fewer, but three, if they would take over a fifth of it.",
     )
     seed: int = _option(0, "Seed of the splits, of initialisation and of data order.")
     bf16: bool = _option(False, "Compute in bfloat16 where it pays.")
