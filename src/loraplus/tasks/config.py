@@ -121,7 +121,7 @@ class TaskConfig:
     )
     eval_steps: int | None = _option(
         None,
-        "Steps between evaluations. Default: ten in a run; fewer, but three, if they would take over a fifth of it.",
+        "Steps between evaluations. Default: ten in a run; fewer, but three, where they took over a fifth of it.",
     )
     seed: int = _option(0, "Seed of the splits, of initialisation and of data order.")
     bf16: bool = _option(False, "Compute in bfloat16 where it pays.")
