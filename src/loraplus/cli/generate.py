@@ -50,7 +50,6 @@ def run(
 ) -> None:
     """Let a causal language model go on from a prompt, or from each prompt of a file."""
     from loraplus.tasks.output import check_file, write_atomically
-    from loraplus.tasks.paths import resolve_model
     from loraplus.tasks.saved_adapter import adapter_settings
     from loraplus.tasks.table import check_source
 
@@ -63,8 +62,6 @@ def run(
         check_source(prompts)
     if adapter is not None:
         adapter_settings(adapter)
-    if model is not None:
-        resolve_model(model)
 
     from loraplus.cli.console import counting_bar, quiet_libraries
 

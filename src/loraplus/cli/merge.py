@@ -26,12 +26,9 @@ def run(
     plain: Annotated[bool, typer.Option("--plain", help="No colours.")] = False,
 ) -> None:
     """Write base model and adapter as one plain model, checked to give the same logits."""
-    from loraplus.tasks.paths import resolve_model
     from loraplus.tasks.saved_adapter import adapter_settings
 
     adapter_settings(adapter)
-    if model is not None:
-        resolve_model(model)
 
     from loraplus.cli.console import quiet_libraries
 

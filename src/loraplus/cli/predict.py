@@ -35,14 +35,11 @@ def run(
     """Label the texts of a file with a trained adapter."""
     from loraplus.tasks.columns import choose_text_column
     from loraplus.tasks.output import check_file, write_atomically
-    from loraplus.tasks.paths import resolve_model
     from loraplus.tasks.saved_adapter import adapter_settings
     from loraplus.tasks.table import read_table
 
     target = check_file(output, _FORMATS, overwrite=overwrite)
     adapter_settings(adapter)
-    if model is not None:
-        resolve_model(model)
     console = Console(stderr=json, plain=plain)
     with narrated(console):
         table = read_table(data)

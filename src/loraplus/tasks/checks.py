@@ -71,8 +71,6 @@ def check_settings(config: TaskConfig) -> None:
     check_seed(config)
     if config.eval_data is None:
         check_fraction(config.eval_fraction)
-    if config.max_length is not None and config.max_length < 2:
-        raise InputError(f"--max-length must be at least 2, got {config.max_length}")
     if isinstance(config, TrainConfig) and config.samples < 0:
         raise InputError(f"--samples must be 0 or more, got {config.samples}")
     if isinstance(config, CompareConfig):
