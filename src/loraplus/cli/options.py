@@ -118,8 +118,8 @@ def config_command(
 
             check(config)
             check_run(config, overwrite=extra["overwrite"], resume=extra["resume"])
-            if is_speaker():
-                console = Console(stderr=extra["json"], plain=extra["plain"])
+            if is_speaker() and not extra["json"]:  # a program needs no greeting
+                console = Console(plain=extra["plain"])
                 console.say(f"{name}: {config.task} on {config.data} with {config.model}, into {config.output}")
             run(config, **extra)
 

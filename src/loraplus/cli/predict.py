@@ -45,7 +45,8 @@ def run(
         table = read_table(data)
     column = choose_text_column(table, text_column)
     texts = ["" if text is None else str(text) for text in table.columns[column]]
-    console.say(f"predict: {len(texts)} texts of {data} with {adapter}, into {output}")
+    if not json:
+        console.say(f"predict: {len(texts)} texts of {data} with {adapter}, into {output}")
 
     from loraplus.cli.console import counting_bar, quiet_libraries
 
