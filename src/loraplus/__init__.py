@@ -1,8 +1,13 @@
-"""LoRA+: low-rank adapters whose two factors learn at the right speeds (arXiv 2402.12354)."""
+"""LoRA+: low-rank adapters whose two factors learn at the right speeds (arXiv 2402.12354).
 
+Names are imported when they are first used, so that `loraplus --help` needs no torch, and the core no transformers.
+"""
+
+import importlib.util
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from loraplus.auto import AutoRates
 from loraplus.errors import (
     CheckpointError,
     DamagedCheckpointError,
@@ -21,15 +26,16 @@ from loraplus.errors import (
     TrainerSetupError,
     UnknownAdapterParameterError,
 )
-from loraplus.existing_groups import split_groups
-from loraplus.feature_updates import FeatureUpdates, UpdateMonitor, feature_updates
-from loraplus.groups import RateTable, explain, param_groups, verify
-from loraplus.optimizer import create_loraplus_optimizer, create_optimizer
-from loraplus.rates import Rates
-from loraplus.roles import Role, register_layout
 
 if TYPE_CHECKING:
+    from loraplus.auto import AutoRates
+    from loraplus.existing_groups import split_groups
+    from loraplus.feature_updates import FeatureUpdates, UpdateMonitor, feature_updates
+    from loraplus.groups import RateTable, explain, param_groups, verify
     from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments, attach
+    from loraplus.optimizer import create_loraplus_optimizer, create_optimizer
+    from loraplus.rates import Rates
+    from loraplus.roles import Role, register_layout
 
 __all__ = [
     "AutoRates",
@@ -67,13 +73,38 @@ __all__ = [
     "verify",
 ]
 
-# Names that need transformers are imported when first used: the core imports torch only.
-_FROM_TRANSFORMERS = {"LoraPlusTrainer", "LoraPlusTrainingArguments", "attach"}
+_HOMES = {
+    "auto": ["AutoRates"],
+    "existing_groups": ["split_groups"],
+    "feature_updates": ["FeatureUpdates", "UpdateMonitor", "feature_updates"],
+    "groups": ["RateTable", "explain", "param_groups", "verify"],
+    "integrations.transformers": ["LoraPlusTrainer", "LoraPlusTrainingArguments", "attach"],
+    "optimizer": ["create_loraplus_optimizer", "create_optimizer"],
+    "rates": ["Rates"],
+    "roles": ["Role", "register_layout"],
+}
+_HOME = {name: f"loraplus.{home}" for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_TRANSFORMERS:
-        from loraplus.integrations import transformers
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif importlib.util.find_spec(f"loraplus.{name}") is not None:  # a submodule that nothing has imported yet
+        value = importlib.import_module(f"loraplus.{name}")
+    else:
+        raise AttributeError(f"module 'loraplus' has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
-        return getattr(transformers, name)
-    raise AttributeError(f"module 'loraplus' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python sets each submodule that is imported as an attribute here; one may be called as a function is.
+        super().__setattr__(name, getattr(value, name) if name in _HOME and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -30,12 +30,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from loraplus.compiled import anything_is_compiled, is_compiled, run_eagerly
 from loraplus.errors import LoraPlusWarning, TrainerSetupError
 from loraplus.feature_updates import FeatureUpdates, LayerUpdate
-from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, full, local, movement, rms
+from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, full, is_sharded, local, movement, rms
 from loraplus.owned_groups import OwnedGroups
 from loraplus.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
 from loraplus.roles import Role
@@ -330,7 +329,7 @@ class AutoRates(StepWatcher):
         """Over all processes that train this model."""
         groups = [self._process_group or self._recorder.process_group]
         weight = factors(self._layers)[0]
-        if self._process_group is None and isinstance(weight, DTensor):
+        if self._process_group is None and is_sharded(weight):
             groups = weight.device_mesh.get_all_groups()
         for group in groups:
             if group is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,15 +18,8 @@ from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers
 from loraplus.study.store import StudyStore
 from loraplus.study.summary import runs_csv_rows, summarise
 from loraplus.study.trial import data_facts, run_trial
-from loraplus.tasks.config import (
-    ADDED,
-    DEFAULT_ARMS,
-    HIGHEST_LR,
-    HIGHEST_LR_RATIO,
-    LOWEST_LR,
-    CompareConfig,
-    check_held,
-)
+from loraplus.tasks.checks import check_settings
+from loraplus.tasks.config import ADDED, DEFAULT_ARMS, CompareConfig
 from loraplus.tasks.measures import measures_of
 from loraplus.tasks.output import (
     CONFIG_FILE,
@@ -79,7 +71,7 @@ def compare(
         >>> config = CompareConfig(model="bert-base-uncased", data="reviews.csv", output="runs/reviews")
         >>> compare(config)["verdict"]  # doctest: +SKIP
     """
-    _check(config)
+    check_settings(config)
     arms = chosen(config.arms)
     config = replace(config, arms=",".join(arms))
     settings = asdict(config)
@@ -136,19 +128,6 @@ def _check_arms_kept(folder: str, arms: tuple[str, ...]) -> None:
             f"--resume: {folder} was started with --arms {','.join(was)}; arms can be added, but "
             f"{','.join(missing)} cannot be left out"
         )
-
-
-def _check(config: CompareConfig) -> None:
-    for name in ("tuning_runs", "seeds", "workers"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not (math.isfinite(config.lr_ratio) and config.lr_ratio > 1):
-        raise InputError(f"--lr-ratio must be above 1, got {config.lr_ratio:g}: a ratio of 1 is the LoRA arm")
-    if not (math.isfinite(config.untuned_lr) and config.untuned_lr > 0):
-        raise InputError(f"--untuned-lr must be a positive number, got {config.untuned_lr:g}")
-    check_held("--lr-ratio", config.lr_ratio, 1, HIGHEST_LR_RATIO)
-    check_held("--untuned-lr", config.untuned_lr, LOWEST_LR, HIGHEST_LR)
 
 
 def _write(folder: Path, summary: dict[str, Any], records: list[Any]) -> None:

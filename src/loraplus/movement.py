@@ -8,17 +8,20 @@ Source: Hayou, Ghosh, Yu, arXiv 2402.12354, section 3.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from loraplus.errors import NoLoraFactorsError
 from loraplus.roles import clean_name
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 TOKENS = 128
 """Rows of a layer's input that are kept for a measurement."""
@@ -93,14 +96,20 @@ def rms(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=wide)) / math.sqrt(max(1, tensor.numel()))
 
 
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether FSDP2 has sharded a tensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # to import it takes half as long as torch
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that FSDP2 has sharded; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that FSDP2 has sharded; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from loraplus.existing_groups import Groups, refuse_beside_groups, split_groups
 from loraplus.groups import param_groups
 from loraplus.notices import told_once
 from loraplus.paper import LR_EMBEDDING, paper_groups
+from loraplus.parts import EMBEDDINGS
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
-from loraplus.roles import EMBEDDINGS, read_once, trainable_parameters
+from loraplus.roles import read_once, trainable_parameters
 from loraplus.step_probe import refusal, try_step, warn_unproved
 from loraplus.watch import watch_rates
 

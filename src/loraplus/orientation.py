@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from loraplus.layouts import Role
 from loraplus.notices import tell, told_once
+from loraplus.parts import Role
 from loraplus.weight_code import Reader
 
 _LAST, _BEFORE_LAST = -1, -2

@@ -11,9 +11,13 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from loraplus.errors import InvalidRateError, LoraPlusWarning
-from loraplus.roles import EMBEDDINGS, Role, TrainableParameter
+from loraplus.parts import EMBEDDINGS, Role
+
+if TYPE_CHECKING:
+    from loraplus.roles import TrainableParameter
 
 DEFAULT_LR_RATIO = 16.0
 """The paper's rule of thumb, λ = 2⁴."""

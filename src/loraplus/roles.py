@@ -23,9 +23,6 @@ from loraplus.errors import (
     UnknownAdapterParameterError,
 )
 from loraplus.layouts import (
-    EMBEDDINGS,
-    FACTORS,
-    Role,
     recognise,
     register_layout,
     registered,
@@ -33,6 +30,7 @@ from loraplus.layouts import (
     unregister_layout,
 )
 from loraplus.memory import overlapping
+from loraplus.parts import EMBEDDINGS, FACTORS, Role
 from loraplus.structure import WRAPPERS, Structure
 
 __all__ = [

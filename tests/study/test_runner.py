@@ -18,7 +18,7 @@ import pytest
 from loraplus.errors import DivergedError, InputError, InterruptedRun, LoraPlusError
 from loraplus.study.plan import Plan, same_training
 from loraplus.study.records import Record, Trial
-from loraplus.study.runner import Event, run_all
+from loraplus.study.runner import Event, run_all, threads_of_each
 from loraplus.study.store import StudyStore
 from loraplus.tasks.config import CompareConfig
 from study import fake_runs
@@ -250,3 +250,11 @@ def test_a_stop_during_the_display_ends_the_study_too(tmp_path: Path, how: str):
         execute(tmp_path, on_event=stop)
     assert len(open_store(tmp_path).records()) == 1
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_processes_that_train_use_no_more_threads_than_they_were_told_to(monkeypatch):
+    monkeypatch.setattr("loraplus.study.runner.available_cores", lambda: 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # OMP_NUM_THREADS=1
+    assert [threads_of_each(workers) for workers in (1, 2, 16)] == [1, 1, 1]
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    assert [threads_of_each(workers) for workers in (1, 2, 16)] == [8, 4, 1]

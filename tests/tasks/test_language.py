@@ -17,10 +17,11 @@ from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from loraplus.errors import InputError, LoraPlusWarning
+from loraplus.tasks.checks import rates_of
 from loraplus.tasks.config import CompareConfig, TrainConfig
 from loraplus.tasks.language import LanguageModelling
 from loraplus.tasks.packing import keeps_apart
-from loraplus.tasks.training import build_trainer, rates_of
+from loraplus.tasks.training import build_trainer
 from tasks.causal import save_llama
 
 ROWS = {"messages": chat_rows(40), "pairs": pair_rows(40), "texts": text_rows(40)}

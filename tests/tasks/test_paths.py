@@ -10,8 +10,7 @@ import pytest
 from loraplus.errors import InputError
 from loraplus.inspection import inspect_folder
 from loraplus.tasks.adapter import adapter_settings
-from loraplus.tasks.loading import resolve_model
-from loraplus.tasks.paths import is_file, is_folder, is_inside, user_path
+from loraplus.tasks.paths import is_file, is_folder, is_inside, resolve_model, user_path
 from loraplus.tasks.table import read_table
 
 READERS = {"data": read_table, "adapter": adapter_settings, "model": resolve_model, "inspect": inspect_folder}

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from loraplus.errors import InputError
 from loraplus.tasks import target_rows
-from loraplus.tasks.target_rows import CUT, DROP, IGNORED, LONG_EXAMPLES, SPLIT, Encoded, TargetRows, fit, how_to_fit
+from loraplus.tasks.config import CUT, DROP, LONG_EXAMPLES, SPLIT
+from loraplus.tasks.target_rows import IGNORED, Encoded, TargetRows, fit, how_to_fit
 
 EXAMPLES = st.lists(
     st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 1)), max_size=12).map(

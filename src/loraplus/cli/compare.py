@@ -10,14 +10,14 @@ from rich.table import Table
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
 from loraplus.cli.terminal import Console, narrated, print_json
-from loraplus.study.arms import ALL
+from loraplus.study.arms import ALL, chosen
 from loraplus.tasks.config import CompareConfig
 from loraplus.tasks.measures import ACCURACY, LOSS, measures_of
 
 WIDTH_OF_FILES = 120
 
 
-@config_command(app, "compare", CompareConfig)
+@config_command(app, "compare", CompareConfig, check=lambda config: chosen(config.arms))
 def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Compare LoRA with LoRA+ (and others: --arms) on your task: tuned with equal budgets, tested on fresh seeds."""
     from loraplus.cli.console import quiet_libraries

@@ -23,13 +23,12 @@ def quiet_libraries() -> None:
     """Keeps the libraries' notices (fresh heads, download bars, deprecations) out of the command's own output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import datasets
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")  # read by `datasets` if it is imported
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity(logging.CRITICAL)  # what it logs as an error it raises, too
     transformers_logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Where DeepSpeed is installed, PEFT imports it, and it writes its notices to standard output, into our JSON.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -49,6 +49,20 @@ def run(
     plain: Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")] = False,
 ) -> None:
     """Let a causal language model go on from a prompt, or from each prompt of a file."""
+    from loraplus.tasks.output import check_file, write_atomically
+    from loraplus.tasks.saved_adapter import adapter_settings
+    from loraplus.tasks.table import check_source
+
+    if num_samples > 1 and temperature == 0:
+        raise InputError("--num-samples above 1 needs a --temperature: at 0 all samples are the same")
+    target = check_file(output, (".jsonl",), overwrite=overwrite) if output else None
+    if prompt is not None and prompts is not None:
+        raise InputError("--prompt and --prompts exclude each other")
+    if prompts is not None:
+        check_source(prompts)
+    if adapter is not None:
+        adapter_settings(adapter)
+
     from loraplus.cli.console import counting_bar, quiet_libraries
 
     quiet_libraries()
@@ -56,11 +70,7 @@ def run(
 
     from loraplus.tasks.adapter import load_causal
     from loraplus.tasks.generate import generate
-    from loraplus.tasks.output import check_file, write_atomically
 
-    if num_samples > 1 and temperature == 0:
-        raise InputError("--num-samples above 1 needs a --temperature: at 0 all samples are the same")
-    target = check_file(output, (".jsonl",), overwrite=overwrite) if output else None
     columns, texts, places = _read(prompt, prompts, prompt_column)
     decoder, tokenizer, _ = load_causal(model, adapter, trust_remote_code=trust_remote_code)
     if torch.cuda.is_available():
@@ -95,8 +105,6 @@ def _read(
     """(columns of the source, prompts, where each stands if they are those of a file)"""
     from loraplus.tasks.prompts import read_prompts, read_stdin
 
-    if prompt is not None and prompts is not None:
-        raise InputError("--prompt and --prompts exclude each other")
     if prompts is not None:
         table, texts = read_prompts(prompts, column)
         return table.columns, texts, [table.place(index) for index in range(len(texts))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from loraplus.cli import (  # noqa: F401  (each registers its command on `app`)
     tune,
 )
 from loraplus.cli.app import app
+from loraplus.cli.terminal import is_speaker
 from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning, LostProcessError, one_line, visible
 
 
@@ -35,11 +35,11 @@ def main(arguments: list[str] | None = None) -> None:
         with _plain_warnings():
             code = app(args=arguments, standalone_mode=False)
     except InterruptedRun as stop:
-        if _speaks() or isinstance(stop, LostProcessError):  # the process that was lost may be the one that speaks
+        if is_speaker() or isinstance(stop, LostProcessError):  # the process that was lost may be the one that speaks
             _tell(stop)
         sys.exit(130)
     except (LoraPlusError, typer.TyperException, OSError, MemoryError) as error:
-        if _speaks():
+        if is_speaker():
             _tell(f"loraplus: {_message(error)}")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort) as stop:
@@ -68,11 +68,6 @@ def _tell(text: object) -> None:
     print(one_line(text), file=sys.stderr)
 
 
-def _speaks() -> bool:
-    """Whether this process is the one of several (torchrun, accelerate launch) that says what they all would say."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
     """Shows each of our own warnings once, as one line without a source position; those of libraries as ever."""
@@ -83,7 +78,7 @@ def _plain_warnings() -> Iterator[None]:
         def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
             if not issubclass(category, LoraPlusWarning):
                 as_ever(visible(str(message)), category, *where, **more)
-            elif str(message) not in shown and _speaks():
+            elif str(message) not in shown and is_speaker():
                 shown.add(str(message))
                 _tell(f"loraplus: warning: {message}")
 

@@ -26,6 +26,10 @@ def run(
     plain: Annotated[bool, typer.Option("--plain", help="No colours.")] = False,
 ) -> None:
     """Write base model and adapter as one plain model, checked to give the same logits."""
+    from loraplus.tasks.saved_adapter import adapter_settings
+
+    adapter_settings(adapter)
+
     from loraplus.cli.console import quiet_libraries
 
     quiet_libraries()

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from loraplus.cli.terminal import Console, is_speaker
 from loraplus.errors import InputError
 from loraplus.tasks.parsing import LONGEST_YAML, ParseError, parse_yaml
 from loraplus.tasks.paths import user_path
@@ -94,17 +95,19 @@ def config_command(
     app: typer.Typer,
     name: str,
     config_class: type,
+    check: Callable[[Any], object] = lambda config: None,
     required: Sequence[str] = ("model", "data", "output"),
     own: Sequence[str] = ("overwrite", "resume", "json", "plain"),
 ) -> Callable[[Callable[..., None]], Any]:
     """Registers `run(config, overwrite, resume, json, plain)` as a command with one flag a field of the class.
 
     Args:
-        app: Gets the command.
-        name: Of the command.
-        config_class: A dataclass.
-        required: Fields that must be given.
-        own: The command's own flags, which `run` takes beside the configuration.
+        app: that has the command.
+        name: of the command.
+        config_class: its flags.
+        check: of the command's own settings; what all runs have is checked here, before `run` imports anything heavy.
+        required: fields that must be given.
+        own: the command's own flags, which `run` takes beside the configuration.
     """
 
     def register(run: Callable[..., None]) -> Any:
@@ -117,7 +120,16 @@ def config_command(
             for needed in required:
                 if not values[needed]:
                     raise InputError(f"--{needed} is needed (a flag, or a key of the --config file)")
-            run(config_class(**values), **extra)
+            config = config_class(**values)
+            check(config)
+            if "output" in required:
+                from loraplus.tasks.checks import check_run
+
+                check_run(config, overwrite=extra["overwrite"], resume=extra["resume"])
+                if is_speaker() and not extra["json"]:  # a program needs no greeting
+                    console = Console(plain=extra["plain"])
+                    console.say(f"{name}: {config.task} on {config.data} with {config.model}, into {config.output}")
+            run(config, **extra)
 
         parameters = [_parameter(spec, hints[spec.name]) for spec in specs]
         flags = [

@@ -33,20 +33,26 @@ def run(
     plain: Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")] = False,
 ) -> None:
     """Label the texts of a file with a trained adapter."""
-    from loraplus.cli.console import counting_bar, quiet_libraries
-
-    quiet_libraries()
     from loraplus.tasks.columns import choose_text_column
     from loraplus.tasks.output import check_file, write_atomically
-    from loraplus.tasks.predict import load_adapter, predict
+    from loraplus.tasks.saved_adapter import adapter_settings
     from loraplus.tasks.table import read_table
 
     target = check_file(output, _FORMATS, overwrite=overwrite)
+    adapter_settings(adapter)
     console = Console(stderr=json, plain=plain)
     with narrated(console):
         table = read_table(data)
     column = choose_text_column(table, text_column)
     texts = ["" if text is None else str(text) for text in table.columns[column]]
+    if not json:
+        console.say(f"predict: {len(texts)} texts of {data} with {adapter}, into {output}")
+
+    from loraplus.cli.console import counting_bar, quiet_libraries
+
+    quiet_libraries()
+    from loraplus.tasks.predict import load_adapter, predict
+
     classifier, tokenizer = load_adapter(adapter, model, trust_remote_code=trust_remote_code)
     with counting_bar(console, "labelling", len(texts), plain=plain) as advance:
         rows = predict(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)

@@ -44,8 +44,7 @@ def run(
     plain: Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")] = False,
 ) -> None:
     """Reproduce an experiment of the LoRA+ paper: data, plots and a page; resumable, in several processes if wanted."""
-    from loraplus.cli.console import quiet_libraries
-    from loraplus.reproduce.registry import EXPERIMENTS
+    from loraplus.reproduce.registry import EXPERIMENTS, check_name
 
     console = Console(stderr=json, plain=plain)
     if list_all:
@@ -53,6 +52,12 @@ def run(
         return
     if not name:
         raise InputError(f"which experiment? loraplus reproduce NAME, one of {', '.join(EXPERIMENTS)}")
+    check_name(name)
+    if redraw is not None and resume:
+        raise InputError("--redraw trains nothing, so there is nothing to --resume")
+
+    from loraplus.cli.console import quiet_libraries
+
     quiet_libraries()
     from loraplus.reproduce.command import Options
     from loraplus.reproduce.command import dry_run as planned
@@ -70,8 +75,6 @@ def run(
             _show_plan(console, plan)
         return
     if redraw is not None:
-        if resume:
-            raise InputError("--redraw trains nothing, so there is nothing to --resume")
         summary = drawn_again(options, redraw, overwrite=overwrite)
     else:
         summary = _run(console, options, overwrite=overwrite, resume=resume, plain=plain)

@@ -7,6 +7,7 @@ where it is printed.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,11 @@ class Console(rich.console.Console):
     def say(self, text: object) -> None:
         """Prints text that may be longer than a line and is to be copied: nothing is wrapped."""
         self.print(str(text), soft_wrap=True)
+
+
+def is_speaker() -> bool:
+    """Whether this process is the one of several (torchrun, accelerate launch) that says what they all would say."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_json(data: Any) -> None:

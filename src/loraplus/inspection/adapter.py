@@ -14,8 +14,9 @@ from torch import nn
 
 from loraplus.errors import InputError
 from loraplus.inspection.tensors import TensorFiles
-from loraplus.layouts import Role, recognise
+from loraplus.layouts import recognise
 from loraplus.partners import partner_names
+from loraplus.parts import Role
 from loraplus.tasks.limited import check_patterns
 from loraplus.tasks.output import read_json
 

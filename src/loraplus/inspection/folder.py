@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from loraplus.inspection.rates import (
 from loraplus.inspection.update import update_size
 from loraplus.movement import rms
 from loraplus.tasks.output import read_json
-from loraplus.tasks.paths import is_folder, user_path
+from loraplus.tasks.paths import folder_unless_hub_name, is_folder, user_path
 
 _PREFIX = "base_model.model."
 _NAMED_IN_MESSAGE = 3
@@ -107,14 +106,8 @@ def _tell_of_changes(folder: Path) -> None:
 
 def _find(path: str) -> Path:
     """The folder, or the snapshot of a hub repository."""
-    folder = user_path(path)
-    if is_folder(folder):
-        return folder
-    if folder.exists():
-        raise InputError(f"{path} is a file; name the folder that it is in")
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or os.sep != "/":
-        raise InputError(f"there is no folder {path}")
-    return _snapshot(path, [CONFIG_FILE, *WEIGHT_FILES, "config.json", "loraplus.json", METRICS_FILE])
+    folder = folder_unless_hub_name(path)
+    return folder or _snapshot(path, [CONFIG_FILE, *WEIGHT_FILES, "config.json", "loraplus.json", METRICS_FILE])
 
 
 def _snapshot(name: str, files: list[str], *, only_here: bool = False) -> Path:

@@ -16,7 +16,8 @@ from typing import Any
 
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.inspection.adapter import Adapter, saved_name
-from loraplus.integrations.checkpoints import OF_PARAMETERS_SHAPE, RATES_FILE
+from loraplus.integrations.checkpoints import OF_PARAMETERS_SHAPE
+from loraplus.integrations.whole_checkpoints import RATES_FILE
 from loraplus.rates import Rates
 from loraplus.roles import Role
 from loraplus.tasks.limited import check_patterns

@@ -18,6 +18,7 @@ from torch import nn
 from loraplus.auto import AutoRates
 from loraplus.errors import LoraPlusWarning, ResumeMismatchError
 from loraplus.groups import ParameterRate, built_rates
+from loraplus.integrations.whole_checkpoints import AUTO_FILE, RATES_FILE
 from loraplus.notices import told_once
 from loraplus.partners import whole_shape
 from loraplus.rates import Rates
@@ -25,12 +26,8 @@ from loraplus.roles import FACTORS, Role, trainable_parameters
 from loraplus.whole import write_whole
 from loraplus.wrappers import unwrapped
 
-RATES_FILE = "loraplus.json"
-AUTO_FILE = "loraplus_auto.pt"
 OF_PARAMETERS_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "state1")
 """Names of an optimizer's states that have their parameter's own shape."""
-SEALED = "sealed"
-"""Says in loraplus.json that a manifest stands beside it, so that a checkpoint without one has lost it."""
 _FORMAT_VERSION = 1
 _RELATIVE_TOLERANCE = 1e-6
 _EMBEDDING_ROLES = (Role.EMBEDDING_A, Role.EMBEDDING_B, Role.EMBEDDING)

@@ -23,7 +23,6 @@ from loraplus.errors import InvalidRateError, LoraPlusWarning, TrainerSetupError
 from loraplus.feature_updates import UpdateMonitor
 from loraplus.groups import groups_for
 from loraplus.integrations.checkpoints import (
-    SEALED,
     check_resume,
     rates_in_use,
     rates_record,
@@ -39,6 +38,7 @@ from loraplus.integrations.trainer_checkpoints import WholeCheckpoints
 from loraplus.integrations.trainer_optimizer import Split, keep_ratio, own_class, split
 from loraplus.integrations.trainer_search import check_searched, checked_space
 from loraplus.integrations.trainer_settings import LoraPlusTrainingArguments, RateSettings, overrides_from
+from loraplus.integrations.whole_checkpoints import SEALED
 from loraplus.manifest import is_sealed, seal_again
 from loraplus.notices import told_once
 from loraplus.rates import DEFAULT_LR_RATIO, Rates

@@ -15,9 +15,12 @@ from typing import Any
 
 from loraplus import manifest
 from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusWarning
-from loraplus.integrations.checkpoints import AUTO_FILE, RATES_FILE, SEALED
 from loraplus.whole import temporary_path
 
+RATES_FILE = "loraplus.json"
+AUTO_FILE = "loraplus_auto.pt"
+SEALED = "sealed"
+"""Says in loraplus.json that a manifest stands beside it, so that a checkpoint without one has lost it."""
 STATE_FILE = "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 _STATES = ("optimizer.pt", "scheduler.pt")

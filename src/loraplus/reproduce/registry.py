@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from loraplus.errors import InputError
-from loraplus.reproduce.experiment import Experiment
+
+if TYPE_CHECKING:
+    from loraplus.reproduce.experiment import Experiment
 
 # Imported when asked for: some need packages that others do not.
 EXPERIMENTS = {
@@ -21,16 +24,25 @@ EXPERIMENTS = {
 }
 
 
-def experiment_class(name: str) -> type[Experiment]:
-    """The class of an experiment.
+def check_name(name: str) -> None:
+    """Makes sure that there is an experiment of a name.
 
     Raises:
-        InputError: there is none of that name; the nearest is named.
+        InputError: there is none; the nearest is named.
     """
     if name not in EXPERIMENTS:
         near = difflib.get_close_matches(name, EXPERIMENTS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}"
         raise InputError(f"there is no experiment {name!r}; {hint} (loraplus reproduce --list)")
+
+
+def experiment_class(name: str) -> type[Experiment]:
+    """The class of an experiment.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    check_name(name)
     module, attribute = EXPERIMENTS[name].split(":")
     found: type[Experiment] = getattr(import_module(module), attribute)
     return found

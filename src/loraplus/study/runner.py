@@ -98,6 +98,14 @@ def default_workers() -> int:
     return 1 if on_gpu else min(MOST_WORKERS_ON_CPU, available_cores())
 
 
+def threads_of_each(workers: int) -> int:
+    """Threads of each process that trains: its share of the cores, and no more than this process was told to use.
+
+    torch reads OMP_NUM_THREADS and its relatives, and `torch.set_num_threads` says it in a script.
+    """
+    return max(1, min(torch.get_num_threads(), available_cores() // workers))
+
+
 def run_all(
     plan: Plan[TrialT, RecordT],
     store: StudyStore[TrialT, RecordT],
@@ -147,8 +155,7 @@ class _Coordinator(Generic[TrialT, RecordT]):
         self.siblings = {process.pid for process in multiprocessing.active_children()}
         context = multiprocessing.get_context("spawn")
         self.messages: Any = context.Queue()
-        threads = max(1, available_cores() // workers)
-        self.for_workers = (run, self.messages, threads, None if log is None else os.fspath(log))
+        self.for_workers = (run, self.messages, threads_of_each(workers), None if log is None else os.fspath(log))
         self.context = context
 
     def work(self) -> dict[str, RecordT]:

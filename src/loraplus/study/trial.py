@@ -16,7 +16,9 @@ from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.scratch import scratch_folder
 from loraplus.study.arms import ALL, REFERENCE, Arm
 from loraplus.study.records import CurvePoint, Record, Trial
+from loraplus.tasks.checks import rates_of
 from loraplus.tasks.config import TaskConfig
+from loraplus.tasks.lengths import steps_between_evaluations
 from loraplus.tasks.measures import ACCURACY, MEASURES
 from loraplus.tasks.methods import Method, rates_arrived_at
 from loraplus.tasks.task import task_of
@@ -24,8 +26,6 @@ from loraplus.tasks.training import (
     DivergenceGuard,
     StepClock,
     build_trainer,
-    rates_of,
-    steps_between_evaluations,
     total_steps,
     train_and_evaluate,
 )
@@ -80,7 +80,7 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
         The record; status "diverged" if the loss became NaN or infinite.
     """
     tokenizer, data = _load_once(config)
-    config = _of_length(config, trial.steps, total_steps(config, len(data.train)))
+    config = _of_length(config, trial.steps, total_steps(config, len(data.train)), len(data.validation))
     arm, task = ALL[trial.arm], task_of(config)
     started = time.perf_counter()
     model = task.load_model(config, data, tokenizer, trial.seed)
@@ -133,11 +133,12 @@ def _found(arm: Arm, trainer: LoraPlusTrainer) -> tuple[float, float] | None:
     return None if arm.tuned else rates_arrived_at(trainer.optimizer)
 
 
-def _of_length(config: TaskConfig, steps: int | None, full_steps: int) -> TaskConfig:
+def _of_length(config: TaskConfig, steps: int | None, full_steps: int, validation_examples: int) -> TaskConfig:
     """The configuration of a shorter run; it is evaluated as often for its steps as the full one."""
     if steps is None or steps == full_steps:
         return config
-    return replace(config, max_steps=steps, eval_steps=config.eval_steps or steps_between_evaluations(full_steps))
+    usual = steps_between_evaluations(full_steps, config.batch_size, validation_examples)
+    return replace(config, max_steps=steps, eval_steps=config.eval_steps or usual)
 
 
 def _curve(log_history: list[dict[str, Any]]) -> tuple[CurvePoint, ...]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraplus.errors import DivergedError, InputError
+from loraplus.errors import DivergedError
 from loraplus.study.halving import RATIO
 from loraplus.study.pairs import finite_perplexity
 from loraplus.study.records import Record
@@ -20,6 +20,7 @@ from loraplus.study.storage import without_password
 from loraplus.study.store import StudyStore
 from loraplus.study.trial import data_facts, run_trial
 from loraplus.study.tuning import TuningPlan
+from loraplus.tasks.checks import check_settings
 from loraplus.tasks.config import DEFAULT_TUNING_RUNS, TaskConfig, TrainConfig, TuneConfig
 from loraplus.tasks.output import check_output, hold_output, prepare_output, write_csv, write_json, write_yaml
 
@@ -67,6 +68,7 @@ def tune(
         >>> config = TuneConfig(model="bert-base-uncased", data="reviews.csv", output="runs/tune")
         >>> tune(config)["best"]  # doctest: +SKIP
     """
+    check_settings(config)
     config = _with_budget(config)
     settings = asdict(config) | {"storage": config.storage and without_password(config.storage)}
     check_output(config.output, settings, overwrite=overwrite, resume=resume)
@@ -126,23 +128,10 @@ def train_command(config: TrainConfig) -> str:
 
 
 def _with_budget(config: TuneConfig) -> TuneConfig:
-    """The configuration with one budget and only one.
-
-    Raises:
-        InputError: both budgets, or one that holds no search.
-    """
-    if config.workers is not None and config.workers < 1:
-        raise InputError(f"--workers must be at least 1, got {config.workers}")
-    if config.tuning_runs is not None and config.minutes is not None:
-        raise InputError("--tuning-runs and --minutes are two budgets: give one of them")
+    """The configuration with the default budget if it has none."""
     if config.minutes is not None:
-        if not (math.isfinite(config.minutes) and config.minutes > 0):
-            raise InputError(f"--minutes must be a positive number, got {config.minutes:g}")
         return config
-    runs = DEFAULT_TUNING_RUNS if config.tuning_runs is None else config.tuning_runs
-    if not (math.isfinite(runs) and runs >= 1):
-        raise InputError(f"--tuning-runs must be at least 1, got {runs:g}: the search ends with a run of full length")
-    return replace(config, tuning_runs=float(runs))
+    return replace(config, tuning_runs=float(DEFAULT_TUNING_RUNS if config.tuning_runs is None else config.tuning_runs))
 
 
 def _open(storage: str, config: TuneConfig, facts: Mapping[str, Any], begun: bool) -> StudyStore:

@@ -23,32 +23,14 @@ from transformers.models.auto.modeling_auto import (
 
 from loraplus.errors import InputError
 from loraplus.tasks.limited import check_patterns
-from loraplus.tasks.loading import first_line, from_pretrained, load_any_tokenizer, loading, resolve_model
+from loraplus.tasks.loading import first_line, from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.output import read_json
-from loraplus.tasks.paths import is_file, is_folder, user_path
+from loraplus.tasks.paths import is_file, resolve_model, user_path
 from loraplus.tasks.pretrained import load_decoder
+from loraplus.tasks.saved_adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_settings
 
-_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MOST_COPIES = 1000
 _TOKENIZER_FILE = "tokenizer_config.json"
-
-
-def adapter_settings(adapter: str) -> dict[str, Any]:
-    """What PEFT wrote about an adapter.
-
-    Raises:
-        InputError: no such folder, no adapter in it, or a damaged one.
-    """
-    folder = user_path(adapter)
-    if not is_folder(folder):
-        raise InputError(f"there is no adapter folder {adapter}")
-    for name in (_CONFIG_FILE, _WEIGHTS_FILE):
-        if not is_file(folder / name):
-            raise InputError(f"{adapter} is not an adapter that PEFT or `loraplus train` wrote: it has no {name}")
-    settings = read_json(folder / _CONFIG_FILE)
-    if not isinstance(settings, dict) or not isinstance(settings.get("base_model_name_or_path"), str):
-        raise InputError(f"{folder / _CONFIG_FILE} does not name a base model; the adapter is damaged")
-    return settings
 
 
 def put_adapter(base: Any, adapter: str, base_name: str) -> PeftModel:
@@ -63,8 +45,8 @@ def put_adapter(base: Any, adapter: str, base_name: str) -> PeftModel:
         InputError: the adapter is damaged, or was trained on a model of another shape.
     """
     folder = user_path(adapter)
-    settings, modules = read_json(folder / _CONFIG_FILE), [name for name, _ in base.named_modules()]
-    check_patterns(str(folder / _CONFIG_FILE), settings, modules)
+    settings, modules = read_json(folder / CONFIG_FILE), [name for name, _ in base.named_modules()]
+    check_patterns(str(folder / CONFIG_FILE), settings, modules)
     with loading(f"cannot put {adapter} on {base_name}", "; name the base model it was trained on with --model"):
         _check_size(folder, settings)
         try:
@@ -100,7 +82,7 @@ def load_causal(
     if settings.get("task_type") not in (None, "CAUSAL_LM"):
         raise InputError(f"{adapter} is an adapter for {settings['task_type']}, not of a causal language model")
     name = model or settings["base_model_name_or_path"]
-    if is_file(user_path(name) / _CONFIG_FILE) and not is_file(user_path(name) / "config.json"):
+    if is_file(user_path(name) / CONFIG_FILE) and not is_file(user_path(name) / "config.json"):
         raise InputError(f"{name} is an adapter, not a model; name it with --adapter")
     try:
         remote = {"trust_remote_code": trust_remote_code}
@@ -141,7 +123,7 @@ def _check_causal(name: str, config: Any) -> None:
 
 def _check_size(folder: Path, settings: Any) -> None:
     """Refuses settings by which PEFT would make, or count to, far more than the adapter's file holds."""
-    with safe_open(folder / _WEIGHTS_FILE, framework="pt") as file:
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         sizes = [size for name in file.keys() for size in file.get_slice(name).get_shape()]  # noqa: SIM118
     ranks = [settings.get("r"), *_numbers_in(settings.get("rank_pattern"))]
     steps = re.fullmatch(r"pissa_niter_(\d+)", str(settings.get("init_lora_weights")))
@@ -152,7 +134,7 @@ def _check_size(folder: Path, settings: Any) -> None:
         ("a number of copies of layers", len(copies) if isinstance(copies, list) else 0, _MOST_COPIES),
     ):
         if value > most:
-            raise InputError(f"{folder / _CONFIG_FILE} says {what} that no adapter like this has; it is damaged")
+            raise InputError(f"{folder / CONFIG_FILE} says {what} that no adapter like this has; it is damaged")
 
 
 def _numbers_in(value: Any) -> list[Any]:
@@ -161,7 +143,7 @@ def _numbers_in(value: Any) -> list[Any]:
 
 def _check_fits(model: PeftModel, folder: Path) -> None:
     """Compares the names of the saved weights with those that the adapter would save now."""
-    with safe_open(folder / _WEIGHTS_FILE, framework="pt") as file:
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         saved = _names(file.keys())
     needed = _names(get_peft_model_state_dict(model, save_embedding_layers=False))
     known = _names(get_peft_model_state_dict(model, save_embedding_layers=True))

@@ -16,9 +16,11 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from loraplus.errors import InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
+from loraplus.tasks.checks import check_task
 from loraplus.tasks.columns import Examples, choose_columns, examples, label_names
-from loraplus.tasks.config import ADDED, CompareConfig, TaskConfig
+from loraplus.tasks.config import CompareConfig, TaskConfig
 from loraplus.tasks.data_parallel import DataParallelTrainer
+from loraplus.tasks.lengths import most_validation_examples
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
@@ -29,7 +31,6 @@ from loraplus.tasks.token_rows import tokenised
 _LENGTH_QUANTILE = 0.99
 _LENGTH_CAP = 512
 _HASHED_AT_ONCE = 10_000
-_OF_OTHER_TASKS = ("loss_on", "packing", "long_examples", "chat_template", "load_in_4bit")
 
 Encoded = Sequence[dict[str, Any]]
 
@@ -74,7 +75,8 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
         train, test = _hold_out(
             train, config.test_data, config.test_fraction, config.max_test_samples, config, names, "--test-data"
         )
-    train, validation = _hold_out(train, config.eval_data, config.eval_fraction, config.max_eval_samples, config, names)
+    most = most_validation_examples(config, len(train.texts))
+    train, validation = _hold_out(train, config.eval_data, config.eval_fraction, most, config, names)
     kept, removed = without_duplicates(train.texts, chain(validation.texts, test.texts))
     train = train.take(kept)
     kept, removed_validation = without_duplicates(validation.texts, test.texts)
@@ -171,14 +173,23 @@ def classification_metrics(prediction: Any) -> dict[str, float]:
     Args:
         prediction: transformers' EvalPrediction with logits (examples, classes) and label ids (examples,).
     """
-    from sklearn.metrics import f1_score
-
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     guess, labels = np.argmax(logits, axis=-1), prediction.label_ids
     return {
         "accuracy": float(np.mean(guess == labels)),
-        "macro_f1": float(f1_score(labels, guess, average="macro")),
+        "macro_f1": macro_f1(labels, guess),
     }
+
+
+def macro_f1(labels: np.ndarray, guess: np.ndarray) -> float:
+    """Mean over the classes of F1 = 2·hits / (labels + guesses), as scikit-learn's `f1_score(average="macro")`.
+
+    Example:
+        >>> macro_f1(np.asarray([0, 0, 1]), np.asarray([0, 0, 2]))
+        0.3333333333333333
+    """
+    of_class = ((labels == c, guess == c) for c in np.union1d(labels, guess))
+    return float(np.mean([2 * np.sum(there & said) / (np.sum(there) + np.sum(said)) for there, said in of_class]))
 
 
 class Classification:
@@ -192,9 +203,7 @@ class Classification:
 
     def load_data(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> ClassificationData:
         """As `load_classification`; settings of other tasks are refused."""
-        for name in _OF_OTHER_TASKS:
-            if getattr(config, name) != ADDED[name]:
-                raise InputError(f"--{name.replace('_', '-')} is for --task sft and lm, not for classification")
+        check_task(config)
         return load_classification(config, tokenizer)
 
     def load_model(

@@ -44,14 +44,22 @@ def read_parquet(source: str, path: Path) -> Table:
         raise InputError(f"{source} cannot be read as Parquet ({_reason(error)})") from None
 
 
+def check_datasets_folder(source: str, path: Path) -> None:
+    """Makes sure that a folder may be one that `datasets` wrote.
+
+    Raises:
+        InputError: it holds no description.
+    """
+    if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        raise InputError(f"{source} is a folder, but not one that `datasets` saved (save_to_disk)")
+
+
 def read_datasets_folder(source: str, path: Path, split: str) -> Table:
     """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
 
     Raises:
-        InputError: another folder, a damaged one, no such split.
+        InputError: a damaged one, no such split.
     """
-    if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        raise InputError(f"{source} is a folder, but not one that `datasets` saved (save_to_disk)")
     datasets = _require("datasets", source)
     try:
         _check_names(path)

@@ -15,24 +15,20 @@ from trl.chat_template_utils import (
 
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.tasks.chat import Chats, ChatTemplateError
+from loraplus.tasks.config import ON_ALL, ON_ASSISTANT, ON_COMPLETION
 from loraplus.tasks.conversations import COMPLETION, CONVERSATION, Example, Examples
 from loraplus.tasks.generate import ONLY_IDS, ends_texts, text_ids, texts_ids
 from loraplus.tasks.target_rows import Encoded
-
-ALL, ON_COMPLETION, ON_ASSISTANT = "all", "completion", "assistant"
-LOSS_ON = (ALL, ON_COMPLETION, ON_ASSISTANT)
 
 
 def loss_on(asked: str | None, kind: str) -> str:
     """The tokens to learn: those asked for, else the completion where there is one, else all.
 
     Raises:
-        InputError: not one of `LOSS_ON`, or not to be had in data of this kind.
+        InputError: not to be had in data of this kind.
     """
     if asked is None:
-        return ON_COMPLETION if kind == COMPLETION else ALL
-    if asked not in LOSS_ON:
-        raise InputError(f"--loss-on must be one of {', '.join(LOSS_ON)}, got {asked!r}")
+        return ON_COMPLETION if kind == COMPLETION else ON_ALL
     if asked == ON_COMPLETION and kind != COMPLETION:
         raise InputError(
             f"--loss-on completion needs columns prompt and completion, but the data is of the kind {kind}"

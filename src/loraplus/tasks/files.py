@@ -17,10 +17,11 @@ import yaml
 
 from loraplus.errors import InputError
 from loraplus.tasks.parsing import ParseError, parse_json
-from loraplus.tasks.paths import is_folder
+from loraplus.tasks.paths import is_folder, user_path
 from loraplus.whole import new_file, remove_leftovers, temporary_path, write_whole
 
 _LARGEST_JSON = 2**28
+_LONGEST_TEMPLATE = 2**20
 _PROBE = bytes(2**16)
 
 
@@ -63,6 +64,21 @@ def check_takes_files(folder: Path, target: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
+
+
+def read_template(path: str) -> str:
+    """The text of a chat template.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        with user_path(path).open(encoding="utf-8") as file:
+            return file.read(_LONGEST_TEMPLATE)
+    except OSError as error:
+        raise InputError(f"--chat-template: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--chat-template: {path} is not UTF-8 text") from None
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:

@@ -17,13 +17,15 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loraplus.errors import InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
-from loraplus.tasks.config import DEFAULT_LR_HEAD, CompareConfig, TaskConfig
+from loraplus.tasks.checks import check_task
+from loraplus.tasks.config import CompareConfig, TaskConfig
 from loraplus.tasks.conversations import Example, Examples, read_examples
 from loraplus.tasks.encoding import Encoder, loss_on
+from loraplus.tasks.files import read_template
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
+from loraplus.tasks.lengths import most_validation_examples
 from loraplus.tasks.model import load_language_model
 from loraplus.tasks.packing import PackingCollator, keeps_apart
-from loraplus.tasks.paths import user_path
 from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.samples import answers
 from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
@@ -33,7 +35,6 @@ from loraplus.tasks.target_rows import Encoded, TargetRows, fit, how_to_fit
 from loraplus.tasks.token_rows import AT_ONCE
 
 _LENGTH_CAP = 1024  # TRL's default
-_LONGEST_TEMPLATE = 2**20
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,8 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
     Raises:
         InputError: data that cannot be used; the message names the file, column or line.
     """
+    check_task(config)
     check_seed(config)
-    if config.label_column is not None:
-        raise InputError("--label-column is for --task classification")
-    if config.lr_head != DEFAULT_LR_HEAD:
-        raise InputError("--lr-head is for --task classification; a decoder trains no head")
     train = read_examples(read_table(config.data), config.task, config.text_column)
     on = loss_on(config.loss_on, train.kind)
     how = how_to_fit(config.long_examples, config.task, train.kind)
@@ -83,9 +81,8 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         rows, test = _hold_out(
             rows, train.kind, config.test_data, config.test_fraction, config.max_test_samples, config
         )  # fmt: skip
-    rows, validation = _hold_out(
-        rows, train.kind, config.eval_data, config.eval_fraction, config.max_eval_samples, config
-    )  # fmt: skip
+    most = most_validation_examples(config, len(rows))
+    rows, validation = _hold_out(rows, train.kind, config.eval_data, config.eval_fraction, most, config)
     rows, removed = _without_duplicates(rows, validation, test)
     validation, removed_validation = _without_duplicates(validation, test)
     if not rows or not validation:
@@ -203,13 +200,7 @@ class LanguageModelling:
         """The model's tokenizer, with the chat template of --chat-template if there is one."""
         tokenizer = load_tokenizer(config)
         if config.chat_template is not None:
-            try:
-                with user_path(config.chat_template).open(encoding="utf-8") as file:
-                    tokenizer.chat_template = file.read(_LONGEST_TEMPLATE)
-            except OSError as error:
-                raise InputError(f"--chat-template: cannot read {config.chat_template}: {error.strerror}") from None
-            except UnicodeDecodeError:
-                raise InputError(f"--chat-template: {config.chat_template} is not UTF-8 text") from None
+            tokenizer.chat_template = read_template(config.chat_template)
         return tokenizer
 
     def load_data(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> LanguageData:

@@ -6,8 +6,6 @@ raises for damaged files becomes one line.
 
 from __future__ import annotations
 
-import os
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,33 +17,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from loraplus.errors import InputError, LoraPlusError
 from loraplus.tasks.files import read_json
-from loraplus.tasks.paths import is_file, is_folder, is_inside, user_path
+from loraplus.tasks.paths import is_file, is_folder, is_inside
 from loraplus.tasks.pickles import check_archive
 
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _COUNTED, _MOST_LAYERS = ("layer", "expert", "_blocks"), 10_000
 _SLACK = 2**27
 """Parameters that a model may have beside those of its file: a new head, a pooler."""
-_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
 _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
-
-
-def resolve_model(model: str) -> str:
-    """Turns a model folder into its absolute path, and leaves a hub name as it is.
-
-    Raises:
-        InputError: a path that does not exist, or a folder without a model's files.
-    """
-    path = user_path(model)
-    if is_folder(path):
-        if not is_file(path / "config.json"):
-            raise InputError(f"model folder {model} has no config.json; it is not a transformers model")
-        if not any(found for pattern in _WEIGHT_FILES for found in path.glob(pattern)):
-            raise InputError(f"model folder {model} has no weights (model.safetensors or pytorch_model.bin)")
-        return str(path.resolve())
-    if os.path.lexists(path) or not _HUB_NAME.fullmatch(model):
-        raise InputError(f"there is no model folder {model}")
-    return model
 
 
 def first_line(error: BaseException) -> str:

@@ -17,12 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from loraplus.errors import InputError, MergeMismatchError
 from loraplus.replacing import put_back, replace_folder
 from loraplus.scratch import folder_beside
-from loraplus.tasks.adapter import adapter_settings, load_causal
+from loraplus.tasks.adapter import load_causal
 from loraplus.tasks.files import read_json, write_json
-from loraplus.tasks.loading import first_line, from_pretrained, loading, resolve_model
+from loraplus.tasks.loading import first_line, from_pretrained, loading
 from loraplus.tasks.output import check_unicode, check_writable
-from loraplus.tasks.paths import user_path
+from loraplus.tasks.paths import resolve_model, user_path
 from loraplus.tasks.predict import load_adapter
+from loraplus.tasks.saved_adapter import adapter_settings
 from loraplus.whole import TEMPORARY, follow_umask
 
 RECORD_FILE = "merge.json"

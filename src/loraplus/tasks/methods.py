@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from loraplus.groups import rate_of_group
-from loraplus.movement import adapted_layers
+from loraplus.parts import Role
 from loraplus.rates import Rates
-from loraplus.roles import Role
 from loraplus.tasks.config import DEFAULT_LR, TaskConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 # n, r and s = α/r where the maximal-update rule gives DEFAULT_LR: BERT's width at the default rank and α.
 REFERENCE_WIDTH, REFERENCE_RANK, REFERENCE_SCALING = 768, 8, 16.0 / 8
@@ -103,6 +102,8 @@ def tied_rate(model: nn.Module) -> float:
     Source: derived here. The two regimes are those that the abstract of arXiv 2602.06204 (μA) states; the paper's own
     table of exponents could not be consulted, so its prescription may differ in what the abstract leaves open.
     """
+    from loraplus.movement import adapted_layers
+
     sizes = [layer.weights[0].numel() * layer.scaling for layer in adapted_layers(model)]  # A has n·r entries
     mean = math.exp(fmean(math.log(size) for size in sizes))
     return DEFAULT_LR * math.sqrt(REFERENCE_WIDTH * REFERENCE_RANK * REFERENCE_SCALING / mean)
@@ -110,6 +111,8 @@ def tied_rate(model: nn.Module) -> float:
 
 def rates_arrived_at(optimizer: torch.optim.Optimizer) -> tuple[float, float] | None:
     """(η_A, η_B) that an optimizer has come to, without the schedule; None if they are no numbers."""
+    from loraplus.groups import rate_of_group
+
     found = {}
     for group in optimizer.param_groups:
         rate = rate_of_group(optimizer, group, base=True) or 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -114,16 +113,7 @@ def _check_runs(config: TaskConfig, model: PeftModel) -> None:
 
 
 def four_bits(config: TaskConfig) -> BitsAndBytesConfig:
-    """NF4 with its scales quantised once more, as in QLoRA.
-
-    Raises:
-        InputError: bitsandbytes is not installed.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            "--load-in-4bit needs the package bitsandbytes, which is not installed: "
-            "pip install 'loraplus[bitsandbytes]'"
-        )
+    """NF4 with its scales quantised once more, as in QLoRA."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

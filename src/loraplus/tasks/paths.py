@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
 from loraplus.errors import InputError
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
 def user_path(name: str | os.PathLike[str]) -> Path:
@@ -56,6 +60,22 @@ def _mode(path: Path) -> int:
         raise InputError(f"cannot read {path}: {str(error.strerror).lower()}") from None
 
 
+def folder_unless_hub_name(name: str) -> Path | None:
+    """The folder of a name; None if it can be no folder's, and so may be a hub repository's.
+
+    Raises:
+        InputError: a file's, or that of a folder which is not there.
+    """
+    folder = user_path(name)
+    if is_folder(folder):
+        return folder
+    if folder.exists():
+        raise InputError(f"{name} is a file; name the folder that it is in")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or os.sep != "/":
+        raise InputError(f"there is no folder {name}")
+    return None
+
+
 def is_inside(name: object) -> bool:
     """Whether a file name that a file tells leads to a place below its own folder.
 
@@ -64,3 +84,21 @@ def is_inside(name: object) -> bool:
         (True, False)
     """
     return isinstance(name, str) and "\0" not in name and not os.path.isabs(name) and ".." not in Path(name).parts
+
+
+def resolve_model(model: str) -> str:
+    """Turns a model folder into its absolute path, and leaves a hub name as it is.
+
+    Raises:
+        InputError: a path that does not exist, or a folder without a model's files.
+    """
+    path = user_path(model)
+    if is_folder(path):
+        if not is_file(path / "config.json"):
+            raise InputError(f"model folder {model} has no config.json; it is not a transformers model")
+        if not any(found for pattern in _WEIGHT_FILES for found in path.glob(pattern)):
+            raise InputError(f"model folder {model} has no weights (model.safetensors or pytorch_model.bin)")
+        return str(path.resolve())
+    if os.path.lexists(path) or not _HUB_NAME.fullmatch(model):
+        raise InputError(f"there is no model folder {model}")
+    return model

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoConfig
 
 from loraplus.errors import InputError
-from loraplus.tasks.adapter import adapter_settings, put_adapter
+from loraplus.tasks.adapter import put_adapter
 from loraplus.tasks.loading import from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.paths import is_file, user_path
 from loraplus.tasks.pretrained import load_base
+from loraplus.tasks.saved_adapter import adapter_settings
 
 
 def load_adapter(adapter: str, base_model: str | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:

@@ -42,6 +42,16 @@ def _quotas(sizes: Sequence[int], total: int, least: Sequence[int], most: Sequen
     return quotas
 
 
+def check_fraction(fraction: float) -> None:
+    """Makes sure that a part of the data can be held out.
+
+    Raises:
+        InputError: it is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"the part of the data to hold out must lie between 0 and 1, got {fraction}")
+
+
 def stratified_split(labels: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Keeps a part of every class aside.
 
@@ -62,8 +72,7 @@ def stratified_split(labels: Sequence[str], fraction: float, seed: int) -> tuple
         >>> len(kept), len(held_out)
         (2, 2)
     """
-    if not 0 < fraction < 1:
-        raise InputError(f"the part of the data to hold out must lie between 0 and 1, got {fraction}")
+    check_fraction(fraction)
     classes = _shuffled_classes(labels, seed)
     sizes = [len(indices) for indices in classes]
     quotas = _quotas(

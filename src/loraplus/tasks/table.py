@@ -10,13 +10,13 @@ import re
 from pathlib import Path
 
 from loraplus.errors import InputError
-from loraplus.tasks.columnar import read_datasets_folder, read_hub, read_parquet
+from loraplus.tasks.columnar import check_datasets_folder, read_datasets_folder, read_hub, read_parquet
 from loraplus.tasks.paths import is_file, is_folder, user_path
 from loraplus.tasks.separated import read_commas, read_tabs
 from loraplus.tasks.tabular import Table, check_size
 from loraplus.tasks.text_files import check_not_blank, read_json_rows, read_lines
 
-__all__ = ["Table", "read_table"]
+__all__ = ["Table", "check_source", "read_table"]
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _FILE_SUFFIXES = (*_JSON_SUFFIXES, ".csv", ".tsv", ".parquet", ".txt", ".xls", ".xlsx", ".arrow", ".gz", ".zip")
@@ -42,13 +42,12 @@ def read_table(source: str, split: str = "train") -> Table:
         >>> read_table("reviews.csv").columns.keys()  # doctest: +SKIP
         dict_keys(['text', 'label'])
     """
+    check_source(source)
     path = user_path(source)
     if is_folder(path):
         table = read_datasets_folder(source, path, split)
     elif is_file(path):
         table = _read_file(source, path)
-    elif path.suffix.lower() in _FILE_SUFFIXES or not _HUB_NAME.fullmatch(source):
-        raise InputError(f"there is no file or folder {source}")
     else:
         table = read_hub(source, split)
     if len(table) == 0:
@@ -56,16 +55,32 @@ def read_table(source: str, split: str = "train") -> Table:
     return table
 
 
+def check_source(source: str) -> None:
+    """What can be said of a file or folder without reading it; hub names are not looked for.
+
+    Raises:
+        InputError: it is missing, empty, too large or of an unknown format.
+    """
+    path = user_path(source)
+    if is_folder(path):
+        check_datasets_folder(source, path)
+    elif is_file(path):
+        suffix = path.suffix.lower()
+        if suffix not in (".csv", ".tsv", ".txt", ".parquet", *_JSON_SUFFIXES):
+            raise InputError(
+                f"{source}: unknown format {suffix or '(no extension)'}; use .csv, .tsv, .jsonl, .parquet or .txt"
+            )
+        check_size(source, size=path.stat().st_size)
+        if suffix != ".parquet":
+            check_not_blank(source, path)
+    elif path.suffix.lower() in _FILE_SUFFIXES or not _HUB_NAME.fullmatch(source):
+        raise InputError(f"there is no file or folder {source}")
+
+
 def _read_file(source: str, path: Path) -> Table:
     suffix = path.suffix.lower()
-    if suffix not in (".csv", ".tsv", ".txt", ".parquet", *_JSON_SUFFIXES):
-        raise InputError(
-            f"{source}: unknown format {suffix or '(no extension)'}; use .csv, .tsv, .jsonl, .parquet or .txt"
-        )
-    check_size(source, size=path.stat().st_size)
     if suffix == ".parquet":
         return read_parquet(source, path)
-    check_not_blank(source, path)
     if suffix == ".csv":
         return read_commas(source, path)
     if suffix == ".tsv":

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from loraplus.errors import InputError
+from loraplus.tasks.config import CUT, DROP, LONG_EXAMPLES, SPLIT
 from loraplus.tasks.conversations import TEXT
 from loraplus.tasks.scratch_file import ScratchFile
 from loraplus.tasks.token_rows import TOKEN, TokenRows, write
 
 IGNORED = -100
-CUT, DROP, SPLIT = "cut", "drop", "split"
-LONG_EXAMPLES = (CUT, DROP, SPLIT)
 _TOKENS_AT_ONCE = 2**18
 _ROWS_AT_ONCE = 2**16
 

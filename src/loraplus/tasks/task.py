@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +9,9 @@ from typing import Any, Protocol
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from loraplus.errors import InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
+from loraplus.tasks.checks import check_task
 from loraplus.tasks.config import CLASSIFICATION, TaskConfig
-from loraplus.tasks.measures import MEASURES
 
 
 class TaskData(Protocol):
@@ -22,6 +19,8 @@ class TaskData(Protocol):
 
     @property
     def train(self) -> Sequence[Any]: ...
+    @property
+    def validation(self) -> Sequence[Any]: ...
     @property
     def facts(self) -> dict[str, Any]: ...
 
@@ -77,21 +76,13 @@ def task_of(config: TaskConfig) -> Task:
     """The task that --task names.
 
     Raises:
-        InputError: there is none of that name, or it needs a package that is not installed.
+        InputError: as `check_task`.
     """
-    if config.task not in MEASURES:
-        (near,) = difflib.get_close_matches(config.task, MEASURES, n=1, cutoff=0.0)
-        raise InputError(
-            f"--task: there is no task {config.task!r}; the nearest is {near!r}, all are {', '.join(MEASURES)}"
-        )
+    check_task(config)
     if config.task == CLASSIFICATION:
         from loraplus.tasks.classification import Classification
 
         return Classification()
-    if importlib.util.find_spec("trl") is None:
-        raise InputError(
-            f"--task {config.task} needs the package trl, which is not installed: pip install 'loraplus[trl]'"
-        )
     from loraplus.tasks.language import LanguageModelling  # here, since TRL takes seconds to import
 
     return LanguageModelling()

@@ -12,13 +12,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from loraplus.errors import DivergedError, InputError, InterruptedRun, LostProcessError
+from loraplus.errors import DivergedError, InterruptedRun, LostProcessError
 from loraplus.groups import explain
 from loraplus.integrations.checkpoints import rates_record, write_rates
 from loraplus.integrations.trainer_checkpoints import CARD_FILE, saved_whole
 from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.integrations.whole_checkpoints import check_places, checkpoints, newest_whole
 from loraplus.manifest import seal
+from loraplus.tasks.checks import check_settings, rates_of
 from loraplus.tasks.config import AUTO, TrainConfig
 from loraplus.tasks.data_parallel import (
     any_process,
@@ -31,7 +32,7 @@ from loraplus.tasks.finished import METRICS_FILE, finished_run
 from loraplus.tasks.output import check_output, hold_output, note_data, prepare_output, write_csv, write_json
 from loraplus.tasks.run_totals import RunTotals
 from loraplus.tasks.task import Task, task_of
-from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, rates_of, total_steps
+from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, total_steps
 
 DATA_FILE = "data_facts.json"
 CURVES_FILE = "curves.csv"
@@ -102,14 +103,13 @@ def train(
         InterruptedRun: a signal came; a checkpoint is saved.
         LostProcessError: another process of the run ended; the last checkpoint is kept.
     """
+    check_settings(config)
     wanted = asdict(config)
     check_output(config.output, wanted, overwrite=overwrite, resume=resume)
     check_places(Path(config.output))
     if resume and (metrics := finished_run(Path(config.output))) is not None:
         return metrics
     rates = rates_of(config, config.lr, config.lr_ratio)
-    if config.samples < 0:
-        raise InputError(f"--samples must be 0 or more, got {config.samples}")
     task = task_of(config)
     tokenizer = task.load_tokenizer(config)
     data = task.load_data(config, tokenizer)
@@ -150,8 +150,8 @@ def train(
                 "go on with the same command and --resume"
             )
 
-        evaluation = trainer.evaluate()
         best = trainer.state.best_global_step
+        evaluation = _evaluation_at(best, trainer) or trainer.evaluate()
         metrics = {
             "eval_loss": evaluation["eval_loss"],
             **{name: evaluation[name] for name in task.metrics},
@@ -174,6 +174,12 @@ def train(
             write_json(output / METRICS_FILE, metrics)  # last: it says that the run is finished
         wait_for_all()
         return metrics
+
+
+def _evaluation_at(step: int | None, trainer: LoraPlusTrainer) -> dict[str, Any] | None:
+    """What was logged of the weights of a step; they need not be evaluated again."""
+    rows = (row for row in reversed(trainer.state.log_history) if row["step"] == step and "eval_loss" in row)
+    return next(rows, None)
 
 
 def _diverged(error: DivergedError, output: Path) -> DivergedError:

@@ -15,26 +15,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from loraplus.errors import DivergedError, InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
-from loraplus.tasks.config import DEFAULT_LR, TaskConfig
+from loraplus.tasks.checks import check_numbers, check_parts
+from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.data_parallel import processes
+from loraplus.tasks.lengths import steps_between_evaluations, steps_of
 from loraplus.tasks.task import TaskData, task_of
 from loraplus.wrappers import unwrapped
 
-_EVALUATIONS_PER_RUN = 10
 _LOGS_PER_EVALUATION = 2
-_LARGEST_DECAY = 1e3
-_LARGEST_RANK = 2**16  # wider than any layer that is adapted
-
-
-def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float) -> Rates:
-    """The rates that a run's groups are built with; with lr "auto" those of A and B are set later.
-
-    Raises:
-        InvalidRateError: NaN or not positive.
-    """
-    if isinstance(lr, str):
-        lr, lr_ratio = DEFAULT_LR, 1.0
-    return Rates(lr, lr_ratio, lr_embedding=config.lr_embedding, lr_head=config.head_rate)
 
 
 def total_steps(config: TaskConfig, train_examples: int) -> int:
@@ -43,36 +31,9 @@ def total_steps(config: TaskConfig, train_examples: int) -> int:
     Raises:
         InputError: a setting that no run can have, such as a number of steps or epochs that is not positive.
     """
-    for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "rank", "alpha", "epochs"):
-        if not (math.isfinite(getattr(config, name)) and getattr(config, name) > 0):
-            raise InputError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(config, name)}")
-    if config.rank > _LARGEST_RANK:
-        raise InputError(f"--rank must be at most {_LARGEST_RANK}, got {config.rank}")
-    if not 0 <= config.weight_decay <= _LARGEST_DECAY:
-        raise InputError(f"--weight-decay must lie between 0 and {_LARGEST_DECAY:g}, got {config.weight_decay:g}")
-    for name in ("max_steps", "eval_steps", "max_eval_samples"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    if config.batch_size % (config.gradient_accumulation_steps * processes()):
-        shared = f" for each of {processes()} processes" if processes() > 1 else ""
-        raise InputError(
-            f"--batch-size {config.batch_size} cannot be cut into --gradient-accumulation-steps "
-            f"{config.gradient_accumulation_steps} equal parts{shared}"
-        )
-    if not 0 <= config.lora_dropout < 1:
-        raise InputError(f"--lora-dropout must be at least 0 and below 1, got {config.lora_dropout}")
-    if not 0 <= config.warmup_ratio < 1:
-        raise InputError(f"--warmup-ratio must be at least 0 and below 1, got {config.warmup_ratio}")
-    if config.max_steps is not None:
-        return config.max_steps
-    micro_batches = math.ceil(train_examples / (config.batch_size // config.gradient_accumulation_steps))
-    return max(1, math.ceil(math.ceil(micro_batches / config.gradient_accumulation_steps) * config.epochs))
-
-
-def steps_between_evaluations(steps: int) -> int:
-    """How often a run of so many steps is evaluated if nobody says otherwise: ten times."""
-    return max(1, steps // _EVALUATIONS_PER_RUN)
+    check_numbers(config)
+    check_parts(config, processes())
+    return steps_of(config, train_examples)
 
 
 def _steps_between_logs(eval_steps: int) -> int:
@@ -193,7 +154,9 @@ def build_trainer(
         InputError: a training setting that cannot be used.
     """
     steps = total_steps(config, len(data.train))
-    eval_steps = min(steps, config.eval_steps or steps_between_evaluations(steps))
+    eval_steps = min(
+        steps, config.eval_steps or steps_between_evaluations(steps, config.batch_size, len(data.validation))
+    )
     task = task_of(config)
     if optimizer is not None:  # Trainer passes no learning_rate on
         optimizer = optimizer[0], {"lr": rates.lr, **optimizer[1]}

@@ -1,0 +1,205 @@
+"""What is wrong with a run and shows before data and model are loaded; nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+from dataclasses import asdict
+
+from loraplus.errors import InputError
+from loraplus.rates import Rates
+from loraplus.tasks.config import (
+    ADDED,
+    CLASSIFICATION,
+    DEFAULT_LR,
+    DEFAULT_LR_HEAD,
+    DEFAULT_TUNING_RUNS,
+    HIGHEST_LR,
+    HIGHEST_LR_RATIO,
+    LONG_EXAMPLES,
+    LOSS_ON,
+    LOWEST_LR,
+    CompareConfig,
+    TaskConfig,
+    TrainConfig,
+    TuneConfig,
+    check_held,
+)
+from loraplus.tasks.files import read_template
+from loraplus.tasks.measures import MEASURES
+from loraplus.tasks.output import check_output
+from loraplus.tasks.paths import resolve_model
+from loraplus.tasks.splits import check_fraction, check_seed
+from loraplus.tasks.table import check_source
+
+_LARGEST_DECAY = 1e3
+_LARGEST_RANK = 2**16  # wider than any layer that is adapted
+_OF_LANGUAGE_MODELS = ("loss_on", "packing", "long_examples", "chat_template", "load_in_4bit")
+
+
+def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
+    """All that can be said of a run by looking at its settings, its folders and the beginnings of its files.
+
+    Args:
+        config: of the run.
+        overwrite: an earlier run's output may be replaced.
+        resume: an earlier run goes on; whether it is the same is found out later.
+
+    Raises:
+        InputError, InvalidRateError: a setting, file or folder that cannot be used.
+    """
+    if overwrite or not resume:
+        check_output(config.output, asdict(config), overwrite=overwrite, resume=resume)
+    check_settings(config)
+    _check_rates(config)
+    for source in (config.data, config.eval_data, getattr(config, "test_data", None)):
+        if source is not None:
+            check_source(source)
+    if config.chat_template is not None:
+        read_template(config.chat_template)
+    resolve_model(config.model)
+
+
+def check_settings(config: TaskConfig) -> None:
+    """The settings of a run but its rates.
+
+    Raises:
+        InputError: one that no run can have, or that another task has.
+    """
+    check_task(config)
+    check_numbers(config)
+    check_seed(config)
+    if config.eval_data is None:
+        check_fraction(config.eval_fraction)
+    if isinstance(config, TrainConfig) and config.samples < 0:
+        raise InputError(f"--samples must be 0 or more, got {config.samples}")
+    if isinstance(config, CompareConfig):
+        _check_comparison(config)
+    if isinstance(config, TuneConfig):
+        _check_budget(config)
+
+
+def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float) -> Rates:
+    """The rates that a run's groups are built with; with lr "auto" those of A and B are set later.
+
+    Raises:
+        InvalidRateError: NaN or not positive.
+    """
+    if isinstance(lr, str):
+        lr, lr_ratio = DEFAULT_LR, 1.0
+    return Rates(lr, lr_ratio, lr_embedding=config.lr_embedding, lr_head=config.head_rate)
+
+
+def check_task(config: TaskConfig) -> None:
+    """The task, the packages that it needs, and the settings that only some tasks have.
+
+    Raises:
+        InputError: there is no such task, a package is not installed, or a setting is another task's.
+    """
+    if config.task not in MEASURES:
+        (near,) = difflib.get_close_matches(config.task, MEASURES, n=1, cutoff=0.0)
+        raise InputError(
+            f"--task: there is no task {config.task!r}; the nearest is {near!r}, all are {', '.join(MEASURES)}"
+        )
+    if config.task == CLASSIFICATION:
+        for name in _OF_LANGUAGE_MODELS:
+            if getattr(config, name) != ADDED[name]:
+                raise InputError(f"--{_flag(name)} is for --task sft and lm, not for classification")
+        return
+    if config.label_column is not None:
+        raise InputError("--label-column is for --task classification")
+    if config.lr_head != DEFAULT_LR_HEAD:
+        raise InputError("--lr-head is for --task classification; a decoder trains no head")
+    for name, choices in (("loss_on", LOSS_ON), ("long_examples", LONG_EXAMPLES)):
+        asked = getattr(config, name)
+        if asked is not None and asked not in choices:
+            raise InputError(f"--{_flag(name)} must be one of {', '.join(choices)}, got {asked!r}")
+    if config.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "--load-in-4bit needs the package bitsandbytes, which is not installed: "
+            "pip install 'loraplus[bitsandbytes]'"
+        )
+    if importlib.util.find_spec("trl") is None:
+        raise InputError(
+            f"--task {config.task} needs the package trl, which is not installed: pip install 'loraplus[trl]'"
+        )
+
+
+def check_numbers(config: TaskConfig) -> None:
+    """Sizes, lengths and parts.
+
+    Raises:
+        InputError: names the flag.
+    """
+    for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "rank", "alpha", "epochs"):
+        if not (math.isfinite(getattr(config, name)) and getattr(config, name) > 0):
+            raise InputError(f"--{_flag(name)} must be positive and finite, got {getattr(config, name)}")
+    if config.rank > _LARGEST_RANK:
+        raise InputError(f"--rank must be at most {_LARGEST_RANK}, got {config.rank}")
+    if not 0 <= config.weight_decay <= _LARGEST_DECAY:
+        raise InputError(f"--weight-decay must lie between 0 and {_LARGEST_DECAY:g}, got {config.weight_decay:g}")
+    for name in ("max_steps", "eval_steps", "max_eval_samples"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{_flag(name)} must be 1 or more, got {value}")
+    for name in ("lora_dropout", "warmup_ratio"):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"--{_flag(name)} must be at least 0 and below 1, got {getattr(config, name)}")
+    check_parts(config, 1)
+
+
+def check_parts(config: TaskConfig, processes: int) -> None:
+    """Whether a batch can be shared out.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if config.batch_size % (config.gradient_accumulation_steps * processes):
+        shared = f" for each of {processes} processes" if processes > 1 else ""
+        raise InputError(
+            f"--batch-size {config.batch_size} cannot be cut into --gradient-accumulation-steps "
+            f"{config.gradient_accumulation_steps} equal parts{shared}"
+        )
+
+
+def _check_comparison(config: CompareConfig) -> None:
+    for name in ("tuning_runs", "seeds", "workers"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{_flag(name)} must be at least 1, got {value}")
+    if config.test_data is None:
+        check_fraction(config.test_fraction)
+    if not (math.isfinite(config.lr_ratio) and config.lr_ratio > 1):
+        raise InputError(f"--lr-ratio must be above 1, got {config.lr_ratio:g}: a ratio of 1 is the LoRA arm")
+    if not (math.isfinite(config.untuned_lr) and config.untuned_lr > 0):
+        raise InputError(f"--untuned-lr must be a positive number, got {config.untuned_lr:g}")
+    check_held("--lr-ratio", config.lr_ratio, 1, HIGHEST_LR_RATIO)
+    check_held("--untuned-lr", config.untuned_lr, LOWEST_LR, HIGHEST_LR)
+
+
+def _check_budget(config: TuneConfig) -> None:
+    if config.workers is not None and config.workers < 1:
+        raise InputError(f"--workers must be at least 1, got {config.workers}")
+    if config.tuning_runs is not None and config.minutes is not None:
+        raise InputError("--tuning-runs and --minutes are two budgets: give one of them")
+    if config.minutes is not None:
+        if not (math.isfinite(config.minutes) and config.minutes > 0):
+            raise InputError(f"--minutes must be a positive number, got {config.minutes:g}")
+        return
+    runs = DEFAULT_TUNING_RUNS if config.tuning_runs is None else config.tuning_runs
+    if not (math.isfinite(runs) and runs >= 1):
+        raise InputError(f"--tuning-runs must be at least 1, got {runs:g}: the search ends with a run of full length")
+
+
+def _check_rates(config: TaskConfig) -> None:
+    if isinstance(config, TrainConfig):
+        rates_of(config, config.lr, config.lr_ratio)
+    elif isinstance(config, CompareConfig):
+        rates_of(config, config.untuned_lr, config.lr_ratio)
+    else:  # a search sets those of A and B
+        rates_of(config, DEFAULT_LR, 1.0)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
