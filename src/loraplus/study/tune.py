@@ -119,7 +119,7 @@ def train_command(config: TrainConfig) -> str:
     for spec in fields(config):
         value, flag = getattr(config, spec.name), "--" + spec.name.replace("_", "-")
         if value is True:
-            words.append(flag)
+            words += [flag] if spec.default is not True else []
         elif value is False and spec.default is not False:
             words.append("--no-" + flag.removeprefix("--"))
         elif spec.name in ("lr", "lr_ratio") or value != spec.default:

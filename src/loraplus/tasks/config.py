@@ -28,6 +28,7 @@ LONG_EXAMPLES = (CUT, DROP, SPLIT)
 ADDED = {
     "task": CLASSIFICATION, "loss_on": None, "packing": None, "long_examples": None, "chat_template": None,
     "load_in_4bit": False, "samples": 3,
+    "speed_up": True,  # runs before it computed the same, to rounding
 }  # fmt: skip
 
 
@@ -125,6 +126,9 @@ class TaskConfig:
     )
     seed: int = _option(0, "Seed of the splits, of initialisation and of data order.")
     bf16: bool = _option(False, "Compute in bfloat16 where it pays.")
+    speed_up: bool = _option(
+        True, "Compute the same gradients in less time and memory (loraplus.speed_up); --no-speed-up computes as PEFT."
+    )
     trust_remote_code: bool = _option(False, "Run code that comes with the model. Only for models you trust.")
 
     @property

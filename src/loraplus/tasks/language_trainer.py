@@ -13,6 +13,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from loraplus.integrations.transformers import LoraPlusTrainingArguments
+from loraplus.speed.loss import ChunkedLoss
 from loraplus.tasks.data_parallel import DataParallelTrainer
 from loraplus.tasks.measures import perplexity
 from loraplus.tasks.packing import PackingCollator
@@ -68,6 +69,23 @@ class LanguageTrainer(DataParallelTrainer, SFTTrainer):  # type: ignore[misc]
     def weighted(self, part: dict[str, Any], weight: float) -> dict[str, Any]:
         """A part counts by its target tokens; one that only fills a process's place has none."""
         return part if weight else {**part, "labels": torch.full_like(part["labels"], IGNORED)}
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over the target tokens; in training by the model's own loss where `speed_up` takes it in chunks.
+
+        TRL's fused output layer works out entropy and accuracy of every token beside it, which nobody reads here.
+        """
+        plain = self.label_smoother is None and self.compute_loss_func is None and not self.aux_loss_enabled
+        chunked = isinstance(getattr(self.accelerator.unwrap_model(self.model), "loss_function", None), ChunkedLoss)
+        if return_outputs or not (self.model.training and plain and chunked and self.args.loss_type == "nll"):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            num_items_in_batch = (inputs["labels"][..., 1:] != IGNORED).sum()
+        items = torch.as_tensor(num_items_in_batch).clamp(min=1)  # a part without targets counts as zero
+        loss = model(**inputs, use_cache=False, num_items_in_batch=items).loss
+        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -161,6 +162,7 @@ def train(
             "batch_size": config.batch_size,  # over all processes
             "processes": processes(),
             **task.facts_of_run(trainer),
+            "speed_up": dict(Counter(trainer.loraplus_speed.replaced.values())),
             "train_loss": totals.loss / step,
             "train_seconds": totals.seconds,
             "seconds_per_step": clock.seconds_per_step,

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from loraplus.errors import DivergedError, InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
+from loraplus.speed import SpeedReport, speed_up
 from loraplus.tasks.checks import check_numbers, check_parts
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.data_parallel import processes
@@ -132,7 +133,7 @@ def build_trainer(
     optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> LoraPlusTrainer:
-    """The task's trainer with the library's own levers on: length-grouped batches and fused AdamW.
+    """The task's trainer with all levers on: length-grouped batches, fused AdamW, and `speed_up` on the model.
 
     Args:
         config: training length, batch, schedule.
@@ -154,6 +155,7 @@ def build_trainer(
         InputError: a training setting that cannot be used.
     """
     steps = total_steps(config, len(data.train))
+    report = speed_up(model) if config.speed_up else SpeedReport()
     eval_steps = min(
         steps, config.eval_steps or steps_between_evaluations(steps, config.batch_size, len(data.validation))
     )
@@ -200,6 +202,7 @@ def build_trainer(
     trainer = task.trainer(
         config, data, model, tokenizer, args=args, callbacks=list(callbacks), optimizer_cls_and_kwargs=optimizer
     )
+    trainer.loraplus_speed = report
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
     return trainer
