@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from loraplus.speed.activations import FastActivation, FastGatedMLP, kind_of, literal_activation, literal_gated
 from loraplus.speed.adapters import FastLinear
 from loraplus.speed.fast import Fast, make_fast, make_slow
+from loraplus.speed.graphs import GraphedLayer, GraphedStack
 from loraplus.speed.last_layer import FastClassifier, FastLastLayer, last_layer
 from loraplus.speed.loss import ChunkedLoss, FastOutput, fits
 from loraplus.speed.norms import FastLayerNorm, FastRMSNorm, literal_rms_norm
@@ -216,7 +217,21 @@ def _loss(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
         yield "loss: the output layer is trained or of another form"
 
 
+def _graphs(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
+    layers = getattr(module, "layers", None)
+    if not _is_model(module, "Model") or not isinstance(layers, nn.ModuleList) or not len(layers):
+        return
+    what = "layers replayed as CUDA graphs"
+    if any("forward" in vars(part) for part in (module, *layers)):
+        yield _REPLACED
+        return
+    for layer in layers:
+        Change(layer, GraphedLayer, what).make()
+    yield Change(module, GraphedStack, what)
+
+
 CHOICES: dict[str, Callable[[nn.Module, Judged], Iterator[Change | str]]] = {
     "adapters": _adapters, "recompute": _recompute, "norms": _norms, "last_layer": _last_layer, "loss": _loss,
+    "graphs": _graphs,
 }  # fmt: skip
 """{lever: what it makes of a module}."""

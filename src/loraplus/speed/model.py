@@ -13,8 +13,10 @@ from loraplus.speed.choices import CHOICES, Change, Judged
 from loraplus.speed.fast import make_slow
 from loraplus.speed.loss import ChunkedLoss
 
-LEVERS = tuple(CHOICES)
+ALL_LEVERS = tuple(CHOICES)
 """What `speed_up` can do, each by itself."""
+LEVERS = tuple(name for name in ALL_LEVERS if name != "graphs")
+"""What it does unless told otherwise. "graphs" is for GPUs and batches of one shape, and takes memory of its own."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ def speed_up(model: nn.Module, *, levers: Collection[str] = LEVERS) -> SpeedRepo
 
     Args:
         model: with adapters of PEFT, wrapped or not.
-        levers: which of `LEVERS` to use.
+        levers: which of `ALL_LEVERS` to use.
 
     Returns:
         What was replaced and what was left alone, and why. What has been replaced before is listed again.
@@ -64,9 +66,9 @@ def speed_up(model: nn.Module, *, levers: Collection[str] = LEVERS) -> SpeedRepo
         >>> slow_down(model)
         1
     """
-    unknown = [name for name in levers if name not in LEVERS]
+    unknown = [name for name in levers if name not in ALL_LEVERS]
     if unknown:
-        raise InputError(f"there is no lever {unknown[0]!r}; there are {', '.join(LEVERS)}")
+        raise InputError(f"there is no lever {unknown[0]!r}; there are {', '.join(ALL_LEVERS)}")
     report, judged = SpeedReport(), Judged()
     for name, module in list(model.named_modules()):
         for lever in levers:
