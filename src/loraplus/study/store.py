@@ -159,6 +159,10 @@ class StudyStore(Generic[TrialT, RecordT]):
         Returns:
             False if another process has the run under way or has finished it.
         """
+        if self.shared:
+            self.refresh()
+            if trial.key in self._records:  # what a killed process had written its outcome of, say
+                return False
         self._add(trial)
         if not self.shared:
             return True
