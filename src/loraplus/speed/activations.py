@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from loraplus.speed.fast import Fast, is_traced
+from loraplus.speed.fast import Fast, is_plain, is_traced
 from loraplus.speed.remake import mark
 
 _TANH = {"NewGELUActivation", "PytorchGELUTanh", "GELUTanh", "FastGELUActivation"}
@@ -48,7 +49,7 @@ class FastGatedMLP(Fast):
     def forward(self, x: Tensor) -> Tensor:
         mlp: Any = self
         kind = kind_of(mlp.act_fn)
-        if is_traced() or kind is None:
+        if is_traced() or kind is None or not is_plain((mlp.act_fn,)):
             return super().forward(x)
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
         h: Tensor = _Gated.apply(gate, up, kind)  # type: ignore[assignment]
@@ -88,6 +89,7 @@ class _Gated(torch.autograd.Function):
         return _act(gate, kind).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         gate, up = ctx.saved_tensors
         d_gate = d_up = None

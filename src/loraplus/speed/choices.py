@@ -1,7 +1,7 @@
 """For each lever, which modules it changes: those whose own forward was seen to compute the same.
 
-Names and shapes only suggest. Before the first module of a class changes, its own forward is run once beside the literal
-twin of the faster one, on a few numbers; a class that computes something else is left alone.
+Names and shapes only suggest. Before the first module of a class and settings changes, its own forward is run beside the
+literal twin of the faster one, on a few numbers; one that computes something else is left alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from loraplus.speed.activations import FastActivation, FastGatedMLP, kind_of, literal_activation, literal_gated
 from loraplus.speed.adapters import FastLinear
-from loraplus.speed.fast import Fast, make_fast, make_slow
-from loraplus.speed.last_layer import FastClassifier, FastLastLayer, last_layer
-from loraplus.speed.loss import ChunkedLoss, FastOutput, fits
+from loraplus.speed.fast import Fast, is_plain, make_fast, make_slow
+from loraplus.speed.last_layer import FastClassifier, FastLastLayer, last_layer, readers
+from loraplus.speed.loss import ChunkedLoss, FastCausal, FastOutput, fits
 from loraplus.speed.norms import FastLayerNorm, FastRMSNorm, literal_rms_norm
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -43,49 +43,71 @@ class Change:
 
     def make(self) -> None:
         """Changes it, unless that was done before."""
-        if not isinstance(self.module, Fast):
-            make_fast(self.module, self.fast)
+        make_fast(self.module, self.fast)
 
 
 class Judged:
     """Which classes compute what their faster form does: each is tried once."""
 
     def __init__(self) -> None:
-        self._same: dict[type, bool] = {}
+        self._same: dict[Any, bool] = {}
 
     def same(self, module: nn.Module, own: Callable[[], Tensor], literal: Callable[[], Tensor]) -> bool:
-        """Whether two computations give the same numbers; neither draws from the script's random numbers."""
-        kind = type(module)
+        """Whether two computations give the same numbers, in training and out of it.
+
+        Neither draws from the script's random numbers. A module is judged with others of its class and settings.
+        """
+        if not is_plain(module.modules()):
+            return False  # a hook of the script's is not for us to run
+        settings = [f"{name}={value}" for name, value in sorted(vars(module).items()) if type(value) in _SETTINGS]
+        kind = (type(module), *(one for one in settings if not one.startswith(("training=", "layer_idx="))))
         if kind not in self._same:
-            with _quiet(module):
-                try:
-                    found, expected = own(), literal()
-                    tolerance = _TOLERANCE.get(expected.dtype, 0.0)
-                    close = found.shape == expected.shape and torch.allclose(found, expected, tolerance, tolerance)
-                except Exception:  # a module of another form, or one that cannot be called by itself
-                    close = False
-            self._same[kind] = close
+            self._same[kind] = all(_agree(module, own, literal, training) for training in (True, False))
         return self._same[kind]
 
 
+_SETTINGS = (bool, int, float, str)
+
+
+def _agree(module: nn.Module, own: Callable[[], Tensor], literal: Callable[[], Tensor], training: bool) -> bool:
+    try:
+        with _quiet(module, training=training):
+            found = own()
+        with _quiet(module, training=training):
+            return _is_close(found, literal())
+    except Exception:  # a module of another form, or one that cannot be called by itself
+        return False
+
+
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results are the same to rounding, each row by its own size."""
+    if found.shape != expected.shape or found.dtype is not expected.dtype:
+        return False
+    size = expected.abs().amax(-1, keepdim=True) + 1.0
+    return bool(((found - expected).abs() <= _TOLERANCE.get(expected.dtype, 0.0) * size).all())
+
+
 @contextlib.contextmanager
-def _quiet(module: nn.Module) -> Iterator[None]:
-    """Without dropout, gradients or traces in the random numbers."""
+def _quiet(module: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Without gradients, and with the random numbers as they were, each time."""
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    module.train(training)
     device = next((value.device for value in module.parameters()), torch.device("cpu"))
     devices = [device] if device.type not in ("cpu", "meta") else []
     try:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
-            torch.manual_seed(0)
             yield
     finally:
         for part, mode in modes:
             part.training = mode
 
 
+_SCALES = torch.tensor([0.1, 1.0, 100.0])[:, None]
+"""Of the rows that a module is tried on: what is cut off where numbers are large shows there."""
+
+
 def _numbers(*shape: int, like: Tensor) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 
 def _adapters(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
@@ -105,14 +127,14 @@ def _adapters(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
 
 
 def _recompute(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
-    if type(module) is nn.LayerNorm:
-        yield Change(module, FastLayerNorm, "output made again where a gradient needs it")
-    elif isinstance(module, Fast) and module.lever == "recompute":
+    if isinstance(module, Fast) and module.lever == "recompute":
         yield Change(module, type(module), "output made again where a gradient needs it")
     elif "forward" in vars(module):
         return
+    elif type(module) is nn.LayerNorm:
+        yield Change(module, FastLayerNorm, "output made again where a gradient needs it")
     elif (kind := kind_of(module)) is not None and not list(module.parameters()):
-        x = torch.linspace(-4.0, 4.0, 33)
+        x = torch.linspace(-4.0, 4.0, 33)[None] * _SCALES
         if judged.same(module, lambda: module(x), lambda: literal_activation(x, kind)):
             yield Change(module, FastActivation, "output made again where a gradient needs it")
     elif all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
@@ -121,20 +143,18 @@ def _recompute(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
 
 def _gated(mlp: Any, judged: Judged) -> Iterator[Change | str]:
     kind = kind_of(getattr(mlp, "act_fn", None))
-    weight = next(iter(mlp.gate_proj.parameters()))
+    weight = next(mlp.gate_proj.parameters(), None)
     width = getattr(mlp.gate_proj, "in_features", None)
 
-    def literal() -> Tensor:
+    def numbers() -> Tensor:
         x = _numbers(1, 3, width, like=weight)
+        return x / mlp.gate_proj(x).std() * _SCALES.to(x)
+
+    def literal() -> Tensor:
+        x = numbers()
         return mlp.down_proj(literal_gated(mlp.gate_proj(x), mlp.up_proj(x), kind))
 
-    def own() -> Tensor:
-        return mlp(_numbers(1, 3, width, like=weight))
-
-    def seeded(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return lambda: (torch.manual_seed(0), compute())[1]
-
-    if kind is not None and width and judged.same(mlp, seeded(own), seeded(literal)):
+    if kind is not None and weight is not None and width and judged.same(mlp, lambda: mlp(numbers()), literal):
         yield Change(mlp, FastGatedMLP, "gated layer that keeps its two inputs")
     else:
         yield _OTHER.format(type(mlp).__name__)
@@ -173,7 +193,7 @@ def _last_layer(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
         yield Change(model, FastClassifier, what)
         return
     layer = last_layer(model)
-    if layer is None or "forward" in vars(model) or "forward" in vars(layer):
+    if layer is None or not is_plain(readers(model, layer)):
         yield "last layer: of another form"
         return
     ids = torch.arange(10, device=next(model.parameters()).device).view(2, 5) % model.config.vocab_size
@@ -190,8 +210,7 @@ def _last_layer(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
             for change in changes:
                 change.make()
             found = logits()
-            tolerance = _TOLERANCE.get(expected.dtype, 0.0)
-            same = found.shape == expected.shape and torch.allclose(found, expected, tolerance, tolerance)
+            same = _is_close(found, expected)
         except Exception:  # the head reads other positions, say
             same = False
     if same:
@@ -206,14 +225,14 @@ def _loss(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     model: Any = module
     if not _is_model(model, "ForCausalLM", "LMHeadModel"):
         return
-    head = model.get_output_embeddings()
-    if isinstance(head, FastOutput):
-        yield Change(head, FastOutput, "loss in chunks, without the logits of masked labels")
-    elif fits(model, head):
+    head, what = model.get_output_embeddings(), "loss in chunks, without the logits of masked labels"
+    if not isinstance(model, FastCausal) and ("forward" in vars(model) or not fits(model, head)):
+        yield "loss: it, or the output layer, is trained or of another form"
+        return
+    if not isinstance(model.loss_function, ChunkedLoss):
         model.loss_function = ChunkedLoss(model.loss_function)
-        yield Change(head, FastOutput, "loss in chunks, without the logits of masked labels")
-    else:
-        yield "loss: the output layer is trained or of another form"
+    yield Change(head, FastOutput, what)
+    yield Change(model, FastCausal, what)
 
 
 CHOICES: dict[str, Callable[[nn.Module, Judged], Iterator[Change | str]]] = {

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from loraplus.speed.fast import Fast, is_traced
+from loraplus.speed.fast import Fast, is_sharded, is_traced
 from loraplus.speed.remake import mark
 
 
@@ -23,7 +24,7 @@ class FastLayerNorm(Fast):
         if is_traced() or not y.requires_grad or _is_trained(norm):
             return y
         shape, eps, dtype = norm.normalized_shape, norm.eps, y.dtype
-        frozen = [parameter for parameter in (norm.weight, norm.bias) if parameter is not None]
+        frozen = [_lasting(norm, parameter) for parameter in (norm.weight, norm.bias) if parameter is not None]
 
         def again(x: Tensor, *parameters: Tensor) -> Tensor:
             weight = parameters[0] if norm.weight is not None else None
@@ -51,7 +52,7 @@ class FastRMSNorm(Fast):
         y: Tensor = _RMSNorm.apply(x, norm.weight, eps)  # type: ignore[assignment]
         if not y.requires_grad:
             return y
-        return mark(y, lambda x, weight: _normed(x, weight, eps)[0], x, norm.weight)
+        return mark(y, lambda x, weight: _normed(x, weight, eps)[0], x, _lasting(norm, norm.weight))
 
 
 def literal_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -80,6 +81,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, weight, rho = ctx.saved_tensors
         if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward"):
@@ -100,6 +102,11 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.to(torch.float32)
     rho = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (wide * rho).to(x.dtype) * weight, rho
+
+
+def _lasting(norm: nn.Module, parameter: Tensor) -> Tensor:
+    """A parameter for what reads the norm's output, which FSDP may hold elsewhere and go through at another time."""
+    return parameter.detach().clone() if is_sharded(norm) else parameter
 
 
 def _is_trained(module: nn.Module) -> bool:
