@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from loraplus.speed.fast import Fast, is_plain, is_traced
+from loraplus.speed.fast import Fast, is_plain, is_traced, once
 from loraplus.speed.remake import mark
 
 _TANH = {"NewGELUActivation", "PytorchGELUTanh", "GELUTanh", "FastGELUActivation"}
@@ -32,6 +31,7 @@ class FastActivation(Fast):
     """GELU or SiLU by torch's kernel; what reads the output need not keep it."""
 
     lever = "recompute"
+    what = "output made again where a gradient needs it"
 
     def forward(self, x: Tensor) -> Tensor:
         kind = kind_of(self)
@@ -45,6 +45,7 @@ class FastGatedMLP(Fast):
     """down(act(gate(x)) ⊙ up(x)), keeping gate(x) and up(x)."""
 
     lever = "recompute"
+    what = "gated layer that keeps its two inputs"
 
     def forward(self, x: Tensor) -> Tensor:
         mlp: Any = self
@@ -89,7 +90,7 @@ class _Gated(torch.autograd.Function):
         return _act(gate, kind).mul_(up)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         gate, up = ctx.saved_tensors
         d_gate = d_up = None

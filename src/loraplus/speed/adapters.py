@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from loraplus.speed.dropout import Mask
-from loraplus.speed.fast import Fast, computed_in, is_plain, is_traced
+from loraplus.speed.fast import Fast, computed_in, is_plain, is_traced, once
 from loraplus.speed.remake import Recipe, keep, kept, recipe_of
 
 _WIDE = (torch.float32, torch.float64)  # W + s·B A would lose B A in 16 bits
@@ -35,6 +34,7 @@ class FastLinear(Fast):
     """The forward of PEFT's `lora.Linear`."""
 
     lever = "adapters"
+    what = "LoRA in one step"
     only_input = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -213,7 +213,7 @@ class _Whole(torch.autograd.Function):
         return y.view(*x.shape[:-1], outputs)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, (weight, a, b, through_a) = kept(ctx)
         g = g.reshape(-1, g.shape[-1])
@@ -246,7 +246,7 @@ class _Added(torch.autograd.Function):
         return total.reshape(y.shape)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, (a, b, through_a) = kept(ctx)
         found = _Gradients(ctx, x, g.reshape(-1, g.shape[-1]), a, b, through_a, needs=ctx.needs_input_grad[2:4])

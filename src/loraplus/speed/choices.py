@@ -1,7 +1,7 @@
 """For each lever, which modules it changes: those whose own forward was seen to compute the same.
 
-Names and shapes only suggest. Before the first module of a class and settings changes, its own forward is run beside the
-literal twin of the faster one, on a few numbers; one that computes something else is left alone.
+Names and shapes only suggest. Before the first module of a class and settings changes, its own forward is run beside
+the literal twin of the faster one, on a few numbers; one that computes something else is left alone.
 """
 
 from __future__ import annotations
@@ -34,12 +34,10 @@ class Change:
     Args:
         module: which.
         fast: what is mixed in.
-        what: what it does then, in words.
     """
 
     module: nn.Module
     fast: type[Fast]
-    what: str
 
     def make(self) -> None:
         """Changes it, unless that was done before."""
@@ -123,20 +121,20 @@ def _adapters(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     elif layer.lora_variant and set(layer.lora_variant) >= set(layer.lora_A):
         yield f"{type(next(iter(layer.lora_variant.values()))).__name__}: PEFT's own form is kept"
     else:
-        yield Change(layer, FastLinear, "LoRA in one step")
+        yield Change(layer, FastLinear)
 
 
 def _recompute(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     if isinstance(module, Fast) and module.lever == "recompute":
-        yield Change(module, type(module), "output made again where a gradient needs it")
+        yield Change(module, type(module))
     elif "forward" in vars(module):
         return
     elif type(module) is nn.LayerNorm:
-        yield Change(module, FastLayerNorm, "output made again where a gradient needs it")
+        yield Change(module, FastLayerNorm)
     elif (kind := kind_of(module)) is not None and not list(module.parameters()):
         x = torch.linspace(-4.0, 4.0, 33)[None] * _SCALES
         if judged.same(module, lambda: module(x), lambda: literal_activation(x, kind)):
-            yield Change(module, FastActivation, "output made again where a gradient needs it")
+            yield Change(module, FastActivation)
     elif all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
         yield from _gated(module, judged)
 
@@ -155,7 +153,7 @@ def _gated(mlp: Any, judged: Judged) -> Iterator[Change | str]:
         return mlp.down_proj(literal_gated(mlp.gate_proj(x), mlp.up_proj(x), kind))
 
     if kind is not None and weight is not None and width and judged.same(mlp, lambda: mlp(numbers()), literal):
-        yield Change(mlp, FastGatedMLP, "gated layer that keeps its two inputs")
+        yield Change(mlp, FastGatedMLP)
     else:
         yield _OTHER.format(type(mlp).__name__)
 
@@ -163,7 +161,7 @@ def _gated(mlp: Any, judged: Judged) -> Iterator[Change | str]:
 def _norms(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     norm: Any = module
     if isinstance(norm, FastRMSNorm):
-        yield Change(norm, FastRMSNorm, "RMSNorm in one step")
+        yield Change(norm, FastRMSNorm)
     if isinstance(norm, Fast) or not type(norm).__name__.endswith("RMSNorm") or "forward" in vars(norm):
         return
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
@@ -172,7 +170,7 @@ def _norms(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
         return
     x = torch.linspace(-3.0, 4.0, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
     if judged.same(norm, lambda: norm(x), lambda: literal_rms_norm(x, weight, eps)):
-        yield Change(norm, FastRMSNorm, "RMSNorm in one step")
+        yield Change(norm, FastRMSNorm)
     else:
         yield _OTHER.format(type(norm).__name__)
 
@@ -188,9 +186,8 @@ def _last_layer(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     model: Any = module
     if not _is_model(model, "ForSequenceClassification"):
         return
-    what = "last layer only where the head reads"
     if isinstance(model, FastClassifier):
-        yield Change(model, FastClassifier, what)
+        yield Change(model, FastClassifier)
         return
     layer = last_layer(model)
     if layer is None or not is_plain(readers(model, layer)):
@@ -206,7 +203,7 @@ def _last_layer(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     with _quiet(model):
         try:
             expected = logits()
-            changes = [Change(layer, FastLastLayer, what), Change(model, FastClassifier, what)]
+            changes = [Change(layer, FastLastLayer), Change(model, FastClassifier)]
             for change in changes:
                 change.make()
             found = logits()
@@ -214,7 +211,7 @@ def _last_layer(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
         except Exception:  # the head reads other positions, say
             same = False
     if same:
-        yield Change(model, FastClassifier, what)
+        yield Change(model, FastClassifier)
         return
     for part in (layer, model):
         make_slow(part)
@@ -225,14 +222,14 @@ def _loss(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     model: Any = module
     if not _is_model(model, "ForCausalLM", "LMHeadModel"):
         return
-    head, what = model.get_output_embeddings(), "loss in chunks, without the logits of masked labels"
+    head = model.get_output_embeddings()
     if not isinstance(model, FastCausal) and ("forward" in vars(model) or not fits(model, head)):
         yield "loss: it, or the output layer, is trained or of another form"
         return
     if not isinstance(model.loss_function, ChunkedLoss):
         model.loss_function = ChunkedLoss(model.loss_function)
-    yield Change(head, FastOutput, what)
-    yield Change(model, FastCausal, what)
+    yield Change(head, FastOutput)
+    yield Change(model, FastCausal)
 
 
 CHOICES: dict[str, Callable[[nn.Module, Judged], Iterator[Change | str]]] = {

@@ -7,12 +7,14 @@ wherever it might not. The module keeps its name, parameters, hooks, state dict 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
+
+from loraplus.errors import InputError
 
 _Base = nn.Module if TYPE_CHECKING else object
 
@@ -22,6 +24,8 @@ class Fast(_Base):
 
     lever = ""
     """Which of `LEVERS` it belongs to."""
+    what = ""
+    """What it does, in words."""
     only_input = True
     """Whether the fast form takes one tensor, by place; a call of another kind is the module's own."""
 
@@ -105,6 +109,23 @@ def is_plain(modules: Iterable[nn.Module]) -> bool:
         ):
             return False
     return not _torch_module._has_any_global_hook()
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that is no forward pass of another: it is an error, not a wrong number, where that is asked for.
+
+    torch's `once_differentiable` lets it pass where the gradient that comes in is a constant.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise InputError(
+                "after speed_up, gradients have no gradients (create_graph=True); call loraplus.slow_down(model) before"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 def is_sharded(module: nn.Module) -> bool:

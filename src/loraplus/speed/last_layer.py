@@ -24,6 +24,7 @@ class FastClassifier(Fast):
     """A model for the classification of sequences; where nobody asks for hidden states, its last layer may be short."""
 
     lever = "last_layer"
+    what = "last layer only where the head reads"
     only_input = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,6 +47,7 @@ class FastLastLayer(Fast):
     """A layer of the BERT family."""
 
     lever = "last_layer"
+    what = "last layer only where the head reads"
     only_input = False
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +150,8 @@ def _by_weights(
 ) -> Tensor:  # fmt: skip
     """Without keys and values, of which one query needs no more than their sums: (batch, heads, size).
 
-    q·(Wₖ xₗ) = (Wₖᵀ q)·xₗ and Σₗ pₗ Wᵥ xₗ = Wᵥ Σₗ pₗ xₗ, so a head of size d costs a d-th of the products with all rows of x.
+    q·(Wₖ xₗ) = (Wₖᵀ q)·xₗ and Σₗ pₗ Wᵥ xₗ = Wᵥ Σₗ pₗ xₗ, so a head of size d costs a d-th of the products
+    with every row of x.
     """
     heads, size, width = attention.num_attention_heads, attention.attention_head_size, x.shape[-1]
     query = query * attention.scaling

@@ -1,8 +1,8 @@
 """The loss of a causal language model from the positions that have a label, a chunk of them at a time.
 
 Where labels are given, the output layer hands on `LazyLogits`, which are computed when somebody looks at them. The loss
-does not: it takes the hidden states, leaves out the positions without a label, and keeps no logits. Each chunk gives its
-part of the loss and, since the output layer is frozen, of the gradient of the hidden states at once:
+does not: it takes the hidden states, leaves out the positions without a label, and keeps no logits. Each chunk gives
+its part of the loss and, since the output layer is frozen, of the gradient of the hidden states at once:
 
     L = Σ −log softmax(W h)_label / n,   dh = (softmax(W h) − onehot) W / n
 """
@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
-from loraplus.speed.fast import Fast, computed_in, is_plain, is_sharded, is_traced
+from loraplus.speed.fast import Fast, computed_in, is_plain, is_sharded, is_traced, once
 
 _CHUNK_BYTES = 2**26
 """Of logits in 32 bits at once."""
@@ -33,6 +32,7 @@ class FastCausal(Fast):
     """
 
     lever = "loss"
+    what = "loss in chunks, without the logits of masked labels"
     only_input = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,6 +51,7 @@ class FastOutput(Fast):
     """A frozen output layer, which hands on `LazyLogits` in training."""
 
     lever = "loss"
+    what = "loss in chunks, without the logits of masked labels"
 
     def forward(self, hidden: Tensor) -> Tensor:
         head: Any = self
@@ -100,8 +101,8 @@ _OF_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 class LazyLogits(Tensor):
     """Logits that are computed once somebody looks at them: h Wᵀ + b, (…, vocabulary).
 
-    From then on it stands for the tensor computed, with whatever is done to that in place. Its own place in the graph, for
-    code that does not look by way of Python, is that of the logits.
+    From then on it stands for the tensor computed, with whatever is done to that in place. Its own place in the graph,
+    for code that does not look by way of Python, is that of the logits.
     """
 
     hidden: Tensor
@@ -179,7 +180,7 @@ class _Unseen(torch.autograd.Function):
         return torch.Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=hidden.device)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         (weight,), (product, dtype) = ctx.saved_tensors, ctx.types
         return (g.to(product) @ weight.to(product)).to(dtype), None, None, None
@@ -263,7 +264,7 @@ class _MeanLoss(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         scale = g if ctx.late is None else g * ctx.late

@@ -73,7 +73,7 @@ def speed_up(model: nn.Module, *, levers: Collection[str] = LEVERS) -> SpeedRepo
             for verdict in CHOICES[lever](module, judged):
                 if isinstance(verdict, Change):
                     verdict.make()
-                    report.replaced[name] = verdict.what
+                    report.replaced[name] = verdict.fast.what
                 else:
                     report.left[name] = verdict
     return report

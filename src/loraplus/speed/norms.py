@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from loraplus.speed.fast import Fast, is_sharded, is_traced
+from loraplus.speed.fast import Fast, is_sharded, is_traced, once
 from loraplus.speed.remake import mark
 
 
@@ -17,6 +16,7 @@ class FastLayerNorm(Fast):
     """torch's `nn.LayerNorm`: its own kernel; what reads the output need not keep it."""
 
     lever = "recompute"
+    what = "output made again where a gradient needs it"
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self
@@ -41,6 +41,7 @@ class FastRMSNorm(Fast):
     """The norm of Llama and its kin: w ⊙ round(x / √(mean(x²) + ε)), computed in 32 bits and rounded to x's type."""
 
     lever = "norms"
+    what = "RMSNorm in one step"
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self
@@ -81,7 +82,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, weight, rho = ctx.saved_tensors
         if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward"):
