@@ -11,10 +11,10 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from speed.models import CAUSAL, CLASSIFIERS, FAMILIES, adapted, apart, batch_of, gradients, step
 
 from loraplus.errors import InputError
 from loraplus.speed import LEVERS, slow_down, speed_up
+from speed.models import CAUSAL, CLASSIFIERS, FAMILIES, adapted, apart, batch_of, gradients, step
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -122,6 +122,7 @@ def _is_usable(layer: Any, names: list[str], x: Tensor) -> bool:
             or type(a.weight) is not nn.Parameter
             or type(b.weight) is not nn.Parameter
             or a.bias is not None
+            or b.bias is not None
             or a.weight.dtype is not b.weight.dtype
             or (autocast and not _multiplies(a.weight, x))
             or (len(names) > 1 and not autocast and a.weight.dtype is not x.dtype)  # PEFT rounds the sum once
@@ -171,9 +172,7 @@ def _step(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | Non
     product, scale = computed_in(x), layer.scaling[name]
     thin = product if torch.is_autocast_enabled(x.device.type) else a.dtype
     step = _Settings(scale, product, thin, mask, recipe_of(x))
-    y = _Whole.apply(x, weight, bias, a, b, step) if y is None else _Added.apply(y, x, a, b, step)
-    own_bias = layer.lora_B[name].bias
-    return y if own_bias is None else y + (own_bias * scale).to(y.dtype)  # type: ignore[return-value]
+    return _Whole.apply(x, weight, bias, a, b, step) if y is None else _Added.apply(y, x, a, b, step)  # type: ignore[return-value]
 
 
 class _Settings(NamedTuple):
