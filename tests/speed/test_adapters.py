@@ -68,7 +68,7 @@ def test_any_shape_rank_and_setting_is_that_of_peft(
     elif shape == "expanded":
         x = torch.randn(1, inputs, dtype=torch.float64).expand(rows, inputs)
     fast, slow = both(module, x)
-    assert apart(fast, slow) < 1e-12 if rows else fast.keys() == slow.keys()
+    assert apart(fast, slow) < 1e-12
 
 
 @settings(max_examples=25, deadline=None)
