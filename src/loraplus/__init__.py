@@ -30,6 +30,7 @@ from loraplus.roles import Role, register_layout
 
 if TYPE_CHECKING:
     from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments, attach
+    from loraplus.speed import SpeedReport, slow_down, speed_up
 
 __all__ = [
     "AutoRates",
@@ -53,6 +54,7 @@ __all__ = [
     "Rates",
     "ResumeMismatchError",
     "Role",
+    "SpeedReport",
     "TrainerSetupError",
     "UnknownAdapterParameterError",
     "UpdateMonitor",
@@ -63,12 +65,15 @@ __all__ = [
     "feature_updates",
     "param_groups",
     "register_layout",
+    "slow_down",
+    "speed_up",
     "split_groups",
     "verify",
 ]
 
 # Names that need transformers are imported when first used: the core imports torch only.
 _FROM_TRANSFORMERS = {"LoraPlusTrainer", "LoraPlusTrainingArguments", "attach"}
+_FROM_SPEED = {"SpeedReport", "slow_down", "speed_up"}
 
 
 def __getattr__(name: str) -> Any:
@@ -76,4 +81,8 @@ def __getattr__(name: str) -> Any:
         from loraplus.integrations import transformers
 
         return getattr(transformers, name)
+    if name in _FROM_SPEED:
+        from loraplus import speed
+
+        return getattr(speed, name)
     raise AttributeError(f"module 'loraplus' has no attribute {name!r}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ranks
 import torch
 from torch import nn
 
-import ranks
 from loraplus.speed import slow_down, speed_up
 from speed.models import adapted, apart, batch_of, gradients
 

@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -317,3 +319,9 @@ def test_second_derivatives_are_right_or_an_error():
                 continue
             for one, other in zip(found, expected, strict=True):
                 assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+
+def test_the_names_are_at_the_root_and_import_nothing_of_peft_or_transformers():
+    code = "import sys, loraplus; loraplus.speed_up, loraplus.slow_down, loraplus.SpeedReport;"
+    code += "print({'peft', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

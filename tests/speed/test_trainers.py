@@ -93,8 +93,10 @@ def _sft(folder, fast, loss_type):
     model = adapted("llama", {"lora_dropout": 0.1})
     if fast:
         speed_up(model)
-    rows = [{"input_ids": row[:length].tolist(), "completion_mask": [0, 0, 0, *[1] * (length - 3)]}
-            for row, length in zip(batch_of("llama", rows=4)["input_ids"].clamp_min(3), (9, 7, 5, 6), strict=True)]
+    rows = [
+        {"input_ids": row[:length].tolist(), "completion_mask": [0, 0, 0, *[1] * (length - 3)]}
+        for row, length in zip(batch_of("llama", rows=4)["input_ids"].clamp_min(3), (9, 7, 5, 6), strict=True)
+    ]
     args = SFTConfig(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to=[],
         learning_rate=1e-2, save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,

@@ -114,7 +114,7 @@ def _adapters(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
         return
     known = sys.modules["peft.tuners.lora.layer"].Linear
     layer: Any = module
-    if type(layer) is not known and not isinstance(layer, FastLinear):
+    if type(layer) is not known and not isinstance(module, FastLinear):
         yield f"{type(layer).__name__}: PEFT's own form is kept"
     elif "forward" in vars(layer):
         yield _REPLACED
@@ -143,6 +143,9 @@ def _gated(mlp: Any, judged: Judged) -> Iterator[Change | str]:
     kind = kind_of(getattr(mlp, "act_fn", None))
     weight = next(mlp.gate_proj.parameters(), None)
     width = getattr(mlp.gate_proj, "in_features", None)
+    if kind is None or weight is None or width is None:
+        yield _OTHER.format(type(mlp).__name__)
+        return
 
     def numbers() -> Tensor:
         x = _numbers(1, 3, width, like=weight)
@@ -152,7 +155,7 @@ def _gated(mlp: Any, judged: Judged) -> Iterator[Change | str]:
         x = numbers()
         return mlp.down_proj(literal_gated(mlp.gate_proj(x), mlp.up_proj(x), kind))
 
-    if kind is not None and weight is not None and width and judged.same(mlp, lambda: mlp(numbers()), literal):
+    if judged.same(mlp, lambda: mlp(numbers()), literal):
         yield Change(mlp, FastGatedMLP)
     else:
         yield _OTHER.format(type(mlp).__name__)
@@ -223,7 +226,7 @@ def _loss(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     if not _is_model(model, "ForCausalLM", "LMHeadModel"):
         return
     head = model.get_output_embeddings()
-    if not isinstance(model, FastCausal) and ("forward" in vars(model) or not fits(model, head)):
+    if not isinstance(module, FastCausal) and ("forward" in vars(model) or not fits(model, head)):
         yield "loss: it, or the output layer, is trained or of another form"
         return
     if not isinstance(model.loss_function, ChunkedLoss):

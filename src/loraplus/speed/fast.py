@@ -48,7 +48,7 @@ def make_fast(module: nn.Module, fast: type[Fast]) -> None:
         module.__class__ = _mixed(fast, type(module))
 
 
-def make_slow(module: nn.Module) -> bool:
+def make_slow(module: Any) -> bool:
     """Gives a module its own class back; says whether it had another.
 
     One that was wrapped since, as FSDP2 does by a class of its own, keeps that and computes as its first class does.
@@ -91,9 +91,9 @@ def _mixed(fast: type[Fast], own: type[nn.Module]) -> type:
     return _classes[fast, own]
 
 
-def _remade(fast: type[Fast], own: type[nn.Module], *arguments: Any) -> nn.Module:
+def _remade(fast: type[Fast], own: type[nn.Module], *arguments: Any) -> Any:
     """An empty module of the class of both, for a copy or a pickle to fill."""
-    cls = _mixed(fast, own)
+    cls: Any = _mixed(fast, own)
     return cls.__new__(cls, *arguments)
 
 

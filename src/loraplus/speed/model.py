@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -88,6 +89,7 @@ def slow_down(model: nn.Module) -> int:
     Returns:
         How many modules were changed back.
     """
+    module: Any
     for module in model.modules():
         chunked = vars(module).get("_loss_function")
         if isinstance(chunked, ChunkedLoss):

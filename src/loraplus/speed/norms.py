@@ -27,11 +27,11 @@ class FastLayerNorm(Fast):
         frozen = [_lasting(norm, parameter) for parameter in (norm.weight, norm.bias) if parameter is not None]
 
         def again(x: Tensor, *parameters: Tensor) -> Tensor:
+            if dtype is not x.dtype:  # autocast computes it in 32 bits
+                x, *parameters = (value.to(dtype) for value in (x, *parameters))  # type: ignore[assignment]
             weight = parameters[0] if norm.weight is not None else None
             bias = parameters[-1] if norm.bias is not None else None
             with torch.autocast(x.device.type, enabled=False):
-                if dtype is not x.dtype:  # autocast computes it in 32 bits
-                    x, weight, bias = (value.to(dtype) if value is not None else None for value in (x, weight, bias))
                 return F.layer_norm(x, shape, weight, bias, eps)
 
         return mark(y, again, x, *frozen)
