@@ -74,12 +74,12 @@ def all_of_it():
             def parts(model, kinds=kinds):
                 return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
 
-            for reshard in (True, False):
+            for reshard in (True, False) if kind == "all parts" else (True,):
                 found[family, f"fsdp, {kind}, reshard={reshard}"] = _fsdp(family, parts, reshard)
     return found
 
 
 def test_gradients_are_those_of_peft_in_two_processes(tmp_path):
     for found in ranks.run(all_of_it, tmp_path):
-        assert len(found) == 18
+        assert len(found) == 14
         assert {name: apart_ for name, apart_ in found.items() if not apart_ < 1e-5} == {}

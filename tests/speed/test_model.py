@@ -288,11 +288,11 @@ def test_nothing_of_a_step_stays_in_memory():
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_compiled_model_computes_as_before(family):
-    model, batch = adapted(family), batch_of(family)
+    model, batch = adapted(family, num_hidden_layers=1), batch_of(family)
     expected = step(model, batch)
     speed_up(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
     loss = compiled(**batch).loss
     assert torch.allclose(loss, expected[0], rtol=1e-5)
     assert apart(gradients(model, loss), expected[1]) < 1e-5

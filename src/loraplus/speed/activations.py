@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraplus.speed.fast import Fast, is_plain, is_traced, once
+from loraplus.speed.fast import Fast, is_plain, once
 from loraplus.speed.remake import mark
 
 _TANH = {"NewGELUActivation", "PytorchGELUTanh", "GELUTanh", "FastGELUActivation"}
@@ -35,7 +35,7 @@ class FastActivation(Fast):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = kind_of(self)
-        if is_traced() or kind is None or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
+        if kind is None or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
             return super().forward(x)
         y = _act(x, kind)
         return mark(y, lambda x: _act(x, kind), x) if y.requires_grad else y
@@ -50,7 +50,7 @@ class FastGatedMLP(Fast):
     def forward(self, x: Tensor) -> Tensor:
         mlp: Any = self
         kind = kind_of(mlp.act_fn)
-        if is_traced() or kind is None or not is_plain((mlp.act_fn,)):
+        if kind is None or not is_plain((mlp.act_fn,)):
             return super().forward(x)
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
         h: Tensor = _Gated.apply(gate, up, kind)  # type: ignore[assignment]

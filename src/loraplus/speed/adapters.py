@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraplus.speed.dropout import Mask
-from loraplus.speed.fast import Fast, computed_in, is_plain, is_traced, once
+from loraplus.speed.fast import Fast, computed_in, is_plain, once
 from loraplus.speed.remake import Recipe, keep, kept, recipe_of
 
 _WIDE = (torch.float32, torch.float64)  # W + s·B A would lose B A in 16 bits
@@ -39,7 +39,7 @@ class FastLinear(Fast):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
-        if args or kwargs or layer.disable_adapters or layer.merged or is_traced():
+        if args or kwargs or layer.disable_adapters or layer.merged:
             return super().forward(x, *args, **kwargs)
         names = [name for name in layer.active_adapters if name in layer.lora_A]
         if not names or not _is_usable(layer, names, x):

@@ -24,7 +24,11 @@ from loraplus.speed.norms import FastLayerNorm, FastRMSNorm, literal_rms_norm
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 _REPLACED = "another forward stands in its place"
-_OTHER = "{} computes something else"
+
+
+def _other(module: nn.Module) -> str:
+    hooked = not is_plain(module.modules())
+    return "hooks on it would be run in trying it" if hooked else f"{type(module).__name__} computes something else"
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def _gated(mlp: Any, judged: Judged) -> Iterator[Change | str]:
     weight = next(mlp.gate_proj.parameters(), None)
     width = getattr(mlp.gate_proj, "in_features", None)
     if kind is None or weight is None or width is None:
-        yield _OTHER.format(type(mlp).__name__)
+        yield _other(mlp)
         return
 
     def numbers() -> Tensor:
@@ -158,7 +162,7 @@ def _gated(mlp: Any, judged: Judged) -> Iterator[Change | str]:
     if judged.same(mlp, lambda: mlp(numbers()), literal):
         yield Change(mlp, FastGatedMLP)
     else:
-        yield _OTHER.format(type(mlp).__name__)
+        yield _other(mlp)
 
 
 def _norms(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
@@ -169,13 +173,13 @@ def _norms(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
         return
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
     if not isinstance(weight, nn.Parameter) or not isinstance(eps, float):
-        yield _OTHER.format(type(norm).__name__)
+        yield _other(norm)
         return
     x = torch.linspace(-3.0, 4.0, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
     if judged.same(norm, lambda: norm(x), lambda: literal_rms_norm(x, weight, eps)):
         yield Change(norm, FastRMSNorm)
     else:
-        yield _OTHER.format(type(norm).__name__)
+        yield _other(norm)
 
 
 def _is_model(module: nn.Module, *ends: str) -> bool:

@@ -81,7 +81,7 @@ def _mixed(fast: type[Fast], own: type[nn.Module]) -> type:
         @functools.wraps(own.forward)  # transformers and PEFT look at the arguments of a model's forward
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             # A library that keeps this function calls it after `slow_down`, too.
-            slow = not isinstance(self, fast) or _SLOW in vars(self)
+            slow = not isinstance(self, fast) or _SLOW in vars(self) or is_traced()
             if slow or (fast.only_input and (kwargs or len(args) != 1)):
                 return own.forward(self, *args, **kwargs)
             return fast.forward(self, *args, **kwargs)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraplus.speed.adapters import whole_weight
-from loraplus.speed.fast import Fast, is_plain, is_traced
+from loraplus.speed.fast import Fast, is_plain
 
 _short: ContextVar[nn.Module | None] = ContextVar("layer that is read at its first position only", default=None)
 
@@ -34,7 +34,7 @@ class FastClassifier(Fast):
             kwargs.get(name) or getattr(model.config, name, False)
             for name in ("output_hidden_states", "output_attentions")
         )
-        if layer is None or asked or is_traced() or not is_plain(readers(model, layer)):
+        if layer is None or asked or not is_plain(readers(model, layer)):
             return super().forward(*args, **kwargs)
         token = _short.set(layer)
         try:

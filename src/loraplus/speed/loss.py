@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from loraplus.speed.fast import Fast, computed_in, is_plain, is_sharded, is_traced, once
+from loraplus.speed.fast import Fast, computed_in, is_plain, is_sharded, once
 
 _CHUNK_BYTES = 2**26
 """Of logits in 32 bits at once."""
@@ -37,7 +37,9 @@ class FastCausal(Fast):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self
-        token = _judged_by_labels.set(model.get_output_embeddings() if kwargs.get("labels") is not None else None)
+        if kwargs.get("labels") is None:
+            return super().forward(*args, **kwargs)
+        token = _judged_by_labels.set(model.get_output_embeddings())
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -55,7 +57,7 @@ class FastOutput(Fast):
 
     def forward(self, hidden: Tensor) -> Tensor:
         head: Any = self
-        if not head.training or not hidden.requires_grad or is_traced() or type(hidden) is not Tensor:
+        if not head.training or not hidden.requires_grad or type(hidden) is not Tensor:
             return super().forward(hidden)
         if _judged_by_labels.get() is not head or not torch.is_grad_enabled() or not is_plain((head,)):
             return super().forward(hidden)

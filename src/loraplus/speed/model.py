@@ -57,6 +57,7 @@ def speed_up(model: nn.Module, *, levers: Collection[str] = LEVERS) -> SpeedRepo
         InputError: an unknown lever.
 
     Example:
+        >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))

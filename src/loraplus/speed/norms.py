@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraplus.speed.fast import Fast, is_sharded, is_traced, once
+from loraplus.speed.fast import Fast, is_sharded, once
 from loraplus.speed.remake import mark
 
 
@@ -21,7 +21,7 @@ class FastLayerNorm(Fast):
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self
         y = super().forward(x)
-        if is_traced() or not y.requires_grad or _is_trained(norm):
+        if not y.requires_grad or _is_trained(norm):
             return y
         shape, eps, dtype = norm.normalized_shape, norm.eps, y.dtype
         frozen = [_lasting(norm, parameter) for parameter in (norm.weight, norm.bias) if parameter is not None]
@@ -45,7 +45,7 @@ class FastRMSNorm(Fast):
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self
-        if is_traced() or type(x) is not Tensor or type(norm.weight) is not nn.Parameter or norm.weight.requires_grad:
+        if type(x) is not Tensor or type(norm.weight) is not nn.Parameter or norm.weight.requires_grad:
             return super().forward(x)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             return super().forward(x)
