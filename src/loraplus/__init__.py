@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from loraplus.optimizer import create_loraplus_optimizer, create_optimizer
     from loraplus.rates import Rates
     from loraplus.roles import Role, register_layout
+    from loraplus.speed import SpeedReport, slow_down, speed_up
 
 __all__ = [
     "AutoRates",
@@ -59,6 +60,7 @@ __all__ = [
     "Rates",
     "ResumeMismatchError",
     "Role",
+    "SpeedReport",
     "TrainerSetupError",
     "UnknownAdapterParameterError",
     "UpdateMonitor",
@@ -69,6 +71,8 @@ __all__ = [
     "feature_updates",
     "param_groups",
     "register_layout",
+    "slow_down",
+    "speed_up",
     "split_groups",
     "verify",
 ]
@@ -82,6 +86,7 @@ _HOMES = {
     "optimizer": ["create_loraplus_optimizer", "create_optimizer"],
     "rates": ["Rates"],
     "roles": ["Role", "register_layout"],
+    "speed": ["SpeedReport", "slow_down", "speed_up"],
 }
 _HOME = {name: f"loraplus.{home}" for home, names in _HOMES.items() for name in names}
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraplus.speed.fast import Fast, is_traced
+from loraplus.speed.fast import Fast, is_plain, once
 from loraplus.speed.remake import mark
 
 _TANH = {"NewGELUActivation", "PytorchGELUTanh", "GELUTanh", "FastGELUActivation"}
@@ -31,10 +31,11 @@ class FastActivation(Fast):
     """GELU or SiLU by torch's kernel; what reads the output need not keep it."""
 
     lever = "recompute"
+    what = "output made again where a gradient needs it"
 
     def forward(self, x: Tensor) -> Tensor:
         kind = kind_of(self)
-        if is_traced() or kind is None or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
+        if kind is None or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
             return super().forward(x)
         y = _act(x, kind)
         return mark(y, lambda x: _act(x, kind), x) if y.requires_grad else y
@@ -44,11 +45,12 @@ class FastGatedMLP(Fast):
     """down(act(gate(x)) ⊙ up(x)), keeping gate(x) and up(x)."""
 
     lever = "recompute"
+    what = "gated layer that keeps its two inputs"
 
     def forward(self, x: Tensor) -> Tensor:
         mlp: Any = self
         kind = kind_of(mlp.act_fn)
-        if is_traced() or kind is None:
+        if kind is None or not is_plain((mlp.act_fn,)):
             return super().forward(x)
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
         h: Tensor = _Gated.apply(gate, up, kind)  # type: ignore[assignment]
@@ -88,6 +90,7 @@ class _Gated(torch.autograd.Function):
         return _act(gate, kind).mul_(up)
 
     @staticmethod
+    @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         gate, up = ctx.saved_tensors
         d_gate = d_up = None

@@ -2,7 +2,7 @@
 
 PEFT computes it in six, and keeps more than the gradients need. Here
 
-* in 32 bits W + s·B A is formed where that is cheaper than two products with every row of x (RunLoRA's choice of order);
+* in 32 bits W + s·B A is formed where that is cheaper than two products with every row of x (as RunLoRA does);
 * in 16 bits s·(x Aᵀ) Bᵀ is added by the matrix product itself;
 * the input is kept as it came, neither cast nor dropped out, or not at all if it can be made again (`remake`);
 * products with a thin matrix are laid out so that the long side is contiguous, which is four times as fast on a CPU.
@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from loraplus.speed.dropout import Mask
-from loraplus.speed.fast import Fast, computed_in, is_plain, is_traced
+from loraplus.speed.fast import Fast, computed_in, is_plain, once
 from loraplus.speed.remake import Recipe, keep, kept, recipe_of
 
 _WIDE = (torch.float32, torch.float64)  # W + s·B A would lose B A in 16 bits
@@ -35,33 +34,26 @@ class FastLinear(Fast):
     """The forward of PEFT's `lora.Linear`."""
 
     lever = "adapters"
+    what = "LoRA in one step"
+    only_input = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
-        if args or kwargs or layer.disable_adapters or layer.merged or is_traced():
+        if args or kwargs or layer.disable_adapters or layer.merged:
             return super().forward(x, *args, **kwargs)
         names = [name for name in layer.active_adapters if name in layer.lora_A]
         if not names or not _is_usable(layer, names, x):
             return super().forward(x)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not _drops_out(layer, names):
-            return self._without_casts(x)
+            # Two adapters' parts of dx would be added in 16 bits, where PEFT adds them in 32.
+            return _without_cast(layer, names[0], x) if len(names) == 1 else super().forward(x)
         base, y = layer.base_layer, None
-        plain = _holds_plain_weight(base)
+        plain = _holds_plain_weight(base) and _multiplies(base.weight, x)
         if not plain:
             y = base(x)
         for name in names:
             y = _step(x, y, _rows(base) if plain else None, base.bias if plain else None, layer, name)
         return y  # type: ignore[return-value]
-
-    def _without_casts(self, x: Tensor) -> Tensor:
-        """PEFT's own steps but for the cast that autocast undoes: the same bits."""
-        layer: Any = self
-        before = layer.cast_input_dtype_enabled
-        layer.cast_input_dtype_enabled = False
-        try:
-            return super().forward(x)
-        finally:
-            layer.cast_input_dtype_enabled = before
 
 
 def literal(
@@ -118,6 +110,9 @@ def _is_usable(layer: Any, names: list[str], x: Tensor) -> bool:
     """Whether weights may be used without calling the modules that hold them."""
     if type(x) is not Tensor or not x.is_floating_point() or x.dim() < 2:
         return False
+    if not layer.cast_input_dtype_enabled or (_drops_out(layer, names) and not x.is_contiguous()):
+        return False  # the numbers drawn hang on an input's type and layout
+    autocast = torch.is_autocast_enabled(x.device.type)
     for name in names:
         a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         if (
@@ -127,6 +122,10 @@ def _is_usable(layer: Any, names: list[str], x: Tensor) -> bool:
             or type(a.weight) is not nn.Parameter
             or type(b.weight) is not nn.Parameter
             or a.bias is not None
+            or b.bias is not None
+            or a.weight.dtype is not b.weight.dtype
+            or (autocast and not _multiplies(a.weight, x))
+            or (len(names) > 1 and not autocast and a.weight.dtype is not x.dtype)  # PEFT rounds the sum once
             or type(dropout) not in (nn.Identity, nn.Dropout)
             or not is_plain((a, b, dropout))
         ):
@@ -141,6 +140,19 @@ def _holds_plain_weight(base: nn.Module) -> bool:
     weight, bias = base.weight, base.bias
     frozen = type(weight) is nn.Parameter and not weight.requires_grad
     return frozen and (bias is None or (type(bias) is nn.Parameter and not bias.requires_grad)) and is_plain((base,))
+
+
+def _multiplies(weight: Tensor, x: Tensor) -> bool:
+    """Whether torch takes the product of an input and a weight; where not, its own error is wanted."""
+    if torch.is_autocast_enabled(x.device.type):
+        return (weight.dtype is torch.float64) is (x.dtype is torch.float64)
+    return weight.dtype is x.dtype
+
+
+def _without_cast(layer: Any, name: str, x: Tensor) -> Tensor:
+    """PEFT's own steps but for the cast of x that autocast undoes: the same bits."""
+    y = layer.base_layer(x)
+    return (y + layer.lora_B[name](layer.lora_A[name](x)) * layer.scaling[name]).to(y.dtype)
 
 
 def _drops_out(layer: Any, names: list[str]) -> bool:
@@ -160,9 +172,9 @@ def _step(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | Non
     product, scale = computed_in(x), layer.scaling[name]
     thin = product if torch.is_autocast_enabled(x.device.type) else a.dtype
     step, made = _Settings(scale, product, thin, mask), recipe_of(x)
-    y = _Whole.apply(x, weight, bias, a, b, step, made) if y is None else _Added.apply(y, x, a, b, step, made)
-    own_bias = layer.lora_B[name].bias
-    return y if own_bias is None else y + (own_bias * scale).to(y.dtype)  # type: ignore[return-value]
+    if y is None:
+        return _Whole.apply(x, weight, bias, a, b, step, made)  # type: ignore[return-value]
+    return _Added.apply(y, x, a, b, step, made)  # type: ignore[return-value]
 
 
 class _Settings(NamedTuple):
@@ -201,7 +213,7 @@ class _Whole(torch.autograd.Function):
         return y.view(*x.shape[:-1], outputs)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, (weight, a, b, through_a) = kept(ctx)
         g = g.reshape(-1, g.shape[-1])
@@ -209,10 +221,7 @@ class _Whole(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             w = weight.to(ctx.step.product)
-            if ctx.formed:
-                dx = g @ torch.addmm(w, b, a, alpha=ctx.step.scale)
-            else:
-                dx = found.add_to_input(g @ w)
+            dx = g @ torch.addmm(w, b, a, alpha=ctx.step.scale) if ctx.formed else found.add_to_input(g @ w)
             dx = dx.to(x.dtype).view(x.shape)
         return dx, None, None, found.a, found.b, None, None
 
@@ -234,10 +243,10 @@ class _Added(torch.autograd.Function):
             _add_product(total, through_a, b_.t(), step.scale)
         ctx.step, ctx.of = step, (a.dtype, b.dtype)
         keep(ctx, made, a_, b_, through_a)
-        return total.view(y.shape)
+        return total.reshape(y.shape)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, (a, b, through_a) = kept(ctx)
         found = _Gradients(ctx, x, g.reshape(-1, g.shape[-1]), a, b, through_a, needs=ctx.needs_input_grad[2:4])
@@ -314,7 +323,9 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """total += scale · left right, in place, rounded once where total is narrower."""
-    if left.dtype is total.dtype:
+    wide = torch.promote_types(left.dtype, total.dtype)
+    left, right = left.to(wide), right.to(wide)
+    if wide is total.dtype:
         total.addmm_(left, right, alpha=scale)
     else:
-        total.copy_(total.to(left.dtype).addmm_(left, right, alpha=scale))
+        total.copy_(total.to(wide).addmm_(left, right, alpha=scale))

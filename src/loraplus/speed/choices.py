@@ -1,7 +1,7 @@
 """For each lever, which modules it changes: those whose own forward was seen to compute the same.
 
-Names and shapes only suggest. Before the first module of a class changes, its own forward is run once beside the literal
-twin of the faster one, on a few numbers; a class that computes something else is left alone.
+Names and shapes only suggest. Before the first module of a class and settings changes, its own forward is run beside
+the literal twin of the faster one, on a few numbers; one that computes something else is left alone.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from torch import Tensor, nn
 
 from loraplus.speed.activations import FastActivation, FastGatedMLP, kind_of, literal_activation, literal_gated
 from loraplus.speed.adapters import FastLinear
-from loraplus.speed.fast import Fast, make_fast, make_slow
+from loraplus.speed.fast import Fast, is_plain, make_fast, make_slow
 from loraplus.speed.graphs import GraphedLayer, GraphedStack
-from loraplus.speed.last_layer import FastClassifier, FastLastLayer, last_layer
-from loraplus.speed.loss import ChunkedLoss, FastOutput, fits
+from loraplus.speed.last_layer import FastClassifier, FastLastLayer, last_layer, readers
+from loraplus.speed.loss import ChunkedLoss, FastCausal, FastOutput, fits
 from loraplus.speed.norms import FastLayerNorm, FastRMSNorm, literal_rms_norm
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 _REPLACED = "another forward stands in its place"
-_OTHER = "{} computes something else"
+
+
+def _other(module: nn.Module) -> str:
+    hooked = not is_plain(module.modules())
+    return "hooks on it would be run in trying it" if hooked else f"{type(module).__name__} computes something else"
 
 
 @dataclass(frozen=True)
@@ -35,58 +39,78 @@ class Change:
     Args:
         module: which.
         fast: what is mixed in.
-        what: what it does then, in words.
     """
 
     module: nn.Module
     fast: type[Fast]
-    what: str
 
     def make(self) -> None:
         """Changes it, unless that was done before."""
-        if not isinstance(self.module, Fast):
-            make_fast(self.module, self.fast)
+        make_fast(self.module, self.fast)
 
 
 class Judged:
     """Which classes compute what their faster form does: each is tried once."""
 
     def __init__(self) -> None:
-        self._same: dict[type, bool] = {}
+        self._same: dict[Any, bool] = {}
 
     def same(self, module: nn.Module, own: Callable[[], Tensor], literal: Callable[[], Tensor]) -> bool:
-        """Whether two computations give the same numbers; neither draws from the script's random numbers."""
-        kind = type(module)
+        """Whether two computations give the same numbers, in training and out of it.
+
+        Neither draws from the script's random numbers. A module is judged with others of its class and settings.
+        """
+        if not is_plain(module.modules()):
+            return False  # a hook of the script's is not for us to run
+        settings = [f"{name}={value}" for name, value in sorted(vars(module).items()) if type(value) in _SETTINGS]
+        kind = (type(module), *(one for one in settings if not one.startswith(("training=", "layer_idx="))))
         if kind not in self._same:
-            with _quiet(module):
-                try:
-                    found, expected = own(), literal()
-                    tolerance = _TOLERANCE.get(expected.dtype, 0.0)
-                    close = found.shape == expected.shape and torch.allclose(found, expected, tolerance, tolerance)
-                except Exception:  # a module of another form, or one that cannot be called by itself
-                    close = False
-            self._same[kind] = close
+            self._same[kind] = all(_agree(module, own, literal, training) for training in (True, False))
         return self._same[kind]
 
 
+_SETTINGS = (bool, int, float, str)
+
+
+def _agree(module: nn.Module, own: Callable[[], Tensor], literal: Callable[[], Tensor], training: bool) -> bool:
+    try:
+        with _quiet(module, training=training):
+            found = own()
+        with _quiet(module, training=training):
+            return _is_close(found, literal())
+    except Exception:  # a module of another form, or one that cannot be called by itself
+        return False
+
+
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results are the same to rounding, each row by its own size."""
+    if found.shape != expected.shape or found.dtype is not expected.dtype:
+        return False
+    size = expected.abs().amax(-1, keepdim=True) + 1.0
+    return bool(((found - expected).abs() <= _TOLERANCE.get(expected.dtype, 0.0) * size).all())
+
+
 @contextlib.contextmanager
-def _quiet(module: nn.Module) -> Iterator[None]:
-    """Without dropout, gradients or traces in the random numbers."""
+def _quiet(module: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Without gradients, and with the random numbers as they were, each time."""
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    module.train(training)
     device = next((value.device for value in module.parameters()), torch.device("cpu"))
     devices = [device] if device.type not in ("cpu", "meta") else []
     try:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
-            torch.manual_seed(0)
             yield
     finally:
         for part, mode in modes:
             part.training = mode
 
 
+_SCALES = torch.tensor([0.1, 1.0, 100.0])[:, None]
+"""Of the rows that a module is tried on: what is cut off where numbers are large shows there."""
+
+
 def _numbers(*shape: int, like: Tensor) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 
 def _adapters(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
@@ -95,67 +119,68 @@ def _adapters(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
         return
     known = sys.modules["peft.tuners.lora.layer"].Linear
     layer: Any = module
-    if type(layer) is not known and not isinstance(layer, FastLinear):
+    if type(layer) is not known and not isinstance(module, FastLinear):
         yield f"{type(layer).__name__}: PEFT's own form is kept"
     elif "forward" in vars(layer):
         yield _REPLACED
     elif layer.lora_variant and set(layer.lora_variant) >= set(layer.lora_A):
         yield f"{type(next(iter(layer.lora_variant.values()))).__name__}: PEFT's own form is kept"
     else:
-        yield Change(layer, FastLinear, "LoRA in one step")
+        yield Change(layer, FastLinear)
 
 
 def _recompute(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
-    if type(module) is nn.LayerNorm:
-        yield Change(module, FastLayerNorm, "output made again where a gradient needs it")
-    elif isinstance(module, Fast) and module.lever == "recompute":
-        yield Change(module, type(module), "output made again where a gradient needs it")
+    if isinstance(module, Fast) and module.lever == "recompute":
+        yield Change(module, type(module))
     elif "forward" in vars(module):
         return
+    elif type(module) is nn.LayerNorm:
+        yield Change(module, FastLayerNorm)
     elif (kind := kind_of(module)) is not None and not list(module.parameters()):
-        x = torch.linspace(-4.0, 4.0, 33)
+        x = torch.linspace(-4.0, 4.0, 33)[None] * _SCALES
         if judged.same(module, lambda: module(x), lambda: literal_activation(x, kind)):
-            yield Change(module, FastActivation, "output made again where a gradient needs it")
+            yield Change(module, FastActivation)
     elif all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
         yield from _gated(module, judged)
 
 
 def _gated(mlp: Any, judged: Judged) -> Iterator[Change | str]:
     kind = kind_of(getattr(mlp, "act_fn", None))
-    weight = next(iter(mlp.gate_proj.parameters()))
+    weight = next(mlp.gate_proj.parameters(), None)
     width = getattr(mlp.gate_proj, "in_features", None)
+    if kind is None or weight is None or width is None:
+        yield _other(mlp)
+        return
+
+    def numbers() -> Tensor:
+        x = _numbers(1, 3, width, like=weight)
+        return x / mlp.gate_proj(x).std() * _SCALES.to(x)
 
     def literal() -> Tensor:
-        x = _numbers(1, 3, width, like=weight)
+        x = numbers()
         return mlp.down_proj(literal_gated(mlp.gate_proj(x), mlp.up_proj(x), kind))
 
-    def own() -> Tensor:
-        return mlp(_numbers(1, 3, width, like=weight))
-
-    def seeded(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return lambda: (torch.manual_seed(0), compute())[1]
-
-    if kind is not None and width and judged.same(mlp, seeded(own), seeded(literal)):
-        yield Change(mlp, FastGatedMLP, "gated layer that keeps its two inputs")
+    if judged.same(mlp, lambda: mlp(numbers()), literal):
+        yield Change(mlp, FastGatedMLP)
     else:
-        yield _OTHER.format(type(mlp).__name__)
+        yield _other(mlp)
 
 
 def _norms(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     norm: Any = module
     if isinstance(norm, FastRMSNorm):
-        yield Change(norm, FastRMSNorm, "RMSNorm in one step")
+        yield Change(norm, FastRMSNorm)
     if isinstance(norm, Fast) or not type(norm).__name__.endswith("RMSNorm") or "forward" in vars(norm):
         return
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
     if not isinstance(weight, nn.Parameter) or not isinstance(eps, float):
-        yield _OTHER.format(type(norm).__name__)
+        yield _other(norm)
         return
     x = torch.linspace(-3.0, 4.0, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
     if judged.same(norm, lambda: norm(x), lambda: literal_rms_norm(x, weight, eps)):
-        yield Change(norm, FastRMSNorm, "RMSNorm in one step")
+        yield Change(norm, FastRMSNorm)
     else:
-        yield _OTHER.format(type(norm).__name__)
+        yield _other(norm)
 
 
 def _is_model(module: nn.Module, *ends: str) -> bool:
@@ -169,12 +194,11 @@ def _last_layer(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     model: Any = module
     if not _is_model(model, "ForSequenceClassification"):
         return
-    what = "last layer only where the head reads"
     if isinstance(model, FastClassifier):
-        yield Change(model, FastClassifier, what)
+        yield Change(model, FastClassifier)
         return
     layer = last_layer(model)
-    if layer is None or "forward" in vars(model) or "forward" in vars(layer):
+    if layer is None or not is_plain(readers(model, layer)):
         yield "last layer: of another form"
         return
     ids = torch.arange(10, device=next(model.parameters()).device).view(2, 5) % model.config.vocab_size
@@ -187,16 +211,15 @@ def _last_layer(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     with _quiet(model):
         try:
             expected = logits()
-            changes = [Change(layer, FastLastLayer, what), Change(model, FastClassifier, what)]
+            changes = [Change(layer, FastLastLayer), Change(model, FastClassifier)]
             for change in changes:
                 change.make()
             found = logits()
-            tolerance = _TOLERANCE.get(expected.dtype, 0.0)
-            same = found.shape == expected.shape and torch.allclose(found, expected, tolerance, tolerance)
+            same = _is_close(found, expected)
         except Exception:  # the head reads other positions, say
             same = False
     if same:
-        yield Change(model, FastClassifier, what)
+        yield Change(model, FastClassifier)
         return
     for part in (layer, model):
         make_slow(part)
@@ -208,26 +231,25 @@ def _loss(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     if not _is_model(model, "ForCausalLM", "LMHeadModel"):
         return
     head = model.get_output_embeddings()
-    if isinstance(head, FastOutput):
-        yield Change(head, FastOutput, "loss in chunks, without the logits of masked labels")
-    elif fits(model, head):
+    if not isinstance(module, FastCausal) and ("forward" in vars(model) or not fits(model, head)):
+        yield "loss: it, or the output layer, is trained or of another form"
+        return
+    if not isinstance(model.loss_function, ChunkedLoss):
         model.loss_function = ChunkedLoss(model.loss_function)
-        yield Change(head, FastOutput, "loss in chunks, without the logits of masked labels")
-    else:
-        yield "loss: the output layer is trained or of another form"
+    yield Change(head, FastOutput)
+    yield Change(model, FastCausal)
 
 
 def _graphs(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     layers = getattr(module, "layers", None)
     if not _is_model(module, "Model") or not isinstance(layers, nn.ModuleList) or not len(layers):
         return
-    what = "layers replayed as CUDA graphs"
     if any("forward" in vars(part) for part in (module, *layers)):
         yield _REPLACED
         return
     for layer in layers:
-        Change(layer, GraphedLayer, what).make()
-    yield Change(module, GraphedStack, what)
+        Change(layer, GraphedLayer).make()
+    yield Change(module, GraphedStack)
 
 
 CHOICES: dict[str, Callable[[nn.Module, Judged], Iterator[Change | str]]] = {

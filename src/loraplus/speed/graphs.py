@@ -1,8 +1,8 @@
 """Decoder layers as CUDA graphs: one launch a layer and direction instead of hundreds.
 
-A step of small kernels waits for the processor that launches them. Once a stack of layers was called a few times in a row
-with inputs of one shape, torch captures every layer's forward and backward pass, and replays them from then on. Calls of
-another shape, without gradients, or with dropout or hooks run as before.
+A step of small kernels waits for the processor that launches them. Once a stack of layers was called a few times in a
+row with inputs of one shape, torch captures every layer's forward and backward pass, and replays them from then on.
+Calls of another shape, without gradients, or with dropout or hooks run as before.
 
 Source: `torch.cuda.make_graphed_callables`.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraplus.speed.fast import Fast, is_plain, is_traced
+from loraplus.speed.fast import Fast, is_plain
 
 CALLS_BEFORE_CAPTURE = 3
 """With one shape: optimizers make their states and kernels are chosen in the first ones."""
@@ -28,6 +28,8 @@ class GraphedStack(Fast):
     """A model that calls its `layers` one after another."""
 
     lever = "graphs"
+    what = "layers replayed as CUDA graphs"
+    only_input = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self
@@ -43,6 +45,8 @@ class GraphedLayer(Fast):
     """A layer of such a model: replays its graph while its stack says so."""
 
     lever = "graphs"
+    what = "layers replayed as CUDA graphs"
+    only_input = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         own = super().forward
@@ -189,7 +193,7 @@ def _form(hidden: Tensor, kwargs: Mapping[str, Any]) -> Any:
 def _key_of(model: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """What must not change between calls; None for a call that cannot be captured."""
     weight = next(model.parameters())
-    if weight.device.type != "cuda" or not model.training or not torch.is_grad_enabled() or is_traced() or args:
+    if weight.device.type != "cuda" or not model.training or not torch.is_grad_enabled() or args:
         return None
     if getattr(model, "gradient_checkpointing", False) or torch.cuda.is_current_stream_capturing():
         return None

@@ -6,6 +6,8 @@ the layer drops out, masks are drawn for all positions, as if they were there: t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,15 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraplus.speed.adapters import whole_weight
-from loraplus.speed.fast import Fast, is_plain, is_traced
+from loraplus.speed.fast import Fast, is_plain
 
-_NAME = "_loraplus_first_only"
+_short: ContextVar[nn.Module | None] = ContextVar("layer that is read at its first position only", default=None)
 
 
 class FastClassifier(Fast):
     """A model for the classification of sequences; where nobody asks for hidden states, its last layer may be short."""
 
     lever = "last_layer"
+    what = "last layer only where the head reads"
+    only_input = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self
@@ -30,25 +34,27 @@ class FastClassifier(Fast):
             kwargs.get(name) or getattr(model.config, name, False)
             for name in ("output_hidden_states", "output_attentions")
         )
-        if layer is None or asked or is_traced():
+        if layer is None or asked or not is_plain(readers(model, layer)):
             return super().forward(*args, **kwargs)
-        setattr(layer, _NAME, True)
+        token = _short.set(layer)
         try:
             return super().forward(*args, **kwargs)
         finally:
-            delattr(layer, _NAME)
+            _short.reset(token)
 
 
 class FastLastLayer(Fast):
     """A layer of the BERT family."""
 
     lever = "last_layer"
+    what = "last layer only where the head reads"
+    only_input = False
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
         attention = layer.attention.self
         usable = (
-            getattr(layer, _NAME, False)
+            _short.get() is layer
             and not (layer.training and getattr(layer, "gradient_checkpointing", False))
             and not any(value is not None for value in args)
             and kwargs.get("encoder_hidden_states") is None
@@ -56,8 +62,9 @@ class FastLastLayer(Fast):
             and kwargs.get("past_key_values") is None
             and attention.config._attn_implementation in ("sdpa", "eager")
             and (attention_mask is None or attention_mask.dim() == 4)
+            and not getattr(attention, "is_causal", False)
             and not (_drops_out(layer) and _draws_otherwise(hidden_states))
-            and is_plain(layer.modules())
+            and not any(_drops_out(part) for part in _at_first(layer))
         )
         if not usable:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -79,6 +86,22 @@ def last_layer(model: Any) -> nn.Module | None:
     except AttributeError:
         return None
     return layer
+
+
+def readers(model: Any, layer: nn.Module) -> Iterator[nn.Module]:
+    """What holds the last layer, is in it, or comes after it: whatever sees that it is short."""
+    base = getattr(model, model.base_model_prefix)
+    yield from (base, base.encoder, base.encoder.layer)
+    yield from layer.modules()
+    for parent, inner in ((model, base), (base, base.encoder)):
+        for name, part in parent.named_children():
+            if part is not inner and name != "embeddings":
+                yield from part.modules()
+
+
+def _at_first(layer: Any) -> tuple[nn.Module, ...]:
+    """What is called with the first position only, and could draw no mask for the others."""
+    return layer.attention.self.query, layer.attention.output.dense, layer.intermediate, layer.output.dense
 
 
 def _drops_out(layer: nn.Module) -> bool:
@@ -127,7 +150,8 @@ def _by_weights(
 ) -> Tensor:  # fmt: skip
     """Without keys and values, of which one query needs no more than their sums: (batch, heads, size).
 
-    q·(Wₖ xₗ) = (Wₖᵀ q)·xₗ and Σₗ pₗ Wᵥ xₗ = Wᵥ Σₗ pₗ xₗ, so a head of size d costs a d-th of the products with every row of x.
+    q·(Wₖ xₗ) = (Wₖᵀ q)·xₗ and Σₗ pₗ Wᵥ xₗ = Wᵥ Σₗ pₗ xₗ, so a head of size d costs a d-th of the products
+    with every row of x.
     """
     heads, size, width = attention.num_attention_heads, attention.attention_head_size, x.shape[-1]
     query = query * attention.scaling

@@ -1,8 +1,8 @@
 """The loss of a causal language model from the positions that have a label, a chunk of them at a time.
 
-The output layer hands on `LazyLogits`, which are computed when somebody looks at them. The loss does not: it takes the hidden
-states, leaves out the positions without a label, and keeps no logits. Each chunk gives its part of the loss and, since the
-output layer is frozen, of the gradient of the hidden states at once:
+Where labels are given, the output layer hands on `LazyLogits`, which are computed when somebody looks at them. The loss
+does not: it takes the hidden states, leaves out the positions without a label, and keeps no logits. Each chunk gives
+its part of the loss and, since the output layer is frozen, of the gradient of the hidden states at once:
 
     L = Σ −log softmax(W h)_label / n,   dh = (softmax(W h) − onehot) W / n
 """
@@ -10,6 +10,7 @@ output layer is frozen, of the gradient of the hidden states at once:
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,26 +18,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from loraplus.speed.fast import Fast, computed_in, is_plain, is_traced
+from loraplus.speed.fast import Fast, computed_in, is_plain, is_sharded, once
 
 _CHUNK_BYTES = 2**26
 """Of logits in 32 bits at once."""
 _IGNORED = -100
 
 
+class FastCausal(Fast):
+    """A causal language model; where it is given labels, its output layer may hand on `LazyLogits`.
+
+    Without labels somebody else makes the loss, of logits that are there.
+    """
+
+    lever = "loss"
+    what = "loss in chunks, without the logits of masked labels"
+    only_input = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self
+        if kwargs.get("labels") is None:
+            return super().forward(*args, **kwargs)
+        token = _judged_by_labels.set(model.get_output_embeddings())
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _judged_by_labels.reset(token)
+
+
+_judged_by_labels: ContextVar[nn.Module | None] = ContextVar("output layer of a model with labels", default=None)
+
+
 class FastOutput(Fast):
     """A frozen output layer, which hands on `LazyLogits` in training."""
 
     lever = "loss"
+    what = "loss in chunks, without the logits of masked labels"
 
     def forward(self, hidden: Tensor) -> Tensor:
         head: Any = self
-        if not head.training or not hidden.requires_grad or is_traced() or type(hidden) is not Tensor:
+        if not head.training or not hidden.requires_grad or type(hidden) is not Tensor:
+            return super().forward(hidden)
+        if _judged_by_labels.get() is not head or not torch.is_grad_enabled() or not is_plain((head,)):
             return super().forward(hidden)
         if type(head.weight) is not nn.Parameter or any(value.requires_grad for value in head.parameters()):
             return super().forward(hidden)
+        if is_sharded(head):  # whose weight is gone when somebody looks at the logits
+            return super().forward(hidden)
         product = computed_in(hidden)
-        return LazyLogits(hidden, head.weight, head.bias, product, product)
+        if product is not head.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            return super().forward(hidden)
+        return lazy_logits(hidden, head.weight, head.bias, product, product)
 
 
 class ChunkedLoss:
@@ -50,7 +82,16 @@ class ChunkedLoss:
         self.own = own
 
     def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(logits, LazyLogits) or args or kwargs.keys() & {"weight", "label_smoothing", "reduction"}:
+        shift_labels = kwargs.get("shift_labels")
+        targets = labels if shift_labels is None else shift_labels
+        if (
+            args
+            or kwargs.keys() & {"weight", "label_smoothing", "reduction"}
+            or not isinstance(logits, LazyLogits)
+            or logits.seen is not None  # and perhaps changed
+            or logits.shape[:-1] != targets.shape
+            or logits.shape[-1] != vocab_size
+        ):
             return self.own(logits, labels, vocab_size, *args, **kwargs)
         known = {name: kwargs[name] for name in _OF_LOSS if name in kwargs}
         return chunked_loss(logits, labels, **known)
@@ -62,46 +103,37 @@ _OF_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 class LazyLogits(Tensor):
     """Logits that are computed once somebody looks at them: h Wᵀ + b, (…, vocabulary).
 
-    Args:
-        hidden: h, (…, width).
-        weight: W, (vocabulary, width).
-        bias: b, (vocabulary,), or None.
-        product: type that the matrix product is computed in.
-        dtype: of the logits.
+    From then on it stands for the tensor computed, with whatever is done to that in place. Its own place in the graph,
+    for code that does not look by way of Python, is that of the logits.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     product: torch.dtype
-
-    @staticmethod
-    def __new__(
-        cls: type[LazyLogits], hidden: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype,
-        dtype: torch.dtype,
-    ) -> LazyLogits:  # fmt: skip
-        shape = (*hidden.shape[:-1], weight.shape[0])
-        found = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
-        found.hidden, found.weight, found.bias, found.product = hidden, weight, bias, product
-        return found
-
-    def __init__(self, *_: Any) -> None:
-        pass
+    seen: Tensor | None
 
     def now(self) -> Tensor:
         """The logits."""
-        bias = None if self.bias is None else self.bias.to(self.product)
+        if self.seen is not None:
+            return self.seen
         with torch._C.DisableTorchFunctionSubclass():
-            return F.linear(self.hidden.to(self.product), self.weight.to(self.product), bias).to(self.dtype)
+            kind, dtype = self.device.type, self.dtype
+            bias = None if self.bias is None else self.bias.to(self.product)
+            with torch.autocast(kind, enabled=False), torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
+                found = F.linear(self.hidden.to(self.product), self.weight.to(self.product), bias).to(dtype)
+        if not torch.is_inference(found):
+            self.seen = found
+        return found
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _FACTS:
+        if func in _FACTS and args[0].seen is None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if func is Tensor.float:  # as Accelerate does with all outputs
+        if func is Tensor.float and args[0].seen is None:  # as Accelerate does with all outputs
             lazy = args[0]
-            return LazyLogits(lazy.hidden, lazy.weight, lazy.bias, lazy.product, torch.float32)
+            return lazy_logits(lazy.hidden, lazy.weight, lazy.bias, lazy.product, torch.float32)
         args, kwargs = _looked_at((args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -112,9 +144,48 @@ class LazyLogits(Tensor):
 
 
 _FACTS = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")),
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "grad_fn", "is_leaf")
+    ),
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__,
 }  # fmt: skip
+
+
+def lazy_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype, dtype: torch.dtype
+) -> LazyLogits:
+    """Logits that are not computed yet.
+
+    Args:
+        hidden: h, (…, width).
+        weight: W, (vocabulary, width).
+        bias: b, (vocabulary,), or None.
+        product: type that the matrix product is computed in.
+        dtype: of the logits.
+    """
+    found: Any = _Unseen.apply(hidden, weight, product, dtype)
+    found.hidden, found.weight, found.bias, found.product, found.seen = hidden, weight, bias, product, None
+    return found  # type: ignore[no-any-return]
+
+
+class _Unseen(torch.autograd.Function):
+    """The place of logits in the graph: dh = g W."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, product: torch.dtype, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.types = product, hidden.dtype
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        return torch.Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=hidden.device)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        (weight,), (product, dtype) = ctx.saved_tensors, ctx.types
+        return (g.to(product) @ weight.to(product)).to(dtype), None, None, None
 
 
 def _looked_at(values: Any) -> Any:
@@ -195,6 +266,7 @@ class _MeanLoss(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         scale = g if ctx.late is None else g * ctx.late

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -58,6 +59,7 @@ def speed_up(model: nn.Module, *, levers: Collection[str] = LEVERS) -> SpeedRepo
         InputError: an unknown lever.
 
     Example:
+        >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
@@ -75,7 +77,7 @@ def speed_up(model: nn.Module, *, levers: Collection[str] = LEVERS) -> SpeedRepo
             for verdict in CHOICES[lever](module, judged):
                 if isinstance(verdict, Change):
                     verdict.make()
-                    report.replaced[name] = verdict.what
+                    report.replaced[name] = verdict.fast.what
                 else:
                     report.left[name] = verdict
     return report
@@ -90,7 +92,11 @@ def slow_down(model: nn.Module) -> int:
     Returns:
         How many modules were changed back.
     """
+    module: Any
     for module in model.modules():
-        if isinstance(vars(module).get("_loss_function"), ChunkedLoss):
+        chunked = vars(module).get("_loss_function")
+        if isinstance(chunked, ChunkedLoss):
             del module._loss_function
+            if module.loss_function is not chunked.own:
+                module.loss_function = chunked.own
     return sum(make_slow(module) for module in list(model.modules()))

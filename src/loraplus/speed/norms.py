@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraplus.speed.fast import Fast, is_traced
+from loraplus.speed.fast import Fast, is_sharded, once
 from loraplus.speed.remake import mark
 
 
@@ -16,21 +16,22 @@ class FastLayerNorm(Fast):
     """torch's `nn.LayerNorm`: its own kernel; what reads the output need not keep it."""
 
     lever = "recompute"
+    what = "output made again where a gradient needs it"
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self
         y = super().forward(x)
-        if is_traced() or not y.requires_grad or _is_trained(norm):
+        if not y.requires_grad or _is_trained(norm):
             return y
         shape, eps, dtype = norm.normalized_shape, norm.eps, y.dtype
-        frozen = [parameter for parameter in (norm.weight, norm.bias) if parameter is not None]
+        frozen = [_lasting(norm, parameter) for parameter in (norm.weight, norm.bias) if parameter is not None]
 
         def again(x: Tensor, *parameters: Tensor) -> Tensor:
+            if dtype is not x.dtype:  # autocast computes it in 32 bits
+                x, *parameters = (value.to(dtype) for value in (x, *parameters))  # type: ignore[assignment]
             weight = parameters[0] if norm.weight is not None else None
             bias = parameters[-1] if norm.bias is not None else None
             with torch.autocast(x.device.type, enabled=False):
-                if dtype is not x.dtype:  # autocast computes it in 32 bits
-                    x, weight, bias = (value.to(dtype) if value is not None else None for value in (x, weight, bias))
                 return F.layer_norm(x, shape, weight, bias, eps)
 
         return mark(y, again, x, *frozen)
@@ -40,10 +41,11 @@ class FastRMSNorm(Fast):
     """The norm of Llama and its kin: w ⊙ round(x / √(mean(x²) + ε)), computed in 32 bits and rounded to x's type."""
 
     lever = "norms"
+    what = "RMSNorm in one step"
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self
-        if is_traced() or type(x) is not Tensor or type(norm.weight) is not nn.Parameter or norm.weight.requires_grad:
+        if type(x) is not Tensor or type(norm.weight) is not nn.Parameter or norm.weight.requires_grad:
             return super().forward(x)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             return super().forward(x)
@@ -51,7 +53,7 @@ class FastRMSNorm(Fast):
         y: Tensor = _RMSNorm.apply(x, norm.weight, eps)  # type: ignore[assignment]
         if not y.requires_grad:
             return y
-        return mark(y, lambda x, weight: _normed(x, weight, eps)[0], x, norm.weight)
+        return mark(y, lambda x, weight: _normed(x, weight, eps)[0], x, _lasting(norm, norm.weight))
 
 
 def literal_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -80,6 +82,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, weight, rho = ctx.saved_tensors
         if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward"):
@@ -100,6 +103,11 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.to(torch.float32)
     rho = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (wide * rho).to(x.dtype) * weight, rho
+
+
+def _lasting(norm: nn.Module, parameter: Tensor) -> Tensor:
+    """A parameter for what reads the norm's output, which FSDP may hold elsewhere and go through at another time."""
+    return parameter.detach().clone() if is_sharded(norm) else parameter
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Tensors that are cheap to make again are not kept for the backward pass.
 
-A norm keeps its input h and hands x = norm(h) on. A layer that needs x for its gradient can keep h instead, which is there
-anyway, and make x again. `mark` says on x how it was made, `Kept` keeps what is needed.
+A norm keeps its input h and hands x = norm(h) on. A layer that needs x for its gradient can keep h instead, which is
+there anyway, and make x again. `mark` notes how x was made, `keep` keeps what is needed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-_NAME = "_loraplus_made_by"
+_recipes = WeakTensorKeyDictionary()  # no attribute, which would go into a saved tensor
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class Recipe:
     Args:
         make: called with the sources; gives the same values again.
         sources: tensors that the graph keeps in any case.
+        version: of the tensor, when it was made.
     """
 
     make: Callable[..., torch.Tensor]
     sources: tuple[torch.Tensor, ...]
+    version: int = 0
 
 
 def mark(tensor: torch.Tensor, make: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:
@@ -39,14 +42,17 @@ def mark(tensor: torch.Tensor, make: Callable[..., torch.Tensor], *sources: torc
     Returns:
         The same tensor.
     """
-    setattr(tensor, _NAME, Recipe(make, tuple(source.detach() for source in sources)))
+    if not torch.is_inference(tensor):
+        _recipes[tensor] = Recipe(make, tuple(source.detach() for source in sources), tensor._version)
     return tensor
 
 
 def recipe_of(tensor: torch.Tensor) -> Recipe:
-    """How a tensor can be made again; of one without a mark, by keeping it."""
-    found = getattr(tensor, _NAME, None)
-    return found if found is not None else Recipe(_itself, (tensor.detach(),))
+    """How a tensor can be made again; of one without a mark, or changed in place since, by keeping it."""
+    found = _recipes.get(tensor)
+    if found is not None and found.version == tensor._version:
+        return found
+    return Recipe(_itself, (tensor.detach(),))
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
