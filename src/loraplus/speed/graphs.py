@@ -2,7 +2,7 @@
 
 A step of small kernels waits for the processor that launches them. Once a stack of layers was called a few times in a
 row with inputs of one shape, torch captures every layer's forward and backward pass, and replays them from then on.
-Calls of another shape, without gradients, or with dropout or hooks run as before.
+Calls of another shape, without gradients, with dropout, hooks or a cache of keys (use_cache) run as before.
 
 Source: `torch.cuda.make_graphed_callables`.
 """
@@ -87,7 +87,7 @@ class Graphs:
             for layer in layers:
                 vars(layer).pop(_CALL, None)
 
-    def _next(self, model: nn.Module, key: Any) -> Callable[..., Any] | None:
+    def _next(self, model: Any, key: Any) -> Callable[..., Any] | None:
         """What the layers do in this call; None for what they always do."""
         if key is None:
             return None
@@ -98,7 +98,7 @@ class Graphs:
         self._calls += 1
         if self._calls == CALLS_BEFORE_CAPTURE:
             return self._record
-        if self._calls == CALLS_BEFORE_CAPTURE + 1:
+        if self._calls == CALLS_BEFORE_CAPTURE + 1 and len(self._seen) == len(model.layers):
             self._capture()
         if not self._graphs:
             return None
@@ -109,7 +109,8 @@ class Graphs:
         return self._told(own(hidden, **kwargs), is_last)
 
     def _record(self, layer: nn.Module, own: Any, hidden: Tensor, kwargs: dict[str, Any], *, is_last: bool) -> Any:
-        self._seen.append((layer, hidden.detach(), hidden.requires_grad, kwargs))
+        if all(map(_is_constant, kwargs.values())):
+            self._seen.append((layer, hidden.detach(), hidden.requires_grad, kwargs))
         return own(hidden, **kwargs)
 
     def _replay(self, layer: nn.Module, own: Any, hidden: Tensor, kwargs: dict[str, Any], *, is_last: bool) -> Any:
@@ -177,6 +178,13 @@ def _filled(value: Any, tensors: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_filled(part, tensors) for part in value)
     return next(tensors) if isinstance(value, Tensor) else value
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a layer's argument is a tensor, or the same each time; a cache of keys is neither."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str))
 
 
 def _form(hidden: Tensor, kwargs: Mapping[str, Any]) -> Any:
