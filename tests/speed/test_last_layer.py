@@ -128,12 +128,13 @@ def test_a_decoder_attends_backwards_with_and_without_a_mask():
 def test_a_hook_sees_all_positions(where, first):
     model, batch, shapes = bare("bert"), batch_of("bert"), []
 
-    def shape(value):
-        value = value if isinstance(value, torch.Tensor) else value[0]
-        shapes.append(tuple(value.shape))
+    def look(_, inputs, output):
+        for value in (output, *inputs):
+            if value is not None:
+                shapes.append(tuple((value if isinstance(value, torch.Tensor) else value[0]).shape))
 
     def hang():
-        model.get_submodule(where).register_forward_hook(lambda _, inputs, output: shape((inputs or [output])[0]))
+        model.get_submodule(where).register_forward_hook(look)
 
     hang()
     model(**batch)
