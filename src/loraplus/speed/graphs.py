@@ -136,7 +136,7 @@ class Graphs:
         )
         on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
-            graphs = torch.cuda.make_graphed_callables(bound, samples, allow_unused_input=True)
+            graphs: Any = torch.cuda.make_graphed_callables(bound, samples, allow_unused_input=True)
         self._graphs = {
             id(layer): (_form(sample[0], kwargs), graph)
             for (layer, _, _, kwargs), sample, graph in zip(seen, samples, graphs, strict=True)

@@ -20,6 +20,7 @@ from loraplus.integrations.trainer_checkpoints import CARD_FILE, saved_whole
 from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.integrations.whole_checkpoints import check_places, checkpoints, newest_whole
 from loraplus.manifest import seal
+from loraplus.speed.fast import Fast
 from loraplus.tasks.checks import check_settings, rates_of
 from loraplus.tasks.config import AUTO, TrainConfig
 from loraplus.tasks.data_parallel import (
@@ -162,7 +163,7 @@ def train(
             "batch_size": config.batch_size,  # over all processes
             "processes": processes(),
             **task.facts_of_run(trainer),
-            "speed_up": dict(Counter(trainer.loraplus_speed.replaced.values())),
+            "speed_up": dict(Counter(module.what for module in model.modules() if isinstance(module, Fast))),
             "train_loss": totals.loss / step,
             "train_seconds": totals.seconds,
             "seconds_per_step": clock.seconds_per_step,

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from loraplus.errors import DivergedError, InputError
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
-from loraplus.speed import SpeedReport, speed_up
+from loraplus.speed import speed_up
 from loraplus.tasks.checks import check_numbers, check_parts
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.data_parallel import processes
@@ -155,7 +155,8 @@ def build_trainer(
         InputError: a training setting that cannot be used.
     """
     steps = total_steps(config, len(data.train))
-    report = speed_up(model) if config.speed_up else SpeedReport()
+    if config.speed_up:
+        speed_up(model)
     eval_steps = min(
         steps, config.eval_steps or steps_between_evaluations(steps, config.batch_size, len(data.validation))
     )
@@ -202,7 +203,6 @@ def build_trainer(
     trainer = task.trainer(
         config, data, model, tokenizer, args=args, callbacks=list(callbacks), optimizer_cls_and_kwargs=optimizer
     )
-    trainer.loraplus_speed = report
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
     return trainer
