@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
+import loraplus
 from loraplus.errors import InputError
 from loraplus.speed import LEVERS, slow_down, speed_up
 from speed.models import CAUSAL, CLASSIFIERS, FAMILIES, adapted, apart, batch_of, gradients, step
@@ -325,3 +326,24 @@ def test_the_names_are_at_the_root_and_import_nothing_of_peft_or_transformers():
     code = "import sys, loraplus; loraplus.speed_up, loraplus.slow_down, loraplus.SpeedReport;"
     code += "print({'peft', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
+def test_roles_and_rates_are_the_same(family):
+    def rates(model):
+        groups = loraplus.param_groups(model, lr=1e-3, lr_ratio=8.0)
+        names = {id(value): name for name, value in model.named_parameters()}
+        return [(group["name"], group["lr"], [names[id(value)] for value in group["params"]]) for group in groups]
+
+    model = adapted(family)
+    expected = rates(model)
+    speed_up(model)
+    assert rates(model) == expected
+
+
+def test_attention_can_still_be_chosen():
+    model, batch = adapted("bert"), batch_of("bert")
+    speed_up(model)
+    expected = step(model, batch)
+    model.get_base_model().set_attn_implementation("eager")
+    assert apart(step(model, batch)[1], expected[1]) < 1e-5

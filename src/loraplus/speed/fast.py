@@ -6,6 +6,7 @@ wherever it might not. The module keeps its name, parameters, hooks, state dict 
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,9 @@ class Fast(_Base):
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made here, so a copy or a pickle must make it again
         made, arguments, *state = super().__reduce_ex__(protocol)
-        if not _is_mixed(type(self)):
-            return (made, arguments, *state)
-        return (_remade, (*type(self).__bases__, *arguments[1:]), *state)
+        if made is copyreg.__newobj__ and _is_mixed(type(self)):  # type: ignore[attr-defined]
+            return (_remade, (*type(self).__bases__, *arguments[1:]), *state)
+        return (made, arguments, *state)
 
 
 def make_fast(module: nn.Module, fast: type[Fast]) -> None:
