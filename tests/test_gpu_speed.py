@@ -17,9 +17,8 @@ ARGUMENTS = "--toy --no-compile --rounds 2 --steps 1 --only casts"
 
 
 def measured(monkeypatch, tmp_path, speed_up, arguments=ARGUMENTS):
-    module = types.ModuleType("loraplus.speed")
-    module.LEVERS, module.speed_up = ("adapters", "recompute"), speed_up
-    monkeypatch.setitem(sys.modules, "loraplus.speed", module)
+    monkeypatch.setattr("loraplus.speed.LEVERS", ("adapters", "recompute"))
+    monkeypatch.setattr("loraplus.speed.speed_up", speed_up)
     output = tmp_path / "speed.json"
     monkeypatch.setattr(sys, "argv", ["gpu_speed.py", *arguments.split(), "--output", str(output)])
     gpu_speed.main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import types
 
 import pytest
@@ -28,9 +27,9 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    made, module = StandIn(), types.ModuleType("loraplus.speed")
-    module.LEVERS, module.speed_up = StandIn.LEVERS, made
-    monkeypatch.setitem(sys.modules, "loraplus.speed", module)
+    made = StandIn()
+    monkeypatch.setattr("loraplus.speed.LEVERS", StandIn.LEVERS)
+    monkeypatch.setattr("loraplus.speed.speed_up", made)
     return made
 
 

@@ -93,24 +93,24 @@ def test_a_warning_is_one_line(capsys):
 
 
 @pytest.mark.parametrize("raised", REFUSED)
-def test_what_the_system_refuses_is_one_line(capsys, monkeypatch, raised):
+def test_what_the_system_refuses_is_one_line(capsys, monkeypatch, raised, tmp_path):
     def fail(*_, **__):
         raise raised
 
     monkeypatch.setattr("loraplus.inspection.inspect_folder", fail)
     with pytest.raises(SystemExit) as stop:
-        run_main(["inspect", "x"])
+        run_main(["inspect", str(tmp_path)])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and len(err.splitlines()) == 1
 
 
-def test_the_end_of_a_file_is_no_interrupt(capsys, monkeypatch):
+def test_the_end_of_a_file_is_no_interrupt(capsys, monkeypatch, tmp_path):
     def fail(*_, **__):
         raise EOFError
 
     monkeypatch.setattr("loraplus.inspection.inspect_folder", fail)
     with pytest.raises(SystemExit) as stop:
-        run_main(["inspect", "x"])
+        run_main(["inspect", str(tmp_path)])
     assert stop.value.code == 2 and "ends before its time" in capsys.readouterr().err
 
 

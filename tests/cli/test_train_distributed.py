@@ -106,7 +106,8 @@ def test_a_killed_process_ends_the_job_with_a_message_and_a_checkpoint_to_go_on_
     tmp_path, model_folder, reviews_csv, which
 ):
     output = tmp_path / "killed"
-    process = start("torchrun", model_folder, reviews_csv, output, "--max-steps", 100000)
+    few = ("--max-eval-samples", 20)  # however long the run is
+    process = start("torchrun", model_folder, reviews_csv, output, "--max-steps", 100000, *few)
     deadline = time.monotonic() + 120
     while not list(output.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1][-3000:]
@@ -121,7 +122,7 @@ def test_a_killed_process_ends_the_job_with_a_message_and_a_checkpoint_to_go_on_
 
     config = (output / "config.yaml").read_text()
     (output / "config.yaml").write_text(config.replace("max_steps: 100000", f"max_steps: {step + 4}"))
-    again = start("torchrun", model_folder, reviews_csv, output, "--max-steps", step + 4, "--resume", "--json")
+    again = start("torchrun", model_folder, reviews_csv, output, "--max-steps", step + 4, *few, "--resume", "--json")
     out, err = finished(again)
     assert again.returncode == 0, err[-3000:]
     assert json.loads(out)["steps"] == step + 4

@@ -125,11 +125,13 @@ def _trainer(arm: Arm, prepared: Prepared, model: Any, output: str) -> Any:
 
 
 def _trl(arm: Arm, prepared: Prepared, model: Any, output: str) -> Any:
+    from datasets import Dataset
     from trl.data_utils import pack_dataset
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-    rows, options = prepared.rows(grouped=arm.grouped), _shared(arm, prepared, output)
+    rows: Any = Dataset.from_list(list(prepared.rows(grouped=arm.grouped)))  # SFTTrainer takes nothing else
+    options = _shared(arm, prepared, output)
     if arm.packed:
         count = len(rows)
         rows = pack_dataset(rows, prepared.data.max_length, strategy="bfd")
@@ -152,7 +154,8 @@ def _loraplus(arm: Arm, prepared: Prepared, model: Any, output: str) -> Any:
     """As `loraplus train` makes it, without its evaluations and checkpoints."""
     from dataclasses import replace
 
-    from loraplus.tasks.training import DivergenceGuard, build_trainer, rates_of
+    from loraplus.tasks.checks import rates_of
+    from loraplus.tasks.training import DivergenceGuard, build_trainer
 
     config = replace(prepared.config, max_steps=_MANY_STEPS, eval_steps=_MANY_STEPS)
     rates = rates_of(config, prepared.lr, arm.lr_ratio)

@@ -76,7 +76,6 @@ def inspect_folder(path: str, model: str | None = None) -> dict[str, Any]:
     folder = _find(path)
     if not (folder / CONFIG_FILE).is_file():
         return _without_adapter(folder, path, model)
-    _tell_of_changes(folder)
     adapter = Adapter(folder)
     saved = read_rates_file(folder)
     learn_roles(adapter, saved)
@@ -84,7 +83,7 @@ def inspect_folder(path: str, model: str | None = None) -> dict[str, Any]:
     weights, base = _base_weights(adapter, model)
     automatic = (saved or {}).get("auto", {})
     layers = [vars(_layer(pair, adapter, weights, automatic.get("layers", {}))) for pair in adapter.pairs]
-    return {
+    found = {
         "path": path,
         "kind": _kind(folder),
         "adapter": _header(adapter),
@@ -93,6 +92,8 @@ def inspect_folder(path: str, model: str | None = None) -> dict[str, Any]:
         "groups": groups,
         "layers": layers,
     }
+    _tell_of_changes(folder)
+    return found
 
 
 def _tell_of_changes(folder: Path) -> None:
