@@ -19,6 +19,7 @@ from loraplus.errors import InputError
 
 _TIMING = 0.6  # of a row's time, where memory is measured too
 _LEAST = 3  # rounds
+_FEWEST = 4  # batches of a turn: texts of fewer are all of one length, and no arm would pad
 _FLOOR = "floor"
 Told = Callable[[str], None]
 
@@ -116,7 +117,8 @@ class Measurement:
         with suppress(Exception), ended(run):
             run.turn()
             affordable = seconds / (run.turn() * len(self.arms) * (_LEAST + 1))
-            self.prepared = self.prepared.with_batches(min(self.prepared.batches, int(affordable)))
+            batches = max(_FEWEST, int(affordable))
+            self.prepared = self.prepared.with_batches(min(self.prepared.batches, batches))
 
     def _begin(self, arm: Arm, runs: dict[str, Run]) -> None:
         """Starts an arm, and runs a turn of it that does not count."""
@@ -195,8 +197,10 @@ class Measurement:
 
     def _measure_memory(self, row: dict[str, Any], seconds: float) -> None:
         self.told(f"{self.title}: memory")
+        first = [self._ours(), *(row["ratios"].get(name, {}).get("against") for name in ("best", "defaults"))]
         arms = [arm for arm in self.arms if arm.name not in self.failed and arm.name != LAMBDA_ONE.name]
-        found = measured(self.prepared.config, self.prepared.batches, arms, max(seconds, 60.0))
+        arms.sort(key=lambda arm: arm.name not in first)  # those that are compared, while there is time
+        found = measured(self.prepared.config, self.prepared.batches, arms, max(seconds, 120.0))
         for name, mib in found.items():
             row["arms"][name]["memory_over_idle_mib" if isinstance(mib, float) else "memory"] = mib
         ours = next((arm.name for arm in arms if arm.side == OURS), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from rich.table import Table
@@ -32,6 +33,7 @@ def run(config: BenchConfig, *, overwrite: bool, json: bool, plain: bool) -> Non
     from loraplus.cli.console import quiet_libraries
 
     quiet_libraries()
+    logging.getLogger("trl").setLevel(logging.ERROR)  # advises against what is tried here on purpose
     with narrated(console):
         result = bench(config, console.say)
     if output:
