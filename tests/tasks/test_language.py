@@ -109,7 +109,7 @@ def steps_of(config):
 
 @pytest.mark.parametrize("kind", ["messages", "pairs"])
 def test_packing_and_parts_change_no_loss_and_no_gradient(config, tmp_path, kind):
-    config = with_rows(config, tmp_path, ROWS[kind], eval_steps=1, max_length=100)
+    config = with_rows(config, tmp_path, ROWS[kind], eval_steps=1, max_length=100, packing=True)
     packed, rows, loss = steps_of(config)
     assert packed.packing is not None
     batch = next(iter(packed.get_train_dataloader()))

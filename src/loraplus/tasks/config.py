@@ -82,8 +82,8 @@ class TaskConfig:
     )
     packing: bool | None = _option(
         None,
-        "sft and lm: put several examples of a batch into one row, kept apart. Default: where the model can keep them "
-        "apart.",
+        "sft and lm: put several examples of a batch into one row, kept apart. Default: on a GPU, where the model can "
+        "keep them apart.",
     )
     long_examples: str | None = _option(
         None, "sft and lm: cut, drop or (lm) split what is longer than --max-length. Default: sft cut, lm split."

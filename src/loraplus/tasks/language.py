@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -230,7 +231,9 @@ class LanguageModelling:
         **options: Any,
     ) -> LoraPlusTrainer:
         """SFTTrainer; packs training batches where the model keeps the examples of a row apart."""
-        packs = config.packing is not False and keeps_apart(model)
+        # Attention over a packed row costs the square of its length, which a CPU's kernels do not skip.
+        wanted = torch.accelerator.is_available() if config.packing is None else config.packing
+        packs = wanted and keeps_apart(model)
         if config.packing and not packs:
             raise InputError(f"--packing: {config.model} does not keep the examples of a row apart; leave it out")
         pad: Any = tokenizer.pad_token_id
