@@ -145,11 +145,9 @@ class Graphs:
 
 def _move_gradients(model: nn.Module) -> None:
     """Moves gradients that wait for more to be added out of the buffers that a replay writes to."""
-    waiting = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in waiting if parameter.grad is not None]
-    if waiting:
-        for parameter, moved in zip(waiting, torch._foreach_mul(gradients, 1.0), strict=True):
-            parameter.grad = moved
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
 
 
 class _Bound(nn.Module):
