@@ -108,6 +108,7 @@ def test_ctrl_c_is_one_line(model_folder, reviews_csv):
     process = subprocess.Popen(
         [sys.executable, "-m", "loraplus", "bench", *map(str, flags)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests run in the background
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
