@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import expit, ndtri
 
+from loraplus.files.output import write_csv
 from loraplus.study.statistics import LEAST_SEEDS, LEVEL, decisions, t_test
-from loraplus.tasks.output import write_csv
 
 Floats = NDArray[np.float64]
 

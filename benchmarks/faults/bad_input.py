@@ -202,7 +202,7 @@ class Result:
         """As JSON, whole or not at all."""
         if output is None:
             return
-        from loraplus.tasks.files import write_json
+        from loraplus.files.single import write_json
 
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, {**asdict(self), "readers": dict(sorted(self.readers.items()))})

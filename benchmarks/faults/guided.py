@@ -17,9 +17,9 @@ import atheris
 with atheris.instrument_imports(include=["yaml", "loraplus.tasks"]):
     from loraplus.cli.options import load_yaml
     from loraplus.errors import LONGEST_MESSAGE, LoraPlusError
+    from loraplus.files.single import read_json
     from loraplus.tasks.columns import examples
     from loraplus.tasks.conversations import read_examples
-    from loraplus.tasks.files import read_json
     from loraplus.tasks.table import read_table
 
 WORK = Path(tempfile.mkdtemp(prefix="guided-"))

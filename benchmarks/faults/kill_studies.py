@@ -30,8 +30,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from small import encoder, texts
 
+from loraplus.files.whole import TEMPORARY
 from loraplus.study.format import KEY
-from loraplus.whole import TEMPORARY
 
 TIMES = ("seconds", "cost", "training_seconds", "config", "train_command")
 SMALL = ["--max-steps", "4", "--eval-steps", "2", "--batch-size", "4", "--workers", "1", "--plain"]

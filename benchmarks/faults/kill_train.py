@@ -69,8 +69,8 @@ def digest(folder: Path) -> dict[str, str]:
 
 def half_written(folder: Path) -> list[str]:
     """Files under their own names that cannot be read; those of temporary names do not count."""
-    from loraplus.integrations.whole_checkpoints import checkpoint_fault, checkpoints
-    from loraplus.tasks.output import read_json
+    from loraplus.files.checkpoints import checkpoint_fault, checkpoints
+    from loraplus.files.output import read_json
 
     bad = [f"{path.name}: {fault}" for path in checkpoints(folder) if (fault := checkpoint_fault(path))]
     for path in folder.glob("*.json"):
@@ -96,7 +96,7 @@ def killed_and_resumed(arguments: list[str], output: Path, kills: list[dict[str,
 
 
 def main() -> None:
-    from loraplus.tasks.files import write_json
+    from loraplus.files.single import write_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="random ones, over all kinds")

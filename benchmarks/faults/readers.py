@@ -90,7 +90,7 @@ def _tables(folder: Path) -> list[Reader]:
 
 def _settings(folder: Path) -> list[Reader]:
     from loraplus.cli.options import load_yaml
-    from loraplus.tasks.output import check_output, read_json
+    from loraplus.files.output import check_output, read_json
 
     same = yaml.safe_load((folder / "run/config.yaml").read_text())
 
@@ -112,8 +112,8 @@ def _inspected(folder: Path) -> list[Reader]:
     from rich.console import Console
 
     from loraplus.cli.inspect import adapter_parts, model_parts
+    from loraplus.files.output import json_text
     from loraplus.inspection import inspect_folder
-    from loraplus.tasks.output import json_text
 
     console = Console(file=open("/dev/null", "w"), markup=False)  # noqa: SIM115
 
@@ -132,7 +132,7 @@ def _inspected(folder: Path) -> list[Reader]:
 
 def _resumed(folder: Path) -> list[Reader]:
     """A run that goes on from its checkpoint: one that its manifest vouches for, and one of an earlier version."""
-    from loraplus.manifest import MANIFEST_FILE
+    from loraplus.files.manifest import MANIFEST_FILE
     from loraplus.tasks.config import TrainConfig
     from loraplus.tasks.train import train
 
@@ -220,8 +220,8 @@ def _make(folder: Path) -> None:
     from pyarrow import parquet
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
+    from loraplus.files.output import write_csv, write_json, write_yaml
     from loraplus.tasks.decoder.text import train_tokenizer
-    from loraplus.tasks.output import write_csv, write_json, write_yaml
 
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)

@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
-from loraplus.report import render
-from loraplus.study.arms import chosen
-from loraplus.study.plan import Plan
-from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, has_begun, run_all
-from loraplus.study.store import StudyStore
-from loraplus.study.summary import runs_csv_rows, summarise
-from loraplus.study.trial import data_facts, run_trial
-from loraplus.tasks.checks import check_settings
-from loraplus.tasks.config import ADDED, DEFAULT_ARMS, CompareConfig
-from loraplus.tasks.measures import measures_of
-from loraplus.tasks.output import (
+from loraplus.files.earlier import LATER_SETTINGS
+from loraplus.files.output import (
     CONFIG_FILE,
     NOT_COMPARED,
     check_output,
@@ -33,6 +24,16 @@ from loraplus.tasks.output import (
     write_json,
     write_yaml,
 )
+from loraplus.report import render
+from loraplus.study.arms import chosen
+from loraplus.study.plan import Plan
+from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, has_begun, run_all
+from loraplus.study.store import StudyStore
+from loraplus.study.summary import runs_csv_rows, summarise
+from loraplus.study.trial import data_facts, run_trial
+from loraplus.tasks.checks import check_settings
+from loraplus.tasks.config import DEFAULT_ARMS, CompareConfig
+from loraplus.tasks.measures import measures_of
 
 SUMMARY_FILE = "summary.json"
 RUNS_FILE = "runs.csv"
@@ -105,7 +106,9 @@ def fingerprint(settings: dict[str, Any]) -> str:
     """Short hash of all settings that change what a run computes."""
     # A setting that came later counts only where it is used, so that earlier comparisons can be gone on with.
     compared = {
-        key: value for key, value in settings.items() if key not in MAY_DIFFER and (key, value) not in ADDED.items()
+        key: value
+        for key, value in settings.items()
+        if key not in MAY_DIFFER and (key, value) not in LATER_SETTINGS.items()
     }
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:12]
 

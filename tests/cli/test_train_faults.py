@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraplus.integrations.whole_checkpoints import checkpoints
+from loraplus.files.checkpoints import checkpoints
 
 ADAPTER = "adapter_model.safetensors"
 KINDS = {

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from loraplus.errors import InputError
+from loraplus.files.output import write_csv, write_json, write_yaml
 from loraplus.report.training import write_report
-from loraplus.tasks.output import write_csv, write_json, write_yaml
 
 EVIL = "</script><script>alert(1)</script><img src=x>"
 METRICS = {

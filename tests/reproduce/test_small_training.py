@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from loraplus.files.output import write_csv
 from loraplus.movement import adapted_layers
 from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Result
@@ -17,7 +18,6 @@ from loraplus.reproduce.init import RULES, Init, scale_of
 from loraplus.reproduce.small_tasks import Rows, SmallTask
 from loraplus.reproduce.small_training import SmallAdapter, batches, build, train
 from loraplus.tasks.decoder.text import train_tokenizer
-from loraplus.tasks.output import write_csv
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from conftest import tiny_config
 from transformers import BertModel
 
 from loraplus.errors import DivergedError, InputError
+from loraplus.files.output import prepare_output
 from loraplus.rates import Rates
 from loraplus.tasks.checks import rates_of
 from loraplus.tasks.classification import load_classification
 from loraplus.tasks.config import TrainConfig
 from loraplus.tasks.model import load_classifier
-from loraplus.tasks.output import prepare_output
 from loraplus.tasks.pretrained import load_tokenizer
 from loraplus.tasks.train import StopOnSignal, train
 from loraplus.tasks.training import DivergenceGuard, build_trainer, total_steps

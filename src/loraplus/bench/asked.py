@@ -9,8 +9,8 @@ from typing import Any
 
 from loraplus.bench.shapes import SHAPES
 from loraplus.errors import InputError
+from loraplus.files.single import read_json
 from loraplus.tasks.config import BenchConfig, TaskConfig
-from loraplus.tasks.files import read_json
 
 SCHEMA_VERSION = 1
 OWN = "own"

@@ -61,7 +61,7 @@ def _main() -> None:
     import torch
 
     from loraplus.bench.prepared import prepare
-    from loraplus.scratch import scratch_folder
+    from loraplus.files.scratch import scratch_folder
 
     what = json.loads(sys.stdin.read())
     for options in what["arms"]:

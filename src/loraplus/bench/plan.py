@@ -13,7 +13,7 @@ from loraplus.bench.machine import machine
 from loraplus.bench.measure import Measurement, Told
 from loraplus.bench.prepared import prepare
 from loraplus.bench.shapes import SHAPES, make
-from loraplus.scratch import scratch_folder
+from loraplus.files.scratch import scratch_folder
 from loraplus.tasks.config import CLASSIFICATION, BenchConfig, TaskConfig
 
 _OWN_BATCHES = 8

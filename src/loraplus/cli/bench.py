@@ -24,7 +24,7 @@ def run(config: BenchConfig, *, overwrite: bool, json: bool, plain: bool) -> Non
         _show_table(config.table)
         return
     from loraplus.bench.asked import rows_of
-    from loraplus.tasks.files import check_file, write_json
+    from loraplus.files.single import check_file, write_json
 
     rows_of(config)
     output = check_file(config.output, (".json",), overwrite=overwrite) if config.output else None

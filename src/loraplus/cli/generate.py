@@ -49,7 +49,7 @@ def run(
     plain: Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")] = False,
 ) -> None:
     """Let a causal language model go on from a prompt, or from each prompt of a file."""
-    from loraplus.tasks.output import check_file, write_atomically
+    from loraplus.files.output import check_file, write_atomically
     from loraplus.tasks.saved_adapter import adapter_settings
     from loraplus.tasks.table import check_source
 

@@ -25,7 +25,7 @@ def run(
     plain: Annotated[bool, typer.Option("--plain", help="No colours.")] = False,
 ) -> None:
     """Show what an adapter holds: roles, rates, and the size of every layer's factors and update."""
-    from loraplus.tasks.paths import folder_unless_hub_name
+    from loraplus.files.paths import folder_unless_hub_name
 
     folder_unless_hub_name(path)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -16,8 +16,8 @@ import typer
 
 from loraplus.cli.terminal import Console, is_speaker
 from loraplus.errors import InputError
-from loraplus.tasks.parsing import LONGEST_YAML, ParseError, parse_yaml
-from loraplus.tasks.paths import user_path
+from loraplus.files.parsing import LONGEST_YAML, ParseError, parse_yaml
+from loraplus.files.paths import user_path
 
 # Options of the command itself, not of the run: never part of the configuration.
 COMMAND_ONLY = {"config", "overwrite", "resume", "json", "plain", "help"}

@@ -33,8 +33,8 @@ def run(
     plain: Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")] = False,
 ) -> None:
     """Label the texts of a file with a trained adapter."""
+    from loraplus.files.output import check_file, write_atomically
     from loraplus.tasks.columns import choose_text_column
-    from loraplus.tasks.output import check_file, write_atomically
     from loraplus.tasks.saved_adapter import adapter_settings
     from loraplus.tasks.table import read_table
 

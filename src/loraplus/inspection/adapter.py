@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from loraplus.errors import InputError
+from loraplus.files.output import read_json
 from loraplus.inspection.tensors import TensorFiles
 from loraplus.layouts import recognise
 from loraplus.partners import partner_names
 from loraplus.parts import Role
 from loraplus.tasks.limited import check_patterns
-from loraplus.tasks.output import read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")

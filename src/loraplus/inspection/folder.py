@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from loraplus import manifest
 from loraplus.errors import InputError, LoraPlusWarning
+from loraplus.files import manifest
+from loraplus.files.output import read_json
+from loraplus.files.paths import folder_unless_hub_name, is_folder, user_path
 from loraplus.inspection.adapter import CONFIG_FILE, WEIGHT_FILES, Adapter, Pair
 from loraplus.inspection.base import BaseWeights
 from loraplus.inspection.rates import (
@@ -27,8 +29,6 @@ from loraplus.inspection.rates import (
 )
 from loraplus.inspection.update import update_size
 from loraplus.movement import rms
-from loraplus.tasks.output import read_json
-from loraplus.tasks.paths import folder_unless_hub_name, is_folder, user_path
 
 _PREFIX = "base_model.model."
 _NAMED_IN_MESSAGE = 3

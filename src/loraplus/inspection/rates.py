@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError, LoraPlusWarning
+from loraplus.files.checkpoints import RATES_FILE
+from loraplus.files.output import read_json
 from loraplus.inspection.adapter import Adapter, saved_name
 from loraplus.integrations.checkpoints import OF_PARAMETERS_SHAPE
-from loraplus.integrations.whole_checkpoints import RATES_FILE
 from loraplus.rates import Rates
 from loraplus.roles import Role
 from loraplus.tasks.limited import check_patterns
-from loraplus.tasks.output import read_json
 from loraplus.tasks.pickles import load_pickle
 
 OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, METRICS_FILE = (

@@ -17,13 +17,13 @@ from torch import nn
 
 from loraplus.auto import AutoRates
 from loraplus.errors import LoraPlusWarning, ResumeMismatchError
+from loraplus.files.checkpoints import AUTO_FILE, RATES_FILE
+from loraplus.files.whole import write_whole
 from loraplus.groups import ParameterRate, built_rates
-from loraplus.integrations.whole_checkpoints import AUTO_FILE, RATES_FILE
 from loraplus.notices import told_once
 from loraplus.partners import whole_shape
 from loraplus.rates import Rates
 from loraplus.roles import FACTORS, Role, trainable_parameters
-from loraplus.whole import write_whole
 from loraplus.wrappers import unwrapped
 
 OF_PARAMETERS_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "state1")

@@ -18,7 +18,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusError, LoraPlusWarning, one_line
-from loraplus.integrations.whole_checkpoints import (
+from loraplus.files.checkpoints import (
     NAME,
     STATE_FILE,
     check_checkpoint,
@@ -31,10 +31,10 @@ from loraplus.integrations.whole_checkpoints import (
     newest_whole,
     rotate,
 )
-from loraplus.manifest import is_sealed, seal
-from loraplus.replacing import put_all_back, replace_folder
-from loraplus.scratch import folder_beside, made_folder
-from loraplus.whole import follow_umask, move_into, remove_leftovers, sync_folder, temporary_path
+from loraplus.files.manifest import is_sealed, seal
+from loraplus.files.replacing import put_all_back, replace_folder
+from loraplus.files.scratch import folder_beside, made_folder
+from loraplus.files.whole import follow_umask, move_into, remove_leftovers, sync_folder, temporary_path
 
 CARD_FILE, ADAPTER_FILE = "README.md", "adapter_model.safetensors"
 _LONGEST_QUOTE = 200

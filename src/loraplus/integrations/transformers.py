@@ -21,6 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from loraplus.auto import AutoRates
 from loraplus.errors import InvalidRateError, LoraPlusWarning, TrainerSetupError
 from loraplus.feature_updates import UpdateMonitor
+from loraplus.files.checkpoints import SEALED
+from loraplus.files.manifest import is_sealed, seal_again
 from loraplus.groups import groups_for
 from loraplus.integrations.checkpoints import (
     check_resume,
@@ -38,8 +40,6 @@ from loraplus.integrations.trainer_checkpoints import WholeCheckpoints
 from loraplus.integrations.trainer_optimizer import Split, keep_ratio, own_class, split
 from loraplus.integrations.trainer_search import check_searched, checked_space
 from loraplus.integrations.trainer_settings import LoraPlusTrainingArguments, RateSettings, overrides_from
-from loraplus.integrations.whole_checkpoints import SEALED
-from loraplus.manifest import is_sealed, seal_again
 from loraplus.notices import told_once
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.roles import Role, trainable_parameters

@@ -11,9 +11,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from loraplus.errors import InputError
+from loraplus.files.output import read_json, saved_config, write_atomically
 from loraplus.report import plots
 from loraplus.report.page import template
-from loraplus.tasks.output import read_json, saved_config, write_atomically
 from loraplus.tasks.train import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 
 REPORT_FILE = "report.html"

@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraplus.errors import DivergedError
+from loraplus.files.scratch import scratch_folder
 from loraplus.rates import Rates
 from loraplus.reproduce.experiment import Result, Run
-from loraplus.scratch import scratch_folder
 from loraplus.study.worker import OnStep
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig

@@ -14,6 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
+from loraplus.files.output import (
+    PLOTS_FOLDER,
+    check_output,
+    hold_output,
+    prepare_output,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from loraplus.reproduce import png
 from loraplus.reproduce.experiment import Experiment, Result, Results, Run
 from loraplus.reproduce.files import RUNS_FILE, SUMMARY_FILE, columns_of, read_runs, write_runs
@@ -26,15 +35,6 @@ from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, OnEvent, default_worke
 from loraplus.study.storage import without_password
 from loraplus.study.store import StudyStore
 from loraplus.tasks.assets import obtain
-from loraplus.tasks.output import (
-    PLOTS_FOLDER,
-    check_output,
-    hold_output,
-    prepare_output,
-    read_json,
-    write_atomically,
-    write_json,
-)
 
 SCHEMA_VERSION = 1
 # Where a process works and writes is its own affair; all else it shares with the others of its study.

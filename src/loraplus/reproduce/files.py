@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
+from loraplus.files.output import write_csv
 from loraplus.reproduce.experiment import Result, Run, Value, parsed
-from loraplus.tasks.output import write_csv
 
 RUNS_FILE = "runs.csv"
 SUMMARY_FILE = "summary.json"

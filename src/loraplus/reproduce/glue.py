@@ -19,11 +19,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraplus.errors import InputError
+from loraplus.files.paths import user_path
 from loraplus.reproduce.classifier import Examples, Parts, encode
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.loading import first_line
-from loraplus.tasks.paths import user_path
 from loraplus.tasks.pretrained import load_tokenizer
 from loraplus.tasks.table import read_table
 

@@ -14,16 +14,16 @@ from transformers import set_seed
 
 import loraplus
 from loraplus.errors import DivergedError, InputError
+from loraplus.files.paths import user_path
+from loraplus.files.scratch import scratch_folder
 from loraplus.rates import Rates
 from loraplus.reproduce import mmlu
 from loraplus.reproduce.experiment import Result, Run
 from loraplus.reproduce.glue import files_of, in_folder_or_hub
 from loraplus.reproduce.llama_mnli import MODEL
 from loraplus.reproduce.rate_grid import RateGrid
-from loraplus.scratch import scratch_folder
 from loraplus.study.worker import OnStep
 from loraplus.tasks.config import TaskConfig
-from loraplus.tasks.paths import user_path
 from loraplus.tasks.pretrained import load_decoder, load_tokenizer
 from loraplus.tasks.table import read_table
 from loraplus.tasks.training import DivergenceGuard, StepClock

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from loraplus.errors import InputError
+from loraplus.files.paths import user_path
 from loraplus.reproduce.glue import read_split
-from loraplus.tasks.paths import user_path
 
 HUB_NAME = "cais/mmlu"
 LETTERS = "ABCD"

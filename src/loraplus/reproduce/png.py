@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from loraplus.errors import InputError
+from loraplus.files.output import write_atomically
 from loraplus.report.plots import PALETTE
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot
-from loraplus.tasks.output import write_atomically
 
 _INCHES = (4.6, 3.7)
 _DPI = 110

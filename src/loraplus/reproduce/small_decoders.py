@@ -21,9 +21,9 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loraplus.files.output import hold_output
 from loraplus.tasks import assets
 from loraplus.tasks.decoder.build import build
-from loraplus.tasks.output import hold_output
 
 VOCABULARY = 2048
 LAYERS = 4

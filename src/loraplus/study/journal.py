@@ -14,8 +14,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from loraplus.errors import InputError, LoraPlusWarning
+from loraplus.files.single import write_atomically
 from loraplus.study.mending import KeyOf, Mended, mended, operation
-from loraplus.tasks.files import write_atomically
 
 try:
     import fcntl

@@ -18,8 +18,8 @@ from optuna.storages.journal._storage import JournalOperation, JournalStorageRep
 from optuna.trial import FrozenTrial, TrialState
 
 from loraplus.errors import InputError, one_line
+from loraplus.files.parsing import ParseError, parse_json
 from loraplus.study.format import KEY, RECORD
-from loraplus.tasks.parsing import ParseError, parse_json
 
 KeyOf = Callable[[Any], str]
 """The key of the run that a stored outcome belongs to; raises if the outcome cannot be read."""

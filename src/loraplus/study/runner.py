@@ -22,7 +22,7 @@ from typing import Any, Generic, Literal, Protocol
 import torch
 
 from loraplus.errors import InterruptedRun, LoraPlusError
-from loraplus.scratch import scratch_folder
+from loraplus.files.scratch import scratch_folder
 from loraplus.study.format import RecordT, TrialT
 from loraplus.study.store import StudyStore
 from loraplus.study.worker import OnStep, perform, set_up

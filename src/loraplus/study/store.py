@@ -29,10 +29,10 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from loraplus.errors import InputError, LoraPlusError
+from loraplus.files.output import data_changes
 from loraplus.study.format import BEAT, KEY, RECORD, TRAINING, Format, RecordT, TrialT, restored, stored
 from loraplus.study.lease import LEASE_SECONDS, Leases
 from loraplus.study.storage import Patient, open_study, reason, without_password
-from loraplus.tasks.output import data_changes
 
 DATA = "data"
 SETTINGS = "settings"

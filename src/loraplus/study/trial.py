@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from loraplus.errors import DivergedError
+from loraplus.files.scratch import scratch_folder
 from loraplus.integrations.transformers import LoraPlusTrainer
-from loraplus.scratch import scratch_folder
 from loraplus.study.arms import ALL, REFERENCE, Arm
 from loraplus.study.records import CurvePoint, Record, Trial
 from loraplus.tasks.checks import rates_of

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import DivergedError
+from loraplus.files.output import check_output, hold_output, prepare_output, write_csv, write_json, write_yaml
 from loraplus.study.halving import RATIO
 from loraplus.study.pairs import finite_perplexity
 from loraplus.study.records import Record
@@ -22,7 +23,6 @@ from loraplus.study.trial import data_facts, run_trial
 from loraplus.study.tuning import TuningPlan
 from loraplus.tasks.checks import check_settings
 from loraplus.tasks.config import DEFAULT_TUNING_RUNS, TaskConfig, TrainConfig, TuneConfig
-from loraplus.tasks.output import check_output, hold_output, prepare_output, write_csv, write_json, write_yaml
 
 SCHEMA_VERSION = 1
 RESULT_FILE = "tune.json"

@@ -22,10 +22,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from loraplus.errors import InputError
+from loraplus.files.output import read_json
+from loraplus.files.paths import is_file, resolve_model, user_path
 from loraplus.tasks.limited import check_patterns
 from loraplus.tasks.loading import first_line, from_pretrained, load_any_tokenizer, loading
-from loraplus.tasks.output import read_json
-from loraplus.tasks.paths import is_file, resolve_model, user_path
 from loraplus.tasks.pretrained import load_decoder
 from loraplus.tasks.saved_adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_settings
 

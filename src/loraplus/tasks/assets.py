@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplus.errors import InputError, LoraPlusError
-from loraplus.scratch import folder_beside, scratch_folder
-from loraplus.tasks.output import write_atomically
+from loraplus.files.output import write_atomically
+from loraplus.files.scratch import folder_beside, scratch_folder
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ import math
 from dataclasses import asdict
 
 from loraplus.errors import InputError
+from loraplus.files.earlier import LATER_SETTINGS
+from loraplus.files.output import check_output
+from loraplus.files.paths import resolve_model
+from loraplus.files.single import read_template
 from loraplus.rates import Rates
 from loraplus.tasks.config import (
-    ADDED,
     CLASSIFICATION,
     DEFAULT_LR,
     DEFAULT_LR_HEAD,
@@ -26,10 +29,7 @@ from loraplus.tasks.config import (
     TuneConfig,
     check_held,
 )
-from loraplus.tasks.files import read_template
 from loraplus.tasks.measures import MEASURES
-from loraplus.tasks.output import check_output
-from loraplus.tasks.paths import resolve_model
 from loraplus.tasks.splits import check_fraction, check_seed
 from loraplus.tasks.table import check_source
 
@@ -104,7 +104,7 @@ def check_task(config: TaskConfig) -> None:
         )
     if config.task == CLASSIFICATION:
         for name in _OF_LANGUAGE_MODELS:
-            if getattr(config, name) != ADDED[name]:
+            if getattr(config, name) != LATER_SETTINGS[name]:
                 raise InputError(f"--{_flag(name)} is for --task sft and lm, not for classification")
         return
     if config.label_column is not None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
-from loraplus.tasks.files import read_json
+from loraplus.files.paths import is_inside
+from loraplus.files.single import read_json
 from loraplus.tasks.limited import TooMuchError, parquet_facts
-from loraplus.tasks.paths import is_inside
 from loraplus.tasks.stored import TableWriter
 from loraplus.tasks.tabular import Table, check_size
 from loraplus.tasks.telling import Telling

@@ -24,12 +24,6 @@ ON_ALL, ON_COMPLETION, ON_ASSISTANT = "all", "completion", "assistant"
 LOSS_ON = (ON_ALL, ON_COMPLETION, ON_ASSISTANT)
 CUT, DROP, SPLIT = "cut", "drop", "split"
 LONG_EXAMPLES = (CUT, DROP, SPLIT)
-# Settings that came later, with the value that runs without them had.
-ADDED = {
-    "task": CLASSIFICATION, "loss_on": None, "packing": None, "long_examples": None, "chat_template": None,
-    "load_in_4bit": False, "samples": 3,
-    "speed_up": True,  # runs before it computed the same, to rounding
-}  # fmt: skip
 
 
 def _option(default: Any, help: str, *flags: str, parser: Callable[[str], Any] | None = None) -> Any:

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 from loraplus.errors import InputError
+from loraplus.files.parsing import ParseError, parse_json
 from loraplus.tasks.columns import TEXT_NAMES, choose_text_column, strings
-from loraplus.tasks.parsing import ParseError, parse_json
 from loraplus.tasks.streamed import Made
 from loraplus.tasks.table import Table
 

@@ -6,10 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from loraplus import manifest
 from loraplus.errors import InputError, LoraPlusWarning
-from loraplus.integrations.whole_checkpoints import can_be_read, newest_whole
-from loraplus.tasks.output import read_json
+from loraplus.files import manifest
+from loraplus.files.checkpoints import can_be_read, newest_whole
+from loraplus.files.output import read_json
 
 METRICS_FILE = "metrics.json"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loraplus.errors import InputError
+from loraplus.files.single import read_template
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.tasks.checks import check_task
 from loraplus.tasks.config import CompareConfig, TaskConfig
 from loraplus.tasks.conversations import Example, Examples, read_examples
 from loraplus.tasks.encoding import Encoder, loss_on
-from loraplus.tasks.files import read_template
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
 from loraplus.tasks.lengths import most_validation_examples
 from loraplus.tasks.model import load_language_model

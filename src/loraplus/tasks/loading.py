@@ -16,8 +16,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from loraplus.errors import InputError, LoraPlusError
-from loraplus.tasks.files import read_json
-from loraplus.tasks.paths import is_file, is_folder, is_inside
+from loraplus.files.paths import is_file, is_folder, is_inside
+from loraplus.files.single import read_json
 from loraplus.tasks.pickles import check_archive
 
 _COUNTED, _MOST_LAYERS = ("layer", "expert", "_blocks"), 10_000

@@ -15,16 +15,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loraplus.errors import InputError, MergeMismatchError
-from loraplus.replacing import put_back, replace_folder
-from loraplus.scratch import folder_beside
+from loraplus.files.output import check_unicode, check_writable
+from loraplus.files.paths import resolve_model, user_path
+from loraplus.files.replacing import put_back, replace_folder
+from loraplus.files.scratch import folder_beside
+from loraplus.files.single import read_json, write_json
+from loraplus.files.whole import TEMPORARY, follow_umask
 from loraplus.tasks.adapter import load_causal
-from loraplus.tasks.files import read_json, write_json
 from loraplus.tasks.loading import first_line, from_pretrained, loading
-from loraplus.tasks.output import check_unicode, check_writable
-from loraplus.tasks.paths import resolve_model, user_path
 from loraplus.tasks.predict import load_adapter
 from loraplus.tasks.saved_adapter import adapter_settings
-from loraplus.whole import TEMPORARY, follow_umask
 
 RECORD_FILE = "merge.json"
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig
 
 from loraplus.errors import InputError
+from loraplus.files.paths import is_file, user_path
 from loraplus.tasks.adapter import put_adapter
 from loraplus.tasks.loading import from_pretrained, load_any_tokenizer, loading
-from loraplus.tasks.paths import is_file, user_path
 from loraplus.tasks.pretrained import load_base
 from loraplus.tasks.saved_adapter import adapter_settings
 

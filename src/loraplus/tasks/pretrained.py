@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from loraplus.errors import InputError
+from loraplus.files.paths import resolve_model
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.loading import check_fits, from_pretrained, load_any_tokenizer
-from loraplus.tasks.paths import resolve_model
 
 # RoBERTa and its relatives number positions from pad_token_id + 1, so that many rows of the table are never used.
 _POSITIONS_AFTER_PADDING = frozenset({

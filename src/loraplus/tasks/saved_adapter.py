@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from loraplus.errors import InputError
-from loraplus.tasks.files import read_json
-from loraplus.tasks.paths import is_file, is_folder, user_path
+from loraplus.files.paths import is_file, is_folder, user_path
+from loraplus.files.single import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from loraplus.errors import InputError
+from loraplus.files.paths import is_file, is_folder, user_path
 from loraplus.tasks.columnar import check_datasets_folder, read_datasets_folder, read_hub, read_parquet
-from loraplus.tasks.paths import is_file, is_folder, user_path
 from loraplus.tasks.separated import read_commas, read_tabs
 from loraplus.tasks.tabular import Table, check_size
 from loraplus.tasks.text_files import check_not_blank, read_json_rows, read_lines

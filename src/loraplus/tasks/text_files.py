@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from loraplus.errors import InputError
-from loraplus.tasks.parsing import ParseError, parse_json, values_in
+from loraplus.files.parsing import ParseError, parse_json, values_in
 from loraplus.tasks.stored import TableWriter
 from loraplus.tasks.tabular import LONGEST_ROW, LineError, Table, check_size
 from loraplus.tasks.telling import Telling

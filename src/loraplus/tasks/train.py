@@ -14,12 +14,13 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loraplus.errors import DivergedError, InterruptedRun, LostProcessError
+from loraplus.files.checkpoints import check_places, checkpoints, newest_whole
+from loraplus.files.manifest import seal
+from loraplus.files.output import check_output, hold_output, note_data, prepare_output, write_csv, write_json
 from loraplus.groups import explain
 from loraplus.integrations.checkpoints import rates_record, write_rates
 from loraplus.integrations.trainer_checkpoints import CARD_FILE, saved_whole
 from loraplus.integrations.transformers import LoraPlusTrainer
-from loraplus.integrations.whole_checkpoints import check_places, checkpoints, newest_whole
-from loraplus.manifest import seal
 from loraplus.speed.fast import Fast
 from loraplus.tasks.checks import check_settings, rates_of
 from loraplus.tasks.config import AUTO, TrainConfig
@@ -31,7 +32,6 @@ from loraplus.tasks.data_parallel import (
     wait_for_all,
 )
 from loraplus.tasks.finished import METRICS_FILE, finished_run
-from loraplus.tasks.output import check_output, hold_output, note_data, prepare_output, write_csv, write_json
 from loraplus.tasks.run_totals import RunTotals
 from loraplus.tasks.task import Task, task_of
 from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, total_steps

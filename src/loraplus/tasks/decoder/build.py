@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from loraplus.errors import InputError
+from loraplus.files.output import hold_output, write_atomically, write_csv, write_json
 from loraplus.tasks.decoder.card import curve_svg, model_card, samples
 from loraplus.tasks.decoder.pretrain import Pretrained, Recipe, clear, held_out_loss, pretrain
 from loraplus.tasks.decoder.text import read_chapters, train_tokenizer
-from loraplus.tasks.output import hold_output, write_atomically, write_csv, write_json
 
 FIGURES_FILE = "decoder.json"
 _WEIGHTS_FILE = "model.safetensors"

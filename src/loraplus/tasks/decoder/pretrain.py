@@ -26,8 +26,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from loraplus.errors import InputError
+from loraplus.files.output import data_changes, read_json, write_json
 from loraplus.tasks.decoder.text import Chapters, pack, passage, training_texts
-from loraplus.tasks.output import data_changes, read_json, write_json
 
 _RECIPE_FILE = "recipe.json"
 _SECONDS_FILE = "seconds.json"

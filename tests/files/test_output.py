@@ -13,7 +13,7 @@ import yaml
 
 from loraplus.compare import fingerprint
 from loraplus.errors import InputError
-from loraplus.tasks.output import (
+from loraplus.files.output import (
     check_output,
     hold_output,
     prepare_output,

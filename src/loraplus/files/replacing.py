@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from loraplus.errors import InputError
-from loraplus.whole import TEMPORARY, remove_leftovers, sync_names, temporary_path
+from loraplus.files.whole import TEMPORARY, remove_leftovers, sync_names, temporary_path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _EARLIER = "earlier"

@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from loraplus.errors import InputError
-from loraplus.integrations.whole_checkpoints import checkpoints
-from loraplus.manifest import MANIFEST_FILE, is_sealed
-from loraplus.tasks.config import ADDED, CLASSIFICATION
-from loraplus.tasks.files import (
+from loraplus.files.checkpoints import checkpoints
+from loraplus.files.earlier import LATER_SETTINGS
+from loraplus.files.manifest import MANIFEST_FILE, is_sealed
+from loraplus.files.parsing import LONGEST_YAML, parse_yaml
+from loraplus.files.single import (
     check_file,
     check_takes_files,
     json_text,
@@ -27,8 +28,7 @@ from loraplus.tasks.files import (
     write_json,
     write_yaml,
 )
-from loraplus.tasks.parsing import LONGEST_YAML, parse_yaml
-from loraplus.whole import TEMPORARY, hold, remove_leftovers
+from loraplus.files.whole import TEMPORARY, hold, remove_leftovers
 
 __all__ = [
     "check_file", "check_output", "check_unicode", "check_writable", "data_changes", "hold_output", "json_text",
@@ -264,7 +264,7 @@ def _is_ours(keys: set[str]) -> bool:
 
 def _check_same(folder: Path, saved: Mapping[str, Any], config: Mapping[str, Any], ignore: Sequence[str]) -> None:
     now = yaml.safe_load(yaml.safe_dump(dict(config), sort_keys=False))
-    saved = {key: value for key, value in ADDED.items() if key in now} | dict(saved)
+    saved = {key: value for key, value in LATER_SETTINGS.items() if key in now} | dict(saved)
     keys = [key for key in dict.fromkeys([*now, *saved]) if key not in ignore]
     differing = [key for key in keys if saved.get(key) != now.get(key) or (key in saved) != (key in now)]
     if differing:
@@ -289,7 +289,7 @@ def _written(folder: Path, config: Mapping[str, Any]) -> list[Path]:
         return [folder / name for name in _OF_REPRODUCE] + sorted((folder / PLOTS_FOLDER).glob("*.png"))
     if "tuning_runs" in config:
         return [folder / name for name in _OF_STUDY]
-    names = _OF_TRAIN if config.get("task", CLASSIFICATION) == CLASSIFICATION else _OF_TRAIN + _OF_LANGUAGE_MODELS
+    names = _OF_TRAIN if config.get("task", "classification") == "classification" else _OF_TRAIN + _OF_LANGUAGE_MODELS
     return [folder / name for name in names] + checkpoints(folder)
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraplus.whole import hold, remove_dead, remove_leftovers, temporary_path
+from loraplus.files.whole import hold, remove_dead, remove_leftovers, temporary_path
 
 _SCRATCH = re.compile(r"loraplus-[0-9a-f]{16}")
 

@@ -38,7 +38,7 @@ def parse_json(text: str) -> Any:
     Example:
         >>> parse_json("[" * 101 + "]" * 101)
         Traceback (most recent call last):
-        loraplus.tasks.parsing.ParseError: JSON that is nested too deeply (over 100)
+        loraplus.files.parsing.ParseError: JSON that is nested too deeply (over 100)
     """
     inside = values_in(text)
     if inside > MOST_VALUES:

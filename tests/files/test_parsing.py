@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from loraplus.errors import InputError
-from loraplus.tasks.files import read_json
-from loraplus.tasks.parsing import ParseError, is_deep, parse_json, parse_yaml
+from loraplus.files.parsing import ParseError, is_deep, parse_json, parse_yaml
+from loraplus.files.single import read_json
 
 DEEP = {
     "lists": "[" * 100_000,

@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from loraplus import manifest
 from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusWarning
-from loraplus.whole import temporary_path
+from loraplus.files import manifest
+from loraplus.files.whole import temporary_path
 
 RATES_FILE = "loraplus.json"
 AUTO_FILE = "loraplus_auto.pt"

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from loraplus import whole
 from loraplus.errors import InputError
-from loraplus.tasks import files
-from loraplus.tasks.files import check_file, read_json, write_atomically, write_json
-from loraplus.tasks.output import check_output
-from loraplus.whole import TEMPORARY, follow_umask
+from loraplus.files import single, whole
+from loraplus.files.output import check_output
+from loraplus.files.single import check_file, read_json, write_atomically, write_json
+from loraplus.files.whole import TEMPORARY, follow_umask
 
 CONFIG = {"model": "m", "data": "d", "output": "o", "lr_ratio": 16.0}
 
@@ -103,7 +102,7 @@ def test_a_temporary_file_of_a_killed_command_does_not_lock_a_folder(tmp_path):
 
 
 def test_a_json_file_of_any_size_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_LARGEST_JSON", 100)
+    monkeypatch.setattr(single, "_LARGEST_JSON", 100)
     (tmp_path / "a.json").write_text('"' + "a" * 200 + '"')
     with pytest.raises(InputError, match="too large"):
         read_json(tmp_path / "a.json")

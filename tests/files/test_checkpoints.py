@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from integrations.test_transformers import Tokens, adapted, common
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loraplus
-from integrations.test_transformers import Tokens, adapted, common
 from loraplus import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.errors import CheckpointError, DamagedCheckpointError, LoraPlusWarning
-from loraplus.integrations.whole_checkpoints import checkpoint_fault, checkpoints, newest_whole
-from loraplus.whole import TEMPORARY
+from loraplus.files.checkpoints import checkpoint_fault, checkpoints, newest_whole
+from loraplus.files.whole import TEMPORARY
 
 FINAL = "adapter_model.safetensors"
 
@@ -173,7 +173,7 @@ WRITERS = {
     "optimizer": lambda patch: patch.setattr(torch, "save", no_space),
     "weights": lambda patch: patch.setattr("peft.peft_model.safe_save_file", safetensors_is_full),
     "state": lambda patch: patch.setattr("transformers.TrainerState.save_to_json", no_space),
-    "manifest": lambda patch: patch.setattr("loraplus.manifest.write_whole", no_space),
+    "manifest": lambda patch: patch.setattr("loraplus.files.manifest.write_whole", no_space),
     "rename": lambda patch: patch.setattr("pathlib.Path.rename", no_space),
 }
 

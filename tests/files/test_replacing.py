@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from loraplus import replacing
 from loraplus.errors import InputError
-from loraplus.replacing import put_back, replace_folder
-from loraplus.scratch import folder_beside, scratch_folder
-from loraplus.tasks.files import write_atomically
+from loraplus.files import replacing
+from loraplus.files.replacing import put_back, replace_folder
+from loraplus.files.scratch import folder_beside, scratch_folder
+from loraplus.files.single import write_atomically
 
 FILE_OPERATIONS = (
     "open",
@@ -117,8 +117,8 @@ def test_what_a_living_process_holds_stays_and_what_a_dead_one_left_goes(tmp_pat
 
 
 def test_a_file_cut_off_by_a_kill_goes_with_the_next_write_of_its_folder(tmp_path):
-    from loraplus.tasks.files import check_file
-    from loraplus.tasks.output import hold_output
+    from loraplus.files.output import hold_output
+    from loraplus.files.single import check_file
 
     for number in range(3):
         killed_at(number, tmp_path, lambda: write_atomically(tmp_path / "p.csv", "x"))

@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from loraplus.errors import InputError
-from loraplus.tasks.parsing import ParseError, parse_json
-from loraplus.tasks.paths import is_folder, user_path
-from loraplus.whole import new_file, remove_leftovers, temporary_path, write_whole
+from loraplus.files.parsing import ParseError, parse_json
+from loraplus.files.paths import is_folder, user_path
+from loraplus.files.whole import new_file, remove_leftovers, temporary_path, write_whole
 
 _LARGEST_JSON = 2**28
 _LONGEST_TEMPLATE = 2**20

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from loraplus.errors import InputError
+from loraplus.files.paths import is_file, is_folder, is_inside, resolve_model, user_path
 from loraplus.inspection import inspect_folder
 from loraplus.tasks.adapter import adapter_settings
-from loraplus.tasks.paths import is_file, is_folder, is_inside, resolve_model, user_path
 from loraplus.tasks.table import read_table
 
 READERS = {"data": read_table, "adapter": adapter_settings, "model": resolve_model, "inspect": inspect_folder}

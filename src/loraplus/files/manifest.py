@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loraplus.whole import write_whole
+from loraplus.files.whole import write_whole
 
 MANIFEST_FILE = "loraplus_manifest.json"
 _FORMAT_VERSION = 1
