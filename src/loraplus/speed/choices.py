@@ -117,9 +117,8 @@ def _adapters(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None or not isinstance(module, tuners.BaseTunerLayer):
         return
-    known = sys.modules["peft.tuners.lora.layer"].Linear
     layer: Any = module
-    if type(layer) is not known and not isinstance(module, FastLinear):
+    if type(layer) not in _known_linear() and not isinstance(module, FastLinear):
         yield f"{type(layer).__name__}: PEFT's own form is kept"
     elif "forward" in vars(layer):
         yield _REPLACED
@@ -127,6 +126,13 @@ def _adapters(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
         yield f"{type(next(iter(layer.lora_variant.values()))).__name__}: PEFT's own form is kept"
     else:
         yield Change(layer, FastLinear)
+
+
+def _known_linear() -> list[type]:
+    """PEFT's layers that add s·B A x to what a linear layer gives, whatever that holds its weight in."""
+    places = {"layer": ["Linear"], "bnb": ["Linear4bit", "Linear8bitLt"]}
+    modules = {sys.modules.get(f"peft.tuners.lora.{place}"): names for place, names in places.items()}
+    return [getattr(module, name) for module, names in modules.items() for name in names if hasattr(module, name)]
 
 
 def _recompute(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
