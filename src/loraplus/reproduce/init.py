@@ -2,7 +2,7 @@
 
 A small decoder tells which book a verse is from. Both starts make B·A zero: A random and B zero (the usual one), or
 A zero and B random. "B" is always the factor that writes the layer's output, whichever of the two starts at zero
-(docs/architecture.md, Decisions): with B random, λ = η_B/η_A > 1 speeds up the factor that is not zero.
+(docs/decisions.md): with B random, λ = η_B/η_A > 1 speeds up the factor that is not zero.
 
 The four rules for α set the scale s of s·B·A x:
 
