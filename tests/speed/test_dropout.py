@@ -21,7 +21,7 @@ def test_a_mask_is_that_of_torch_and_the_same_again(p, seed, shape, dtype):
     expected = F.dropout(x, p)
     after = torch.get_rng_state()
     torch.manual_seed(seed)
-    mask = Mask(p, x, dtype)
+    mask = Mask(p, x.shape, dtype, x.device)
     assert torch.equal(mask.draw(), expected)
     assert torch.equal(torch.get_rng_state(), after)
     torch.rand(3)

@@ -98,11 +98,9 @@ def whole_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         return None
     weight = base.weight
     for name in names:
-        a, b = lora.lora_A[name], lora.lora_B[name]
-        plain = type(a) is nn.Linear and type(b) is nn.Linear and a.bias is None and b.bias is None
-        if name in lora.lora_variant or not plain or a.weight.dtype is not weight.dtype:
+        if not _are_plain_factors(lora, name) or lora.lora_A[name].weight.dtype is not weight.dtype:
             return None
-        weight = torch.addmm(weight, b.weight, a.weight, alpha=lora.scaling[name])
+        weight = torch.addmm(weight, lora.lora_B[name].weight, lora.lora_A[name].weight, alpha=lora.scaling[name])
     return weight, base.bias
 
 
@@ -116,14 +114,7 @@ def _is_usable(layer: Any, names: list[str], x: Tensor) -> bool:
     for name in names:
         a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         if (
-            name in layer.lora_variant
-            or type(a) is not nn.Linear
-            or type(b) is not nn.Linear
-            or type(a.weight) is not nn.Parameter
-            or type(b.weight) is not nn.Parameter
-            or a.bias is not None
-            or b.bias is not None
-            or a.weight.dtype is not b.weight.dtype
+            not _are_plain_factors(layer, name)
             or (autocast and not _multiplies(a.weight, x))
             or (len(names) > 1 and not autocast and a.weight.dtype is not x.dtype)  # PEFT rounds the sum once
             or type(dropout) not in (nn.Identity, nn.Dropout)
@@ -131,6 +122,16 @@ def _is_usable(layer: Any, names: list[str], x: Tensor) -> bool:
         ):
             return False
     return True
+
+
+def _are_plain_factors(layer: Any, name: str) -> bool:
+    """Whether an adapter is s·B A x, with A and B the weights of plain linear layers and of one type."""
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    return (
+        name not in layer.lora_variant
+        and all(type(part) is nn.Linear and type(part.weight) is nn.Parameter and part.bias is None for part in (a, b))
+        and a.weight.dtype is b.weight.dtype
+    )
 
 
 def _holds_plain_weight(base: nn.Module) -> bool:
@@ -168,7 +169,7 @@ def _rows(base: Any) -> Tensor:
 def _step(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, layer: Any, name: str) -> Tensor:
     """y plus what an adapter adds; without y, the base layer's product in the same step."""
     a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
-    mask = Mask(dropout.p, x, a.dtype) if _drops_out(layer, [name]) else None
+    mask = Mask(dropout.p, x.shape, a.dtype, x.device) if _drops_out(layer, [name]) else None
     product, scale = computed_in(x), layer.scaling[name]
     thin = product if torch.is_autocast_enabled(x.device.type) else a.dtype
     step, made = _Settings(scale, product, thin, mask), recipe_of(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,13 @@ class Mask:
 
     Args:
         p: probability that an entry is dropped.
-        like: gives shape and device.
-        dtype: of the tensor that PEFT would drop entries of; the numbers drawn hang on it.
+        shape: of the tensor whose entries would be dropped.
+        dtype: of that tensor; the numbers drawn hang on it.
+        device: of that tensor.
     """
 
-    def __init__(self, p: float, like: Tensor, dtype: torch.dtype) -> None:
-        self.p, self._shape, self._dtype, self._device = p, like.shape, dtype, like.device
+    def __init__(self, p: float, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.p, self._shape, self._dtype, self._device = p, tuple(shape), dtype, device
         self._state = self._generator_state()
 
     def draw(self) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraplus.speed.adapters import whole_weight
+from loraplus.speed.dropout import Mask
 from loraplus.speed.fast import Fast, is_plain
 
 _short: ContextVar[nn.Module | None] = ContextVar("layer that is read at its first position only", default=None)
@@ -181,5 +182,4 @@ def _dropped(dropout: nn.Dropout, x: Tensor, length: int, dim: int = 1) -> Tenso
         return x
     shape = [*x.shape]
     shape[dim] = length
-    mask = F.dropout(torch.ones(shape, dtype=x.dtype, device=x.device), dropout.p, training=True)
-    return x * mask.narrow(dim, 0, 1)
+    return x * Mask(dropout.p, shape, x.dtype, x.device).draw().narrow(dim, 0, 1)
