@@ -105,7 +105,7 @@ def whole_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 
 def _is_usable(layer: Any, names: list[str], x: Tensor) -> bool:
-    """Whether weights may be used without calling the modules that hold them."""
+    """Whether weights may be used for x, (…, in), without calling the modules that hold them."""
     if type(x) is not Tensor or not x.is_floating_point() or x.dim() < 2:
         return False
     if not layer.cast_input_dtype_enabled or (_drops_out(layer, names) and not x.is_contiguous()):
@@ -151,7 +151,7 @@ def _multiplies(weight: Tensor, x: Tensor) -> bool:
 
 
 def _without_cast(layer: Any, name: str, x: Tensor) -> Tensor:
-    """PEFT's own steps but for the cast of x that autocast undoes: the same bits."""
+    """PEFT's own steps but for the cast of x, (…, in), that autocast undoes: the same bits, (…, out)."""
     y = layer.base_layer(x)
     return (y + layer.lora_B[name](layer.lora_A[name](x)) * layer.scaling[name]).to(y.dtype)
 
@@ -167,7 +167,7 @@ def _rows(base: Any) -> Tensor:
 
 
 def _step(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, layer: Any, name: str) -> Tensor:
-    """y plus what an adapter adds; without y, the base layer's product in the same step."""
+    """y, (…, out), plus what an adapter adds for x, (…, in); without y, the base layer's product in the same step."""
     a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
     mask = Mask(dropout.p, x.shape, a.dtype, x.device) if _drops_out(layer, [name]) else None
     product, scale = computed_in(x), layer.scaling[name]
@@ -316,14 +316,14 @@ def _masked(rows: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right in another type, rounded once."""
+    """left right, (m, k) by (k, n), in another type, rounded once."""
     if left.dtype is not dtype and left.is_cuda and dtype is torch.float32:
         return torch.mm(left, right, out_dtype=dtype)
     return (left @ right).to(dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """total += scale · left right, in place, rounded once where total is narrower."""
+    """total += scale · left right, (m, n) from (m, k) and (k, n), in place, rounded once where total is narrower."""
     wide = torch.promote_types(left.dtype, total.dtype)
     left, right = left.to(wide), right.to(wide)
     if wide is total.dtype:

@@ -23,7 +23,7 @@ class Mask:
         self._state = self._generator_state()
 
     def draw(self) -> Tensor:
-        """0 where an entry is dropped, 1 / (1 − p) elsewhere; the generator moves on, as with `F.dropout`."""
+        """Of `shape`: 0 where an entry is dropped, else 1 / (1 − p); the generator moves on, as with `F.dropout`."""
         ones = torch.ones(self._shape, dtype=self._dtype, device=self._device)
         return torch.nn.functional.dropout(ones, self.p, training=True)
 

@@ -177,7 +177,7 @@ def _chances(attention: Any, scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _dropped(dropout: nn.Dropout, x: Tensor, length: int, dim: int = 1) -> Tensor:
-    """Dropout at position 0 of what would have `length` positions along a dimension."""
+    """Dropout at position 0 of what would have `length` positions along a dimension; x has one, (batch, 1, width)."""
     if not dropout.training or dropout.p == 0.0:
         return x
     shape = [*x.shape]
