@@ -1,35 +1,33 @@
-"""A stand-in for `speed_up`, and small models with their data, as the comparison takes them."""
+"""What `speed_up` was asked for, and small models with their data, as the comparison takes them."""
 
 from __future__ import annotations
 
 import json
-import types
 
 import pytest
 
 from loraplus.bench.prepared import prepare
+from loraplus.speed import speed_up
 from loraplus.tasks.config import TaskConfig
 
 
-class StandIn:
-    """Does to a model what `does` does, and keeps what it was asked for."""
-
-    LEVERS = ("adapters", "loss")
+class Asked:
+    """`speed_up` itself, which notes what it was asked for and then does to the model what `does` does."""
 
     def __init__(self):
-        self.asked, self.does = [], lambda model: None
+        self.levers, self.does = [], lambda model: None
 
-    def __call__(self, model, levers=None):
-        self.asked.append(levers)
+    def __call__(self, model, *, levers):
+        self.levers.append(levers)
+        report = speed_up(model, levers=levers)
         self.does(model)
-        return types.SimpleNamespace(replaced=[], left=[])
+        return report
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    made = StandIn()
-    monkeypatch.setattr("loraplus.speed.LEVERS", StandIn.LEVERS)
-    monkeypatch.setattr("loraplus.speed.speed_up", made)
+def asked(monkeypatch):
+    made = Asked()
+    monkeypatch.setattr("loraplus.bench.arms.speed_up", made)
     return made
 
 

@@ -8,6 +8,8 @@ import torch
 from loraplus.bench.arms import DEFAULTS, TRL, ablation_of, arms_of, trainer_of
 from loraplus.bench.gradients import gradient_errors
 from loraplus.roles import Role
+from loraplus.speed import LEVERS
+from loraplus.tasks.config import TaskConfig
 
 CLASSIFY, LANGUAGE = arms_of("classification"), arms_of("lm")
 
@@ -26,7 +28,7 @@ def tokens_of(trainer, pad):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "decoder"])
-def test_every_arm_reads_the_tokens_of_the_same_examples(kind, request, stand_in, tmp_path):
+def test_every_arm_reads_the_tokens_of_the_same_examples(kind, request, asked, tmp_path):
     prepared = request.getfixturevalue(kind)
     pad = prepared.tokenizer.pad_token_id
     wanted = sorted(token for row in prepared.rows(grouped=True) for token in row["input_ids"] if token != pad)
@@ -46,7 +48,6 @@ def test_the_defaults_drop_out_and_the_best_configuration_does_not(folder_of, re
     from transformers import BertForSequenceClassification
 
     from loraplus.bench.prepared import prepare
-    from loraplus.tasks.config import TaskConfig
 
     config = tiny_config(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     folder = folder_of(BertForSequenceClassification(config))
@@ -61,18 +62,18 @@ def test_the_defaults_drop_out_and_the_best_configuration_does_not(folder_of, re
         assert dropouts == ({0.05} if arm.side == DEFAULTS else set())
 
 
-def test_ours_has_the_rates_of_train_and_the_levers_that_were_asked_for(classifier, stand_in, tmp_path):
+def test_ours_has_the_rates_of_train_and_the_levers_that_were_asked_for(classifier, asked, tmp_path):
     trainer = trainer_of(CLASSIFY[2], classifier, str(tmp_path))
     trainer.create_optimizer()
     rates = {role: group["lr"] for group in trainer.optimizer.param_groups for role in [group["name"]]}
     assert rates[Role.B.value] == pytest.approx(16 * rates[Role.A.value])
-    assert stand_in.asked == [None]
+    assert asked.levers == [LEVERS]
     for arm in ablation_of(("adapters", "loss")):
         trainer_of(arm, classifier, str(tmp_path))
-    assert stand_in.asked[1:] == [(), ("adapters",), ("loss",), ("loss",), ("adapters",), None]
+    assert asked.levers[1:] == [(), ("adapters",), ("loss",), ("loss",), ("adapters",), LEVERS]
 
 
-def test_gradients_are_held_against_float64(classifier, stand_in, tmp_path):
+def test_gradients_are_held_against_float64(classifier, asked, tmp_path):
     arms = [CLASSIFY[1], CLASSIFY[2]]
     errors = gradient_errors(classifier, arms[0], arms, str(tmp_path))
     assert all(1e-9 < error < 1e-5 for error in errors.values())
@@ -82,7 +83,7 @@ def test_gradients_are_held_against_float64(classifier, stand_in, tmp_path):
             if "lora_A" in name:
                 weight.register_hook(lambda gradient: gradient * 1.001)
 
-    stand_in.does = off
+    asked.does = off
     wrong = gradient_errors(classifier, arms[0], arms, str(tmp_path))
     assert wrong[arms[0].name] == errors[arms[0].name] and wrong[arms[1].name] > 1e-5
 

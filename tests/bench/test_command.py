@@ -53,7 +53,7 @@ def test_a_file_of_something_else_is_no_table(command, tmp_path):
 
 
 @pytest.fixture
-def result(command, stand_in, model_folder, reviews_csv, tmp_path):
+def result(command, asked, model_folder, reviews_csv, tmp_path):
     path = tmp_path / "speed.json"
     flags = ("--batch-size", 16, "--rank", 2, "--minutes", 0.05, "--no-memory", "--profile", "--output", path, "--json")
     code, out, err = command("--model", model_folder, "--data", reviews_csv, *flags)
@@ -90,11 +90,11 @@ def test_an_output_that_exists_is_kept(result, command):
     assert code == 2 and "--overwrite" in err
 
 
-def test_a_stack_that_cannot_run_the_model_is_told_and_left_out(command, stand_in, model_folder, reviews_csv):
+def test_a_stack_that_cannot_run_the_model_is_told_and_left_out(command, asked, model_folder, reviews_csv):
     def broken(model):
         raise RuntimeError("no such layer")
 
-    stand_in.does = broken
+    asked.does = broken
     flags = ("--batch-size", 16, "--rank", 2, "--minutes", 0.05, "--no-memory", "--json")
     code, out, err = command("--model", model_folder, "--data", reviews_csv, *flags)
     (row,) = json.loads(out)["rows"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from loraplus.bench.prepared import Prepared
 from loraplus.rates import DEFAULT_LR_RATIO
+from loraplus.speed import LEVERS, speed_up
 from loraplus.tasks.config import CLASSIFICATION
 
 DEFAULTS, PEFT, OURS = "defaults", "PEFT", "ours"
@@ -31,7 +32,7 @@ class Arm:
         dropout: Whether the base model's own dropout is left on, and LoRA's input dropped out as is usual.
         grouped: Whether texts of like length share a batch.
         packed: TRL: several texts a row.
-        levers: Of `speed_up`; None for all of them.
+        levers: Of `speed_up`.
         lr_ratio: λ.
     """
 
@@ -41,7 +42,7 @@ class Arm:
     dropout: bool = False
     grouped: bool = True
     packed: bool = False
-    levers: tuple[str, ...] | None = None
+    levers: tuple[str, ...] = LEVERS
     lr_ratio: float = DEFAULT_LR_RATIO
 
 
@@ -83,7 +84,9 @@ def trainer_of(arm: Arm, prepared: Prepared, output: str) -> Any:
 
     build = {TRAINER: _trainer, TRL: _trl, LORAPLUS: _loraplus}[arm.stack]
     model = prepared.model(dropout=arm.dropout, lora_dropout=USUAL_LORA_DROPOUT if arm.dropout else 0.0)
-    trainer = build(arm, prepared, _sped_up(arm, model), output)
+    if arm.stack == LORAPLUS:
+        speed_up(model, levers=arm.levers)
+    trainer = build(arm, prepared, model, output)
     if arm.grouped and not arm.packed:  # the batches that grouping makes; see `Prepared`
         from torch.utils.data import SequentialSampler
 
@@ -91,14 +94,6 @@ def trainer_of(arm: Arm, prepared: Prepared, output: str) -> Any:
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
     return trainer
-
-
-def _sped_up(arm: Arm, model: Any) -> Any:
-    if arm.stack == LORAPLUS:
-        from loraplus.speed import speed_up  # type: ignore[import-not-found]
-
-        speed_up(model, **({} if arm.levers is None else {"levers": arm.levers}))
-    return model
 
 
 def _shared(arm: Arm, prepared: Prepared, output: str) -> dict[str, Any]:

@@ -58,32 +58,34 @@ def measured(config: TaskConfig, batches: int, arms: list[Arm], seconds: float) 
 
 
 def _main() -> None:
-    import torch
 
     from loraplus.bench.prepared import prepare
     from loraplus.files.scratch import scratch_folder
 
     what = json.loads(sys.stdin.read())
     for options in what["arms"]:
-        options["levers"] = None if options["levers"] is None else tuple(options["levers"])
+        options["levers"] = tuple(options["levers"])
     prepared = prepare(TaskConfig(**what["config"]), what["batches"])
     with scratch_folder() as output:
         for options in what["arms"]:
             arm = Arm(**options)
-            on_gpu = torch.cuda.is_available()
             try:
-                mib: float | str = (_on_gpu if on_gpu else _on_cpu)(arm, prepared, output)
+                mib: float | str = _over_idle(arm, prepared, output)
             except Exception as error:
                 mib = f"not measured: {type(error).__name__}: {str(error)[:200]}"
             _give_back()
             print(json.dumps({"arm": arm.name, "mib": mib}), flush=True)
 
 
-def _on_cpu(arm: Arm, prepared: Any, output: str) -> float | str:
+def _over_idle(arm: Arm, prepared: Any, output: str) -> float | str:
+    """MiB of a pass over what is there before it."""
+    import torch
+
     from loraplus.bench.arms import trainer_of
     from loraplus.bench.runs import Run, ended, steps_of
 
-    if not Path("/proc/self/clear_refs").exists():
+    on_gpu, new_peak = torch.cuda.is_available(), Path("/proc/self/clear_refs")
+    if not on_gpu and not new_peak.exists():
         return "not measured: this system does not tell a process's peak"
     trainer = trainer_of(arm, prepared, output)
     for parameter in trainer.model.parameters():
@@ -91,26 +93,13 @@ def _on_cpu(arm: Arm, prepared: Any, output: str) -> float | str:
     with ended(Run(trainer, steps_of(trainer))) as run:
         run.turn()
         _give_back()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        idle = _resident("VmRSS")
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            new_peak.write_text("5")
+        idle = torch.cuda.memory_allocated() / _MIB if on_gpu else _resident("VmRSS")
         run.turn()
-        return round(_resident("VmHWM") - idle, 1)
-
-
-def _on_gpu(arm: Arm, prepared: Any, output: str) -> float:
-    import torch
-
-    from loraplus.bench.arms import trainer_of
-    from loraplus.bench.runs import Run, ended, steps_of
-
-    trainer = trainer_of(arm, prepared, output)
-    with ended(Run(trainer, steps_of(trainer))) as run:
-        run.turn()
-        _give_back()
-        torch.cuda.reset_peak_memory_stats()
-        idle = torch.cuda.memory_allocated()
-        run.turn()
-        return round((torch.cuda.max_memory_allocated() - idle) / _MIB, 1)
+        return round((torch.cuda.max_memory_allocated() / _MIB if on_gpu else _resident("VmHWM")) - idle, 1)
 
 
 def _give_back() -> None:

@@ -14,6 +14,7 @@ from loraplus.bench.measure import Measurement, Told
 from loraplus.bench.prepared import prepare
 from loraplus.bench.shapes import SHAPES, make
 from loraplus.files.scratch import scratch_folder
+from loraplus.speed import LEVERS
 from loraplus.tasks.config import CLASSIFICATION, BenchConfig, TaskConfig
 
 _OWN_BATCHES = 8
@@ -59,15 +60,9 @@ def _measurement(config: BenchConfig, name: str, seconds: float, scratch: Path, 
         told(f"{shape.title}: making the model")
         wanted |= make(shape, folder, config.seed)
         title, batches, memory, unit = shape.title, shape.batches, shape.memory, shape.unit
-    if "speed_up" in wanted:
-        wanted["speed_up"] = False  # each arm does it, or does not, by itself
+    wanted["speed_up"] = False  # each arm does it, or does not, by itself
     task = TaskConfig(**{**wanted, "output": str(scratch), "max_steps": None})
-    if config.ablation:
-        from loraplus.speed import LEVERS  # type: ignore[import-not-found]
-
-        arms = ablation_of(LEVERS)
-    else:
-        arms = arms_of(task.task)
+    arms = ablation_of(LEVERS) if config.ablation else arms_of(task.task)
     prepared = prepare(task, batches)
     return Measurement(
         name, title, unit, prepared, arms, seconds, str(scratch), memory and config.memory, config.profile, told
