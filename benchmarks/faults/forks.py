@@ -37,6 +37,7 @@ def run(
     operation: int | None = None,
     seconds: float | None = None,
     before: Callable[[], None] | None = None,
+    group: bool = False,
 ) -> Ended:
     """Runs a command in a child.
 
@@ -47,6 +48,7 @@ def run(
         operation: kill before this one, from 1.
         seconds: kill after so many.
         before: called in the child first.
+        group: the child leads a group of its own, and a kill ends all of it: its workers, too.
     """
     started = time.perf_counter()
     reading, writing = os.pipe()
@@ -55,11 +57,12 @@ def run(
     if not child:
         os.close(reading)
         os.close(counting)
-        _child(command, arguments, folder, operation, writing, count, before)
+        _child(command, arguments, folder, operation, writing, count, before, group)
     os.close(writing)
     os.close(count)
     if seconds is not None:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+        kill = os.killpg if group else os.kill
+        signal.signal(signal.SIGALRM, lambda *_: kill(child, signal.SIGKILL))
         signal.setitimer(signal.ITIMER_REAL, seconds)
     output = b"".join(iter(lambda: os.read(reading, 1 << 16), b""))
     _, status = os.waitpid(child, 0)
@@ -71,9 +74,11 @@ def run(
     return Ended(os.waitstatus_to_exitcode(status), text, time.perf_counter() - started, operations)
 
 
-def _child(command, arguments, folder, operation, writing, count, before) -> None:
-    code = 0
+def _child(command, arguments, folder, operation, writing, count, before, group) -> None:
+    code, leader = 0, os.getpid()
     try:
+        if group:
+            os.setsid()
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(writing, descriptor)
             setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
@@ -81,12 +86,14 @@ def _child(command, arguments, folder, operation, writing, count, before) -> Non
 
         def hook(event: str, details: tuple) -> None:
             nonlocal done
+            if os.getpid() != leader:  # a worker, which is forked with this hook
+                return
             if event not in _EVENTS or not _is_below(place, details) or (event == "open" and not _changes(details)):
                 return
             done += 1
             os.write(count, b".")
             if done == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
+                (os.killpg if group else os.kill)(leader, signal.SIGKILL)
 
         sys.addaudithook(hook)
         if before is not None:
