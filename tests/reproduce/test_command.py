@@ -16,9 +16,8 @@ import pytest
 
 from loraplus.cli import main
 from loraplus.errors import InputError
-from loraplus.reproduce.experiment import Result
 from loraplus.reproduce.files import columns_of, read_runs, write_runs
-from loraplus.reproduce.plan import timed_run
+from loraplus.study.records import CurvePoint, Record
 from reproduce import fake_experiment
 from reproduce.fake_experiment import DIVERGES_FROM, noted
 
@@ -120,18 +119,18 @@ def test_results_that_cannot_be_drawn_again_are_one_line_and_nothing_is_lost(com
 
 def test_a_table_gives_back_the_results_it_was_written_from(command, tmp_path: Path):
     experiment = fake_experiment.Fake(seeds=1, data=str(tmp_path))
-    results: dict[str, Result] = {}
+    results: dict[str, Record] = {}
     while runs := experiment.next_runs(results):
-        results |= {run.key: timed_run(experiment, run, lambda *_, **__: None) for run in runs}
+        results |= {run.key: experiment.timed_run(run, lambda *_, **__: None) for run in runs}
     write_runs(tmp_path / "runs.csv", list(results.values()))
     columns = columns_of(results.values())
     back = read_runs(tmp_path / "runs.csv", columns)
     assert experiment.next_runs(back) == [], "whatever was run is there"
     assert [result.status for result in back.values()] == ["done"] * DIVERGES_FROM + ["diverged"]
     first = next(iter(back.values()))
-    assert first.run.params == {"kind": "point", "k": 0, "lr": 1.0, "seed": 0}
+    assert first.trial.params == {"kind": "point", "k": 0, "lr": 1.0, "seed": 0}
     assert first.rows == ({"eta": 1.0, "row_loss": 16.12346}, {"eta": 0.1, "row_loss": 17.12346})
-    assert first.curve == ((1, 1.0), (2, 16.12346))
+    assert first.curve == (CurvePoint(1, 1.0), CurvePoint(2, 16.12346))
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"runs\.csv is no table of runs"):
         read_runs(tmp_path / "runs.csv", columns)

@@ -13,10 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loraplus.files.output import write_csv
 from loraplus.movement import adapted_layers
 from loraplus.reproduce import small_decoders, small_tasks
-from loraplus.reproduce.experiment import Result
 from loraplus.reproduce.init import RULES, Init, scale_of
 from loraplus.reproduce.small_tasks import Rows, SmallTask
 from loraplus.reproduce.small_training import SmallAdapter, batches, build, train
+from loraplus.study.records import Record
 from loraplus.tasks.decoder.text import train_tokenizer
 
 
@@ -50,8 +50,8 @@ def outcome(folder, kind, adapter, lr, lr_ratio=1.0, steps=12, evaluations=3):
 @pytest.mark.parametrize("kind", ["lm", "classes"])
 def test_a_run_is_evaluated_at_equal_distances_and_learns(decoder, kind):
     found = outcome(decoder, kind, SmallAdapter(), 3e-2, steps=30)
-    assert [step for step, _ in found.curve] == [10, 20, 30]
-    start = outcome(decoder, kind, SmallAdapter(), 1e-9, steps=30).curve[0][1]
+    assert [point.step for point in found.curve] == [10, 20, 30]
+    start = outcome(decoder, kind, SmallAdapter(), 1e-9, steps=30).curve[0].eval_loss
     assert found.validation_loss < start - 0.02
     assert found.test == pytest.approx((found.validation_loss, found.validation_accuracy))
 
@@ -109,8 +109,8 @@ def test_init_shares_the_runs_of_rules_that_agree_and_finds_the_optimum():
         for run in runs:
             product = run["lr"] * math.sqrt(run["lr_ratio"] * run["scale"])
             loss = 2 + (math.log10(product / 5e-3)) ** 2 + 0.1 * (run["start"] == "B-random")
-            results[run.key] = Result(run, "done", {"eval_loss": loss, "test_loss": loss + run["seed"] / 1000})
-    assert sum(result.run["phase"] == "final" for result in results.values()) == 2 * 2 * 2  # starts, λ, seeds
+            results[run.key] = Record(run, "done", values={"eval_loss": loss, "test_loss": loss + run["seed"] / 1000})
+    assert sum(result.trial["phase"] == "final" for result in results.values()) == 2 * 2 * 2  # starts, λ, seeds
     figures = experiment.figures(results)
     for row in figures["columns"]:
         assert row["optimum"] * math.sqrt(row["scale"]) == pytest.approx(5e-3, rel=0.02)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplus.errors import DivergedError
 from loraplus.files.scratch import scratch_folder
 from loraplus.rates import Rates
-from loraplus.reproduce.experiment import Result, Run
+from loraplus.study.records import CurvePoint, Record, Run
 from loraplus.study.worker import OnStep
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
@@ -73,7 +73,7 @@ def encode(
 def train_classifier(
     recipe: Recipe, data: ClassificationData, tokenizer: PreTrainedTokenizerBase,
     *, lr: float, lr_ratio: float, seed: int, evaluations: int, on_step: OnStep,
-) -> Result:  # fmt: skip
+) -> Record:  # fmt: skip
     """Trains once; a run that is evaluated more than at its end is tested, too.
 
     Args:
@@ -103,13 +103,13 @@ def train_classifier(
         try:
             train_and_evaluate(trainer)
         except DivergedError:
-            return Result(Run({}), "diverged", {}, _curve(trainer))
+            return Record(Run({}), "diverged", curve=_curve(trainer))
         curve, values = _curve(trainer), _last(trainer, "eval")
         if evaluations > 1:
             test: Any = data.test  # a list serves as a dataset
             tested = trainer.predict(test, metric_key_prefix="test").metrics or {}
             values |= {"test_loss": tested["test_loss"], "test_accuracy": tested["test_accuracy"]}
-    return Result(Run({}), "done", values, curve)
+    return Record(Run({}), "done", curve=curve, values=values)
 
 
 @contextlib.contextmanager
@@ -128,9 +128,9 @@ def _precision(half: bool) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _curve(trainer: Any) -> tuple[tuple[int, float], ...]:
+def _curve(trainer: Any) -> tuple[CurvePoint, ...]:
     rows = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
-    return tuple((step, loss) for step, loss in rows.items() if math.isfinite(loss))
+    return tuple(CurvePoint(step, loss) for step, loss in rows.items() if math.isfinite(loss))
 
 
 def _last(trainer: Any, prefix: str) -> dict[str, float]:

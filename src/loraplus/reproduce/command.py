@@ -9,7 +9,6 @@ import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,9 @@ from loraplus.files.output import (
     write_json,
 )
 from loraplus.reproduce import png
-from loraplus.reproduce.experiment import Experiment, Result, Results, Run
+from loraplus.reproduce.experiment import Experiment, Record, Records
 from loraplus.reproduce.files import RUNS_FILE, SUMMARY_FILE, columns_of, read_runs, write_runs
-from loraplus.reproduce.format import RunFormat
 from loraplus.reproduce.page import PAGE_FILE, render
-from loraplus.reproduce.plan import ExperimentPlan, timed_run
 from loraplus.reproduce.registry import experiment_class
 from loraplus.reproduce.report import Report
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, OnEvent, default_workers, has_begun, run_all
@@ -118,9 +115,9 @@ def reproduce(
     with hold_output(options.output):
         folder = prepare_output(options.output, saved, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
         results = run_all(
-            ExperimentPlan(experiment),
+            experiment,
             store or _open(str(folder / JOURNAL_FILE), experiment, settings, shared=False, begun=begun),
-            partial(timed_run, experiment),
+            experiment.timed_run,
             workers=options.workers or default_workers(),
             on_event=progress,
             log=folder / LOG_FILE,
@@ -198,12 +195,12 @@ class Evaluation:
 
     summary: dict[str, Any]
     report: Report
-    results: list[Result]
+    results: list[Record]
 
 
 def evaluate(
     experiment: Experiment,
-    results: Results,
+    results: Records,
     *,
     command: str,
     versions: Mapping[str, str],
@@ -217,8 +214,8 @@ def evaluate(
         command, versions: How they were made.
         settings: Under which. Default: those of the experiment.
     """
-    in_order = sorted(results.values(), key=lambda result: [_sortable(value) for value in result.params.values()])
-    results = {result.run.key: result for result in in_order}
+    in_order = sorted(results.values(), key=lambda result: [_sortable(value) for value in result.trial.params.values()])
+    results = {result.trial.key: result for result in in_order}
     figures = experiment.figures(results)
     report = experiment.report(results, figures)
     summary = {
@@ -267,11 +264,11 @@ def _saved(options: Options, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _open(
     location: str, experiment: Experiment, settings: Mapping[str, Any], *, shared: bool, begun: bool
-) -> StudyStore[Run, Result]:
+) -> StudyStore:
     """The study of these settings; others may be in the same storage."""
     print_of_settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     name = f"loraplus-reproduce-{experiment.name}-{print_of_settings}"
-    store = StudyStore.open(location, name, RunFormat(experiment), shared=shared, begun=begun)
+    store = StudyStore.open(location, name, shared=shared, begun=begun)
     store.check_settings(settings)
     return store
 

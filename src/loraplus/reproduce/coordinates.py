@@ -24,7 +24,7 @@ import torch
 
 from loraplus.movement import TOKENS, rms
 from loraplus.reproduce import toy_model
-from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
+from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
 from loraplus.reproduce.fits import exponent
 from loraplus.reproduce.report import Figure, LinePlot, Report, Table, banded, interval
 from loraplus.study.statistics import t_interval
@@ -77,10 +77,10 @@ class Coordinates(Experiment):
     def needs(self) -> list[str]:
         return ["no data and no model", "about 2 minutes on two idle cores with 3 seeds"]
 
-    def main(self, result: Result) -> tuple[str, float] | None:
+    def main(self, result: Record) -> tuple[str, float] | None:
         return "lowest_test_loss", min(float(row["test_loss"]) for row in result.rows)
 
-    def next_runs(self, results: Results) -> Sequence[Run]:
+    def next_runs(self, results: Records) -> Sequence[Run]:
         runs = [
             Run({"width": width, "seed": seed})
             for width in sorted(self.widths, reverse=True)
@@ -88,7 +88,7 @@ class Coordinates(Experiment):
         ]
         return [run for run in runs if run.key not in results]
 
-    def run(self, run: Run, on_step: OnStep) -> Result:
+    def run(self, run: Run, on_step: OnStep) -> Record:
         torch.set_flush_denormal(True)
         model = toy_model.frozen(run["width"], run["seed"], READOUT_POWER)
         pairs = rates_tried(run["width"])
@@ -108,13 +108,13 @@ class Coordinates(Experiment):
             for place, (name, pair, loss) in enumerate(zip(pairs, pairs.values(), losses.test.tolist(), strict=True))
             for step in MEASURED_AT
         ]
-        return Result(run, "done", rows=tuple(rows))
+        return Record(run, "done", rows=tuple(rows))
 
-    def figures(self, results: Results) -> dict[str, Any]:
+    def figures(self, results: Records) -> dict[str, Any]:
         """For each choice of rates: exponents of δ1, δ2, δ3 at every step measured; whether the condition is met."""
         return {name: self._choice(name, results) for name in TITLES}
 
-    def _choice(self, name: str, results: Results) -> dict[str, Any]:
+    def _choice(self, name: str, results: Records) -> dict[str, Any]:
         chosen = {width: self._rates(name, width, results) for width in self.widths}
         by_step = {step: self._exponents(chosen, step, results) for step in MEASURED_AT}
         fitted = by_step[FITTED_AT]
@@ -135,18 +135,18 @@ class Coordinates(Experiment):
             },
         }  # fmt: skip
 
-    def _rates(self, name: str, width: int, results: Results) -> str:
+    def _rates(self, name: str, width: int, results: Records) -> str:
         """Name of the rates at a width; of `tuned`, the tied rate with the lowest mean loss."""
         if name != "tuned":
             return name
         tied = [other for other in rates_tried(width) if other.startswith("at")]
         return min(tied, key=lambda other: self._mean_loss(width, other, results))
 
-    def _mean_loss(self, width: int, rates: str, results: Results) -> float:
+    def _mean_loss(self, width: int, rates: str, results: Records) -> float:
         rows = self._rows(width, rates, FITTED_AT, results)
         return mean([math.log(row["test_loss"]) for row in rows])
 
-    def _rows(self, width: int, rates: str, step: int, results: Results) -> list[Mapping[str, Any]]:
+    def _rows(self, width: int, rates: str, step: int, results: Records) -> list[Mapping[str, Any]]:
         """One a seed."""
         return [
             row
@@ -155,7 +155,7 @@ class Coordinates(Experiment):
             if row["rates"] == rates and row["step"] == step
         ]
 
-    def _exponents(self, chosen: Mapping[int, str], step: int, results: Results) -> dict[str, dict[str, float]]:
+    def _exponents(self, chosen: Mapping[int, str], step: int, results: Records) -> dict[str, dict[str, float]]:
         rows = [self._rows(width, rates, step, results) for width, rates in chosen.items()]
         return {
             delta: exponent(
@@ -164,7 +164,7 @@ class Coordinates(Experiment):
             for delta in DELTAS
         }
 
-    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+    def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         return Report(
             _verdict(figures), [_figure(figures, self.widths), _table(figures), _steps_table(figures)], _METHOD, _LIMITS
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.reproduce import small_decoders, small_tasks
-from loraplus.reproduce.experiment import Result, Results, Run
+from loraplus.reproduce.experiment import Record, Records, Run
 from loraplus.reproduce.grid import lr_of
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, build, result_of, train
@@ -68,7 +68,7 @@ class Decoder(TunedArms):
             )
         return needed
 
-    def train(self, job: Job, on_step: OnStep) -> Result:
+    def train(self, job: Job, on_step: OnStep) -> Record:
         data = Path(self.data)
         width = int(job.case["width"])
         task = small_tasks.load(data, f"lm-{job.case['domain']}", width)
@@ -79,7 +79,7 @@ class Decoder(TunedArms):
         )  # fmt: skip
         return result_of(Run({}), outcome, accuracy=False)
 
-    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+    def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         by_ratio = self._by_ratio(results)
         return Report(
             verdict=[*self._best_ratios(results), *verdicts(figures, TEST_LOSS, "nats a token", lower_is_better=True)],
@@ -96,11 +96,11 @@ class Decoder(TunedArms):
             limits=["Widths from 32 to 256 are far below those of the models that the paper trains."],
         )  # fmt: skip
 
-    def _best_ratios(self, results: Results) -> list[str]:
+    def _best_ratios(self, results: Records) -> list[str]:
         """The λ of the lowest mean over the fresh seeds, and whether that differs from λ = 1."""
         sentences = []
         for case in self.cases():
-            if not self.done(case, results):
+            if not self.is_finished(case, results):
                 continue
             losses = {
                 point: [result.values[LOSS] for result in self.finals(case, point, results)]
@@ -115,10 +115,10 @@ class Decoder(TunedArms):
             sentences.append(text + ".")
         return sentences
 
-    def _by_ratio(self, results: Results) -> ByRatio:
+    def _by_ratio(self, results: Records) -> ByRatio:
         found: ByRatio = {}
         for case in self.cases():
-            if not self.done(case, results):
+            if not self.is_finished(case, results):
                 continue
             for point in sorted(self.finalists(case, results).values()):
                 estimate = finite_t_interval([result.values[LOSS] for result in self.finals(case, point, results)])

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from loraplus.reproduce.classifier import Examples, Recipe, encode, train_classifier
-from loraplus.reproduce.experiment import Result, Results
+from loraplus.reproduce.experiment import Record, Records
 from loraplus.reproduce.glue import HUB_NAME, LENGTH, TASKS, check, encoded, in_folder_or_hub
 from loraplus.reproduce.grid import HALF_DECADE
 from loraplus.reproduce.report import Report
@@ -118,7 +118,7 @@ class GlueArms(TunedArms):
         if self.scale == "paper":
             check(self.glue, self.data, in_folder_or_hub(self.data, self.published_model))
 
-    def train(self, job: Job, on_step: OnStep) -> Result:
+    def train(self, job: Job, on_step: OnStep) -> Record:
         recipe = self.recipe(job.case)
         if self.scale == "cpu":
             self.obtain_small_model()
@@ -132,7 +132,7 @@ class GlueArms(TunedArms):
     def baseline(self, case: Case) -> dict[str, float]:
         return tfidf(small_texts(Path(self.data), str(case["domain"])))
 
-    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+    def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         recipe = self.recipe(self.cases()[0])
         length = f"{recipe.config.max_steps} steps" if recipe.config.max_steps else "the published epochs"
         return Report(

@@ -19,8 +19,8 @@ from transformers.optimization import get_linear_schedule_with_warmup
 import loraplus
 from loraplus.movement import adapted_layers
 from loraplus.reproduce import small_decoders
-from loraplus.reproduce.experiment import Result, Run
 from loraplus.reproduce.small_tasks import Rows, SmallTask
+from loraplus.study.records import CurvePoint, Record, Run
 from loraplus.study.worker import OnStep
 
 LR_HEAD = 2e-3
@@ -52,7 +52,7 @@ class Outcome:
     diverged: bool
     validation_loss: float
     validation_accuracy: float
-    curve: tuple[tuple[int, float], ...]
+    curve: tuple[CurvePoint, ...]
     test: tuple[float, float] | None = None
 
 
@@ -108,7 +108,7 @@ def train(
     scheduler = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
     evaluate_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     order = batches(task.train.ids, batch, seed)
-    curve: list[tuple[int, float]] = []
+    curve: list[CurvePoint] = []
     accuracy = 0.0
     model.train()
     for step in range(1, steps + 1):
@@ -119,13 +119,13 @@ def train(
         scheduler.step()
         if step in evaluate_at:
             validation_loss, accuracy = evaluate(model, task, task.validation)
-            curve.append((step, validation_loss))
-        if not (math.isfinite(loss.item()) and (not curve or math.isfinite(curve[-1][1]))):
-            known = tuple(point for point in curve if math.isfinite(point[1]))
+            curve.append(CurvePoint(step, validation_loss))
+        if not (math.isfinite(loss.item()) and (not curve or math.isfinite(curve[-1].eval_loss))):
+            known = tuple(point for point in curve if math.isfinite(point.eval_loss))
             return Outcome(True, math.inf, 0.0, known)
         on_step(step, steps)
     tested = evaluate(model, task, task.test) if evaluations > 1 else None
-    return Outcome(False, curve[-1][1], accuracy, tuple(curve), tested)
+    return Outcome(False, curve[-1].eval_loss, accuracy, tuple(curve), tested)
 
 
 def batches(rows: list[list[int]], batch: int, seed: int) -> Iterator[list[int]]:
@@ -168,7 +168,7 @@ def _loss(model: Any, task: SmallTask, rows: Rows) -> tuple[torch.Tensor, float]
     return torch.nn.functional.cross_entropy(logits, wanted), float((logits.argmax(-1) == wanted).sum())
 
 
-def result_of(run: Run, outcome: Outcome, *, accuracy: bool) -> Result:
+def result_of(run: Run, outcome: Outcome, *, accuracy: bool) -> Record:
     """An outcome as the result of a run."""
     values = {"eval_loss": outcome.validation_loss}
     if accuracy:
@@ -177,4 +177,4 @@ def result_of(run: Run, outcome: Outcome, *, accuracy: bool) -> Result:
         values["test_loss"] = outcome.test[0]
         if accuracy:
             values["test_accuracy"] = outcome.test[1]
-    return Result(run, "diverged" if outcome.diverged else "done", values, outcome.curve)
+    return Record(run, "diverged" if outcome.diverged else "done", curve=outcome.curve, values=values)

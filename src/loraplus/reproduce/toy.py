@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from loraplus.reproduce import toy_model
-from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
+from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
 from loraplus.reproduce.fits import exponent
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table, banded, interval
 from loraplus.reproduce.toy_grid import (
@@ -88,15 +88,15 @@ class Toy(Experiment):
         tied = " diagonal" if run["shape"] == "diagonal" else ""
         return f"{run['optimizer']} W_out {run['readout']} n {run['width']} seed {run['seed']}{tied}"
 
-    def main(self, result: Result) -> tuple[str, float] | None:
+    def main(self, result: Record) -> tuple[str, float] | None:
         return "lowest_test_loss", min(float(row["test_loss"]) for row in result.rows)
 
-    def next_runs(self, results: Results) -> Sequence[Run]:
+    def next_runs(self, results: Records) -> Sequence[Run]:
         widths = sorted({*self.widths, self.map_width}, reverse=True)
         tables = _tables(results)
         return [run for width in widths for family in FAMILIES for run in self._missing(family, width, results, tables)]
 
-    def _missing(self, family: Family, width: int, results: Results, tables: Tables) -> list[Run]:
+    def _missing(self, family: Family, width: int, results: Records, tables: Tables) -> list[Run]:
         blocks = first_blocks(family.centre(width))
         while True:
             runs = [_run(family, width, seed, block) for block in blocks for seed in range(self.seeds)]
@@ -112,7 +112,7 @@ class Toy(Experiment):
     def _per_seed(self, family: Family, width: int, tables: Tables) -> list[dict[Point, float]]:
         return [tables[family.optimizer, family.readout, width, seed] for seed in range(self.seeds)]
 
-    def run(self, run: Run, on_step: OnStep) -> Result:
+    def run(self, run: Run, on_step: OnStep) -> Record:
         torch.set_flush_denormal(True)  # what decays to nothing would slow the rest down
         family = next(f for f in FAMILIES if (f.optimizer, f.readout) == (run["optimizer"], run["readout"]))
         block = Block(run["shape"], run["a_from"], run["a_to"], run["b_from"], run["b_to"])
@@ -125,9 +125,9 @@ class Toy(Experiment):
             {"log_a": a / 2, "log_b": b / 2, "train_loss": _digits(train), "test_loss": _digits(test)}
             for (a, b), train, test in zip(block.points, losses.train.tolist(), losses.test.tolist(), strict=True)
         ]
-        return Result(run, "done", rows=tuple(rows))
+        return Record(run, "done", rows=tuple(rows))
 
-    def figures(self, results: Results) -> dict[str, Any]:
+    def figures(self, results: Records) -> dict[str, Any]:
         """For each family: fitted exponents beside the theory's, the best pairs by width, the cost of a tied rate."""
         tables = _tables(results)
         return {
@@ -165,7 +165,7 @@ class Toy(Experiment):
             "tied_over_best": _tied_over_best(per_seed),
         }
 
-    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+    def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         parts: list[Table | Figure] = [self._maps(_tables(results))]
         for family in FAMILIES:
             found = figures[f"{family.optimizer}/{family.readout}"]
@@ -187,11 +187,11 @@ class Toy(Experiment):
         )
 
 
-def _tables(results: Results) -> Tables:
+def _tables(results: Records) -> Tables:
     """Test losses of all points, by optimizer, W_out, width and seed."""
     tables: Tables = defaultdict(dict)
     for result in results.values():
-        table = tables[tuple(result.params[name] for name in ("optimizer", "readout", "width", "seed"))]
+        table = tables[tuple(result.trial.params[name] for name in ("optimizer", "readout", "width", "seed"))]
         for row in result.rows:
             table[round(2 * float(row["log_a"])), round(2 * float(row["log_b"]))] = float(row["test_loss"])
     return tables

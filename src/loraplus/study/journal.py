@@ -15,7 +15,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.files.single import write_atomically
-from loraplus.study.mending import KeyOf, Mended, mended, operation
+from loraplus.study.mending import Mended, mended, operation
 
 try:
     import fcntl
@@ -29,7 +29,7 @@ _LINES_LOOKED_AT, _LONGEST_LOOKED_AT = 1000, 2**20
 _MOST_NAMED = 4
 
 
-def open_journal(location: str, study: str, key_of: KeyOf | None) -> JournalStorage:
+def open_journal(location: str, study: str) -> JournalStorage:
     """The storage of a journal file, which is made if it is not there.
 
     What a kill left half written at the end goes in silence: it is no finished run. Damage before the end is passed
@@ -38,7 +38,6 @@ def open_journal(location: str, study: str, key_of: KeyOf | None) -> JournalStor
     Args:
         location: The file.
         study: Name of the study that is wanted of it.
-        key_of: See `mending.mended`.
 
     Raises:
         InputError: it is another kind of file; or it is damaged and another process has it open, or cannot be mended.
@@ -50,7 +49,7 @@ def open_journal(location: str, study: str, key_of: KeyOf | None) -> JournalStor
         try:
             with _acquired(lock):
                 _drop_torn_tail(path)
-                found = mended(path, path.read_bytes(), study, key_of)
+                found = mended(path, path.read_bytes(), study)
             if found is not None:
                 _replace(path, found, hold, lock)
         finally:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from loraplus.errors import DivergedError
 from loraplus.study.arms import ALL, chosen
 from loraplus.study.records import ARMS, Record, Trial
+from loraplus.study.runner import StudyPlan
 from loraplus.study.search import Point, best_point, next_point, start_point
 from loraplus.tasks.config import CompareConfig
 
@@ -25,7 +26,7 @@ OWN_RATES = Point(1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(StudyPlan):
     """Budget and starting points of a comparison."""
 
     tuning_runs: int
@@ -34,8 +35,6 @@ class Plan:
     lr_ratio: float
     untuned_lr: float
     arms: tuple[str, ...] = ARMS
-    full_steps: None = field(default=None, init=False)
-    """All runs have the same length."""
 
     @classmethod
     def from_config(cls, config: CompareConfig) -> Plan:

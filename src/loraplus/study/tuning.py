@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from loraplus.errors import InputError
 from loraplus.study.halving import Candidate, best_run, cost, first_rung, next_runs
 from loraplus.study.records import Record, Trial
+from loraplus.study.runner import StudyPlan
 from loraplus.study.search import Point
 
 
 @dataclass(frozen=True)
-class TuningPlan:
+class TuningPlan(StudyPlan):
     """The budget of a search: `tuning_runs` of full length, or `minutes` of training, added up over all runs."""
 
     full_steps: int
@@ -37,9 +38,10 @@ class TuningPlan:
         runs = next_runs(losses(records), self.full_steps, self.budget(records) or self._least)
         return next((trial for trial in map(self.trial, runs) if trial.key not in busy), None)
 
-    def known(self, records: Mapping[str, Record], trial: Trial) -> None:
-        """No two candidates of a search are the same training."""
-        return None
+    @property
+    def full_length(self) -> int:
+        """Steps of a run of full length."""
+        return self.full_steps
 
     def done(self, records: Mapping[str, Record]) -> tuple[float, float]:
         """What the finished runs have cost, and what the search may cost, in runs of full length."""
