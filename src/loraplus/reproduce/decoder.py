@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.reproduce import small_decoders, small_tasks
-from loraplus.reproduce.experiment import Record, Records, Run
-from loraplus.reproduce.grid import lr_of
+from loraplus.reproduce.experiment import Record, Records
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
-from loraplus.reproduce.small_training import WARMUP, SmallAdapter, build, result_of, train
+from loraplus.reproduce.small_training import WARMUP, SmallAdapter, batches, build, train
 from loraplus.reproduce.tuned_arms import LOSS, TEST_LOSS, Case, Job, TunedArms, title, verdicts
+from loraplus.study.search.grid import lr_of
 from loraplus.study.statistics import Estimate, finite_t_interval
 from loraplus.study.worker import OnStep
 
@@ -73,11 +73,10 @@ class Decoder(TunedArms):
         width = int(job.case["width"])
         task = small_tasks.load(data, f"lm-{job.case['domain']}", width)
         model = build(small_decoders.obtain(data, width), task, SmallAdapter(self.rank, self.alpha), job.seed)
-        outcome = train(
-            model, task, job.lr, job.lr_ratio, steps=self.steps, batch=self.batch, seed=job.seed,
+        return train(
+            model, task, job.lr, job.lr_ratio, steps=self.steps, order=batches(task.train.ids, self.batch, job.seed),
             evaluations=job.evaluations, on_step=on_step,
         )  # fmt: skip
-        return result_of(Run({}), outcome, accuracy=False)
 
     def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         by_ratio = self._by_ratio(results)

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from loraplus.reproduce.classifier import Examples, Recipe, encode, train_classifier
 from loraplus.reproduce.experiment import Record, Records
 from loraplus.reproduce.glue import HUB_NAME, LENGTH, TASKS, check, encoded, in_folder_or_hub
-from loraplus.reproduce.grid import HALF_DECADE
 from loraplus.reproduce.report import Report
 from loraplus.reproduce.small_tasks import BOOK, Text, Texts, book_texts, domain_texts
 from loraplus.reproduce.tfidf import tfidf
 from loraplus.reproduce.tuned_arms import TEST_ACCURACY, TEST_LOSS, Case, Job, TunedArms, verdicts
+from loraplus.study.search.grid import HALF_DECADE
 from loraplus.study.worker import OnStep
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig

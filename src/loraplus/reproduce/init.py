@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Experiment, Record, Records, Run
-from loraplus.reproduce.grid import HALF_DECADE, best_step, lr_of, next_in_column
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
-from loraplus.reproduce.small_training import WARMUP, SmallAdapter, Start, build, result_of, train
+from loraplus.reproduce.small_training import WARMUP, SmallAdapter, Start, batches, build, train
 from loraplus.reproduce.tuned_arms import FINAL, LOSS, TEST_LOSS, TUNING, TUNING_SEED, fresh_seeds
+from loraplus.study.search.grid import HALF_DECADE, best_step, lr_of, next_in_column
 from loraplus.study.statistics import finite_t_interval
 from loraplus.study.worker import OnStep
 
@@ -131,11 +131,12 @@ class Init(Experiment):
         task = small_tasks.load(data, small_tasks.BOOK, self.width)
         adapter = SmallAdapter(run["rank"], run["scale"] * run["rank"], run["start"])
         model = build(small_decoders.obtain(data, self.width), task, adapter, run["seed"])
-        outcome = train(
-            model, task, run["lr"], run["lr_ratio"], steps=self.steps, batch=self.batch, seed=run["seed"],
+        order = batches(task.train.ids, self.batch, run["seed"])
+        found = train(
+            model, task, run["lr"], run["lr_ratio"], steps=self.steps, order=order,
             evaluations=_EVALUATIONS[run["phase"]], on_step=on_step,
         )  # fmt: skip
-        return result_of(run, outcome, accuracy=True)
+        return replace(found, trial=run)
 
     def describe(self, run: Run) -> str:
         """Such as "A-random, rank 8, s 2, tuning: λ 1, η_A 0.003162, seed 0"."""

@@ -21,7 +21,7 @@ Source: Hayou, Ghosh, Yu, arXiv 2402.12354, sections 2 and 3 and figure 2.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,18 +32,7 @@ from loraplus.reproduce import toy_model
 from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
 from loraplus.reproduce.fits import exponent
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table, banded, interval
-from loraplus.reproduce.toy_grid import (
-    FAMILIES,
-    Block,
-    Family,
-    Point,
-    best,
-    centre_of,
-    extensions,
-    first_blocks,
-    good_region,
-    rates,
-)
+from loraplus.study.search.blocks import Block, BlockGrid, Point, best, centre_of, good_region, rates
 from loraplus.study.statistics import t_interval
 from loraplus.study.worker import OnStep
 
@@ -55,6 +44,44 @@ WITHIN = 1.05
 """Pairs whose loss is within 5% of the lowest count as equally good; their centre is what is fitted."""
 Tables = dict[tuple[Any, ...], dict[Point, float]]
 QUANTITIES = {"lr_a": "η_A", "lr_b": "η_B", "lr_ratio": "λ"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Networks of all widths with one optimizer and one size of W_out.
+
+    Args:
+        optimizer: adam or sgd.
+        readout: `standard` for W_out of variance 1/n, `small` for entries of order 1/n.
+        title: In words.
+        start: Where the search starts at width 64.
+        exponents: Of the best η_A and η_B in n, as the theory has them (`toy.py`).
+    """
+
+    optimizer: toy_model.Optimizer
+    readout: str
+    title: str
+    start: Point
+    exponents: tuple[float, float]
+
+    @property
+    def readout_power(self) -> float:
+        """c of W_out = Θ(n^−c)."""
+        return 0.5 if self.readout == "standard" else 1.0
+
+    def centre(self, width: int) -> Point:
+        """Where the search starts: along the theory's slopes. It may end anywhere."""
+        growth = 2 * math.log10(width / 64)
+        a, b = (round(at + growth * power) for at, power in zip(self.start, self.exponents, strict=True))
+        return a, b
+
+
+FAMILIES = (
+    Family("adam", "small", "Adam, W_out of order 1/n", (-2, -1), (-1.0, 0.0)),
+    Family("adam", "standard", "Adam, W_out of variance 1/n", (-3, -2), (-1.0, -0.5)),
+    Family("sgd", "small", "SGD, W_out of order 1/n", (-2, 4), (-1.0, 1.0)),
+    Family("sgd", "standard", "SGD, W_out of variance 1/n", (-1, 1), (-1.0, 0.0)),
+)
 
 
 @dataclass(frozen=True)
@@ -97,17 +124,12 @@ class Toy(Experiment):
         return [run for width in widths for family in FAMILIES for run in self._missing(family, width, results, tables)]
 
     def _missing(self, family: Family, width: int, results: Records, tables: Tables) -> list[Run]:
-        blocks = first_blocks(family.centre(width))
-        while True:
-            runs = [_run(family, width, seed, block) for block in blocks for seed in range(self.seeds)]
-            if missing := [run for run in runs if run.key not in results]:
-                return missing
-            joint = _over_seeds(self._per_seed(family, width, tables))
-            # Of these blocks only: of further ones some seeds may be done and others not.
-            more = extensions(blocks, {point: joint[point] for block in blocks for point in block.points})
-            if not more:
-                return []
-            blocks += more
+        per_seed = [tables[family.optimizer, family.readout, width, seed] for seed in range(self.seeds)]
+        joint = _over_seeds(per_seed)
+        tried = dict.fromkeys(_blocks(family, width, results, self.seeds), joint)
+        wanted = BlockGrid(family.centre(width)).next(tried)
+        runs = [_run(family, width, seed, block) for block in wanted for seed in range(self.seeds)]
+        return [run for run in runs if run.key not in results]
 
     def _per_seed(self, family: Family, width: int, tables: Tables) -> list[dict[Point, float]]:
         return [tables[family.optimizer, family.readout, width, seed] for seed in range(self.seeds)]
@@ -195,6 +217,17 @@ def _tables(results: Records) -> Tables:
         for row in result.rows:
             table[round(2 * float(row["log_a"])), round(2 * float(row["log_b"]))] = float(row["test_loss"])
     return tables
+
+
+def _blocks(family: Family, width: int, results: Records, seeds: int) -> list[Block]:
+    """The blocks that have been trained with all seeds."""
+    own = {"optimizer": family.optimizer, "readout": family.readout, "width": width}
+    found: Counter[Block] = Counter()
+    for result in results.values():
+        params = result.trial.params
+        if own.items() <= params.items() and params["seed"] < seeds:
+            found[Block(*(params[name] for name in ("shape", "a_from", "a_to", "b_from", "b_to")))] += 1
+    return [block for block, count in found.items() if count == seeds]
 
 
 def _run(family: Family, width: int, seed: int, block: Block) -> Run:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from loraplus.reproduce.experiment import Experiment, Record, Records, Run
-from loraplus.reproduce.grid import HALF_DECADE, RATIOS, Point, best_of, lr_of, next_point
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Series, Table, interval
 from loraplus.study.records import Value
+from loraplus.study.search.grid import HALF_DECADE, RATIOS, Point, RatioGrid, best_of, lr_of
 from loraplus.study.statistics import Estimate, finite_t_interval, steps_to_target
 from loraplus.study.worker import OnStep
 
@@ -50,7 +50,7 @@ class TunedArms(Experiment):
     has_baseline = False
     has_accuracy = True
     first_step = 0
-    """Where the grid starts; see `grid.next_point`."""
+    """Where the grid starts; see `RatioGrid`."""
 
     @abstractmethod
     def cases(self) -> list[Case]:
@@ -71,9 +71,8 @@ class TunedArms(Experiment):
 
     def _of_case(self, case: Case, results: Records) -> list[Run]:
         baseline = [Run({**case, "phase": BASELINE})] if self.has_baseline else []
-        point = next_point(self.losses(case, results), self.first_step)
-        if point is not None:
-            return [*baseline, _run(case, TUNING, point, TUNING_SEED)]
+        if points := RatioGrid(first=self.first_step).next(self.losses(case, results)):
+            return [*baseline, *(_run(case, TUNING, point, TUNING_SEED) for point in points)]
         return [*baseline, *self._final_runs(case, results)]
 
     def _final_runs(self, case: Case, results: Records) -> list[Run]:

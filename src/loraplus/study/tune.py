@@ -12,11 +12,12 @@ from typing import Any
 
 from loraplus.errors import DivergedError
 from loraplus.files.output import check_output, hold_output, prepare_output, write_csv, write_json, write_yaml
-from loraplus.study.halving import RATIO
 from loraplus.study.pairs import finite_perplexity
 from loraplus.study.records import Record
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, has_begun, run_all
-from loraplus.study.search import START_GEOMETRIC_MEAN_LR, Point
+from loraplus.study.search import Point
+from loraplus.study.search.halving import RATIO
+from loraplus.study.search.pattern import START_GEOMETRIC_MEAN_LR
 from loraplus.study.storage import without_password
 from loraplus.study.store import StudyStore
 from loraplus.study.trial import data_facts, run_trial
