@@ -195,7 +195,7 @@ def test_one_seed_has_no_interval_and_is_drawn(tmp_path):
         results |= {run.key: experiment.run(run, lambda *_, **__: None) for run in runs}
     report = experiment.report(results, experiment.figures(results))
     for figure in report.figures:
-        draw(figure, tmp_path / f"{figure.name}.png")
+        (tmp_path / f"{figure.name}.png").write_bytes(draw(figure))
     lines = [
         series
         for figure in report.figures

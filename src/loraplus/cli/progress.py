@@ -12,6 +12,7 @@ from loraplus.cli.terminal import Console
 from loraplus.study.arms import ALL
 from loraplus.study.records import Record, Trial
 from loraplus.study.runner import Event
+from loraplus.study.wording import rate
 from loraplus.tasks.measures import perplexity
 
 MINIMAL_SECONDS_FOR_ESTIMATE = 2.0
@@ -73,13 +74,6 @@ class TrainingWords:
             lr_a, lr_b = record.rates_reached
             result += f", came to η_A {rate(lr_a)} η_B {rate(lr_b)}"
         return result
-
-
-def rate(value: float) -> str:
-    """A learning rate in the shortest scientific form: 2.5e-4."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    digits = mantissa.rstrip("0").rstrip(".")
-    return f"{digits}e{int(exponent)}"
 
 
 def outcome(event: Event, words: Words) -> str:

@@ -24,15 +24,20 @@ from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, t
 
 
 @dataclass(frozen=True)
-class Examples:
+class LabelledTexts:
     """Texts, or pairs of texts, and the numbers of their classes."""
 
     texts: Sequence[str]
     labels: Sequence[int]
     pairs: Sequence[str] | None = None
 
+    def chosen(self, order: Sequence[int]) -> LabelledTexts:
+        """Some of them, in this order."""
+        pairs = None if self.pairs is None else [self.pairs[i] for i in order]
+        return LabelledTexts([self.texts[i] for i in order], [self.labels[i] for i in order], pairs)
 
-Parts = tuple[Examples, Examples, Examples]
+
+Parts = tuple[LabelledTexts, LabelledTexts, LabelledTexts]
 """(train, validation, test)."""
 
 
@@ -59,12 +64,12 @@ def encode(
     """Token ids of three parts; validation and test are sorted by length, so that their batches hold little padding."""
     train, validation, test = parts
 
-    def rows(part: Examples) -> list[dict[str, Any]]:
+    def rows(part: LabelledTexts) -> list[dict[str, Any]]:
         pairs = None if part.pairs is None else list(part.pairs)
         found = tokenizer(list(part.texts), pairs, truncation=True, max_length=max_length)["input_ids"]
         return [{"input_ids": ids, "labels": label} for ids, label in zip(found, part.labels, strict=True)]
 
-    def by_length(part: Examples) -> list[dict[str, Any]]:
+    def by_length(part: LabelledTexts) -> list[dict[str, Any]]:
         return sorted(rows(part), key=lambda row: len(row["input_ids"]))
 
     return ClassificationData(list(names), rows(train), by_length(validation), by_length(test), max_length, {})

@@ -241,9 +241,10 @@ def write_results(folder: Path, found: Evaluation) -> dict[str, Any]:
     write_runs(folder / RUNS_FILE, found.results)
     plots = folder / PLOTS_FOLDER
     plots.mkdir(exist_ok=True)
-    for figure in found.report.figures:
-        png.draw(figure, plots / f"{figure.name}.png")
-    write_atomically(folder / PAGE_FILE, render(found.summary, found.report))
+    pictures = {figure.name: png.draw(figure) for figure in found.report.figures}
+    for name, picture in pictures.items():
+        write_atomically(plots / f"{name}.png", picture)
+    write_atomically(folder / PAGE_FILE, render(found.summary, found.report, pictures))
     write_json(folder / SUMMARY_FILE, found.summary)  # last: who sees it knows that the rest is there
     return found.summary
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from loraplus.reproduce.classifier import Examples, Recipe, encode, train_classifier
+from loraplus.reproduce.classifier import LabelledTexts, Recipe, encode, train_classifier
 from loraplus.reproduce.experiment import Record, Records
 from loraplus.reproduce.glue import HUB_NAME, LENGTH, TASKS, check, encoded, in_folder_or_hub
 from loraplus.reproduce.report import Report
@@ -172,9 +172,9 @@ def _encoded(case: str, data: str, model: str) -> tuple[PreTrainedTokenizerBase,
     tokenizer = load_tokenizer(TaskConfig(model=model))
     texts = small_texts(Path(data), case)
     names = [str(number) for number in range(texts.classes)]
-    parts = _examples(texts.train), _examples(texts.validation), _examples(texts.test)
+    parts = _labelled(texts.train), _labelled(texts.validation), _labelled(texts.test)
     return tokenizer, encode(names, parts, tokenizer, min(LENGTH, tokenizer.model_max_length))
 
 
-def _examples(part: list[Text]) -> Examples:
-    return Examples([text for text, _ in part], [label for _, label in part])
+def _labelled(part: list[Text]) -> LabelledTexts:
+    return LabelledTexts([text for text, _ in part], [label for _, label in part])

@@ -1,17 +1,15 @@
-"""Figures of a report as PNG, for documents; the page draws the same data with plotly."""
+"""Figures of a report as PNG, for the page and for documents."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loraplus.errors import InputError
-from loraplus.files.output import write_atomically
 from loraplus.report.plots import PALETTE
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot
 
@@ -31,12 +29,8 @@ def check() -> None:
         raise InputError("the plots need matplotlib: pip install 'loraplus[reproduce]'")
 
 
-def draw(figure: Figure, target: Path) -> None:
-    """Writes a figure, its plots side by side.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+def draw(figure: Figure) -> bytes:
+    """A figure as PNG, its plots side by side."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -61,7 +55,7 @@ def draw(figure: Figure, target: Path) -> None:
     picture = io.BytesIO()
     canvas.savefig(picture, dpi=_DPI, format="png", metadata={"Software": None})
     plt.close(canvas)
-    write_atomically(target, picture.getvalue())
+    return picture.getvalue()
 
 
 def _heat_map(canvas: Any, axes: Any, plot: HeatMap) -> None:
