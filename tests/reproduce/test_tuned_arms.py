@@ -20,7 +20,7 @@ class Bowl(TunedArms):
     gain: float = 0.1
 
     name, title, claims = "bowl", "A bowl", ()
-    has_baseline = True
+    baseline_scales = ("cpu",)
 
     def cases(self):
         return [{"domain": "one"}, {"domain": "two"}]

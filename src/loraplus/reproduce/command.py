@@ -34,7 +34,7 @@ from loraplus.study.store import StudyStore
 from loraplus.tasks.assets import obtain
 
 SCHEMA_VERSION = 1
-# Where a process works and writes is its own affair; all else it shares with the others of its study.
+# Processes of one study may differ in these: where each of them works and writes.
 MAY_DIFFER = ("output", "workers", "storage", "data")
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 
@@ -105,10 +105,10 @@ def reproduce(
     settings = all_settings(experiment)
     saved = _saved(options, settings)
     check_output(options.output, saved, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
-    png.check()
+    experiment.check_packages()
     if problem := experiment.problem():
         raise InputError(f"{experiment.name}: {problem}")
-    for asset in experiment.assets:
+    for asset in experiment.needed_assets():
         obtain(asset, Path(options.data), say=say)
     begun = resume and has_begun(options.output, SUMMARY_FILE, RUNS_FILE)
     store = None if options.storage is None else _open(options.storage, experiment, settings, shared=True, begun=begun)
@@ -122,8 +122,8 @@ def reproduce(
             on_event=progress,
             log=folder / LOG_FILE,
         )
-        found = evaluate(experiment, results, command=options.command, versions=_versions())
-        return write_results(folder, found)
+        evaluation = evaluate(experiment, results, command=options.command, versions=_versions())
+        return write_results(folder, evaluation)
 
 
 def redraw(options: Options, source: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def redraw(options: Options, source: str | os.PathLike[str], *, overwrite: bool 
     source = Path(source)
     if source.resolve() == Path(options.output).resolve():
         raise InputError(f"--redraw: {source} cannot be its own --output; name another folder")
-    png.check()
+    experiment_class(options.name).check_packages()
     summary = read_json(source / SUMMARY_FILE)
     try:
         settings, columns = summary["settings"], summary["columns"]
@@ -159,14 +159,14 @@ def redraw(options: Options, source: str | os.PathLike[str], *, overwrite: bool 
     saved = _saved(options, all_settings(experiment))
     check_output(options.output, saved, overwrite=overwrite, resume=False, ignore=MAY_DIFFER)
     try:
-        found = evaluate(experiment, results, settings=settings, **origin)
+        evaluation = evaluate(experiment, results, settings=settings, **origin)
     except (KeyError, IndexError, ValueError):
         if not (missing := experiment.next_runs(results)):
             raise
         raise InputError(f"--redraw: {source} lacks runs, such as {experiment.describe(missing[0])}") from None
     with hold_output(options.output):
         folder = prepare_output(options.output, saved, overwrite=overwrite, resume=False, ignore=MAY_DIFFER)
-        return write_results(folder, found)
+        return write_results(folder, evaluation)
 
 
 def dry_run(options: Options) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def dry_run(options: Options) -> dict[str, Any]:
         "title": experiment.title,
         "claims": list(experiment.claims),
         "settings": all_settings(experiment),
-        "needs": [*experiment.needs(), *(f"{name} (in {options.data})" for name in experiment.assets)],
+        "needs": [*experiment.needs(), *(f"{name} (in {options.data})" for name in experiment.needed_assets())],
         "runs_known": len(runs),
         "first_runs": [experiment.describe(run) for run in runs[:10]],
         "output": options.output,
@@ -236,17 +236,17 @@ def evaluate(
     return Evaluation(summary, report, in_order)
 
 
-def write_results(folder: Path, found: Evaluation) -> dict[str, Any]:
+def write_results(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
     """Writes runs.csv, the plots, the page and, last, summary.json, whose content it returns."""
-    write_runs(folder / RUNS_FILE, found.results)
+    write_runs(folder / RUNS_FILE, evaluation.results)
     plots = folder / PLOTS_FOLDER
     plots.mkdir(exist_ok=True)
-    pictures = {figure.name: png.draw(figure) for figure in found.report.figures}
+    pictures = {figure.name: png.draw(figure) for figure in evaluation.report.figures}
     for name, picture in pictures.items():
         write_atomically(plots / f"{name}.png", picture)
-    write_atomically(folder / PAGE_FILE, render(found.summary, found.report, pictures))
-    write_json(folder / SUMMARY_FILE, found.summary)  # last: who sees it knows that the rest is there
-    return found.summary
+    write_atomically(folder / PAGE_FILE, render(evaluation.summary, evaluation.report, pictures))
+    write_json(folder / SUMMARY_FILE, evaluation.summary)  # last: who sees it knows that the rest is there
+    return evaluation.summary
 
 
 def all_settings(experiment: Experiment) -> dict[str, Any]:
@@ -276,13 +276,13 @@ def _open(
 
 def _versions() -> dict[str, str]:
     """Of the packages that results may depend on."""
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _sortable(value: Any) -> tuple[bool, Any]:

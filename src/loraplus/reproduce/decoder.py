@@ -16,7 +16,7 @@ from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.experiment import Record, Records
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, batches, build, train
-from loraplus.reproduce.tuned_arms import LOSS, TEST_LOSS, Case, Job, TunedArms, title, verdicts
+from loraplus.reproduce.tuned_arms import HOW_TUNED, LOSS, TEST_LOSS, Case, Job, TunedArms, title, verdicts
 from loraplus.study.search.grid import lr_of
 from loraplus.study.statistics import Estimate, finite_t_interval
 from loraplus.study.worker import OnStep
@@ -89,8 +89,7 @@ class Decoder(TunedArms):
             method=[
                 f"Adapters of rank {self.rank} and α {self.alpha:g} on query and value layers; {self.steps} steps of "
                 f"{self.batch} texts, linear schedule.",
-                "Each arm was tuned on seed 0 with the same number of runs; λ = 1, 4, 16, … in half decades of "
-                "√(η_A·η_B) until the optimum was inside, LoRA in finer steps to the same number.",
+                HOW_TUNED,
             ],
             limits=["Widths from 32 to 256 are far below those of the models that the paper trains."],
         )  # fmt: skip

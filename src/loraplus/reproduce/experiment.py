@@ -7,6 +7,7 @@ state, so it resumes at any point, and any number of processes work on it.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from abc import abstractmethod
@@ -45,6 +46,8 @@ class Experiment(StudyPlan):
     scales: ClassVar[tuple[str, ...]] = ("cpu",)
     assets: ClassVar[tuple[str, ...]] = ()
     """Names in `tasks.assets`; obtained, and checked by hash, before the first run."""
+    packages: ClassVar[tuple[str, ...]] = ("matplotlib",)
+    """What has to be installed besides `loraplus[cli]`."""
     main_value: ClassVar[str] = ""
     """The value that a progress line and a dashboard show of a result; default: the first."""
 
@@ -97,6 +100,20 @@ class Experiment(StudyPlan):
         Raises:
             InputError: a model or data cannot be had.
         """
+
+    def needed_assets(self) -> tuple[str, ...]:
+        """Those of `assets` that it needs at this scale."""
+        return self.assets
+
+    @classmethod
+    def check_packages(cls) -> None:
+        """Asked before the first run, not after the last.
+
+        Raises:
+            InputError: a package is not installed.
+        """
+        if missing := [package for package in cls.packages if importlib.util.find_spec(package) is None]:
+            raise InputError(f"{cls.name} needs {' and '.join(missing)}: pip install 'loraplus[reproduce]'")
 
     def problem(self) -> str | None:
         """What keeps it from running here in one line, as `check` finds it; None if nothing does."""

@@ -82,13 +82,14 @@ def read_runs(path: Path, columns: Mapping[str, Sequence[str]]) -> dict[str, Rec
 
 def _result(lines: Sequence[dict[str, str]], columns: Mapping[str, Sequence[str]]) -> Record:
     first = lines[0]
-    if first["status"] not in ("done", "diverged"):
-        raise ValueError(f"status {first['status']!r}")
+    status = first["status"]
+    if status != "done" and status != "diverged":  # one by one, so that a type checker sees what is left
+        raise ValueError(f"status {status!r}")
     curve = [point.split(":") for point in (first.get("curve") or "").split()]
     rows = tuple(row for line in lines if (row := _cells(line, columns["rows"])))
     return Record(
         trial=Run(_cells(first, columns["params"])),
-        status=first["status"],  # type: ignore[arg-type]
+        status=status,
         values={name: float(value) for name, value in _cells(first, columns["values"]).items()},
         curve=tuple(CurvePoint(int(step), float(value)) for step, value in curve),
         rows=rows,

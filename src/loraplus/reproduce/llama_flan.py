@@ -52,6 +52,7 @@ class LlamaFlan(RateGrid):
     name = "llama-flan"
     title = "Llama-7b on Flan-v2, evaluated on MMLU"
     main_value = "test_accuracy"
+    packages = ("matplotlib", "trl")
     unknown = (
         "Not known to us: which part of Flan-v2 and how large, rank and α (here 8 and 8), the grid (here that of "
         "MNLI), text length, batch and epochs (here 1024 tokens, 8 × 4, one epoch), how many solved examples MMLU's "

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 from typing import Any
 
 import numpy as np
 
-from loraplus.errors import InputError
 from loraplus.report.plots import PALETTE
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot
 
@@ -17,16 +15,6 @@ _INCHES = (4.6, 3.7)
 _DPI = 110
 _MOST_TICKS = 8
 _MARKS = ("o", "D", "s", "^")
-
-
-def check() -> None:
-    """Asked before the first run, not after the last.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the plots need matplotlib: pip install 'loraplus[reproduce]'")
 
 
 def draw(figure: Figure) -> bytes:

@@ -30,10 +30,9 @@ import torch
 
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
-from loraplus.reproduce.fits import exponent
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table, banded, interval
 from loraplus.study.search.blocks import Block, BlockGrid, Point, best, centre_of, good_region, rates
-from loraplus.study.statistics import t_interval
+from loraplus.study.statistics import exponent, t_interval
 from loraplus.study.worker import OnStep
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -190,8 +189,8 @@ class Toy(Experiment):
     def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         parts: list[Table | Figure] = [self._maps(_tables(results))]
         for family in FAMILIES:
-            found = figures[f"{family.optimizer}/{family.readout}"]
-            parts += [_track_figure(family, found, self.widths), _track_table(family, found)]
+            of_family = figures[f"{family.optimizer}/{family.readout}"]
+            parts += [_track_figure(family, of_family, self.widths), _track_table(family, of_family)]
         parts.append(_tied_figure(figures, self.widths))
         return Report(_verdict(figures, self.map_width), parts, _METHOD, _LIMITS)
 
@@ -308,14 +307,14 @@ def _heat_map(family: Family, joint: Mapping[Point, float]) -> HeatMap:
     )  # fmt: skip
 
 
-def _track_figure(family: Family, found: Mapping[str, Any], widths: Sequence[int]) -> Figure:
+def _track_figure(family: Family, of_family: Mapping[str, Any], widths: Sequence[int]) -> Figure:
     plots = []
     for place, (quantity, symbol) in enumerate(QUANTITIES.items()):
-        logs = [found["widths"][str(width)]["log10"][quantity] for width in widths]
+        logs = [of_family["widths"][str(width)]["log10"][quantity] for width in widths]
         centre = sum(log["mean"] for log in logs) / len(logs)
         middle = sum(math.log10(width) for width in widths) / len(widths)
-        slope = found["theory"][quantity]
-        name = f"measured, exponent {interval(found['exponents'][quantity])}"
+        slope = of_family["theory"][quantity]
+        name = f"measured, exponent {interval(of_family['exponents'][quantity])}"
         rates_found = [{bound: 10**value for bound, value in log.items()} for log in logs]
         measured = banded(name, widths, rates_found, colour=place)
         theory = Series(
@@ -332,13 +331,13 @@ def _track_figure(family: Family, found: Mapping[str, Any], widths: Sequence[int
     )
 
 
-def _track_table(family: Family, found: Mapping[str, Any]) -> Table:
+def _track_table(family: Family, of_family: Mapping[str, Any]) -> Table:
     rows = [
         [
             int(width), at["best"]["lr_a"], at["best"]["lr_b"], at["best"]["lr_b"] / at["best"]["lr_a"],
             at["best"]["loss"], at["best_tied"]["lr"], at["best_tied"]["loss"], "yes" if at["inside"] else "no",
         ]
-        for width, at in found["widths"].items()
+        for width, at in of_family["widths"].items()
     ]  # fmt: skip
     columns = ("n", "η_A", "η_B", "λ", "loss", "best tied η", "loss at λ = 1", "inside")
     return Table(f"{family.title}: the pair with the lowest mean loss", columns, rows)
@@ -346,13 +345,13 @@ def _track_table(family: Family, found: Mapping[str, Any]) -> Table:
 
 def _tied_figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
     plots = []
-    for found in figures.values():
-        at = [found["widths"][str(width)] for width in widths]
+    for of_family in figures.values():
+        at = [of_family["widths"][str(width)] for width in widths]
         both = [
             Series("best pair", widths, [row["best"]["loss"] for row in at]),
             Series("best with λ = 1", widths, [row["best_tied"]["loss"] for row in at], dashed=True),
         ]
-        plots.append(LinePlot(found["title"], "width n", "test loss", both, log_x=True, log_y=True))
+        plots.append(LinePlot(of_family["title"], "width n", "test loss", both, log_x=True, log_y=True))
     return Figure(
         "tied-by-width", "What one rate for both costs", plots,
         "Test loss, geometric mean over the seeds, of the best pair and of the best tied rate.",
@@ -361,23 +360,24 @@ def _tied_figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
 
 def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:
     sentences = []
-    for found in figures.values():
-        at, exponents = found["map"], found["exponents"]
-        widest = list(found["widths"])[-1]
-        factor = _factor(found["widths"][widest]["tied_over_best"])
-        theory = ", ".join(f"{QUANTITIES[name]} {value:g}" for name, value in found["theory"].items())
+    for of_family in figures.values():
+        at, exponents = of_family["map"], of_family["exponents"]
+        widest = list(of_family["widths"])[-1]
+        factor = _factor(of_family["widths"][widest]["tied_over_best"])
+        theory = ", ".join(f"{QUANTITIES[name]} {value:g}" for name, value in of_family["theory"].items())
         measured = ", ".join(f"{QUANTITIES[name]} {interval(value)}" for name, value in exponents.items())
         sentences.append(
-            f"{found['title']}: at n = {map_width} the best pair has λ = {at['best']['lr_b'] / at['best']['lr_a']:.3g} "
+            f"{of_family['title']}: at n = {map_width} the best pair has λ = "
+            f"{at['best']['lr_b'] / at['best']['lr_a']:.3g} "
             f"(centre of the good region: {10 ** at['log10']['lr_ratio']['mean']:.3g}); exponents in n: {measured}; "
-            f"theory: {theory}. At n = {widest} the best tied rate {factor}.{_at_edge(found)}"
+            f"theory: {theory}. At n = {widest} the best tied rate {factor}.{_at_edge(of_family)}"
         )
     return sentences
 
 
-def _at_edge(found: Mapping[str, Any]) -> str:
-    """Where no best pair was found, and what that means."""
-    widths = [width for width, at in found["widths"].items() if not at["inside"]]
+def _at_edge(of_family: Mapping[str, Any]) -> str:
+    """Where no best pair was of_family, and what that means."""
+    widths = [width for width, at in of_family["widths"].items() if not at["inside"]]
     if not widths:
         return ""
     return f" At n = {', '.join(widths)} the best pair is at the edge of the grid, so these exponents tell nothing."

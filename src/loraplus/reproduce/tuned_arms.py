@@ -11,7 +11,7 @@ import statistics
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from loraplus.reproduce.experiment import Experiment, Record, Records, Run
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Series, Table, interval
@@ -26,6 +26,10 @@ EVALUATIONS = 10
 _SHOWN = 0.7  # of the points have colours of their own in a map; worse ones share the darkest
 LOSS, ACCURACY, TEST_LOSS, TEST_ACCURACY = "eval_loss", "eval_accuracy", "test_loss", "test_accuracy"
 
+HOW_TUNED = (
+    "Each arm was tuned on seed 0 with the same number of runs; λ = 1, 4, 16, … in half decades of √(η_A·η_B) until "
+    "the optimum was inside, LoRA in finer steps to the same number."
+)
 Case = dict[str, Value]
 """What is trained on what, such as {"domain": "movies"}: the first parameters of its runs."""
 
@@ -47,10 +51,15 @@ class TunedArms(Experiment):
     main_value = LOSS
     every_ratio = False
     """Whether the best point of every λ is trained on the fresh seeds, not only the best with λ > 1."""
-    has_baseline = False
+    baseline_scales: ClassVar[tuple[str, ...]] = ()
+    """At which a method without a network stands beside the arms; see `baseline`."""
     has_accuracy = True
     first_step = 0
     """Where the grid starts; see `RatioGrid`."""
+
+    def grid_start(self) -> int:
+        """Where the grid starts at this scale."""
+        return self.first_step
 
     @abstractmethod
     def cases(self) -> list[Case]:
@@ -61,7 +70,7 @@ class TunedArms(Experiment):
         """Trains once; the run of the result does not matter."""
 
     def baseline(self, case: Case) -> dict[str, float]:
-        """Values of a method without a network on a case; asked for where `has_baseline`."""
+        """Values of a method without a network on a case; asked for at `baseline_scales`."""
         return {}
 
     def next_runs(self, results: Records) -> Sequence[Run]:
@@ -70,8 +79,8 @@ class TunedArms(Experiment):
         return [run for run in wanted if run.key not in results]
 
     def _of_case(self, case: Case, results: Records) -> list[Run]:
-        baseline = [Run({**case, "phase": BASELINE})] if self.has_baseline else []
-        if points := RatioGrid(first=self.first_step).next(self.losses(case, results)):
+        baseline = [Run({**case, "phase": BASELINE})] if self.scale in self.baseline_scales else []
+        if points := RatioGrid(first=self.grid_start()).next(self.losses(case, results)):
             return [*baseline, *(_run(case, TUNING, point, TUNING_SEED) for point in points)]
         return [*baseline, *self._final_runs(case, results)]
 
@@ -143,7 +152,7 @@ class TunedArms(Experiment):
             ],
             "steps_to_target": _speed(finals["lora"], finals["loraplus"]),
         }  # fmt: skip
-        if self.has_baseline:
+        if self.scale in self.baseline_scales:
             figures["baseline"] = dict(results[Run({**case, "phase": BASELINE}).key].values)
         return figures
 

@@ -49,9 +49,9 @@ def open_journal(location: str, study: str) -> JournalStorage:
         try:
             with _acquired(lock):
                 _drop_torn_tail(path)
-                found = mended(path, path.read_bytes(), study)
-            if found is not None:
-                _replace(path, found, hold, lock)
+                repaired = mended(path, path.read_bytes(), study)
+            if repaired is not None:
+                _replace(path, repaired, hold, lock)
         finally:
             hold.end()
     backend: Any = JournalFileBackend(location, lock_obj=lock)
@@ -59,27 +59,27 @@ def open_journal(location: str, study: str) -> JournalStorage:
     return JournalStorage(backend)
 
 
-def _replace(path: Path, found: Mended, hold: _Hold, lock: JournalLock) -> None:
-    lines = _named(found)
+def _replace(path: Path, repaired: Mended, hold: _Hold, lock: JournalLock) -> None:
+    lines = _named(repaired)
     if not hold.is_alone():
         raise InputError(f"{path}: {lines}, and another process has it open; wait for it to end, then go on")
     with _acquired(lock):
         kept = _keep_copy(path)
-        write_atomically(path, found.content)
+        write_atomically(path, repaired.content)
     warnings.warn(
-        f"{path}: {lines}, and passed over; {found.finished} finished runs stand, and the journal as it was is kept "
+        f"{path}: {lines}, and passed over; {repaired.finished} finished runs stand, and the journal as it was is kept "
         f"in {kept.name}",
         LoraPlusWarning,
         stacklevel=2,
     )
 
 
-def _named(found: Mended) -> str:
+def _named(repaired: Mended) -> str:
     """Which lines are damaged, in words."""
-    if not found.passed_over:
+    if not repaired.passed_over:
         return "lines are missing"
-    named = [f"line {number} is damaged ({why})" for number, why in found.passed_over[:_MOST_NAMED]]
-    more = len(found.passed_over) - len(named)
+    named = [f"line {number} is damaged ({why})" for number, why in repaired.passed_over[:_MOST_NAMED]]
+    more = len(repaired.passed_over) - len(named)
     return ", ".join(named) + (f", and {more} more lines" if more else "")
 
 

@@ -90,7 +90,7 @@ def _decision(pairs: Sequence[Pair], measures: Sequence[str]) -> dict[str, Any]:
         "level": LEVEL,
         "least_seeds": LEAST_SEEDS,
         "correction": "Holm",
-        "family": [pair.arm for pair in pairs if pair.found is not None],
+        "family": [pair.arm for pair in pairs if pair.differs is not None],
     }
 
 

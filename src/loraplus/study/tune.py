@@ -30,10 +30,10 @@ RESULT_FILE = "tune.json"
 TRIALS_FILE = "trials.csv"
 BEST_FILE = "best.yaml"
 ADAPTER_FOLDER = "adapter"
-# Where a process works and writes is its own affair; all else it shares with the others of its study.
-OWN = ("output", "workers", "storage", "study")
-# Machines may keep these in different places; of files their name is compared, and of data the content.
-PLACES = ("model", "data", "eval_data")
+# Processes of one study may differ in these: where each of them works and writes.
+MAY_DIFFER = ("output", "workers", "storage", "study")
+# Machines may keep these files in different folders, so their names are compared, and of data the content.
+COMPARED_BY_NAME = ("model", "data", "eval_data")
 
 
 def tune(
@@ -137,8 +137,8 @@ def _with_budget(config: TuneConfig) -> TuneConfig:
 
 def _open(storage: str, config: TuneConfig, facts: Mapping[str, Any], begun: bool) -> StudyStore:
     store = StudyStore.open(storage, config.study, shared=True, begun=begun)
-    shared = {key: value for key, value in asdict(config).items() if key not in OWN}
-    shared |= {key: shared[key] and Path(shared[key]).name for key in PLACES}
+    shared = {key: value for key, value in asdict(config).items() if key not in MAY_DIFFER}
+    shared |= {key: shared[key] and Path(shared[key]).name for key in COMPARED_BY_NAME}
     store.check_settings(shared)
     facts = {key: value for key, value in facts.items() if key != "source"}
     store.check_data(facts)

@@ -50,9 +50,9 @@ def divergence(records: Sequence[Record], phase: Phase, arms: Sequence[str] = AR
 def _main_sentence(pair: Pair) -> str:
     """LoRA+ against LoRA."""
     start = "Tuned with equal budgets, "
-    if pair.found is None:
+    if pair.differs is None:
         return f"{start}LoRA+ − LoRA in test {pair.decides} is {_figures(pair)}: no verdict."
-    if not pair.found:
+    if not pair.differs:
         return f"{start}no difference found between LoRA+ and LoRA in test {pair.decides}: {_figures(pair)}."
     word = "better" if _ahead(pair) else "worse"
     return f"{start}LoRA+ is {word} than LoRA in test {pair.decides}: {_figures(pair)}."
@@ -66,9 +66,9 @@ def _other_sentence(pair: Pair, records: Sequence[Record]) -> str:
     if not pair.runs:
         return f"{who} leaves no seed to compare with LoRA: {lost or 'LoRA diverged'}."
     figures = _figures(pair) + (f"; {lost}" if lost else "")
-    if pair.found is None:
+    if pair.differs is None:
         return f"{who} − tuned LoRA in test {pair.decides} is {figures}: no verdict."
-    if not pair.found:
+    if not pair.differs:
         return f"{who}: no difference found to tuned LoRA in test {pair.decides}: {figures}."
     return f"{who} is {'better' if _ahead(pair) else 'worse'} than tuned LoRA in test {pair.decides}: {figures}."
 
@@ -81,9 +81,9 @@ def _untuned_sentence(pair: Pair, trials: Mapping[str, Trial], lost: str) -> str
     if not pair.runs:
         return f"{at}, {lost or 'one arm was not run'}: no seed is left to compare."
     left = f" on the seeds that are left, since {lost}" if lost else ""
-    if pair.found is None:
+    if pair.differs is None:
         return f"{at}, LoRA+ − LoRA{left} is {_figures(pair)}: no verdict."
-    if not pair.found:
+    if not pair.differs:
         return f"{at}, no difference found{left}: {_figures(pair)}."
     return f"{at}, LoRA+ is {'ahead of' if _ahead(pair) else 'behind'} LoRA{left}: {_figures(pair)}."
 
@@ -118,14 +118,14 @@ def _figures(pair: Pair) -> str:
     if pair.decides == LOSS:
         mean = f"{signed(of_loss.mean, 4)} a token"
         return f"{mean} ({_support(pair, pair.judged, 1, 4)}), perplexity ×{perplexity(of_loss.mean):.4g}"
-    interval = "" if pair.found is None else f" ({signed(of_loss.low, 3)} to {signed(of_loss.high, 3)})"
+    interval = "" if pair.differs is None else f" ({signed(of_loss.low, 3)} to {signed(of_loss.high, 3)})"
     mean = f"{signed(100 * pair.judged.difference.mean, 1)} points"
     return f"{mean} ({_support(pair, pair.judged, 100, 1)}), test loss {signed(of_loss.mean, 3)}{interval}"
 
 
 def _support(pair: Pair, judged: PairedDifference, scale: float, digits: int) -> str:
     """The interval and the p that decides; without a verdict, what the seeds say one by one."""
-    if pair.found is None:
+    if pair.differs is None:
         return f"seed by seed {' and '.join(signed(scale * value, digits) for value in judged.by_seed)}"
     low, high = (signed(scale * value, digits) for value in (judged.difference.low, judged.difference.high))
     alone, corrected = (" of this arm alone", f" corrected for {pair.family} arms") if pair.family > 1 else ("", "")
