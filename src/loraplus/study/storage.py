@@ -60,8 +60,8 @@ def open_study(location: str | os.PathLike[str], name: str, *, begun: bool = Fal
 class Patient:
     """A storage whose calls wait for a server that is away, restarting say, for at most `WAIT_SECONDS`.
 
-    A call may have been carried out although its answer was lost. All that a store does can be done twice: a second
-    trial of a run is one that nobody owns, and an end is an end.
+    A call may have been carried out although its answer was lost, and is then made twice. That does no harm: a second
+    trial of a run has no owner and is closed later, and a trial that is closed stays so.
 
     Args:
         storage: Of Optuna.

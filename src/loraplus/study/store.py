@@ -6,14 +6,14 @@ its intermediate values, and the whole `Record` a user attribute.
 failed trial; a run that was cut short or came second is a pruned trial.
 
 Several processes may work on one study. To claim a run, a process adds a trial that is under way from the start, with
-the run's key. Storages number trials in order, so of two with one key all see the same one first: that one counts, the
-owner of the other closes it again. While a process has a run under way, it renews the run's heartbeat; when that
-stands still, another process closes the trial as pruned, and the run can be claimed anew.
+the run's key. Storages number trials in order, so all processes see the same one of two trials with one key first. That
+one counts, and the owner of the other closes it again. While a process has a run under way, it renews the run's
+heartbeat (`lease.py`). When that stands still, another process closes the trial as pruned, and the run is free again.
 
-A run has one outcome, whoever trains it how often. A process writes its outcome into its trial, or into a new one if
-that was closed, and then closes the trials of the run in the order of their numbers: the first to have an outcome
-keeps it, all others are pruned. A trial is closed once and for all, and only after those before it; so no second
-outcome can ever be stored, and what one process has read, all will read.
+A run has one outcome, even if several processes have trained it. A process writes its outcome into its trial, or into a
+new one if that was closed. Then it closes the trials of the run in the order of their numbers: the first that has an
+outcome keeps it, all others are pruned. A closed trial never changes, and a trial is closed after those before it. So no
+second outcome can be stored, and all processes read the same.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class StudyStore:
         return self._storage.get_all_trials(self._study_id, deepcopy=False)
 
     def _take(self, frozen: FrozenTrial) -> None:
-        """Keeps the record of a closed trial that counts. Studies of before may have two for a run: the first is it."""
+        """Keeps the record of a closed trial that counts; of two in a study of an earlier version the first does."""
         if _counts(frozen) and _key(frozen) not in self._records:
             record = self._outcome(frozen)
             self._records.setdefault(record.trial.key, record)

@@ -84,7 +84,7 @@ def perform(trial: Keyed) -> Any:
 
 
 def _end_with_parent(scratch: str) -> None:
-    """A worker whose parent was killed would train on for nobody, and nobody would clean up."""
+    """Ends this process with its parent: otherwise it would train on, and its temporary files would stay."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
