@@ -4,7 +4,7 @@ A seed is one training run, the unit that a method repeats over. Student's t ove
 the next seeds would show a difference, too. The choice of test examples is another matter: what is computed over
 examples tells how sure a figure is for the models that were trained, and nothing of the next ones.
 
-There are two intervals, and published figures rest on both: `t_interval`, over seeds, for every difference and exponent,
+There are two intervals, and published figures rest on both: `t_interval`, over seeds, for differences and exponents,
 and `two_way_interval`, over seeds and test examples, for the test results of one arm.
 """
 

@@ -12,8 +12,8 @@ heartbeat (`lease.py`). When that stands still, another process closes the trial
 
 A run has one outcome, even if several processes have trained it. A process writes its outcome into its trial, or into a
 new one if that was closed. Then it closes the trials of the run in the order of their numbers: the first that has an
-outcome keeps it, all others are pruned. A closed trial never changes, and a trial is closed after those before it. So no
-second outcome can be stored, and all processes read the same.
+outcome keeps it, all others are pruned. A closed trial never changes, and a trial is closed after those before it. So
+no second outcome can be stored, and all processes read the same.
 """
 
 from __future__ import annotations
