@@ -219,6 +219,13 @@ def test_a_mistake_is_one_line(command, tmp_path: Path, words: list[str], messag
     assert not (tmp_path / "out").exists()
 
 
+def test_a_package_that_is_missing_is_named_before_anything_is_written(command, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(fake_experiment.Fake, "packages", ("no_such_package",))
+    said = refused(command("fake", "--data", tmp_path, "--output", tmp_path / "out"))
+    assert "fake needs no_such_package: pip install 'loraplus[reproduce]'" in said
+    assert not (tmp_path / "out").exists()
+
+
 def wait_for(condition, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 200
     while not condition():

@@ -45,7 +45,7 @@ def cell(value: Cell) -> str:
 def numbers(plot: LinePlot | HeatMap) -> list[list[Cell]]:
     """The values of a plot as the rows of a table, titles first."""
     if isinstance(plot, HeatMap):
-        head = [f"{plot.y_label} \\ {plot.x_label}", *(f"{x:.4g}" for x in plot.x)]
+        head: list[Cell] = [f"{plot.y_label} \\ {plot.x_label}", *(f"{x:.4g}" for x in plot.x)]
         return [head, *([y, *row] for y, row in zip(reversed(plot.y), reversed(plot.z), strict=True))]
     rows: list[list[Cell]] = [["", plot.x_label, plot.y_label, "low", "high"]]
     for series in plot.series:

@@ -101,15 +101,16 @@ def mended(path: Path, content: bytes, study: str) -> Mended | None:
     of_worker = {_process(op): op["study_id"] for op in ops.values() if op.get("study_id") in studies}
     ends = {op["trial_id"]: op.get("state") for op in ops.values() if op["op_code"] == _ENDS}
     for number in sorted(outcomes, key=lambda number: _precedence(number, ops[number], ends)):
-        kept = studies[of_worker.get(_process(ops[number]), min(studies))].outcomes
-        kept.setdefault(outcomes[number].trial.key, outcomes[number])
-    if foreign := [known.name for known in studies.values() if known.trials and not (known.ours or known.outcomes)]:
+        of_study = studies[of_worker.get(_process(ops[number]), min(studies))]
+        of_study.outcomes.setdefault(outcomes[number].trial.key, outcomes[number])
+    kept = [known for known in studies.values() if not known.deleted]
+    if foreign := next((known for known in kept if known.trials and not (known.ours or known.outcomes)), None):
         raise InputError(
-            f"{path} is damaged and holds the study {foreign[0]!r} of another program, which cannot be mended here; "
+            f"{path} is damaged and holds the study {foreign.name!r} of another program, which cannot be mended here; "
             "put a copy of the file in its place, or start again with another one"
         )
-    finished = sum(len(known.outcomes) for known in studies.values() if known.name == study)
-    return Mended(_written(studies.values()), sorted(bad.items()), finished)
+    finished = sum(len(known.outcomes) for known in kept if known.name == study)
+    return Mended(_written(kept), sorted(bad.items()), finished)
 
 
 def _is_number(value: Any) -> bool:
@@ -129,10 +130,8 @@ def _astray(ops: Mapping[int, Operation], outcomes: Mapping[int, Record]) -> dic
                 raise ValueError(f"of trial {op['trial_id']}, which is not there")
             if number in outcomes:
                 trial = replay._trials.get(op.get("trial_id", -1))
-                key, expected = (
-                    outcomes[number].trial.key,
-                    (trial.user_attrs if trial else op.get("user_attrs", {})).get(KEY),
-                )
+                key = outcomes[number].trial.key
+                expected = (trial.user_attrs if trial else op.get("user_attrs", {})).get(KEY)
                 if expected not in (None, key):
                     raise ValueError(f"the outcome of {key} in a trial of {expected}")
             replay.apply_logs([op])
@@ -149,9 +148,10 @@ def _process(op: Operation) -> str:
 
 def _precedence(number: int, op: Operation, ends: Mapping[int, Any]) -> tuple[int, int]:
     """Of several outcomes of a run the first counts: that of a trial which was closed with it, then in their order."""
-    trial = op.get("trial_id", number)  # none where the line that creates a trial holds its outcome
-    state = ends.get(trial)
-    return (0 if state in (TrialState.COMPLETE, TrialState.FAIL) else 2 if state == TrialState.PRUNED else 1), trial
+    trial = op.get("trial_id")  # none where the line that creates a trial holds its outcome
+    state = ends.get(trial) if trial is not None else None
+    closed_with_it = state in (TrialState.COMPLETE, TrialState.FAIL)
+    return 0 if closed_with_it else 2 if state == TrialState.PRUNED else 1, number if trial is None else trial
 
 
 @dataclass
@@ -164,6 +164,7 @@ class _Study:
     outcomes: dict[str, Record] = field(default_factory=dict)
     trials: int = 0
     ours: bool = False
+    deleted: bool = False
 
 
 def _studies(path: Path, ops: Mapping[int, Operation], bad: dict[int, str], wanted: str) -> dict[int, _Study]:
@@ -174,8 +175,11 @@ def _studies(path: Path, ops: Mapping[int, Operation], bad: dict[int, str], want
     """
     found: dict[int, _Study] = {}
     for op in ops.values():
-        if op["op_code"] == JournalOperation.CREATE_STUDY and op["study_name"] not in {s.name for s in found.values()}:
-            found[len(found)] = _Study(op["study_name"], op["directions"])
+        if op["op_code"] == JournalOperation.CREATE_STUDY:
+            if op["study_name"] not in {known.name for known in found.values() if not known.deleted}:
+                found[len(found)] = _Study(op["study_name"], op["directions"])
+        elif op["op_code"] == JournalOperation.DELETE_STUDY and op["study_id"] in found:
+            found[op["study_id"]].deleted = True
     used = {number: op for number, op in ops.items() if op["op_code"] in _OF_STUDY}
     if not found and {op["study_id"] for op in used.values()} <= {0}:
         found[0] = _Study(wanted, [StudyDirection.MINIMIZE])
