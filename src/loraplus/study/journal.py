@@ -128,7 +128,7 @@ class _Hold:
         self._file.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # the file could not be opened
+        if hasattr(self, "_file"):  # else it could not be opened
             self.end()
 
     def _lock(self, kind: int) -> bool:
