@@ -227,7 +227,7 @@ def evaluate(
         "figures": figures,
         "runs": len(results),
         "diverged": sum(result.status == "diverged" for result in in_order),
-        "training_seconds": round(sum(result.seconds for result in in_order), 1),
+        "training_seconds": round(sum(round(result.seconds, 3) for result in in_order), 1),  # as runs.csv has them
         "command": command,
         "versions": dict(versions),
         "settings": dict(settings or all_settings(experiment)),
