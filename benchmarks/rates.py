@@ -22,13 +22,15 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rates_grid import Point, lr_of, next_point
 from rates_settings import SETTINGS, Setting
 
+from loraplus.study.records import Record
+from loraplus.study.search.grid import HALF_DECADE, Point, RatioGrid, lr_of
 from loraplus.study.statistics import t_interval
 
 RESULTS = Path(__file__).resolve().parent / "results" / "rates"
 SEEDS = (0, 1, 2)
+GRID = RatioGrid(starting_ratios=4, equal_budgets=False)
 COLUMNS = ("method", "lr_ratio", "half_decade", "lr", "seed", "eval_loss", "accuracy", "seconds")
 
 Row = dict[str, Any]
@@ -58,13 +60,14 @@ def append(setting: str, row: Row) -> None:
         writer.writerow(row)
 
 
+def point_of(row: Row) -> Point:
+    """The point of the grid that a row was run at."""
+    return float(row["lr_ratio"]), HALF_DECADE * int(row["half_decade"])
+
+
 def grid_losses(rows: list[Row], seed: int = 0) -> dict[Point, float]:
     """Loss of every grid point on one seed."""
-    return {
-        (float(row["lr_ratio"]), int(row["half_decade"])): row["eval_loss"]
-        for row in rows
-        if row["method"] == "grid" and row["seed"] == seed
-    }
+    return {point_of(row): row["eval_loss"] for row in rows if row["method"] == "grid" and row["seed"] == seed}
 
 
 def finalists(rows: list[Row]) -> list[Point]:
@@ -77,24 +80,29 @@ def finalists(rows: list[Row]) -> list[Point]:
 
 def pending(setting: Setting) -> Iterator[tuple[Point, int]]:
     """Runs of the grid that are missing, in order: the grid itself, then its finalists on the other seeds."""
-    while (point := next_point(grid_losses(read(setting.name)))) is not None:
-        yield point, SEEDS[0]
+    while points := GRID.next(grid_losses(read(setting.name))):
+        yield points[0], SEEDS[0]
     for seed in SEEDS[1:]:
         for point in finalists(read(setting.name)):
             if point not in grid_losses(read(setting.name), seed):
                 yield point, seed
 
 
+def row_of(method: str, seed: int, record: Record, point: Point | None = None) -> Row:
+    """A finished run as a line of the table."""
+    ratio, half_decade, lr = ("", "", "") if point is None else (f"{point[0]:g}", point[1] // HALF_DECADE, lr_of(point))
+    return {
+        "method": method, "lr_ratio": ratio, "half_decade": half_decade, "lr": lr, "seed": seed,
+        "eval_loss": f"{record.values['eval_loss']:.5f}", "accuracy": f"{record.values.get('eval_accuracy', 0.0):.4f}",
+        "seconds": f"{record.seconds:.1f}",
+    }  # fmt: skip
+
+
 def run_point(setting: Setting, point: Point, seed: int) -> Row:
     """Trains one grid point."""
     from rates_tasks import run
 
-    outcome = run(setting, seed, lr_of(point), point[0])
-    return {
-        "method": "grid", "lr_ratio": f"{point[0]:g}", "half_decade": point[1], "lr": lr_of(point), "seed": seed,
-        "eval_loss": f"{outcome.eval_loss:.5f}", "accuracy": f"{outcome.accuracy:.4f}",
-        "seconds": f"{outcome.seconds:.1f}",
-    }  # fmt: skip
+    return row_of("grid", seed, run(setting, seed, lr_of(point), point[0]), point)
 
 
 def run_auto(setting: Setting, seed: int, name: str = "auto", rule: Any = None) -> tuple[Row, list[Row]]:
@@ -111,13 +119,7 @@ def run_auto(setting: Setting, seed: int, name: str = "auto", rule: Any = None) 
             lambda *_: path.append({"step": rates.steps, "lr_a": rates.lr_a, "lr_b": rates.lr_b})
         )
 
-    outcome = run(setting, seed, 1.0, 1.0, prepare)
-    row = {
-        "method": name, "lr_ratio": "", "half_decade": "", "lr": "", "seed": seed,
-        "eval_loss": f"{outcome.eval_loss:.5f}", "accuracy": f"{outcome.accuracy:.4f}",
-        "seconds": f"{outcome.seconds:.1f}",
-    }  # fmt: skip
-    return row, path
+    return row_of(name, seed, run(setting, seed, 1.0, 1.0, prepare)), path
 
 
 def summary(setting: Setting, method: str = "auto") -> dict[str, float] | None:
@@ -187,7 +189,7 @@ def arms() -> None:
             min((p for p in known if (p[0] == 1.0) == tied), key=lambda p: first[p]) for tied in (True, False)
         )
         tuned[setting.name] = known[plus] / known[lora]
-        untuned[setting.name] = first[16.0, 1] / first[1.0, 0]
+        untuned[setting.name] = first[16.0, HALF_DECADE] / first[1.0, 0]
         best_of = {ratio: min(loss for point, loss in first.items() if point[0] == ratio) for ratio in (1.0, *held)}
         for ratio, found in held.items():
             found[setting.name] = best_of[ratio] / best_of[1.0]
@@ -245,7 +247,7 @@ def main() -> None:
         (setting,) = chosen([options.rerun])
         for row in read(setting.name):
             if row["method"] == "grid":
-                again = run_point(setting, (float(row["lr_ratio"]), int(row["half_decade"])), row["seed"])
+                again = run_point(setting, point_of(row), row["seed"])
             else:
                 again, _ = run_auto(setting, row["seed"])
             print(f"{row['method']} λ {row['lr_ratio'] or '–'} lr {row['lr'] or '–'} seed {row['seed']}: "

@@ -11,8 +11,9 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from rates import RESULTS, grid_losses, read, summary
-from rates_grid import lr_of
 from rates_settings import SETTINGS, Setting
+
+from loraplus.study.search.grid import lr_of
 
 COLUMNS = 4
 WORST = 0.3  # losses more than 30% above the best share one colour

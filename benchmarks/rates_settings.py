@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-LR_HEAD = 2e-3
-WARMUP = 0.06
-
 
 @dataclass(frozen=True)
 class Setting:

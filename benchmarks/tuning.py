@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from rates import chosen, grid_losses, read
-from rates_grid import lr_of
 from rates_settings import SETTINGS, Setting
 
-from loraplus.study.halving import Candidate, best_run, cost, next_runs
 from loraplus.study.search import Point
+from loraplus.study.search.grid import lr_of
+from loraplus.study.search.halving import Candidate, Halving
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tuning.csv"
 COLUMNS = ("setting", "steps", "lr", "lr_ratio", "eval_loss", "seconds")
@@ -42,17 +42,17 @@ def search(setting: Setting, losses: dict[Candidate, float]) -> None:
     """Runs what is missing, one after the other, and writes each down."""
     from rates_tasks import run
 
-    while runs := next_runs(losses, setting.steps, BUDGET):
+    while runs := Halving(setting.steps, BUDGET).next(losses):
         candidate = runs[0]
         outcome = run(replace(setting, steps=candidate.steps), SEED, candidate.point.lr, candidate.point.lr_ratio)
-        losses[candidate] = outcome.eval_loss
+        losses[candidate] = outcome.values["eval_loss"]
         new = not RESULTS.exists()
         with RESULTS.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(COLUMNS)
             row = (setting.name, candidate.steps, candidate.point.lr, candidate.point.lr_ratio,
-                   f"{outcome.eval_loss:.5f}", f"{outcome.seconds:.1f}")  # fmt: skip
+                   f"{losses[candidate]:.5f}", f"{outcome.seconds:.1f}")  # fmt: skip
             writer.writerow(row)
             print(*row, flush=True)
 
@@ -63,12 +63,12 @@ def table() -> None:
           f"{'ratio':>7s} {'cost':>5s}")  # fmt: skip
     for name, losses in found().items():
         setting, grid = SETTINGS[name], grid_losses(read(name))
-        best = best_run(losses, setting.steps)
-        if best is None or next_runs(losses, setting.steps, BUDGET):
+        best = Halving(setting.steps).best(losses)
+        if best is None or Halving(setting.steps, BUDGET).next(losses):
             print(f"{name:32s} runs are missing")
             continue
         point = min(grid, key=lambda point: grid[point])
-        spent = cost(losses, setting.steps)
+        spent = Halving(setting.steps).cost(losses)
         print(f"{name:32s} {best.point.lr:10.3g} {best.point.lr_ratio:5g} {losses[best]:8.4f} {lr_of(point):10.3g} "
               f"{point[0]:5g} {grid[point]:8.4f} {losses[best] / grid[point]:7.4f} {spent:5.2f}")  # fmt: skip
 

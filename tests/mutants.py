@@ -51,8 +51,8 @@ NEAREST: dict[str, list[str]] = {
     "study/store": _STORE,
     "study/statistics": ["tests/study/test_statistics.py"],
     "study/pairs": ["tests/study/test_statistics.py"],
-    "study/halving": ["tests/study/test_halving.py"],
-    "study/parabola": ["tests/study/test_parabola.py", "tests/study/test_halving.py"],
+    "study/search/halving": ["tests/study/test_halving.py"],
+    "study/search/parabola": ["tests/study/test_parabola.py", "tests/study/test_halving.py"],
     "study/search": ["tests/study/test_search.py"],
     "study/plan": ["tests/study/test_runner.py"],
 }

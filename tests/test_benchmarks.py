@@ -12,16 +12,19 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from null_comparisons import Setting, accuracies, beside, verdicts
-from rates_grid import RATIOS, lr_of, next_point
+from rates import GRID
 from rates_settings import SETTINGS
+
+from loraplus.study.search.grid import HALF_DECADE, RATIOS, lr_of
 
 
 def searched(loss):
     losses = {}
-    while (point := next_point(losses)) is not None:
-        assert point not in losses and len(losses) < 200
-        losses[point] = loss(*point)
-    return losses
+    while points := GRID.next(losses):
+        (ratio, step) = points[0]
+        assert points[0] not in losses and len(losses) < 200 and step % HALF_DECADE == 0
+        losses[ratio, step] = loss(ratio, step // HALF_DECADE)
+    return {(ratio, step // HALF_DECADE): loss for (ratio, step), loss in losses.items()}
 
 
 @pytest.mark.parametrize("best_k", [-4, 0, 1, 5])
@@ -45,7 +48,7 @@ def test_diverged_points_are_passed_on_the_way():
 
 
 def test_a_point_is_named_by_its_geometric_mean():
-    assert lr_of((16.0, 1)) == pytest.approx(1e-3 * 10**0.5 / 4, rel=1e-3)
+    assert lr_of((16.0, HALF_DECADE)) == pytest.approx(1e-3 * 10**0.5 / 4, rel=1e-3)
 
 
 def test_half_of_the_settings_were_set_aside():

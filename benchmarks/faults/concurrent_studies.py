@@ -26,14 +26,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loraplus.errors import LoraPlusError
 from loraplus.study.records import Record, Trial
-from loraplus.study.runner import run_all
+from loraplus.study.runner import StudyPlan, run_all
 from loraplus.study.store import StudyStore
 
 NAME = "concurrent"
@@ -43,11 +43,10 @@ RESTARTS = 3
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(StudyPlan):
     """So many runs, told apart by their seed."""
 
     runs: int
-    full_steps: None = field(default=None, init=False)
 
     def next(self, records: Mapping[str, Record], running: Iterable[Trial]) -> Trial | None:
         busy = {trial.key for trial in running}
@@ -56,9 +55,6 @@ class Plan:
 
     def done(self, records: Mapping[str, Record]) -> tuple[float, float]:
         return len(records), self.runs
-
-    def known(self, records: Mapping[str, Record], trial: Trial) -> None:
-        return None
 
 
 def stub(folder: str, trial: Trial, on_step: Any) -> Record:

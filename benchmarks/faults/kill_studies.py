@@ -31,7 +31,7 @@ from forks import run as fork
 from small import encoder, texts
 
 from loraplus.files.whole import TEMPORARY
-from loraplus.study.format import KEY
+from loraplus.study.records import KEY
 
 TIMES = ("seconds", "cost", "training_seconds", "config", "train_command")
 SMALL = ["--max-steps", "4", "--eval-steps", "2", "--batch-size", "4", "--workers", "1", "--plain"]

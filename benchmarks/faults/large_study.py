@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.compare import _write
-from loraplus.study.format import TRAINING
 from loraplus.study.records import ARMS, CurvePoint, Phase, Record, Trial
 from loraplus.study.store import StudyStore
 from loraplus.study.summary import summarise
@@ -54,7 +53,7 @@ def records(count: int) -> list[Record]:
 
 def stored(journal: Path, found: list[Record]) -> None:
     """Fills a journal; without waiting for the disk, which would take most of the time."""
-    store = StudyStore.open(journal, "large", TRAINING)
+    store = StudyStore.open(journal, "large")
     with unittest.mock.patch("os.fsync"):
         for record in found:
             store.start(record.trial)
@@ -79,7 +78,7 @@ def main() -> None:
         stored(folder / "study.journal", records(options.runs))
         lap("filling, which is not counted")
         size = (folder / "study.journal").stat().st_size
-        store = StudyStore.open(folder / "study.journal", "large", TRAINING, begun=True)
+        store = StudyStore.open(folder / "study.journal", "large", begun=True)
         lap("open")
         in_order = list(store.records().values())
         config: dict[str, Any] = vars(CompareConfig(model="m", data="d", output=name))

@@ -11,9 +11,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplus.reproduce.experiment import Experiment, Result, Run
+from loraplus.reproduce.experiment import Experiment
 from loraplus.reproduce.registry import EXPERIMENTS
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table
+from loraplus.study.records import CurvePoint, Record, Run
 
 BEST = 4
 DIVERGES_FROM = 6
@@ -47,15 +48,15 @@ class Fake(Experiment):
             on_step(step, 2, eval_loss=1.0 / step)
             time.sleep(float(slow.read_text()) / 2 if slow.exists() else 0)
         if run["k"] >= DIVERGES_FROM:
-            return Result(run, "diverged", {"loss": math.inf})
+            return Record(run, "diverged", values={"loss": math.inf})
         loss = 0.1234567890123 + (run["k"] - BEST) ** 2 + run["seed"] / 100
         rows = tuple({"eta": 10.0**-j, "row_loss": loss + j} for j in range(2))
-        return Result(run, "done", {"loss": loss}, curve=((1, 1.0), (2, loss)), rows=rows)
+        return Record(run, "done", curve=(CurvePoint(1, 1.0), CurvePoint(2, loss)), values={"loss": loss}, rows=rows)
 
     def figures(self, results):
         finite = [result for result in results.values() if result.status == "done"]
         best = min(finite, key=lambda result: result.values["loss"])
-        return {"best_k": best.run["k"], "rows": sum(len(result.rows) for result in finite)}
+        return {"best_k": best.trial["k"], "rows": sum(len(result.rows) for result in finite)}
 
     def report(self, results, figures):
         line = LinePlot("loss", "k", "loss", [Series("seed 0", [1, 2], [1.0, 2.0], [0.9, 1.8], [1.1, 2.2])], log_x=True)

@@ -16,9 +16,8 @@ import pytest
 
 from loraplus.cli import main
 from loraplus.errors import InputError
-from loraplus.reproduce.experiment import Result
 from loraplus.reproduce.files import columns_of, read_runs, write_runs
-from loraplus.reproduce.plan import timed_run
+from loraplus.study.records import CurvePoint, Record
 from reproduce import fake_experiment
 from reproduce.fake_experiment import DIVERGES_FROM, noted
 
@@ -76,7 +75,7 @@ def test_from_scratch_to_files_and_drawn_again_from_them(command, data: Path, tm
     assert (output / "plots" / "curve.png").read_bytes().startswith(b"\x89PNG")
     page = without_library((output / "index.html").read_text())
     assert "A parabola &lt;b&gt;" in page and "&lt;i&gt;" in page and "<b>" not in page
-    assert not re.search(r"(src|href)\s*=|@import|url\(", page)
+    assert not re.search(r"(src|href)\s*=\s*(?!.data:)|@import|url\(", page)
 
     again = tmp_path / "again"
     code, out, err = command("fake", "--redraw", output, "--output", again, "--json")
@@ -120,18 +119,18 @@ def test_results_that_cannot_be_drawn_again_are_one_line_and_nothing_is_lost(com
 
 def test_a_table_gives_back_the_results_it_was_written_from(command, tmp_path: Path):
     experiment = fake_experiment.Fake(seeds=1, data=str(tmp_path))
-    results: dict[str, Result] = {}
+    results: dict[str, Record] = {}
     while runs := experiment.next_runs(results):
-        results |= {run.key: timed_run(experiment, run, lambda *_, **__: None) for run in runs}
+        results |= {run.key: experiment.timed_run(run, lambda *_, **__: None) for run in runs}
     write_runs(tmp_path / "runs.csv", list(results.values()))
     columns = columns_of(results.values())
     back = read_runs(tmp_path / "runs.csv", columns)
     assert experiment.next_runs(back) == [], "whatever was run is there"
     assert [result.status for result in back.values()] == ["done"] * DIVERGES_FROM + ["diverged"]
     first = next(iter(back.values()))
-    assert first.run.params == {"kind": "point", "k": 0, "lr": 1.0, "seed": 0}
+    assert first.trial.params == {"kind": "point", "k": 0, "lr": 1.0, "seed": 0}
     assert first.rows == ({"eta": 1.0, "row_loss": 16.12346}, {"eta": 0.1, "row_loss": 17.12346})
-    assert first.curve == ((1, 1.0), (2, 16.12346))
+    assert first.curve == (CurvePoint(1, 1.0), CurvePoint(2, 16.12346))
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"runs\.csv is no table of runs"):
         read_runs(tmp_path / "runs.csv", columns)
@@ -217,6 +216,13 @@ def test_the_list_names_every_experiment(command):
 )
 def test_a_mistake_is_one_line(command, tmp_path: Path, words: list[str], message: str):
     assert message in refused(command(*words, "--output", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_written(command, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(fake_experiment.Fake, "packages", ("no_such_package",))
+    said = refused(command("fake", "--data", tmp_path, "--output", tmp_path / "out"))
+    assert "fake needs no_such_package: pip install 'loraplus[reproduce]'" in said
     assert not (tmp_path / "out").exists()
 
 

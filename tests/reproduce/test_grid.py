@@ -6,12 +6,13 @@ import math
 
 import pytest
 
-from loraplus.reproduce.grid import HALF_DECADE, RATIOS, best_of, lr_of, next_point
+from loraplus.study.search.grid import HALF_DECADE, RATIOS, RatioGrid, best_of, lr_of
 
 
 def searched(loss, first=0):
     losses = {}
-    while (point := next_point(losses, first)) is not None:
+    while points := RatioGrid(first=first).next(losses):
+        (point,) = points
         assert point not in losses and len(losses) < 200
         losses[point] = loss(*point)
     return losses

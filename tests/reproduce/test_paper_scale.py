@@ -119,7 +119,7 @@ def trained_names(experiment, case=None):
 def test_glue_runs_as_published_on_files_of_its_format(data, kind, task, layers):
     experiment = kind(scale="paper", data=str(data), glue=(task,), max_steps=4)
     found = experiment.train(Job({"task": task}, 1e-3, 4.0, 1, 2), lambda *_: None)
-    assert found.status == "done" and [step for step, _ in found.curve] == [2, 4]
+    assert found.status == "done" and [point.step for point in found.curve] == [2, 4]
     assert {"eval_loss", "eval_accuracy", "test_loss", "test_accuracy"} == set(found.values)
     assert trained_names(experiment, {"task": task}) == layers
 

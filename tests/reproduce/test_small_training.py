@@ -13,10 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loraplus.files.output import write_csv
 from loraplus.movement import adapted_layers
 from loraplus.reproduce import small_decoders, small_tasks
-from loraplus.reproduce.experiment import Result
 from loraplus.reproduce.init import RULES, Init, scale_of
 from loraplus.reproduce.small_tasks import Rows, SmallTask
 from loraplus.reproduce.small_training import SmallAdapter, batches, build, train
+from loraplus.study.records import Record
 from loraplus.tasks.decoder.text import train_tokenizer
 
 
@@ -43,17 +43,18 @@ def task(kind: str) -> SmallTask:
 def outcome(folder, kind, adapter, lr, lr_ratio=1.0, steps=12, evaluations=3):
     model = build(folder, task(kind), adapter, seed=0)
     return train(
-        model, task(kind), lr, lr_ratio, steps=steps, batch=8, seed=0, evaluations=evaluations, on_step=lambda *_: None
+        model, task(kind), lr, lr_ratio, steps=steps, order=batches(task(kind).train.ids, 8, 0), evaluations=evaluations
     )
 
 
 @pytest.mark.parametrize("kind", ["lm", "classes"])
 def test_a_run_is_evaluated_at_equal_distances_and_learns(decoder, kind):
     found = outcome(decoder, kind, SmallAdapter(), 3e-2, steps=30)
-    assert [step for step, _ in found.curve] == [10, 20, 30]
-    start = outcome(decoder, kind, SmallAdapter(), 1e-9, steps=30).curve[0][1]
-    assert found.validation_loss < start - 0.02
-    assert found.test == pytest.approx((found.validation_loss, found.validation_accuracy))
+    assert [point.step for point in found.curve] == [10, 20, 30]
+    start = outcome(decoder, kind, SmallAdapter(), 1e-9, steps=30).curve[0].eval_loss
+    assert found.values["eval_loss"] < start - 0.02
+    assert found.values["test_loss"] == pytest.approx(found.values["eval_loss"])
+    assert ("test_accuracy" in found.values) == (kind == "classes")
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_an_infinite_one(decoder):
@@ -66,12 +67,11 @@ def test_a_loss_that_is_no_number_ends_the_run_with_an_infinite_one(decoder):
         1e-2,
         1.0,
         steps=12,
-        batch=8,
-        seed=0,
+        order=batches(task("lm").train.ids, 8, 0),
         evaluations=3,
         on_step=lambda step, _: steps.append(step),
     )
-    assert found.diverged and math.isinf(found.validation_loss) and not steps and found.test is None
+    assert found.status == "diverged" and found.values == {"eval_loss": math.inf} and not steps
 
 
 def test_the_reverse_start_makes_a_zero_and_b_random_and_leaves_the_model_as_it_is(decoder):
@@ -84,11 +84,11 @@ def test_the_reverse_start_makes_a_zero_and_b_random_and_leaves_the_model_as_it_
 
 
 def test_the_scale_is_a_rate_of_the_factor_that_starts_at_zero(decoder):
-    four = outcome(decoder, "lm", SmallAdapter(alpha=32), 1e-2).validation_loss
-    assert outcome(decoder, "lm", SmallAdapter(alpha=8), 1e-2, 4.0).validation_loss == pytest.approx(four, abs=2e-4)
-    assert abs(outcome(decoder, "lm", SmallAdapter(alpha=8), 1e-2).validation_loss - four) > 1e-2
-    four = outcome(decoder, "lm", SmallAdapter(alpha=32, start="B-random"), 1e-2).validation_loss
-    same = outcome(decoder, "lm", SmallAdapter(alpha=8, start="B-random"), 4e-2, 0.25).validation_loss
+    four = outcome(decoder, "lm", SmallAdapter(alpha=32), 1e-2).values["eval_loss"]
+    assert outcome(decoder, "lm", SmallAdapter(alpha=8), 1e-2, 4.0).values["eval_loss"] == pytest.approx(four, abs=2e-4)
+    assert abs(outcome(decoder, "lm", SmallAdapter(alpha=8), 1e-2).values["eval_loss"] - four) > 1e-2
+    four = outcome(decoder, "lm", SmallAdapter(alpha=32, start="B-random"), 1e-2).values["eval_loss"]
+    same = outcome(decoder, "lm", SmallAdapter(alpha=8, start="B-random"), 4e-2, 0.25).values["eval_loss"]
     assert same == pytest.approx(four, abs=2e-4)
 
 
@@ -109,8 +109,8 @@ def test_init_shares_the_runs_of_rules_that_agree_and_finds_the_optimum():
         for run in runs:
             product = run["lr"] * math.sqrt(run["lr_ratio"] * run["scale"])
             loss = 2 + (math.log10(product / 5e-3)) ** 2 + 0.1 * (run["start"] == "B-random")
-            results[run.key] = Result(run, "done", {"eval_loss": loss, "test_loss": loss + run["seed"] / 1000})
-    assert sum(result.run["phase"] == "final" for result in results.values()) == 2 * 2 * 2  # starts, λ, seeds
+            results[run.key] = Record(run, "done", values={"eval_loss": loss, "test_loss": loss + run["seed"] / 1000})
+    assert sum(result.trial["phase"] == "final" for result in results.values()) == 2 * 2 * 2  # starts, λ, seeds
     figures = experiment.figures(results)
     for row in figures["columns"]:
         assert row["optimum"] * math.sqrt(row["scale"]) == pytest.approx(5e-3, rel=0.02)

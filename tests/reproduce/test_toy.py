@@ -12,12 +12,12 @@ from torch.nn.functional import mse_loss, silu
 from loraplus.movement import TOKENS, AdaptedLayer, Sample, movement, rms
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.coordinates import DELTAS, Coordinates, measure, rates_tried
-from loraplus.reproduce.fits import exponent
 from loraplus.reproduce.png import draw
 from loraplus.reproduce.report import LinePlot
-from loraplus.reproduce.toy import Toy, _factor, _tied_over_best
-from loraplus.reproduce.toy_grid import FAMILIES, Block, best, extensions, first_blocks, rates
+from loraplus.reproduce.toy import FAMILIES, Toy, _factor, _tied_over_best
 from loraplus.reproduce.toy_model import Factors, Frozen
+from loraplus.study.search.blocks import Block, BlockGrid, best, rates
+from loraplus.study.statistics import exponent
 
 WIDTH = 12
 PAIRS = [(0.03, 0.1), (0.1, 0.03), (0.01, 0.3)]
@@ -115,16 +115,22 @@ def test_the_deltas_sum_to_the_whole_change_and_are_those_of_movement(model: Fro
     assert measured["delta1"] == pytest.approx(rms(d1[1][:, :TOKENS]), rel=1e-3)
 
 
+def searched(loss) -> dict[Block, dict]:
+    """The losses of all blocks that a search around (0, 0) wants."""
+    losses: dict[Block, dict] = {}
+    while blocks := BlockGrid((0, 0)).next(losses):
+        losses |= {block: {point: loss(point) for point in block.points} for block in blocks}
+    return losses
+
+
 def bowl(at: tuple[float, float]):
     return lambda point: 1 + (point[0] - at[0]) ** 2 + (point[1] - at[1]) ** 2
 
 
 @pytest.mark.parametrize("at", [(0, 0), (6, -7), (-9, 1), (4, 4)])
 def test_the_grid_is_extended_until_the_best_pair_and_the_best_tied_rate_are_inside(at):
-    blocks = first_blocks((0, 0))
-    loss = bowl(at)
-    while more := extensions(blocks, losses := {p: loss(p) for block in blocks for p in block.points}):
-        blocks += more
+    blocks = searched(bowl(at))
+    losses = {point: loss for of_block in blocks.values() for point, loss in of_block.items()}
     assert best(losses) == at
     assert all((at[0] + da, at[1] + db) in losses for da in (-1, 0, 1) for db in (-1, 0, 1))
     tied = best(losses, lambda point: point[0] == point[1])
@@ -134,10 +140,7 @@ def test_the_grid_is_extended_until_the_best_pair_and_the_best_tied_rate_are_ins
 
 
 def test_the_grid_gives_up_where_there_is_no_best_pair():
-    blocks = first_blocks((0, 0))
-    while more := extensions(blocks, {p: float(-p[0] - p[1]) for block in blocks for p in block.points}):
-        blocks += more
-    assert len(blocks) == 2 + 4 + 4
+    assert len(searched(lambda point: float(-point[0] - point[1]))) == 2 + 4 + 4
 
 
 def test_an_exponent_is_that_of_the_power_law():
@@ -192,7 +195,7 @@ def test_one_seed_has_no_interval_and_is_drawn(tmp_path):
         results |= {run.key: experiment.run(run, lambda *_, **__: None) for run in runs}
     report = experiment.report(results, experiment.figures(results))
     for figure in report.figures:
-        draw(figure, tmp_path / f"{figure.name}.png")
+        (tmp_path / f"{figure.name}.png").write_bytes(draw(figure))
     lines = [
         series
         for figure in report.figures
@@ -212,12 +215,12 @@ def test_what_comes_next_does_not_depend_on_the_order_in_which_runs_finish(small
         last = runs[-1].key  # one run at a time, the last first: seeds of one block apart
         done[last] = results[last]
     assert planned == set(done) == set(results)
-    assert any(run.key.count("grid") and run["a_to"] - run["a_from"] < 8 for run in (r.run for r in results.values()))
+    assert any(run.key.count("grid") and run["a_to"] - run["a_from"] < 8 for run in (r.trial for r in results.values()))
 
 
 def test_a_run_of_the_toy_depends_on_its_seed_and_nothing_else(small):
     experiment, results = small
-    run = next(iter(results.values())).run
+    run = next(iter(results.values())).trial
     assert experiment.run(run, lambda *_, **__: None).rows == results[run.key].rows
     assert (
         Toy(seeds=2, widths=(16,), map_width=24, steps=30).run(run, lambda *_, **__: None).rows == results[run.key].rows

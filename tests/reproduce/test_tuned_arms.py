@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from loraplus.reproduce.experiment import Result, Run
 from loraplus.reproduce.report import HeatMap, LinePlot, Report
 from loraplus.reproduce.tuned_arms import TunedArms, verdicts
+from loraplus.study.records import CurvePoint, Record, Run
 from loraplus.study.statistics import finite_t_interval, t_interval
 
 
@@ -20,7 +20,7 @@ class Bowl(TunedArms):
     gain: float = 0.1
 
     name, title, claims = "bowl", "A bowl", ()
-    has_baseline = True
+    baseline_scales = ("cpu",)
 
     def cases(self):
         return [{"domain": "one"}, {"domain": "two"}]
@@ -33,14 +33,14 @@ class Bowl(TunedArms):
 
     def train(self, job, on_step):
         if job.seed == 9:
-            return Result(Run({}), "diverged")
+            return Record(Run({}), "diverged")
         off = abs(math.log10(job.lr * math.sqrt(job.lr_ratio) / 3e-3)) + abs(math.log(job.lr_ratio / 4)) / 10
         loss = 0.5 + off + job.seed / 1000 + (self.gain if job.lr_ratio == 1 else 0.0)
-        curve = tuple((step, loss + 1 - step / 10) for step in range(1, 11)) if job.evaluations > 1 else ()
+        curve = tuple(CurvePoint(step, loss + 1 - step / 10) for step in range(1, 11)) if job.evaluations > 1 else ()
         values = {"eval_loss": loss, "eval_accuracy": 1 - loss}
         if job.evaluations > 1:
             values |= {"test_loss": loss, "test_accuracy": 1 - loss}
-        return Result(Run({}), "done", values, curve)
+        return Record(Run({}), "done", curve=curve, values=values)
 
     def report(self, results, figures):
         parts = [self.table_of_arms(figures), self.table_of_differences(figures)]
@@ -59,7 +59,7 @@ def finished(experiment, keep=lambda run: True):
 def test_final_runs_use_seeds_that_nothing_was_tuned_on():
     results = finished(Bowl(seeds=3))
     seeds = {
-        phase: {r.run["seed"] for r in results.values() if r.run["phase"] == phase} for phase in ("tuning", "final")
+        phase: {r.trial["seed"] for r in results.values() if r.trial["phase"] == phase} for phase in ("tuning", "final")
     }
     assert seeds == {"tuning": {0}, "final": {1, 2, 3}}
 

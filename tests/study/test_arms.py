@@ -104,7 +104,7 @@ def test_methods_are_never_taken_for_one_another():
 
 def arm_runs(arm, accuracy, loss, rates=None, seeds=(1, 2, 3), status="done"):
     runs = [record("final", arm, 1.0, 1.0, seed, loss, accuracy, status=status) for seed in seeds]
-    return [replace(run, found=rates) for run in runs]
+    return [replace(run, rates_reached=rates) for run in runs]
 
 
 FREE = [record("tuning", "schedulefree", lr, 16, 0, loss) for lr, loss in ((1e-3, 0.5), (3e-3, 0.43), (1e-2, 0.6))]
@@ -249,4 +249,4 @@ def test_the_rates_that_were_arrived_at_are_stored_with_the_run():
     stored = json.loads(json.dumps(OTHERS[0].to_dict()))
     assert Record.from_dict(stored) == OTHERS[0]
     del stored["found"]  # of an earlier version
-    assert Record.from_dict(stored).found is None
+    assert Record.from_dict(stored).rates_reached is None

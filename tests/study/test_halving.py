@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from loraplus.errors import InvalidRateError
-from loraplus.study.halving import Candidate, best_run, cost, first_rung, next_runs
 from loraplus.study.search import Point
+from loraplus.study.search.halving import Candidate, Halving
 from study.surfaces import Surface
 from study.toy_training import Toy, grid, search
 
@@ -35,7 +35,7 @@ SURFACES = {
 
 def searched(surface: Surface, budget: float = 4, full: int = FULL) -> dict[Candidate, float]:
     losses: dict[Candidate, float] = {}
-    while runs := next_runs(losses, full, budget):
+    while runs := Halving(full, budget).next(losses):
         assert not set(runs) & set(losses)
         losses |= {run: surface.loss(run.point, run.steps / full) for run in runs}
     return losses
@@ -44,8 +44,8 @@ def searched(surface: Surface, budget: float = 4, full: int = FULL) -> dict[Cand
 def excess(surface: Surface, budget: float = 4) -> float:
     """Noiseless loss of the pair found, relative to the grid's best."""
     losses = searched(surface, budget)
-    assert cost(losses, FULL) <= budget + 1e-9
-    best = best_run(losses, FULL)
+    assert Halving(FULL).cost(losses) <= budget + 1e-9
+    best = Halving(FULL).best(losses)
     assert best is not None
     return surface.loss(best.point, noise=0) / surface.best_of_grid() - 1
 
@@ -85,7 +85,7 @@ def test_the_next_runs_follow_from_the_losses_alone():
     order = list(losses)
     for count in range(len(order)):
         known = {run: losses[run] for run in order[:count]}
-        asked = next_runs(dict(reversed(known.items())), FULL, 4)
+        asked = Halving(FULL, 4).next(dict(reversed(known.items())))
         assert asked and asked[0] == order[count]
         assert set(asked) <= set(losses)
 
@@ -93,44 +93,49 @@ def test_the_next_runs_follow_from_the_losses_alone():
 def test_runs_of_a_rung_can_be_done_in_any_order():
     surface = Surface()
     losses: dict[Candidate, float] = {}
-    while runs := next_runs(losses, FULL, 4):
+    while runs := Halving(FULL, 4).next(losses):
         losses[runs[-1]] = surface.loss(runs[-1].point, runs[-1].steps / FULL)
     assert losses == searched(surface)
 
 
 def test_the_search_starts_with_a_line_over_the_rate_at_one_ratio():
-    assert {run.point.lr_ratio for run in first_rung(FULL)} == {16.0}
-    assert {run.steps for run in first_rung(FULL)} == {100}
-    assert sorted(round(math.log10(run.point.geometric_mean_lr), 2) for run in first_rung(FULL)) == [-3.5, -3, -2.5, -2]
+    assert {run.point.lr_ratio for run in Halving(FULL).first_rung} == {16.0}
+    assert {run.steps for run in Halving(FULL).first_rung} == {100}
+    assert sorted(round(math.log10(run.point.geometric_mean_lr), 2) for run in Halving(FULL).first_rung) == [
+        -3.5,
+        -3,
+        -2.5,
+        -2,
+    ]
 
 
 @pytest.mark.parametrize("full", [1, 7, 12, 20, 50, 1000])
 @pytest.mark.parametrize("budget", [1, 1.3, 2, 4, 9])
 def test_it_keeps_to_any_budget_and_ends_with_a_full_run(full: int, budget: float):
     losses = searched(Surface(), budget, full)
-    assert cost(losses, full) <= budget + 1e-9
-    assert best_run(losses, full) is not None
+    assert Halving(full).cost(losses) <= budget + 1e-9
+    assert Halving(full).best(losses) is not None
     assert all(run.steps == full or run.steps >= 20 for run in losses)
 
 
 def test_while_all_runs_diverge_it_goes_on_to_lower_rates():
     surface = Surface(rate=-6.5, cliff=0.3)
     losses = searched(surface)
-    assert cost(losses, FULL) <= 4
-    best = best_run(losses, FULL)
+    assert Halving(FULL).cost(losses) <= 4
+    best = Halving(FULL).best(losses)
     assert best is not None and math.isfinite(losses[best])
     nothing = searched(Surface(rate=-20, cliff=0.0))
-    assert best_run(nothing, FULL) is None
+    assert Halving(FULL).best(nothing) is None
     line = [run.point.geometric_mean_lr for run in nothing if run.steps == FULL // 8]
-    start, further = line[: len(first_rung(FULL))], line[len(first_rung(FULL)) :]
+    start, further = line[: len(Halving(FULL).first_rung)], line[len(Halving(FULL).first_rung) :]
     assert len(further) >= 5 and further == sorted(further, reverse=True) and further[0] < min(start)
 
 
 def test_not_a_number_counts_as_diverged():
     run = Candidate(Point(1e-3, 16.0), FULL)
-    assert best_run({run: math.nan}, FULL) is None
-    losses = dict.fromkeys(first_rung(FULL), math.nan)
-    assert next_runs(losses, FULL, 4) == next_runs(dict.fromkeys(losses, math.inf), FULL, 4)
+    assert Halving(FULL).best({run: math.nan}) is None
+    losses = dict.fromkeys(Halving(FULL).first_rung, math.nan)
+    assert Halving(FULL, 4).next(losses) == Halving(FULL, 4).next(dict.fromkeys(losses, math.inf))
 
 
 def test_a_ratio_stays_at_least_one():
@@ -141,7 +146,7 @@ def test_a_ratio_stays_at_least_one():
 @pytest.mark.parametrize("budget", [0, 0.9, math.nan])
 def test_a_budget_without_a_full_run_is_refused(budget: float):
     with pytest.raises(InvalidRateError, match="at least one run"):
-        next_runs({}, FULL, budget)
+        Halving(FULL, budget).next({})
 
 
 def test_it_finds_a_good_pair_on_real_training():
@@ -149,8 +154,8 @@ def test_it_finds_a_good_pair_on_real_training():
     torch.set_num_threads(1)
     toy = Toy(width=64, steps=200)
     losses = search(toy)
-    best = best_run(losses, toy.steps)
-    assert best is not None and cost(losses, toy.steps) <= 4
+    best = Halving(toy.steps).best(losses)
+    assert best is not None and Halving(toy.steps).cost(losses) <= 4
     assert losses[best] <= 1.05 * min(grid(toy, per_decade=2).values())
 
 

@@ -17,6 +17,7 @@ import pytest
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.study.records import CurvePoint, Record, Trial
 from loraplus.study.runner import has_begun
+from loraplus.study.storage import open_study
 from loraplus.study.store import StudyStore
 
 TRIALS = [Trial(phase, arm, 2.5e-4, ratio, seed) for phase in ("tuning", "final") for seed in range(2)
@@ -154,6 +155,22 @@ def test_two_studies_in_one_damaged_journal_keep_their_own_outcomes(journal: Pat
         found, others = opened(journal, "s")[0], opened(journal, "t")[0]
         assert len(found) + len(others) == 2 * len(RECORDS) - (gone is not None), place
         assert all(RECORDS[key] == record for key, record in [*found.items(), *others.items()])
+
+
+def test_a_deleted_study_stays_away_and_one_of_another_program_is_refused(journal: Path):
+    two_at_a_time(journal, "s")
+    storage = open_study(journal, "s")._storage
+    storage.delete_study(storage.get_study_id_from_name("s"))
+    del storage  # and with it its hold on the file
+    lines = two_at_a_time(journal, "t")
+    journal.write_bytes(b"".join([*lines[:-4], b"x\n", *lines[-3:]]))
+    assert set(opened(journal, "t")[0]) <= set(RECORDS) and StudyStore.open(journal, "s").records() == {}
+    open_study(journal, "another program's").ask()
+    content = journal.read_bytes() + b"x\n" + journal.read_bytes().splitlines(keepends=True)[-1]
+    journal.write_bytes(content)
+    with pytest.raises(InputError, match="holds the study .another program's. of another program"):
+        StudyStore.open(journal, "t")
+    assert journal.read_bytes() == content
 
 
 def test_lost_names_of_several_studies_are_refused_and_nothing_is_touched(journal: Path):

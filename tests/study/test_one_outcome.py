@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState
 
-from loraplus.study.format import TRAINING
+from loraplus.study.optuna_trials import frozen_trial
 from loraplus.study.records import CurvePoint, Record, Trial
 from loraplus.study.storage import open_study
 from loraplus.study.store import StudyStore
@@ -240,7 +240,7 @@ class OneByOne:
 
 def in_memory(backend: Memory, lease_seconds: float) -> StudyStore:
     study = optuna.create_study(storage=JournalStorage(backend), study_name="s", load_if_exists=True)
-    return StudyStore(study, TRAINING, shared=True, lease_seconds=lease_seconds)
+    return StudyStore(study, shared=True, lease_seconds=lease_seconds)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -297,13 +297,8 @@ def add(study: optuna.Study, state: TrialState, record: Record | None, **attribu
     """A trial as earlier versions left it."""
     trial = TRIAL if record is None else record.trial
     attributes |= {} if record is None else {"record": record.to_dict()}
-    template = create_trial(
-        state=state,
-        value=record.eval_loss if record and state == TrialState.COMPLETE else None,
-        params=dict(TRAINING.params(trial)),
-        distributions=dict(TRAINING.distributions(trial)),
-        user_attrs={**TRAINING.attributes(trial), **attributes},
-    )
+    value = record.eval_loss if record and state == TrialState.COMPLETE else None
+    template = frozen_trial(trial, state, attributes, value=value)
     study._storage.create_new_trial(study._study_id, template_trial=template)
 
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from loraplus.study.parabola import MOST_SKEW, any_finite, curvature, lowest, lowest_ratio, offset, vertex
+from loraplus.study.search.parabola import MOST_SKEW, any_finite, curvature, lowest, lowest_ratio, offset, vertex
 
 INF = math.inf
 

@@ -8,7 +8,8 @@ import math
 import pytest
 
 from loraplus.errors import InvalidRateError
-from loraplus.study.search import Point, best_point, next_point, start_point
+from loraplus.study.search import Point, best_point
+from loraplus.study.search.pattern import PatternSearch, start_point
 
 LORA = start_point()
 LORAPLUS = start_point(16)
@@ -17,7 +18,7 @@ LORAPLUS = start_point(16)
 def search(loss, start: Point, tune_ratio: bool, runs: int) -> dict[Point, float]:
     tried: dict[Point, float] = {}
     for _ in range(runs):
-        point = next_point(tried, start, tune_ratio)
+        (point,) = PatternSearch(start, tune_ratio).next(tried)
         assert point not in tried
         tried[point] = loss(point)
     return tried
@@ -38,7 +39,7 @@ def test_both_arms_start_at_the_same_geometric_mean():
     assert Point(1e-3, 1.0) == LORA
     assert Point(2.5e-4, 16.0) == LORAPLUS
     assert math.isclose(LORA.geometric_mean_lr, LORAPLUS.geometric_mean_lr)
-    assert next_point({}, LORAPLUS, True) == LORAPLUS
+    assert PatternSearch(LORAPLUS, True).next({}) == [LORAPLUS]
 
 
 def test_the_rate_is_bracketed_before_the_ratio_is_touched():
@@ -84,8 +85,8 @@ def test_a_small_ratio_is_loraplus_too():
 
 def test_it_depends_on_the_results_alone_and_not_on_their_order():
     tried = search(ridge(4e-3, 4), LORAPLUS, True, 7)
-    expected = next_point(tried, LORAPLUS, True)
-    assert next_point(dict(reversed(tried.items())), LORAPLUS, True) == expected
+    expected = PatternSearch(LORAPLUS, True).next(tried)
+    assert PatternSearch(LORAPLUS, True).next(dict(reversed(tried.items()))) == expected
 
 
 @pytest.mark.parametrize("best_rate", [1e-4, 3e-4, 1e-3, 4e-3, 1e-2])

@@ -13,7 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from loraplus.errors import InputError
-from loraplus.study.records import CurvePoint, Record, Trial
+from loraplus.study.records import CurvePoint, Record, Run, Trial, restored, stored
 from loraplus.study.store import StudyStore
 
 TRIAL = Trial("tuning", "loraplus", 2.5e-4, 16.0, 0)
@@ -144,6 +144,30 @@ def test_a_lock_left_by_a_killed_process_does_not_block_for_long(journal: Path, 
     lock.unlink(missing_ok=True)
     lock.symlink_to(journal)
     assert StudyStore.open(journal, "s").records() == RECORDS
+
+
+def test_a_run_of_an_experiment_comes_back_whole(journal: Path):
+    run = Run({"kind": "point", "width": 64, "lr": 1e-3})
+    rows = ({"lr_a": 1e-3, "loss": math.inf},)
+    record = Record(
+        run, "done", curve=(CurvePoint(1, 2.0),), values={"loss": 0.5, "gap": -math.inf}, rows=rows, shown=0.5
+    )
+    store = StudyStore.open(journal, "s")
+    assert store.start(run)
+    store.finish(record)
+    assert StudyStore.open(journal, "s").records() == {run.key: record}
+    study = as_optuna_sees_it(journal)
+    assert study.best_value == 0.5 and study.best_params == {"width": 64.0, "lr": 1e-3}
+
+
+def test_an_experiment_s_outcome_of_before_is_read():
+    """Earlier versions kept parameters in the place of a trial, and pairs in that of a curve."""
+    kept = {"params": {"width": 64}, "status": "done", "values": {"loss": "inf"}, "curve": [[1, "nan"]],
+            "rows": [{"a": 1}], "seconds": 2.0}  # fmt: skip
+    record = restored(kept)
+    assert record.trial == Run({"width": 64}) and record.values == {"loss": math.inf} and record.rows == ({"a": 1},)
+    assert record.seconds == 2.0 and record.curve[0].step == 1 and math.isnan(record.curve[0].eval_loss)
+    assert restored(stored(record)).values == record.values
 
 
 def test_changed_data_is_refused(journal: Path):

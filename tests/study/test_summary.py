@@ -13,7 +13,7 @@ from loraplus.errors import DivergedError
 from loraplus.study import statistics
 from loraplus.study.records import ARMS, CurvePoint, Record, Trial
 from loraplus.study.summary import runs_csv_rows, summarise
-from loraplus.study.verdict import _signed
+from loraplus.study.wording import signed
 
 
 @pytest.fixture(autouse=True)
@@ -183,8 +183,8 @@ def test_rates_that_are_equal_up_to_rounding_make_no_edge():
 
 
 def test_a_difference_that_rounds_to_zero_has_no_minus_sign():
-    assert _signed(-0.0001, 3) == "+0.000"
-    assert _signed(-0.001, 3) == "-0.001"
+    assert signed(-0.0001, 3) == "+0.000"
+    assert signed(-0.001, 3) == "-0.001"
 
 
 def test_an_arm_without_any_finished_tuning_run_is_an_error():

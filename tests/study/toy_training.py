@@ -12,8 +12,8 @@ from functools import cached_property
 
 import torch
 
-from loraplus.study.halving import Candidate, best_run, cost, next_runs
 from loraplus.study.search import Point
+from loraplus.study.search.halving import Candidate, Halving
 
 RANK, BATCH, INPUTS = 8, 64, 16
 
@@ -102,7 +102,7 @@ class Toy:
 
 def search(toy: Toy, budget: float = 4) -> dict[Candidate, float]:
     losses: dict[Candidate, float] = {}
-    while runs := next_runs(losses, toy.steps, budget):
+    while runs := Halving(toy.steps, budget).next(losses):
         losses |= {run: toy.loss(run.point, run.steps / toy.steps) for run in runs}
     return losses
 
@@ -126,10 +126,11 @@ if __name__ == "__main__":
     losses = search(toy)
     for run, loss in losses.items():
         print(f"{run.steps:5d} steps  √ {run.point.geometric_mean_lr:.2e}  λ {run.point.lr_ratio:4g}  {loss:.5f}")
-    found = best_run(losses, toy.steps)
+    halving = Halving(toy.steps)
+    found = halving.best(losses)
     full = grid(toy, options.per_decade)
     best = min(full, key=lambda point: full[point])
     assert found is not None
     print(f"found √ {found.point.geometric_mean_lr:.2e} λ {found.point.lr_ratio:g}: {losses[found]:.5f}, "
-          f"cost {cost(losses, toy.steps):.2f}; grid of {len(full)}: √ {best.geometric_mean_lr:.2e} "
+          f"cost {halving.cost(losses):.2f}; grid of {len(full)}: √ {best.geometric_mean_lr:.2e} "
           f"λ {best.lr_ratio:g}: {full[best]:.5f}; ratio {losses[found] / full[best]:.4f}")  # fmt: skip

@@ -6,7 +6,6 @@ import pytest
 
 from loraplus.compare import compare
 from loraplus.errors import LoraPlusError
-from loraplus.study.format import TRAINING
 from loraplus.study.records import Trial
 from loraplus.tasks.config import HIGHEST_LR, HIGHEST_LR_RATIO, LOWEST_LR, CompareConfig
 
@@ -30,6 +29,6 @@ def test_a_rate_that_no_study_keeps_is_one_line(tmp_path, rates):
 @pytest.mark.parametrize("ratio", [1.0, HIGHEST_LR_RATIO])
 def test_every_rate_that_is_taken_fits_into_a_study(lr, ratio):
     trial = Trial("tuning", "loraplus", lr, ratio, 0)
-    values, limits = TRAINING.params(trial), TRAINING.distributions(trial)
-    assert limits["lr"].low <= values["lr"] <= limits["lr"].high
-    assert values["lr_ratio"] * 64 <= limits["lr_ratio"].high  # the search goes up from there
+    (value, (low, high, _)), (of_ratio, (_, highest_ratio, _)) = (trial.numbers[name] for name in ("lr", "lr_ratio"))
+    assert low <= value <= high
+    assert of_ratio * 64 <= highest_ratio  # the search goes up from there

@@ -12,6 +12,7 @@ from loraplus.cli.terminal import Console
 from loraplus.study.arms import ALL
 from loraplus.study.records import Record, Trial
 from loraplus.study.runner import Event
+from loraplus.study.wording import rate
 from loraplus.tasks.measures import perplexity
 
 MINIMAL_SECONDS_FOR_ESTIMATE = 2.0
@@ -22,7 +23,7 @@ class StudyProgress(Protocol):
 
     def __enter__(self) -> StudyProgress: ...
     def __exit__(self, *exception: object) -> None: ...
-    def __call__(self, event: Event[Any, Any]) -> None: ...
+    def __call__(self, event: Event) -> None: ...
 
 
 class Words(Protocol):
@@ -69,20 +70,13 @@ class TrainingWords:
                 f"perplexity {perplexity(record.eval_loss):.4g}" if accuracy is None else f"accuracy {accuracy:.2%}"
             )
             result = f"eval loss {record.eval_loss:.4f}, {measure}"
-        if record.found:
-            lr_a, lr_b = record.found
+        if record.rates_reached:
+            lr_a, lr_b = record.rates_reached
             result += f", came to η_A {rate(lr_a)} η_B {rate(lr_b)}"
         return result
 
 
-def rate(value: float) -> str:
-    """A learning rate in the shortest scientific form: 2.5e-4."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    digits = mantissa.rstrip("0").rstrip(".")
-    return f"{digits}e{int(exponent)}"
-
-
-def outcome(event: Event[Any, Any], words: Words) -> str:
+def outcome(event: Event, words: Words) -> str:
     """What a finished run came to, in one line."""
     source = " (same run as before)" if event.reused else " (another process)" if event.elsewhere else ""
     return f"{words.describe(event.trial)}: {words.outcome(event.record)}{source}"
@@ -111,7 +105,7 @@ class Pace:
         self._done_at_start = 0.0
         self._started = time.monotonic()
 
-    def take(self, event: Event[Any, Any]) -> None:
+    def take(self, event: Event) -> None:
         self.planned, self.done = event.planned, event.done
         if event.kind == "planned":
             self._done_at_start, self._started = event.done, time.monotonic()
@@ -155,7 +149,7 @@ class PlainProgress:
     def __exit__(self, *exception: object) -> None:
         return None
 
-    def __call__(self, event: Event[Any, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         self._pace.take(event)
         if event.kind == "planned":
             stored = f", {count(event.done)} of them already done" if event.done else ""
@@ -205,7 +199,7 @@ class BarProgress:
     def __exit__(self, *exception: object) -> None:
         self._bars.stop()
 
-    def __call__(self, event: Event[Any, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         self._pace.take(event)
         if event.trial is not None:
             self._show_run(event, event.trial)
@@ -216,7 +210,7 @@ class BarProgress:
             count=f"{count(event.done)}/{count(event.planned)} runs",
         )
 
-    def _show_run(self, event: Event[Any, Any], trial: Any) -> None:
+    def _show_run(self, event: Event, trial: Any) -> None:
         if event.kind == "started":
             self._runs[trial.key] = self._bars.add_task(
                 self._words.describe(trial), total=None, count="loading", overall=False

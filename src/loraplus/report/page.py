@@ -14,7 +14,7 @@ from loraplus.report import plots
 from loraplus.study.arms import ALL
 from loraplus.study.pairs import deciding
 from loraplus.study.records import ARMS, Record
-from loraplus.study.verdict import p_value
+from loraplus.study.wording import p_value, rate
 from loraplus.tasks.measures import ACCURACY, measures_of, perplexity
 
 _TEMPLATE = "compare.html.jinja"
@@ -56,7 +56,7 @@ def template(name: str) -> Template:
     """A page of this package."""
     pages = environment()
     pages.filters |= {
-        "rate": rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
+        "rate": _rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
         "ratio": ratio, "factor": factor, "perplexity": perplexity, "decides": decides,
     }  # fmt: skip
     return pages.get_template(name)
@@ -88,12 +88,8 @@ def _classes(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def rate(value: float | None) -> str:
-    """A learning rate with at most three digits, such as 3.16e-3."""
-    if value is None:
-        return "–"
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+def _rate(value: float | None) -> str:
+    return "–" if value is None else rate(value)
 
 
 def ratio(value: float | None) -> str:

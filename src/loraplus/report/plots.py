@@ -133,7 +133,7 @@ def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Fi
         best: {arm: {"lr", "lr_ratio"}}, ringed.
     """
     tuning = [record for record in records if record.trial.phase == "tuning"]
-    shown = [*tuning, *(r for r in records if r.found and min(r.found) > 0)]
+    shown = [*tuning, *(r for r in records if r.rates_reached and min(r.rates_reached) > 0)]
     finite = [record.eval_loss for record in shown if math.isfinite(record.eval_loss)]
     figure = go.Figure()
     if shown:

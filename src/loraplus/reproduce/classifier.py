@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplus.errors import DivergedError
 from loraplus.files.scratch import scratch_folder
 from loraplus.rates import Rates
-from loraplus.reproduce.experiment import Result, Run
+from loraplus.study.records import CurvePoint, Record, Run
 from loraplus.study.worker import OnStep
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
@@ -24,15 +24,20 @@ from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, t
 
 
 @dataclass(frozen=True)
-class Examples:
+class LabelledTexts:
     """Texts, or pairs of texts, and the numbers of their classes."""
 
     texts: Sequence[str]
     labels: Sequence[int]
     pairs: Sequence[str] | None = None
 
+    def chosen(self, order: Sequence[int]) -> LabelledTexts:
+        """Some of them, in this order."""
+        pairs = None if self.pairs is None else [self.pairs[i] for i in order]
+        return LabelledTexts([self.texts[i] for i in order], [self.labels[i] for i in order], pairs)
 
-Parts = tuple[Examples, Examples, Examples]
+
+Parts = tuple[LabelledTexts, LabelledTexts, LabelledTexts]
 """(train, validation, test)."""
 
 
@@ -59,12 +64,12 @@ def encode(
     """Token ids of three parts; validation and test are sorted by length, so that their batches hold little padding."""
     train, validation, test = parts
 
-    def rows(part: Examples) -> list[dict[str, Any]]:
+    def rows(part: LabelledTexts) -> list[dict[str, Any]]:
         pairs = None if part.pairs is None else list(part.pairs)
         found = tokenizer(list(part.texts), pairs, truncation=True, max_length=max_length)["input_ids"]
         return [{"input_ids": ids, "labels": label} for ids, label in zip(found, part.labels, strict=True)]
 
-    def by_length(part: Examples) -> list[dict[str, Any]]:
+    def by_length(part: LabelledTexts) -> list[dict[str, Any]]:
         return sorted(rows(part), key=lambda row: len(row["input_ids"]))
 
     return ClassificationData(list(names), rows(train), by_length(validation), by_length(test), max_length, {})
@@ -73,7 +78,7 @@ def encode(
 def train_classifier(
     recipe: Recipe, data: ClassificationData, tokenizer: PreTrainedTokenizerBase,
     *, lr: float, lr_ratio: float, seed: int, evaluations: int, on_step: OnStep,
-) -> Result:  # fmt: skip
+) -> Record:  # fmt: skip
     """Trains once; a run that is evaluated more than at its end is tested, too.
 
     Args:
@@ -103,13 +108,13 @@ def train_classifier(
         try:
             train_and_evaluate(trainer)
         except DivergedError:
-            return Result(Run({}), "diverged", {}, _curve(trainer))
+            return Record(Run({}), "diverged", curve=_curve(trainer))
         curve, values = _curve(trainer), _last(trainer, "eval")
         if evaluations > 1:
             test: Any = data.test  # a list serves as a dataset
             tested = trainer.predict(test, metric_key_prefix="test").metrics or {}
             values |= {"test_loss": tested["test_loss"], "test_accuracy": tested["test_accuracy"]}
-    return Result(Run({}), "done", values, curve)
+    return Record(Run({}), "done", curve=curve, values=values)
 
 
 @contextlib.contextmanager
@@ -128,9 +133,9 @@ def _precision(half: bool) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _curve(trainer: Any) -> tuple[tuple[int, float], ...]:
+def _curve(trainer: Any) -> tuple[CurvePoint, ...]:
     rows = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
-    return tuple((step, loss) for step, loss in rows.items() if math.isfinite(loss))
+    return tuple(CurvePoint(step, loss) for step, loss in rows.items() if math.isfinite(loss))
 
 
 def _last(trainer: Any, prefix: str) -> dict[str, float]:

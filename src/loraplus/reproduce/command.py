@@ -9,7 +9,6 @@ import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,9 @@ from loraplus.files.output import (
     write_json,
 )
 from loraplus.reproduce import png
-from loraplus.reproduce.experiment import Experiment, Result, Results, Run
+from loraplus.reproduce.experiment import Experiment, Record, Records
 from loraplus.reproduce.files import RUNS_FILE, SUMMARY_FILE, columns_of, read_runs, write_runs
-from loraplus.reproduce.format import RunFormat
 from loraplus.reproduce.page import PAGE_FILE, render
-from loraplus.reproduce.plan import ExperimentPlan, timed_run
 from loraplus.reproduce.registry import experiment_class
 from loraplus.reproduce.report import Report
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, OnEvent, default_workers, has_begun, run_all
@@ -37,7 +34,7 @@ from loraplus.study.store import StudyStore
 from loraplus.tasks.assets import obtain
 
 SCHEMA_VERSION = 1
-# Where a process works and writes is its own affair; all else it shares with the others of its study.
+# Processes of one study may differ in these: where each of them works and writes.
 MAY_DIFFER = ("output", "workers", "storage", "data")
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 
@@ -108,25 +105,25 @@ def reproduce(
     settings = all_settings(experiment)
     saved = _saved(options, settings)
     check_output(options.output, saved, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
-    png.check()
+    experiment.check_packages()
     if problem := experiment.problem():
         raise InputError(f"{experiment.name}: {problem}")
-    for asset in experiment.assets:
+    for asset in experiment.needed_assets():
         obtain(asset, Path(options.data), say=say)
     begun = resume and has_begun(options.output, SUMMARY_FILE, RUNS_FILE)
     store = None if options.storage is None else _open(options.storage, experiment, settings, shared=True, begun=begun)
     with hold_output(options.output):
         folder = prepare_output(options.output, saved, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
         results = run_all(
-            ExperimentPlan(experiment),
+            experiment,
             store or _open(str(folder / JOURNAL_FILE), experiment, settings, shared=False, begun=begun),
-            partial(timed_run, experiment),
+            experiment.timed_run,
             workers=options.workers or default_workers(),
             on_event=progress,
             log=folder / LOG_FILE,
         )
-        found = evaluate(experiment, results, command=options.command, versions=_versions())
-        return write_results(folder, found)
+        evaluation = evaluate(experiment, results, command=options.command, versions=_versions())
+        return write_results(folder, evaluation)
 
 
 def redraw(options: Options, source: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Any]:
@@ -146,7 +143,7 @@ def redraw(options: Options, source: str | os.PathLike[str], *, overwrite: bool 
     source = Path(source)
     if source.resolve() == Path(options.output).resolve():
         raise InputError(f"--redraw: {source} cannot be its own --output; name another folder")
-    png.check()
+    experiment_class(options.name).check_packages()
     summary = read_json(source / SUMMARY_FILE)
     try:
         settings, columns = summary["settings"], summary["columns"]
@@ -162,14 +159,14 @@ def redraw(options: Options, source: str | os.PathLike[str], *, overwrite: bool 
     saved = _saved(options, all_settings(experiment))
     check_output(options.output, saved, overwrite=overwrite, resume=False, ignore=MAY_DIFFER)
     try:
-        found = evaluate(experiment, results, settings=settings, **origin)
+        evaluation = evaluate(experiment, results, settings=settings, **origin)
     except (KeyError, IndexError, ValueError):
         if not (missing := experiment.next_runs(results)):
             raise
         raise InputError(f"--redraw: {source} lacks runs, such as {experiment.describe(missing[0])}") from None
     with hold_output(options.output):
         folder = prepare_output(options.output, saved, overwrite=overwrite, resume=False, ignore=MAY_DIFFER)
-        return write_results(folder, found)
+        return write_results(folder, evaluation)
 
 
 def dry_run(options: Options) -> dict[str, Any]:
@@ -185,7 +182,7 @@ def dry_run(options: Options) -> dict[str, Any]:
         "title": experiment.title,
         "claims": list(experiment.claims),
         "settings": all_settings(experiment),
-        "needs": [*experiment.needs(), *(f"{name} (in {options.data})" for name in experiment.assets)],
+        "needs": [*experiment.needs(), *(f"{name} (in {options.data})" for name in experiment.needed_assets())],
         "runs_known": len(runs),
         "first_runs": [experiment.describe(run) for run in runs[:10]],
         "output": options.output,
@@ -198,12 +195,12 @@ class Evaluation:
 
     summary: dict[str, Any]
     report: Report
-    results: list[Result]
+    results: list[Record]
 
 
 def evaluate(
     experiment: Experiment,
-    results: Results,
+    results: Records,
     *,
     command: str,
     versions: Mapping[str, str],
@@ -217,8 +214,8 @@ def evaluate(
         command, versions: How they were made.
         settings: Under which. Default: those of the experiment.
     """
-    in_order = sorted(results.values(), key=lambda result: [_sortable(value) for value in result.params.values()])
-    results = {result.run.key: result for result in in_order}
+    in_order = sorted(results.values(), key=lambda result: [_sortable(value) for value in result.trial.params.values()])
+    results = {result.trial.key: result for result in in_order}
     figures = experiment.figures(results)
     report = experiment.report(results, figures)
     summary = {
@@ -230,7 +227,7 @@ def evaluate(
         "figures": figures,
         "runs": len(results),
         "diverged": sum(result.status == "diverged" for result in in_order),
-        "training_seconds": round(sum(result.seconds for result in in_order), 1),
+        "training_seconds": round(sum(round(result.seconds, 3) for result in in_order), 1),  # as runs.csv has them
         "command": command,
         "versions": dict(versions),
         "settings": dict(settings or all_settings(experiment)),
@@ -239,16 +236,17 @@ def evaluate(
     return Evaluation(summary, report, in_order)
 
 
-def write_results(folder: Path, found: Evaluation) -> dict[str, Any]:
+def write_results(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
     """Writes runs.csv, the plots, the page and, last, summary.json, whose content it returns."""
-    write_runs(folder / RUNS_FILE, found.results)
+    write_runs(folder / RUNS_FILE, evaluation.results)
     plots = folder / PLOTS_FOLDER
     plots.mkdir(exist_ok=True)
-    for figure in found.report.figures:
-        png.draw(figure, plots / f"{figure.name}.png")
-    write_atomically(folder / PAGE_FILE, render(found.summary, found.report))
-    write_json(folder / SUMMARY_FILE, found.summary)  # last: who sees it knows that the rest is there
-    return found.summary
+    pictures = {figure.name: png.draw(figure) for figure in evaluation.report.figures}
+    for name, picture in pictures.items():
+        write_atomically(plots / f"{name}.png", picture)
+    write_atomically(folder / PAGE_FILE, render(evaluation.summary, evaluation.report, pictures))
+    write_json(folder / SUMMARY_FILE, evaluation.summary)  # last: who sees it knows that the rest is there
+    return evaluation.summary
 
 
 def all_settings(experiment: Experiment) -> dict[str, Any]:
@@ -267,24 +265,24 @@ def _saved(options: Options, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _open(
     location: str, experiment: Experiment, settings: Mapping[str, Any], *, shared: bool, begun: bool
-) -> StudyStore[Run, Result]:
+) -> StudyStore:
     """The study of these settings; others may be in the same storage."""
     print_of_settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     name = f"loraplus-reproduce-{experiment.name}-{print_of_settings}"
-    store = StudyStore.open(location, name, RunFormat(experiment), shared=shared, begun=begun)
+    store = StudyStore.open(location, name, shared=shared, begun=begun)
     store.check_settings(settings)
     return store
 
 
 def _versions() -> dict[str, str]:
     """Of the packages that results may depend on."""
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _sortable(value: Any) -> tuple[bool, Any]:

@@ -24,10 +24,9 @@ import torch
 
 from loraplus.movement import TOKENS, rms
 from loraplus.reproduce import toy_model
-from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
-from loraplus.reproduce.fits import exponent
+from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
 from loraplus.reproduce.report import Figure, LinePlot, Report, Table, banded, interval
-from loraplus.study.statistics import t_interval
+from loraplus.study.statistics import exponent, t_interval
 from loraplus.study.worker import OnStep
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -77,10 +76,10 @@ class Coordinates(Experiment):
     def needs(self) -> list[str]:
         return ["no data and no model", "about 2 minutes on two idle cores with 3 seeds"]
 
-    def main(self, result: Result) -> tuple[str, float] | None:
+    def main(self, result: Record) -> tuple[str, float] | None:
         return "lowest_test_loss", min(float(row["test_loss"]) for row in result.rows)
 
-    def next_runs(self, results: Results) -> Sequence[Run]:
+    def next_runs(self, results: Records) -> Sequence[Run]:
         runs = [
             Run({"width": width, "seed": seed})
             for width in sorted(self.widths, reverse=True)
@@ -88,7 +87,7 @@ class Coordinates(Experiment):
         ]
         return [run for run in runs if run.key not in results]
 
-    def run(self, run: Run, on_step: OnStep) -> Result:
+    def run(self, run: Run, on_step: OnStep) -> Record:
         torch.set_flush_denormal(True)
         model = toy_model.frozen(run["width"], run["seed"], READOUT_POWER)
         pairs = rates_tried(run["width"])
@@ -108,19 +107,19 @@ class Coordinates(Experiment):
             for place, (name, pair, loss) in enumerate(zip(pairs, pairs.values(), losses.test.tolist(), strict=True))
             for step in MEASURED_AT
         ]
-        return Result(run, "done", rows=tuple(rows))
+        return Record(run, "done", rows=tuple(rows))
 
-    def figures(self, results: Results) -> dict[str, Any]:
+    def figures(self, results: Records) -> dict[str, Any]:
         """For each choice of rates: exponents of δ1, δ2, δ3 at every step measured; whether the condition is met."""
         return {name: self._choice(name, results) for name in TITLES}
 
-    def _choice(self, name: str, results: Results) -> dict[str, Any]:
+    def _choice(self, name: str, results: Records) -> dict[str, Any]:
         chosen = {width: self._rates(name, width, results) for width in self.widths}
         by_step = {step: self._exponents(chosen, step, results) for step in MEASURED_AT}
         fitted = by_step[FITTED_AT]
         return {
             "title": TITLES[name],
-            "exponents": {str(step): found for step, found in by_step.items()},
+            "exponents": {str(step): exponents for step, exponents in by_step.items()},
             "met": all(_is_constant(fitted[delta]) for delta in ("delta1", "delta2")),
             "widths": {
                 str(width): {
@@ -135,18 +134,18 @@ class Coordinates(Experiment):
             },
         }  # fmt: skip
 
-    def _rates(self, name: str, width: int, results: Results) -> str:
+    def _rates(self, name: str, width: int, results: Records) -> str:
         """Name of the rates at a width; of `tuned`, the tied rate with the lowest mean loss."""
         if name != "tuned":
             return name
         tied = [other for other in rates_tried(width) if other.startswith("at")]
         return min(tied, key=lambda other: self._mean_loss(width, other, results))
 
-    def _mean_loss(self, width: int, rates: str, results: Results) -> float:
+    def _mean_loss(self, width: int, rates: str, results: Records) -> float:
         rows = self._rows(width, rates, FITTED_AT, results)
         return mean([math.log(row["test_loss"]) for row in rows])
 
-    def _rows(self, width: int, rates: str, step: int, results: Results) -> list[Mapping[str, Any]]:
+    def _rows(self, width: int, rates: str, step: int, results: Records) -> list[Mapping[str, Any]]:
         """One a seed."""
         return [
             row
@@ -155,7 +154,7 @@ class Coordinates(Experiment):
             if row["rates"] == rates and row["step"] == step
         ]
 
-    def _exponents(self, chosen: Mapping[int, str], step: int, results: Results) -> dict[str, dict[str, float]]:
+    def _exponents(self, chosen: Mapping[int, str], step: int, results: Records) -> dict[str, dict[str, float]]:
         rows = [self._rows(width, rates, step, results) for width, rates in chosen.items()]
         return {
             delta: exponent(
@@ -164,7 +163,7 @@ class Coordinates(Experiment):
             for delta in DELTAS
         }
 
-    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+    def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         return Report(
             _verdict(figures), [_figure(figures, self.widths), _table(figures), _steps_table(figures)], _METHOD, _LIMITS
         )
@@ -179,15 +178,15 @@ def rates_tried(width: int) -> dict[str, tuple[float, float]]:
 
 def measure(model: toy_model.Frozen, before: toy_model.Factors, after: toy_model.Factors) -> list[dict[str, float]]:
     """RMS of δ1, δ2 and δ3 over test points and hidden units, for each pair of rates."""
-    found = toy_model.changes(before, after, model.test_features[:TOKENS])
+    changes = toy_model.changes(before, after, model.test_features[:TOKENS])
     return [
-        {delta: float(f"{rms(tensor[place]):.4g}") for delta, tensor in zip(DELTAS, found, strict=True)}
+        {delta: float(f"{rms(tensor[place]):.4g}") for delta, tensor in zip(DELTAS, changes, strict=True)}
         for place in range(len(before.a))
     ]
 
 
-def _is_constant(found: Mapping[str, float]) -> bool:
-    return abs(found["mean"]) <= BOUND
+def _is_constant(exponent: Mapping[str, float]) -> bool:
+    return abs(exponent["mean"]) <= BOUND
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -197,13 +196,13 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
     plots = []
-    for found in figures.values():
+    for choice in figures.values():
         series = []
         for place, (delta, symbol) in enumerate(DELTAS.items()):
-            at = [found["widths"][str(width)][delta] for width in widths]
-            name = f"{symbol} ∝ n^{found['exponents'][str(FITTED_AT)][delta]['mean']:.2f}"
+            at = [choice["widths"][str(width)][delta] for width in widths]
+            name = f"{symbol} ∝ n^{choice['exponents'][str(FITTED_AT)][delta]['mean']:.2f}"
             series.append(banded(name, widths, at, colour=place))
-        plots.append(LinePlot(found["title"], "width n", "RMS of the change", series, log_x=True, log_y=True))
+        plots.append(LinePlot(choice["title"], "width n", "RMS of the change", series, log_x=True, log_y=True))
     return Figure(
         "deltas", f"What step {FITTED_AT} does to the layer's output", plots,
         "Geometric mean over the seeds with its 95% interval. Efficient: δ1 and δ2 both level.",
@@ -212,10 +211,10 @@ def _figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
 
 def _table(figures: Mapping[str, Any]) -> Table:
     rows = []
-    for found in figures.values():
-        exponents, (narrow, *_, wide) = found["exponents"][str(FITTED_AT)], found["widths"].values()
+    for choice in figures.values():
+        exponents, (narrow, *_, wide) = choice["exponents"][str(FITTED_AT)], choice["widths"].values()
         rows.append([
-            found["title"], *(interval(exponents[delta]) for delta in DELTAS), "met" if found["met"] else "not met",
+            choice["title"], *(interval(exponents[delta]) for delta in DELTAS), "met" if choice["met"] else "not met",
             narrow["test_loss"], wide["test_loss"],
         ])  # fmt: skip
     narrow, *_, wide = next(iter(figures.values()))["widths"]
@@ -226,21 +225,21 @@ def _table(figures: Mapping[str, Any]) -> Table:
 
 def _steps_table(figures: Mapping[str, Any]) -> Table:
     rows = [
-        [found["title"], int(step), *(interval(exponents[delta]) for delta in DELTAS)]
-        for found in figures.values()
-        for step, exponents in found["exponents"].items()
+        [choice["title"], int(step), *(interval(exponents[delta]) for delta in DELTAS)]
+        for choice in figures.values()
+        for step, exponents in choice["exponents"].items()
     ]
     return Table("Exponents step by step", ("rates", "step", "δ1", "δ2", "δ3"), rows)
 
 
 def _verdict(figures: Mapping[str, Any]) -> list[str]:
     return [
-        f"{found['title']}: the condition is {'met' if found['met'] else 'not met'}; at step {FITTED_AT}, "
+        f"{choice['title']}: the condition is {'met' if choice['met'] else 'not met'}; at step {FITTED_AT}, "
         + ", ".join(
-            f"{symbol} ∝ n^{interval(found['exponents'][str(FITTED_AT)][delta])}" for delta, symbol in DELTAS.items()
+            f"{symbol} ∝ n^{interval(choice['exponents'][str(FITTED_AT)][delta])}" for delta, symbol in DELTAS.items()
         )
         + "."
-        for found in figures.values()
+        for choice in figures.values()
     ]
 
 

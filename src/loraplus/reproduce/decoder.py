@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.reproduce import small_decoders, small_tasks
-from loraplus.reproduce.experiment import Result, Results, Run
-from loraplus.reproduce.grid import lr_of
+from loraplus.reproduce.experiment import Record, Records
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
-from loraplus.reproduce.small_training import WARMUP, SmallAdapter, build, result_of, train
-from loraplus.reproduce.tuned_arms import LOSS, TEST_LOSS, Case, Job, TunedArms, title, verdicts
+from loraplus.reproduce.small_training import WARMUP, SmallAdapter, batches, build, train
+from loraplus.reproduce.tuned_arms import HOW_TUNED, LOSS, TEST_LOSS, Case, Job, TunedArms, title, verdicts
+from loraplus.study.search.grid import lr_of
 from loraplus.study.statistics import Estimate, finite_t_interval
 from loraplus.study.worker import OnStep
 
@@ -68,18 +68,17 @@ class Decoder(TunedArms):
             )
         return needed
 
-    def train(self, job: Job, on_step: OnStep) -> Result:
+    def train(self, job: Job, on_step: OnStep) -> Record:
         data = Path(self.data)
         width = int(job.case["width"])
         task = small_tasks.load(data, f"lm-{job.case['domain']}", width)
         model = build(small_decoders.obtain(data, width), task, SmallAdapter(self.rank, self.alpha), job.seed)
-        outcome = train(
-            model, task, job.lr, job.lr_ratio, steps=self.steps, batch=self.batch, seed=job.seed,
+        return train(
+            model, task, job.lr, job.lr_ratio, steps=self.steps, order=batches(task.train.ids, self.batch, job.seed),
             evaluations=job.evaluations, on_step=on_step,
         )  # fmt: skip
-        return result_of(Run({}), outcome, accuracy=False)
 
-    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+    def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         by_ratio = self._by_ratio(results)
         return Report(
             verdict=[*self._best_ratios(results), *verdicts(figures, TEST_LOSS, "nats a token", lower_is_better=True)],
@@ -90,17 +89,16 @@ class Decoder(TunedArms):
             method=[
                 f"Adapters of rank {self.rank} and α {self.alpha:g} on query and value layers; {self.steps} steps of "
                 f"{self.batch} texts, linear schedule.",
-                "Each arm was tuned on seed 0 with the same number of runs; λ = 1, 4, 16, … in half decades of "
-                "√(η_A·η_B) until the optimum was inside, LoRA in finer steps to the same number.",
+                HOW_TUNED,
             ],
             limits=["Widths from 32 to 256 are far below those of the models that the paper trains."],
         )  # fmt: skip
 
-    def _best_ratios(self, results: Results) -> list[str]:
+    def _best_ratios(self, results: Records) -> list[str]:
         """The λ of the lowest mean over the fresh seeds, and whether that differs from λ = 1."""
         sentences = []
         for case in self.cases():
-            if not self.done(case, results):
+            if not self.is_finished(case, results):
                 continue
             losses = {
                 point: [result.values[LOSS] for result in self.finals(case, point, results)]
@@ -115,10 +113,10 @@ class Decoder(TunedArms):
             sentences.append(text + ".")
         return sentences
 
-    def _by_ratio(self, results: Results) -> ByRatio:
+    def _by_ratio(self, results: Records) -> ByRatio:
         found: ByRatio = {}
         for case in self.cases():
-            if not self.done(case, results):
+            if not self.is_finished(case, results):
                 continue
             for point in sorted(self.finalists(case, results).values()):
                 estimate = finite_t_interval([result.values[LOSS] for result in self.finals(case, point, results)])

@@ -7,93 +7,26 @@ state, so it resumes at any point, and any number of processes work on it.
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from loraplus.errors import InputError
 from loraplus.reproduce.report import Report
+from loraplus.study.records import Record, Run
+from loraplus.study.runner import Records, StudyPlan
 from loraplus.study.worker import OnStep
 
-Value = float | int | str
 Scale = Literal["cpu", "paper"]
 SCALES: tuple[Scale, ...] = ("cpu", "paper")
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One run of an experiment: its parameters, which are all that it is known by.
-
-    Args:
-        params: Names and values. Text must not read as a number, or a table would give it back as one.
-
-    Example:
-        >>> Run({"optimizer": "adam", "width": 64, "lr": 1e-3}).key
-        'optimizer=adam/width=64/lr=0.001'
-    """
-
-    params: Mapping[str, Value]
-
-    def __post_init__(self) -> None:
-        for name, value in self.params.items():
-            if isinstance(value, bool) or (isinstance(value, str) and parsed(value) != value) or value == "":
-                raise ValueError(f"{name}={value!r}: give a number, or text that is not empty and reads as no number")
-
-    @property
-    def key(self) -> str:
-        """Identity within the experiment; two runs of one key are the same run."""
-        return "/".join(f"{name}={value}" for name, value in self.params.items())
-
-    def __getitem__(self, name: str) -> Any:
-        return self.params[name]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Run) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-
 @dataclass(frozen=True)
-class Result:
-    """The outcome of one run.
-
-    Args:
-        run: What was run.
-        status: A diverged run counts as done and will not be repeated.
-        values: Figures of the whole run; NaN and infinity stand for what diverged.
-        curve: (step, value) pairs, such as the validation loss during training.
-        rows: For a run that trains many variants at once: one mapping each, such as
-            {"lr_a": 1e-3, "lr_b": 1e-2, "test_loss": 0.2}. All have the same names.
-        seconds: Wall-clock time; filled in by the framework.
-    """
-
-    run: Run
-    status: Literal["done", "diverged"]
-    values: Mapping[str, float] = field(default_factory=dict)
-    curve: tuple[tuple[int, float], ...] = ()
-    rows: tuple[Mapping[str, Value], ...] = ()
-    seconds: float = 0.0
-
-    @property
-    def trial(self) -> Run:
-        """The run, under the name that a study's store knows it by."""
-        return self.run
-
-    @property
-    def params(self) -> Mapping[str, Value]:
-        """Those of the run."""
-        return self.run.params
-
-
-Results = Mapping[str, Result]
-"""Finished runs by key."""
-
-
-@dataclass(frozen=True)
-class Experiment(ABC):
+class Experiment(StudyPlan):
     """One experiment of the paper at a scale.
 
     Args:
@@ -113,6 +46,8 @@ class Experiment(ABC):
     scales: ClassVar[tuple[str, ...]] = ("cpu",)
     assets: ClassVar[tuple[str, ...]] = ()
     """Names in `tasks.assets`; obtained, and checked by hash, before the first run."""
+    packages: ClassVar[tuple[str, ...]] = ("matplotlib",)
+    """What has to be installed besides `loraplus[cli]`."""
     main_value: ClassVar[str] = ""
     """The value that a progress line and a dashboard show of a result; default: the first."""
 
@@ -123,8 +58,24 @@ class Experiment(ABC):
         `scale` and `seeds` are added by the framework.
         """
 
+    def next(self, records: Records, running: Iterable[Run]) -> Run | None:
+        """The first of `next_runs` that is not under way."""
+        busy = {run.key for run in running}
+        return next((run for run in self.next_runs(records) if run.key not in busy), None)
+
+    def done(self, records: Records) -> tuple[float, float]:
+        """Runs that are done, and runs known of so far; adaptive grids add to them as results come in."""
+        return len(records), len(records) + len(self.next_runs(records))
+
+    def timed_run(self, run: Run, on_step: OnStep) -> Record:
+        """`run`, with its wall-clock time and the value that a dashboard shows."""
+        started = time.monotonic()
+        result = self.run(run, on_step)
+        _, shown = self.main(result) or ("", 0.0)  # a run of rows alone has no value of its own
+        return replace(result, seconds=time.monotonic() - started, shown=shown)
+
     @abstractmethod
-    def next_runs(self, results: Results) -> Sequence[Run]:
+    def next_runs(self, results: Records) -> Sequence[Run]:
         """All runs that can start now and are not in `results`, the first to start first; none when all is done.
 
         Must follow from the results alone, in whatever order they came. Runs under way are not in `results`; they are
@@ -132,23 +83,37 @@ class Experiment(ABC):
         """
 
     @abstractmethod
-    def run(self, run: Run, on_step: OnStep) -> Result:
+    def run(self, run: Run, on_step: OnStep) -> Record:
         """Does one run, in a worker process; `on_step(step, total_steps, eval_loss=None)` says how far it is."""
 
     @abstractmethod
-    def figures(self, results: Results) -> dict[str, Any]:
+    def figures(self, results: Records) -> dict[str, Any]:
         """What was found, JSON-ready: estimates with intervals; goes into summary.json."""
 
     @abstractmethod
-    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+    def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         """Sentences, tables and plots; each plot becomes a PNG and a part of the page."""
 
-    def check(self) -> None:  # noqa: B027  (most take nothing from elsewhere)
+    def check(self) -> None:
         """Loads what it takes from elsewhere, so that what cannot be had shows before anything is written.
 
         Raises:
             InputError: a model or data cannot be had.
         """
+
+    def needed_assets(self) -> tuple[str, ...]:
+        """Those of `assets` that it needs at this scale."""
+        return self.assets
+
+    @classmethod
+    def check_packages(cls) -> None:
+        """Asked before the first run, not after the last.
+
+        Raises:
+            InputError: a package is not installed.
+        """
+        if missing := [package for package in cls.packages if importlib.util.find_spec(package) is None]:
+            raise InputError(f"{cls.name} needs {' and '.join(missing)}: pip install 'loraplus[reproduce]'")
 
     def problem(self) -> str | None:
         """What keeps it from running here in one line, as `check` finds it; None if nothing does."""
@@ -166,7 +131,7 @@ class Experiment(ABC):
         """A run in words, for the progress display."""
         return " ".join(f"{name} {value}" for name, value in run.params.items())
 
-    def main(self, result: Result) -> tuple[str, float] | None:
+    def main(self, result: Record) -> tuple[str, float] | None:
         """Name and value that the display shows of a result."""
         name = self.main_value or next(iter(result.values), "")
         return (name, result.values[name]) if name in result.values else None
@@ -185,21 +150,6 @@ class Experiment(ABC):
         if seeds < 1:
             raise InputError(f"--seeds must be at least 1, got {seeds}")
         return cls(scale=scale, seeds=seeds, data=data)
-
-
-def parsed(text: str) -> Value:
-    """A cell of a table: a whole number, a number, or text.
-
-    Example:
-        >>> [parsed(text) for text in ("3", "1e-05", "adam")]
-        [3, 1e-05, 'adam']
-    """
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def mean(values: Sequence[float]) -> float:

@@ -9,14 +9,14 @@ from typing import Any
 
 from loraplus.errors import InputError
 from loraplus.files.output import write_csv
-from loraplus.reproduce.experiment import Result, Run, Value, parsed
+from loraplus.study.records import CurvePoint, Record, Run, Value, parsed
 
 RUNS_FILE = "runs.csv"
 SUMMARY_FILE = "summary.json"
 _OWN = ("status", "seconds", "curve")
 
 
-def columns_of(results: Iterable[Result]) -> dict[str, list[str]]:
+def columns_of(results: Iterable[Record]) -> dict[str, list[str]]:
     """Which columns of runs.csv are parameters, values of a run, and values of a row of a run.
 
     Raises:
@@ -24,7 +24,7 @@ def columns_of(results: Iterable[Result]) -> dict[str, list[str]]:
     """
     found: dict[str, dict[str, None]] = {"params": {}, "values": {}, "rows": {}}
     for result in results:
-        found["params"] |= dict.fromkeys(result.params)
+        found["params"] |= dict.fromkeys(result.trial.params)
         found["values"] |= dict.fromkeys(result.values)
         for row in result.rows:
             found["rows"] |= dict.fromkeys(row)
@@ -34,21 +34,21 @@ def columns_of(results: Iterable[Result]) -> dict[str, list[str]]:
     return {kind: list(names) for kind, names in found.items()}
 
 
-def write_runs(path: Path, results: Sequence[Result]) -> None:
+def write_runs(path: Path, results: Sequence[Record]) -> None:
     """Writes one line a run; of a run with rows one a row, and what it holds as a whole on the first of them."""
     lines: list[dict[str, Any]] = []
     for result in results:
         whole: dict[str, Any] = {"status": result.status, "seconds": round(result.seconds, 3)}
         whole |= {name: _short(value) for name, value in result.values.items()}
         if result.curve:
-            whole["curve"] = " ".join(f"{step}:{_short(value)}" for step, value in result.curve)
+            whole["curve"] = " ".join(f"{point.step}:{_short(point.eval_loss)}" for point in result.curve)
         for place, row in enumerate(result.rows or ({},)):
             of_row = {name: _short(value) for name, value in row.items()}
-            lines.append({**result.params, **(whole if place == 0 else {}), **of_row})
+            lines.append({**result.trial.params, **(whole if place == 0 else {}), **of_row})
     write_csv(path, lines)
 
 
-def read_runs(path: Path, columns: Mapping[str, Sequence[str]]) -> dict[str, Result]:
+def read_runs(path: Path, columns: Mapping[str, Sequence[str]]) -> dict[str, Record]:
     """Inverse of `write_runs`.
 
     Args:
@@ -63,7 +63,7 @@ def read_runs(path: Path, columns: Mapping[str, Sequence[str]]) -> dict[str, Res
             lines = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    results: dict[str, Result] = {}
+    results: dict[str, Record] = {}
     grouped: dict[str, list[dict[str, str]]] = {}
     for number, line in enumerate(lines, 2):
         if None in line.values():
@@ -80,17 +80,18 @@ def read_runs(path: Path, columns: Mapping[str, Sequence[str]]) -> dict[str, Res
     return results
 
 
-def _result(lines: Sequence[dict[str, str]], columns: Mapping[str, Sequence[str]]) -> Result:
+def _result(lines: Sequence[dict[str, str]], columns: Mapping[str, Sequence[str]]) -> Record:
     first = lines[0]
-    if first["status"] not in ("done", "diverged"):
-        raise ValueError(f"status {first['status']!r}")
+    status = first["status"]
+    if status != "done" and status != "diverged":  # one by one, so that a type checker sees what is left
+        raise ValueError(f"status {status!r}")
     curve = [point.split(":") for point in (first.get("curve") or "").split()]
     rows = tuple(row for line in lines if (row := _cells(line, columns["rows"])))
-    return Result(
-        run=Run(_cells(first, columns["params"])),
-        status=first["status"],  # type: ignore[arg-type]
+    return Record(
+        trial=Run(_cells(first, columns["params"])),
+        status=status,
         values={name: float(value) for name, value in _cells(first, columns["values"]).items()},
-        curve=tuple((int(step), float(value)) for step, value in curve),
+        curve=tuple(CurvePoint(int(step), float(value)) for step, value in curve),
         rows=rows,
         seconds=float(first["seconds"]),
     )

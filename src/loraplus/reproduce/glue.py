@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplus.errors import InputError
 from loraplus.files.paths import user_path
-from loraplus.reproduce.classifier import Examples, Parts, encode
+from loraplus.reproduce.classifier import LabelledTexts, Parts, encode
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.loading import first_line
@@ -107,18 +107,13 @@ def load_glue(task: GlueTask, source: str) -> Parts:
     Raises:
         InputError: the data cannot be had, or lacks a column or split.
     """
-    rows = _examples(task, source, "train")
+    rows = _labelled(task, source, "train")
     count = min(HELD_OUT, int(len(rows.labels) * _AT_MOST))
     order = torch.randperm(len(rows.labels), generator=torch.Generator().manual_seed(0)).tolist()
-    return _take(rows, sorted(order[count:])), _take(rows, order[:count]), _examples(task, source, task.validation)
+    return rows.chosen(sorted(order[count:])), rows.chosen(order[:count]), _labelled(task, source, task.validation)
 
 
-def _take(rows: Examples, order: list[int]) -> Examples:
-    pairs = None if rows.pairs is None else [rows.pairs[i] for i in order]
-    return Examples([rows.texts[i] for i in order], [rows.labels[i] for i in order], pairs)
-
-
-def _examples(task: GlueTask, source: str, split: str) -> Examples:
+def _labelled(task: GlueTask, source: str, split: str) -> LabelledTexts:
     columns = read_split(source, task.name, split, folder=user_path(source) / task.name)
     wanted = [name for name in (task.text, task.pair, "label") if name]
     if missing := [name for name in wanted if name not in columns]:
@@ -128,7 +123,7 @@ def _examples(task: GlueTask, source: str, split: str) -> Examples:
     if not kept:
         raise InputError(f"{source}: {task.name}/{split} has no labelled rows")
     pairs = None if task.pair is None else [str(columns[task.pair][i]) for i in kept]
-    return Examples([str(columns[task.text][i]) for i in kept], [labels[i] for i in kept], pairs)
+    return LabelledTexts([str(columns[task.text][i]) for i in kept], [labels[i] for i in kept], pairs)
 
 
 def _label(task: GlueTask, source: str, split: str, value: Any) -> int:

@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from loraplus.reproduce.classifier import Examples, Recipe, encode, train_classifier
-from loraplus.reproduce.experiment import Result, Results
+from loraplus.reproduce.classifier import LabelledTexts, Recipe, encode, train_classifier
+from loraplus.reproduce.experiment import Record, Records
 from loraplus.reproduce.glue import HUB_NAME, LENGTH, TASKS, check, encoded, in_folder_or_hub
-from loraplus.reproduce.grid import HALF_DECADE
 from loraplus.reproduce.report import Report
 from loraplus.reproduce.small_tasks import BOOK, Text, Texts, book_texts, domain_texts
-from loraplus.reproduce.tfidf import tfidf
-from loraplus.reproduce.tuned_arms import TEST_ACCURACY, TEST_LOSS, Case, Job, TunedArms, verdicts
+from loraplus.reproduce.tuned_arms import HOW_TUNED, TEST_ACCURACY, TEST_LOSS, Case, Job, TunedArms, verdicts
+from loraplus.study.search.grid import HALF_DECADE
 from loraplus.study.worker import OnStep
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
@@ -49,9 +48,10 @@ class GlueArms(TunedArms):
         "LoRA+ needs up to two times fewer steps to the same quality.",
     )
     scales = ("cpu", "paper")
+    packages = ("matplotlib", "sklearn")
+    baseline_scales = ("cpu",)
     small_steps: ClassVar[int]
     small_batch: ClassVar[int]
-    small_first_step: ClassVar[int]
     published_model: ClassVar[str]
     """Folder in the data folder, else name on the hub."""
     published_targets: ClassVar[str]
@@ -64,15 +64,13 @@ class GlueArms(TunedArms):
     def obtain_small_model(self) -> None:
         """Puts that model there, unless it is one of `assets`."""
 
-    @property
-    def has_baseline(self) -> bool:  # type: ignore[override]
-        """TF-IDF, at the small scale."""
-        return self.scale == "cpu"
+    def needed_assets(self) -> tuple[str, ...]:
+        """Of the small scale; the published one takes what the hub or the data folder has."""
+        return self.assets if self.scale == "cpu" else ()
 
-    @property
-    def first_step(self) -> int:  # type: ignore[override]
+    def grid_start(self) -> int:
         """The published rates lie around √(η_A·η_B) = 3e-4; those of small models higher."""
-        return _PUBLISHED_FIRST_STEP if self.scale == "paper" else self.small_first_step
+        return _PUBLISHED_FIRST_STEP if self.scale == "paper" else self.first_step
 
     def cases(self) -> list[Case]:
         if self.scale == "paper":
@@ -118,7 +116,7 @@ class GlueArms(TunedArms):
         if self.scale == "paper":
             check(self.glue, self.data, in_folder_or_hub(self.data, self.published_model))
 
-    def train(self, job: Job, on_step: OnStep) -> Result:
+    def train(self, job: Job, on_step: OnStep) -> Record:
         recipe = self.recipe(job.case)
         if self.scale == "cpu":
             self.obtain_small_model()
@@ -130,9 +128,11 @@ class GlueArms(TunedArms):
         )  # fmt: skip
 
     def baseline(self, case: Case) -> dict[str, float]:
+        from loraplus.reproduce.tfidf import tfidf
+
         return tfidf(small_texts(Path(self.data), str(case["domain"])))
 
-    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+    def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         recipe = self.recipe(self.cases()[0])
         length = f"{recipe.config.max_steps} steps" if recipe.config.max_steps else "the published epochs"
         return Report(
@@ -147,8 +147,7 @@ class GlueArms(TunedArms):
             method=[
                 f"Rank {recipe.config.rank}, α {recipe.config.alpha:g}, layers {recipe.config.target_modules}, batch "
                 f"{recipe.config.batch_size}, {length}, linear schedule, Adam with β2 = {recipe.beta2}.",
-                "Each arm was tuned on seed 0 with the same number of runs; λ = 1, 4, 16, … in half decades of "
-                "√(η_A·η_B) until the optimum was inside, LoRA in finer steps to the same number.",
+                HOW_TUNED,
                 "The published settings known to us give no warm-up; here it is 6% of the steps.",
             ],
             limits=self.limits(),
@@ -172,9 +171,9 @@ def _encoded(case: str, data: str, model: str) -> tuple[PreTrainedTokenizerBase,
     tokenizer = load_tokenizer(TaskConfig(model=model))
     texts = small_texts(Path(data), case)
     names = [str(number) for number in range(texts.classes)]
-    parts = _examples(texts.train), _examples(texts.validation), _examples(texts.test)
+    parts = _labelled(texts.train), _labelled(texts.validation), _labelled(texts.test)
     return tokenizer, encode(names, parts, tokenizer, min(LENGTH, tokenizer.model_max_length))
 
 
-def _examples(part: list[Text]) -> Examples:
-    return Examples([text for text, _ in part], [label for _, label in part])
+def _labelled(part: list[Text]) -> LabelledTexts:
+    return LabelledTexts([text for text, _ in part], [label for _, label in part])

@@ -20,16 +20,12 @@ class GlueGpt2(GlueArms):
 
     name = "glue-gpt2"
     title = "GPT-2 on GLUE"
+    assets = ("rated-snippets", "verses")
     published_model = "openai-community/gpt2"
     published_targets = "c_attn,c_proj,c_fc"
     small_targets = "all-linear"
     small_steps, small_batch = 300, 32
-    small_first_step = 0  # with every layer adapted, runs at 3e-3 and more fall back to the majority class
-
-    @property
-    def assets(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Of the small scale; the published one takes what the hub or the data folder has."""
-        return ("rated-snippets", "verses") if self.scale == "cpu" else ()
+    first_step = 0  # with every layer adapted, runs at 3e-3 and more fall back to the majority class
 
     def small_model(self) -> Path:
         return small_decoders.folder_of(Path(self.data), _WIDTH)

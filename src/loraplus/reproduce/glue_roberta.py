@@ -17,15 +17,11 @@ class GlueRoberta(GlueArms):
 
     name = "glue-roberta"
     title = "RoBERTa-base on GLUE"
+    assets = ("minilm-l6", "rated-snippets")
     published_model = "FacebookAI/roberta-base"
     published_targets = small_targets = "query,value"
     small_steps, small_batch = 300, 16
-    small_first_step = 8
-
-    @property
-    def assets(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Of the small scale; the published one takes what the hub or the data folder has."""
-        return ("minilm-l6", "rated-snippets") if self.scale == "cpu" else ()
+    first_step = 8
 
     def small_model(self) -> Path:
         return Path(self.data) / assets.ASSETS["minilm-l6"].target

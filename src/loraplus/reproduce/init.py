@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loraplus.reproduce import small_decoders, small_tasks
-from loraplus.reproduce.experiment import Experiment, Result, Results, Run
-from loraplus.reproduce.grid import HALF_DECADE, best_step, lr_of, next_in_column
+from loraplus.reproduce.experiment import Experiment, Record, Records, Run
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
-from loraplus.reproduce.small_training import WARMUP, SmallAdapter, Start, build, result_of, train
+from loraplus.reproduce.small_training import WARMUP, SmallAdapter, Start, batches, build, train
 from loraplus.reproduce.tuned_arms import FINAL, LOSS, TEST_LOSS, TUNING, TUNING_SEED, fresh_seeds
+from loraplus.study.search.grid import HALF_DECADE, best_step, lr_of, next_in_column
 from loraplus.study.statistics import finite_t_interval
 from loraplus.study.worker import OnStep
 
@@ -95,7 +95,7 @@ class Init(Experiment):
             "schedule": "linear", "warmup": WARMUP,
         }  # fmt: skip
 
-    def next_runs(self, results: Results) -> Sequence[Run]:
+    def next_runs(self, results: Records) -> Sequence[Run]:
         wanted: list[Run] = []
         for columns in self._groups():
             steps = {c: next_in_column(self._losses(c, results), _first_step(c.scale)) for c in columns}
@@ -111,31 +111,32 @@ class Init(Experiment):
             found.setdefault((column.start, column.rank, column.lr_ratio), []).append(column)
         return list(found.values())
 
-    def _winner(self, columns: Sequence[Column], results: Results) -> Column:
+    def _winner(self, columns: Sequence[Column], results: Records) -> Column:
         """The column of the lowest loss on the tuning seed."""
         return min(columns, key=lambda column: min(self._losses(column, results).values()))
 
-    def _final_runs(self, column: Column, results: Results) -> list[Run]:
+    def _final_runs(self, column: Column, results: Records) -> list[Run]:
         best = best_step(self._losses(column, results))
         return [_run(column, FINAL, best, seed) for seed in fresh_seeds(self.seeds)]
 
-    def _losses(self, column: Column, results: Results) -> dict[int, float]:
+    def _losses(self, column: Column, results: Records) -> dict[int, float]:
         return {
-            result.run["grid_step"]: result.values[LOSS] if result.status == "done" else math.inf
+            result.trial["grid_step"]: result.values[LOSS] if result.status == "done" else math.inf
             for result in results.values()
-            if result.run["phase"] == TUNING and _column_of(result.run) == column
+            if result.trial["phase"] == TUNING and _column_of(result.trial) == column
         }
 
-    def run(self, run: Run, on_step: OnStep) -> Result:
+    def run(self, run: Run, on_step: OnStep) -> Record:
         data = Path(self.data)
         task = small_tasks.load(data, small_tasks.BOOK, self.width)
         adapter = SmallAdapter(run["rank"], run["scale"] * run["rank"], run["start"])
         model = build(small_decoders.obtain(data, self.width), task, adapter, run["seed"])
-        outcome = train(
-            model, task, run["lr"], run["lr_ratio"], steps=self.steps, batch=self.batch, seed=run["seed"],
+        order = batches(task.train.ids, self.batch, run["seed"])
+        found = train(
+            model, task, run["lr"], run["lr_ratio"], steps=self.steps, order=order,
             evaluations=_EVALUATIONS[run["phase"]], on_step=on_step,
         )  # fmt: skip
-        return result_of(run, outcome, accuracy=True)
+        return replace(found, trial=run)
 
     def describe(self, run: Run) -> str:
         """Such as "A-random, rank 8, s 2, tuning: λ 1, η_A 0.003162, seed 0"."""
@@ -144,7 +145,7 @@ class Init(Experiment):
             f"η_A {run['lr']:g}, seed {run['seed']}"
         )
 
-    def figures(self, results: Results) -> dict[str, Any]:
+    def figures(self, results: Records) -> dict[str, Any]:
         """By column: the best rate and its loss; by start, rank and λ: the losses of the best rule over fresh seeds."""
         tuned, best = [], []
         for columns in self._groups():
@@ -157,7 +158,7 @@ class Init(Experiment):
                     best.append({**winner._asdict(), **_finals([results[run.key] for run in runs])})
         return {"columns": tuned, "best": best}
 
-    def _tuned(self, column: Column, results: Results) -> dict[str, Any]:
+    def _tuned(self, column: Column, results: Records) -> dict[str, Any]:
         losses = self._losses(column, results)
         best = best_step(losses)
         return {
@@ -165,7 +166,7 @@ class Init(Experiment):
             "tuning_runs": len(losses), LOSS: losses[best],
         }  # fmt: skip
 
-    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+    def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         tuned = {Column(*(row[name] for name in Column._fields)): row for row in figures["columns"]}
         return Report(
             verdict=[*self._moves(tuned), *self._starts(tuned), *self._gaps(figures["best"])],
@@ -308,7 +309,7 @@ def _column_of(run: Run) -> Column:
     return Column(*(run[name] for name in Column._fields))
 
 
-def _finals(runs: Sequence[Result]) -> dict[str, Any]:
+def _finals(runs: Sequence[Record]) -> dict[str, Any]:
     """Intervals over the fresh seeds, None where a run diverged, and the test losses by seed, for pairing."""
     losses = {
         name: [run.values[name] if run.status == "done" else math.inf for run in runs] for name in (LOSS, TEST_LOSS)

@@ -18,10 +18,10 @@ from loraplus.files.paths import user_path
 from loraplus.files.scratch import scratch_folder
 from loraplus.rates import Rates
 from loraplus.reproduce import mmlu
-from loraplus.reproduce.experiment import Result, Run
 from loraplus.reproduce.glue import files_of, in_folder_or_hub
 from loraplus.reproduce.llama_mnli import MODEL
 from loraplus.reproduce.rate_grid import RateGrid
+from loraplus.study.records import CurvePoint, Record, Run
 from loraplus.study.worker import OnStep
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.pretrained import load_decoder, load_tokenizer
@@ -52,6 +52,7 @@ class LlamaFlan(RateGrid):
     name = "llama-flan"
     title = "Llama-7b on Flan-v2, evaluated on MMLU"
     main_value = "test_accuracy"
+    packages = ("matplotlib", "trl")
     unknown = (
         "Not known to us: which part of Flan-v2 and how large, rank and α (here 8 and 8), the grid (here that of "
         "MNLI), text length, batch and epochs (here 1024 tokens, 8 × 4, one epoch), how many solved examples MMLU's "
@@ -81,7 +82,7 @@ class LlamaFlan(RateGrid):
         for split in ("test", "dev"):
             mmlu.questions(in_folder_or_hub(self.data, mmlu.HUB_NAME), split)
 
-    def train(self, lr: float, lr_ratio: float, seed: int, on_step: OnStep) -> Result:
+    def train(self, lr: float, lr_ratio: float, seed: int, on_step: OnStep) -> Record:
         from datasets import Dataset
         from trl.trainer.sft_config import SFTConfig
         from trl.trainer.sft_trainer import SFTTrainer
@@ -112,10 +113,10 @@ class LlamaFlan(RateGrid):
             try:
                 loraplus.attach(trainer, lr_ratio=lr_ratio).train()
             except DivergedError:
-                return Result(Run({}), "diverged")
-        losses = tuple((int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row)
+                return Record(Run({}), "diverged")
+        losses = tuple(CurvePoint(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row)
         accuracy = mmlu.accuracy(trainer.model, tokenizer, asked, solved, self.shots)
-        return Result(Run({}), "done", {"test_accuracy": accuracy}, losses)
+        return Record(Run({}), "done", curve=losses, values={"test_accuracy": accuracy})
 
 
 def flan_rows(data: str) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from loraplus.reproduce.classifier import Recipe, train_classifier
-from loraplus.reproduce.experiment import Result
+from loraplus.reproduce.experiment import Record
 from loraplus.reproduce.glue import HUB_NAME, LENGTH, check, encoded, in_folder_or_hub
 from loraplus.reproduce.rate_grid import RateGrid
 from loraplus.study.worker import OnStep
@@ -63,7 +63,7 @@ class LlamaMnli(RateGrid):
     def check(self) -> None:
         check(("mnli",), self.data, self.recipe.config.model)
 
-    def train(self, lr: float, lr_ratio: float, seed: int, on_step: OnStep) -> Result:
+    def train(self, lr: float, lr_ratio: float, seed: int, on_step: OnStep) -> Record:
         recipe = self.recipe
         tokenizer, data = encoded("mnli", self.data, recipe.config.model)
         return train_classifier(

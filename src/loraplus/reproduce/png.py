@@ -1,17 +1,13 @@
-"""Figures of a report as PNG, for documents; the page draws the same data with plotly."""
+"""Figures of a report as PNG, for the page and for documents."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loraplus.errors import InputError
-from loraplus.files.output import write_atomically
 from loraplus.report.plots import PALETTE
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot
 
@@ -21,22 +17,8 @@ _MOST_TICKS = 8
 _MARKS = ("o", "D", "s", "^")
 
 
-def check() -> None:
-    """Asked before the first run, not after the last.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the plots need matplotlib: pip install 'loraplus[reproduce]'")
-
-
-def draw(figure: Figure, target: Path) -> None:
-    """Writes a figure, its plots side by side.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+def draw(figure: Figure) -> bytes:
+    """A figure as PNG, its plots side by side."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -61,7 +43,7 @@ def draw(figure: Figure, target: Path) -> None:
     picture = io.BytesIO()
     canvas.savefig(picture, dpi=_DPI, format="png", metadata={"Software": None})
     plt.close(canvas)
-    write_atomically(target, picture.getvalue())
+    return picture.getvalue()
 
 
 def _heat_map(canvas: Any, axes: Any, plot: HeatMap) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
+from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
 from loraplus.reproduce.report import Figure, HeatMap, Report, Table, interval
 from loraplus.study.statistics import finite_t_interval
 from loraplus.study.worker import OnStep
@@ -38,7 +38,7 @@ class RateGrid(Experiment):
     """What the published settings known to us leave open, and what stands in for it."""
 
     @abstractmethod
-    def train(self, lr: float, lr_ratio: float, seed: int, on_step: OnStep) -> Result:
+    def train(self, lr: float, lr_ratio: float, seed: int, on_step: OnStep) -> Record:
         """Trains and evaluates once; the run of the result does not matter."""
 
     @property
@@ -46,13 +46,13 @@ class RateGrid(Experiment):
         """The grid."""
         return [(a, b) for a in self.lr_a for b in self.lr_b]
 
-    def next_runs(self, results: Results) -> Sequence[Run]:
+    def next_runs(self, results: Records) -> Sequence[Run]:
         wanted = [_run(pair, seed) for seed in range(self.seeds) for pair in self.pairs]
         return [run for run in wanted if run.key not in results]
 
-    def run(self, run: Run, on_step: OnStep) -> Result:
+    def run(self, run: Run, on_step: OnStep) -> Record:
         found = self.train(run["lr_a"], float(f"{run['lr_b'] / run['lr_a']:.9g}"), run["seed"], on_step)
-        return Result(run, found.status, found.values, found.curve)
+        return replace(found, trial=run)
 
     def needs(self) -> list[str]:
         count = f"{len(self.pairs)} pairs × {self.seeds} seeds (published: {PUBLISHED_SEEDS})"
@@ -62,7 +62,7 @@ class RateGrid(Experiment):
     def sources(self) -> list[str]:
         """Where model and data are looked for."""
 
-    def figures(self, results: Results) -> dict[str, Any]:
+    def figures(self, results: Records) -> dict[str, Any]:
         """The best pair, the best of the diagonal, their difference, and the mean accuracy of every pair."""
         means = {pair: mean(self._accuracies(pair, results)) for pair in self.pairs}
         finite = {pair: value for pair, value in means.items() if math.isfinite(value)}
@@ -81,15 +81,15 @@ class RateGrid(Experiment):
             "difference": difference and difference.to_dict(),
         }
 
-    def _shown(self, pair: Pair, results: Results) -> dict[str, Any]:
+    def _shown(self, pair: Pair, results: Records) -> dict[str, Any]:
         estimate = finite_t_interval(self._accuracies(pair, results))
         return {"lr_a": pair[0], "lr_b": pair[1], "test_accuracy": estimate and estimate.to_dict()}
 
-    def _accuracies(self, pair: Pair, results: Results) -> list[float]:
+    def _accuracies(self, pair: Pair, results: Records) -> list[float]:
         found = [results[_run(pair, seed).key] for seed in range(self.seeds)]
         return [result.values["test_accuracy"] if result.status == "done" else math.inf for result in found]
 
-    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+    def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         best, tied = figures["best"], figures["best_tied"]
         if best is None:
             return Report(["Every pair diverged."], [], limits=self.unknown)

@@ -1,6 +1,6 @@
-"""What an experiment reports: sentences, tables and plots as plain data, drawn twice from the same numbers.
+"""What an experiment reports: sentences, tables and plots as plain data.
 
-`page.py` draws them into an offline page (plotly), `png.py` into pictures for documents (matplotlib).
+`png.py` draws the plots (matplotlib), `page.py` puts all of it into an offline page.
 """
 
 from __future__ import annotations

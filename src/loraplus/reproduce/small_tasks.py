@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import functools
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -36,17 +36,23 @@ class Texts:
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids and class numbers of one part."""
+    """Token ids of one part, and its targets: class numbers, or ratings; a language model needs none."""
 
     ids: list[list[int]]
-    targets: list[int]
+    targets: list[float]
+
+    def chosen(self, indices: Iterable[int]) -> Rows:
+        """Some of them, in this order."""
+        places = list(indices)
+        return Rows([self.ids[i] for i in places], [self.targets[i] for i in places])
 
 
 @dataclass(frozen=True)
 class SmallTask:
-    """What a small decoder is trained and evaluated on."""
+    """What a small model is trained and evaluated on."""
 
-    kind: Literal["lm", "classes"]
+    kind: str
+    """lm, classes, or rating (a number that is predicted)."""
     classes: int
     train: Rows
     validation: Rows
@@ -69,24 +75,35 @@ def _held_out_first(classes: int, rows: list[Text]) -> Texts:
     return Texts(classes, rows[2 * HELD_OUT :], rows[:HELD_OUT], rows[HELD_OUT : 2 * HELD_OUT])
 
 
-@functools.lru_cache(maxsize=4)
-def book_texts(data: Path) -> Texts:
-    """Verses and their books. Chapters 4, 12, 20, … are the validation data, 8, 16, 24, … the test data."""
+def book_rows(data: Path) -> list[tuple[dict[str, str], int]]:
+    """The verses of the larger books, each with the number of its book."""
     rows = _table(data, "verses")
     sizes = Counter(row["book"] for row in rows)
     books = {book: i for i, book in enumerate(sorted(book for book in sizes if sizes[book] >= _BOOK_VERSES))}
+    return [(row, books[row["book"]]) for row in rows if row["book"] in books]
+
+
+def domain_rows(data: Path, domain: str) -> list[dict[str, str]]:
+    """The rated snippets of one domain."""
+    return [row for row in _table(data, "rated-snippets") if row["domain"] == domain]
+
+
+@functools.lru_cache(maxsize=4)
+def book_texts(data: Path) -> Texts:
+    """Verses and their books. Chapters 4, 12, 20, … are the validation data, 8, 16, 24, … the test data."""
     parts: dict[int, list[Text]] = {4: [], 0: []}
     train: list[Text] = []
-    for row in rows:
-        if row["book"] in books:
-            parts.get(int(row["chapter"]) % 8, train).append((row["text"], books[row["book"]]))
-    return Texts(len(books), _shuffled(train), _shuffled(parts[4])[:HELD_OUT], _shuffled(parts[0])[:HELD_OUT])
+    rows = book_rows(data)
+    for row, book in rows:
+        parts.get(int(row["chapter"]) % 8, train).append((row["text"], book))
+    classes = len({book for _, book in rows})
+    return Texts(classes, _shuffled(train), _shuffled(parts[4])[:HELD_OUT], _shuffled(parts[0])[:HELD_OUT])
 
 
 @functools.lru_cache(maxsize=4)
 def domain_texts(data: Path, domain: str, labelled: bool) -> Texts:
     """Snippets of one domain; `labelled`: with the sign of their mean rating, those rated 0 left out."""
-    rows = [row for row in _table(data, "rated-snippets") if row["domain"] == domain]
+    rows = domain_rows(data, domain)
     if not labelled:
         return _held_out_first(1, [(row["text"], 0) for row in rows])
     return _held_out_first(2, [(row["text"], int(float(row["rating"]) > 0)) for row in rows if float(row["rating"])])
@@ -104,8 +121,7 @@ def load(data: Path, name: str, width: int) -> SmallTask:
 
     def by_length(part: list[Text]) -> Rows:
         found = rows(part)
-        order = sorted(range(len(part)), key=lambda i: len(found.ids[i]))
-        return Rows([found.ids[i] for i in order], [found.targets[i] for i in order])
+        return found.chosen(sorted(range(len(part)), key=lambda i: len(found.ids[i])))
 
     kind = "classes" if name == BOOK else "lm"
     return SmallTask(kind, texts.classes, rows(texts.train), by_length(texts.validation), by_length(texts.test))

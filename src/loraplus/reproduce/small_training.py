@@ -6,7 +6,8 @@ Runs with one seed start from the same adapter and head and see the same batches
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,8 @@ from transformers.optimization import get_linear_schedule_with_warmup
 import loraplus
 from loraplus.movement import adapted_layers
 from loraplus.reproduce import small_decoders
-from loraplus.reproduce.experiment import Result, Run
 from loraplus.reproduce.small_tasks import Rows, SmallTask
+from loraplus.study.records import CurvePoint, Record, Run
 from loraplus.study.worker import OnStep
 
 LR_HEAD = 2e-3
@@ -28,6 +29,7 @@ WARMUP = 0.06
 _EVAL_BATCH = 100
 _MEGABATCH = 20  # batches among which examples are sorted by length
 
+Prepare = Callable[[Any, torch.optim.Optimizer], Any]
 Start = Literal["A-random", "B-random"]
 
 
@@ -38,26 +40,21 @@ class SmallAdapter:
     Args:
         rank, alpha: r and α.
         start: which factor is random; the other one is zero.
+        dropout: of the adapter's input.
+        rslora: s is α/√r instead of α/r.
+        targets: names of the layers, or "all-linear".
     """
 
     rank: int = 8
     alpha: float = 8.0
     start: Start = "A-random"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to; the loss of one that diverged is infinite. Not every run is tested."""
-
-    diverged: bool
-    validation_loss: float
-    validation_accuracy: float
-    curve: tuple[tuple[int, float], ...]
-    test: tuple[float, float] | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+    targets: Sequence[str] | str = ("q_proj", "v_proj")
 
 
 def build(folder: Path, task: SmallTask, adapter: SmallAdapter, seed: int) -> Any:
-    """The frozen decoder with a fresh adapter on its query and value layers and, for classes, a fresh head."""
+    """The frozen model with a fresh adapter and, for all but language models, a fresh head."""
     set_seed(seed)
     if task.kind == "lm":
         model, kind = AutoModelForCausalLM.from_pretrained(folder), TaskType.CAUSAL_LM
@@ -66,7 +63,8 @@ def build(folder: Path, task: SmallTask, adapter: SmallAdapter, seed: int) -> An
         kind = TaskType.SEQ_CLS
     lora = LoraConfig(
         task_type=kind, r=adapter.rank, lora_alpha=adapter.alpha,  # type: ignore[arg-type]
-        target_modules=["q_proj", "v_proj"],
+        lora_dropout=adapter.dropout, use_rslora=adapter.rslora,
+        target_modules=adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
     )  # fmt: skip
     adapted = get_peft_model(model, lora)
     if adapter.start == "B-random":
@@ -83,49 +81,69 @@ def swap_start(model: torch.nn.Module) -> None:
 
 
 def train(
-    model: Any, task: SmallTask, lr: float, lr_ratio: float,
-    *, steps: int, batch: int, seed: int, evaluations: int, on_step: OnStep,
-) -> Outcome:  # fmt: skip
+    model: Any,
+    task: SmallTask,
+    lr: float,
+    lr_ratio: float,
+    *,
+    steps: int,
+    order: Iterator[list[int]],
+    evaluations: int = 1,
+    prepare: Prepare | None = None,
+    on_step: OnStep = lambda step, total_steps, eval_loss=None: None,
+) -> Record:
     """Trains with AdamW under a linear schedule and evaluates at equal distances, the last time after the last step.
 
     Args:
         model: from `build`.
         task: what to train on.
         lr, lr_ratio: η_A and λ.
-        steps, batch: length of the run; examples a step.
-        seed: of the order of the examples.
+        steps: length of the run.
+        order: indices of the examples of each step, such as `batches` gives them.
         evaluations: how often to evaluate on the validation data; a run that is evaluated more than at its end is
             tested, too.
+        prepare: called with (model, optimizer) before the first step; may install what sets the rates.
         on_step: told (step, steps) after every step.
 
     Returns:
-        The outcome.
+        A record whose run is empty; status "diverged" and an infinite loss if the loss became NaN or infinite.
     """
     optimizer = loraplus.create_optimizer(
         model, torch.optim.AdamW, lr=lr, lr_ratio=lr_ratio, lr_head=None if task.kind == "lm" else LR_HEAD,
         weight_decay=0.0, fused=True,
     )  # fmt: skip
     scheduler = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
+    if prepare:
+        prepare(model, optimizer)
     evaluate_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    order = batches(task.train.ids, batch, seed)
-    curve: list[tuple[int, float]] = []
-    accuracy = 0.0
+    curve: list[CurvePoint] = []
+    validation = (math.inf, 0.0)
+    started = time.perf_counter()
     model.train()
     for step in range(1, steps + 1):
-        loss = _loss(model, task, _chosen(task.train, next(order)))[0]
+        loss = _loss(model, task, task.train.chosen(next(order)))[0]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         if step in evaluate_at:
-            validation_loss, accuracy = evaluate(model, task, task.validation)
-            curve.append((step, validation_loss))
-        if not (math.isfinite(loss.item()) and (not curve or math.isfinite(curve[-1][1]))):
-            known = tuple(point for point in curve if math.isfinite(point[1]))
-            return Outcome(True, math.inf, 0.0, known)
+            validation = evaluate(model, task, task.validation)
+            curve.append(CurvePoint(step, validation[0]))
+        if not (math.isfinite(loss.item()) and (not curve or math.isfinite(curve[-1].eval_loss))):
+            known = tuple(point for point in curve if math.isfinite(point.eval_loss))
+            return Record(Run({}), "diverged", curve=known, values=_values(task, "eval", (math.inf, 0.0)))
         on_step(step, steps)
-    tested = evaluate(model, task, task.test) if evaluations > 1 else None
-    return Outcome(False, curve[-1][1], accuracy, tuple(curve), tested)
+    seconds = time.perf_counter() - started
+    values = _values(task, "eval", validation)
+    if evaluations > 1:
+        values |= _values(task, "test", evaluate(model, task, task.test))
+    return Record(Run({}), "done", curve=tuple(curve), seconds=seconds, values=values)
+
+
+def _values(task: SmallTask, part: str, found: tuple[float, float]) -> dict[str, float]:
+    """Loss and, of classes, accuracy under their names."""
+    return {f"{part}_{name}": value for name, value in zip(("loss", "accuracy"), found, strict=True)
+            if name == "loss" or task.kind == "classes"}  # fmt: skip
 
 
 def batches(rows: list[list[int]], batch: int, seed: int) -> Iterator[list[int]]:
@@ -146,16 +164,12 @@ def evaluate(model: Any, task: SmallTask, rows: Rows) -> tuple[float, float]:
     total = right = weight = 0.0
     with torch.no_grad():
         for start in range(0, len(rows.ids), _EVAL_BATCH):
-            part = _chosen(rows, range(start, min(start + _EVAL_BATCH, len(rows.ids))))
+            part = rows.chosen(range(start, min(start + _EVAL_BATCH, len(rows.ids))))
             loss, count = _loss(model, task, part)
             share = sum(len(ids) - 1 for ids in part.ids) if task.kind == "lm" else len(part.ids)
             total, weight, right = total + float(loss) * share, weight + share, right + count
     model.train()
     return total / weight, right / len(rows.ids)
-
-
-def _chosen(rows: Rows, indices: Any) -> Rows:
-    return Rows([rows.ids[i] for i in indices], [rows.targets[i] for i in indices])
 
 
 def _loss(model: Any, task: SmallTask, rows: Rows) -> tuple[torch.Tensor, float]:
@@ -164,17 +178,7 @@ def _loss(model: Any, task: SmallTask, rows: Rows) -> tuple[torch.Tensor, float]
     if task.kind == "lm":
         return model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss, 0.0
     logits = model(input_ids=ids, attention_mask=mask).logits
-    wanted = torch.tensor(rows.targets)
+    if task.kind == "rating":
+        return torch.nn.functional.mse_loss(logits[:, 0], torch.tensor(rows.targets)), 0.0
+    wanted = torch.tensor(rows.targets).long()
     return torch.nn.functional.cross_entropy(logits, wanted), float((logits.argmax(-1) == wanted).sum())
-
-
-def result_of(run: Run, outcome: Outcome, *, accuracy: bool) -> Result:
-    """An outcome as the result of a run."""
-    values = {"eval_loss": outcome.validation_loss}
-    if accuracy:
-        values["eval_accuracy"] = outcome.validation_accuracy
-    if outcome.test is not None:
-        values["test_loss"] = outcome.test[0]
-        if accuracy:
-            values["test_accuracy"] = outcome.test[1]
-    return Result(run, "diverged" if outcome.diverged else "done", values, outcome.curve)

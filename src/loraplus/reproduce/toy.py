@@ -21,7 +21,7 @@ Source: Hayou, Ghosh, Yu, arXiv 2402.12354, sections 2 and 3 and figure 2.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,22 +29,10 @@ from typing import Any
 import torch
 
 from loraplus.reproduce import toy_model
-from loraplus.reproduce.experiment import Experiment, Result, Results, Run, mean
-from loraplus.reproduce.fits import exponent
+from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table, banded, interval
-from loraplus.reproduce.toy_grid import (
-    FAMILIES,
-    Block,
-    Family,
-    Point,
-    best,
-    centre_of,
-    extensions,
-    first_blocks,
-    good_region,
-    rates,
-)
-from loraplus.study.statistics import t_interval
+from loraplus.study.search.blocks import Block, BlockGrid, Point, best, centre_of, good_region, rates
+from loraplus.study.statistics import exponent, t_interval
 from loraplus.study.worker import OnStep
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -55,6 +43,44 @@ WITHIN = 1.05
 """Pairs whose loss is within 5% of the lowest count as equally good; their centre is what is fitted."""
 Tables = dict[tuple[Any, ...], dict[Point, float]]
 QUANTITIES = {"lr_a": "η_A", "lr_b": "η_B", "lr_ratio": "λ"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Networks of all widths with one optimizer and one size of W_out.
+
+    Args:
+        optimizer: adam or sgd.
+        readout: `standard` for W_out of variance 1/n, `small` for entries of order 1/n.
+        title: In words.
+        start: Where the search starts at width 64.
+        exponents: Of the best η_A and η_B in n, as the theory has them (`toy.py`).
+    """
+
+    optimizer: toy_model.Optimizer
+    readout: str
+    title: str
+    start: Point
+    exponents: tuple[float, float]
+
+    @property
+    def readout_power(self) -> float:
+        """c of W_out = Θ(n^−c)."""
+        return 0.5 if self.readout == "standard" else 1.0
+
+    def centre(self, width: int) -> Point:
+        """Where the search starts: along the theory's slopes. It may end anywhere."""
+        growth = 2 * math.log10(width / 64)
+        a, b = (round(at + growth * power) for at, power in zip(self.start, self.exponents, strict=True))
+        return a, b
+
+
+FAMILIES = (
+    Family("adam", "small", "Adam, W_out of order 1/n", (-2, -1), (-1.0, 0.0)),
+    Family("adam", "standard", "Adam, W_out of variance 1/n", (-3, -2), (-1.0, -0.5)),
+    Family("sgd", "small", "SGD, W_out of order 1/n", (-2, 4), (-1.0, 1.0)),
+    Family("sgd", "standard", "SGD, W_out of variance 1/n", (-1, 1), (-1.0, 0.0)),
+)
 
 
 @dataclass(frozen=True)
@@ -88,31 +114,26 @@ class Toy(Experiment):
         tied = " diagonal" if run["shape"] == "diagonal" else ""
         return f"{run['optimizer']} W_out {run['readout']} n {run['width']} seed {run['seed']}{tied}"
 
-    def main(self, result: Result) -> tuple[str, float] | None:
+    def main(self, result: Record) -> tuple[str, float] | None:
         return "lowest_test_loss", min(float(row["test_loss"]) for row in result.rows)
 
-    def next_runs(self, results: Results) -> Sequence[Run]:
+    def next_runs(self, results: Records) -> Sequence[Run]:
         widths = sorted({*self.widths, self.map_width}, reverse=True)
         tables = _tables(results)
         return [run for width in widths for family in FAMILIES for run in self._missing(family, width, results, tables)]
 
-    def _missing(self, family: Family, width: int, results: Results, tables: Tables) -> list[Run]:
-        blocks = first_blocks(family.centre(width))
-        while True:
-            runs = [_run(family, width, seed, block) for block in blocks for seed in range(self.seeds)]
-            if missing := [run for run in runs if run.key not in results]:
-                return missing
-            joint = _over_seeds(self._per_seed(family, width, tables))
-            # Of these blocks only: of further ones some seeds may be done and others not.
-            more = extensions(blocks, {point: joint[point] for block in blocks for point in block.points})
-            if not more:
-                return []
-            blocks += more
+    def _missing(self, family: Family, width: int, results: Records, tables: Tables) -> list[Run]:
+        per_seed = [tables[family.optimizer, family.readout, width, seed] for seed in range(self.seeds)]
+        joint = _over_seeds(per_seed)
+        tried = dict.fromkeys(_blocks(family, width, results, self.seeds), joint)
+        wanted = BlockGrid(family.centre(width)).next(tried)
+        runs = [_run(family, width, seed, block) for block in wanted for seed in range(self.seeds)]
+        return [run for run in runs if run.key not in results]
 
     def _per_seed(self, family: Family, width: int, tables: Tables) -> list[dict[Point, float]]:
         return [tables[family.optimizer, family.readout, width, seed] for seed in range(self.seeds)]
 
-    def run(self, run: Run, on_step: OnStep) -> Result:
+    def run(self, run: Run, on_step: OnStep) -> Record:
         torch.set_flush_denormal(True)  # what decays to nothing would slow the rest down
         family = next(f for f in FAMILIES if (f.optimizer, f.readout) == (run["optimizer"], run["readout"]))
         block = Block(run["shape"], run["a_from"], run["a_to"], run["b_from"], run["b_to"])
@@ -125,9 +146,9 @@ class Toy(Experiment):
             {"log_a": a / 2, "log_b": b / 2, "train_loss": _digits(train), "test_loss": _digits(test)}
             for (a, b), train, test in zip(block.points, losses.train.tolist(), losses.test.tolist(), strict=True)
         ]
-        return Result(run, "done", rows=tuple(rows))
+        return Record(run, "done", rows=tuple(rows))
 
-    def figures(self, results: Results) -> dict[str, Any]:
+    def figures(self, results: Records) -> dict[str, Any]:
         """For each family: fitted exponents beside the theory's, the best pairs by width, the cost of a tied rate."""
         tables = _tables(results)
         return {
@@ -165,11 +186,11 @@ class Toy(Experiment):
             "tied_over_best": _tied_over_best(per_seed),
         }
 
-    def report(self, results: Results, figures: Mapping[str, Any]) -> Report:
+    def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         parts: list[Table | Figure] = [self._maps(_tables(results))]
         for family in FAMILIES:
-            found = figures[f"{family.optimizer}/{family.readout}"]
-            parts += [_track_figure(family, found, self.widths), _track_table(family, found)]
+            of_family = figures[f"{family.optimizer}/{family.readout}"]
+            parts += [_track_figure(family, of_family, self.widths), _track_table(family, of_family)]
         parts.append(_tied_figure(figures, self.widths))
         return Report(_verdict(figures, self.map_width), parts, _METHOD, _LIMITS)
 
@@ -187,14 +208,25 @@ class Toy(Experiment):
         )
 
 
-def _tables(results: Results) -> Tables:
+def _tables(results: Records) -> Tables:
     """Test losses of all points, by optimizer, W_out, width and seed."""
     tables: Tables = defaultdict(dict)
     for result in results.values():
-        table = tables[tuple(result.params[name] for name in ("optimizer", "readout", "width", "seed"))]
+        table = tables[tuple(result.trial.params[name] for name in ("optimizer", "readout", "width", "seed"))]
         for row in result.rows:
             table[round(2 * float(row["log_a"])), round(2 * float(row["log_b"]))] = float(row["test_loss"])
     return tables
+
+
+def _blocks(family: Family, width: int, results: Records, seeds: int) -> list[Block]:
+    """The blocks that have been trained with all seeds."""
+    own = {"optimizer": family.optimizer, "readout": family.readout, "width": width}
+    found: Counter[Block] = Counter()
+    for result in results.values():
+        params = result.trial.params
+        if own.items() <= params.items() and params["seed"] < seeds:
+            found[Block(*(params[name] for name in ("shape", "a_from", "a_to", "b_from", "b_to")))] += 1
+    return [block for block, count in found.items() if count == seeds]
 
 
 def _run(family: Family, width: int, seed: int, block: Block) -> Run:
@@ -275,14 +307,14 @@ def _heat_map(family: Family, joint: Mapping[Point, float]) -> HeatMap:
     )  # fmt: skip
 
 
-def _track_figure(family: Family, found: Mapping[str, Any], widths: Sequence[int]) -> Figure:
+def _track_figure(family: Family, of_family: Mapping[str, Any], widths: Sequence[int]) -> Figure:
     plots = []
     for place, (quantity, symbol) in enumerate(QUANTITIES.items()):
-        logs = [found["widths"][str(width)]["log10"][quantity] for width in widths]
+        logs = [of_family["widths"][str(width)]["log10"][quantity] for width in widths]
         centre = sum(log["mean"] for log in logs) / len(logs)
         middle = sum(math.log10(width) for width in widths) / len(widths)
-        slope = found["theory"][quantity]
-        name = f"measured, exponent {interval(found['exponents'][quantity])}"
+        slope = of_family["theory"][quantity]
+        name = f"measured, exponent {interval(of_family['exponents'][quantity])}"
         rates_found = [{bound: 10**value for bound, value in log.items()} for log in logs]
         measured = banded(name, widths, rates_found, colour=place)
         theory = Series(
@@ -299,13 +331,13 @@ def _track_figure(family: Family, found: Mapping[str, Any], widths: Sequence[int
     )
 
 
-def _track_table(family: Family, found: Mapping[str, Any]) -> Table:
+def _track_table(family: Family, of_family: Mapping[str, Any]) -> Table:
     rows = [
         [
             int(width), at["best"]["lr_a"], at["best"]["lr_b"], at["best"]["lr_b"] / at["best"]["lr_a"],
             at["best"]["loss"], at["best_tied"]["lr"], at["best_tied"]["loss"], "yes" if at["inside"] else "no",
         ]
-        for width, at in found["widths"].items()
+        for width, at in of_family["widths"].items()
     ]  # fmt: skip
     columns = ("n", "η_A", "η_B", "λ", "loss", "best tied η", "loss at λ = 1", "inside")
     return Table(f"{family.title}: the pair with the lowest mean loss", columns, rows)
@@ -313,13 +345,13 @@ def _track_table(family: Family, found: Mapping[str, Any]) -> Table:
 
 def _tied_figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
     plots = []
-    for found in figures.values():
-        at = [found["widths"][str(width)] for width in widths]
+    for of_family in figures.values():
+        at = [of_family["widths"][str(width)] for width in widths]
         both = [
             Series("best pair", widths, [row["best"]["loss"] for row in at]),
             Series("best with λ = 1", widths, [row["best_tied"]["loss"] for row in at], dashed=True),
         ]
-        plots.append(LinePlot(found["title"], "width n", "test loss", both, log_x=True, log_y=True))
+        plots.append(LinePlot(of_family["title"], "width n", "test loss", both, log_x=True, log_y=True))
     return Figure(
         "tied-by-width", "What one rate for both costs", plots,
         "Test loss, geometric mean over the seeds, of the best pair and of the best tied rate.",
@@ -328,23 +360,24 @@ def _tied_figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
 
 def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:
     sentences = []
-    for found in figures.values():
-        at, exponents = found["map"], found["exponents"]
-        widest = list(found["widths"])[-1]
-        factor = _factor(found["widths"][widest]["tied_over_best"])
-        theory = ", ".join(f"{QUANTITIES[name]} {value:g}" for name, value in found["theory"].items())
+    for of_family in figures.values():
+        at, exponents = of_family["map"], of_family["exponents"]
+        widest = list(of_family["widths"])[-1]
+        factor = _factor(of_family["widths"][widest]["tied_over_best"])
+        theory = ", ".join(f"{QUANTITIES[name]} {value:g}" for name, value in of_family["theory"].items())
         measured = ", ".join(f"{QUANTITIES[name]} {interval(value)}" for name, value in exponents.items())
         sentences.append(
-            f"{found['title']}: at n = {map_width} the best pair has λ = {at['best']['lr_b'] / at['best']['lr_a']:.3g} "
+            f"{of_family['title']}: at n = {map_width} the best pair has λ = "
+            f"{at['best']['lr_b'] / at['best']['lr_a']:.3g} "
             f"(centre of the good region: {10 ** at['log10']['lr_ratio']['mean']:.3g}); exponents in n: {measured}; "
-            f"theory: {theory}. At n = {widest} the best tied rate {factor}.{_at_edge(found)}"
+            f"theory: {theory}. At n = {widest} the best tied rate {factor}.{_at_edge(of_family)}"
         )
     return sentences
 
 
-def _at_edge(found: Mapping[str, Any]) -> str:
-    """Where no best pair was found, and what that means."""
-    widths = [width for width, at in found["widths"].items() if not at["inside"]]
+def _at_edge(of_family: Mapping[str, Any]) -> str:
+    """Where no best pair was of_family, and what that means."""
+    widths = [width for width, at in of_family["widths"].items() if not at["inside"]]
     if not widths:
         return ""
     return f" At n = {', '.join(widths)} the best pair is at the edge of the grid, so these exponents tell nothing."

@@ -144,7 +144,7 @@ def changes(before: Factors, after: Factors, features: Tensor) -> tuple[Tensor, 
     """δ1, δ2 and δ3 of the layer's output, each of shape (pairs, n, points); their sum is the whole change."""
     z, moved = _inner(before.a, features), _inner(after.a - before.a, features)
     delta_b = after.b - before.b
-    return tuple(SCALING * torch.bmm(b, inner) for b, inner in ((before.b, moved), (delta_b, z), (delta_b, moved)))  # type: ignore[return-value]
+    return SCALING * torch.bmm(before.b, moved), SCALING * torch.bmm(delta_b, z), SCALING * torch.bmm(delta_b, moved)
 
 
 class Stepper:
@@ -209,7 +209,7 @@ def train(
     """
     size = max(1, min(len(lr_a), ELEMENTS // (model.width * batch)))
     parts = list(zip(lr_a.split(size), lr_b.split(size), strict=True))
-    found: list[tuple[Tensor, Tensor]] = []
+    losses: list[Losses] = []
     for place, (rates_a, rates_b) in enumerate(parts):
         factors = Factors.at_start(model, len(rates_a))
         stepper = Stepper(optimizer, factors, rates_a, rates_b)
@@ -219,10 +219,10 @@ def train(
             stepper.step((by_a, by_b), schedule=(steps - step) / steps)
             if look and before:
                 look(place * size, step + 1, before, factors)
-        found.append(tuple(_loss(model, factors, *pair) for pair in _splits(model)))  # type: ignore[arg-type]
+        on_train, on_test = (_loss(model, factors, *pair) for pair in _splits(model))
+        losses.append(Losses(on_train, on_test))
         on_part(place + 1, len(parts))
-    train_losses, test_losses = (torch.cat(column) for column in zip(*found, strict=True))
-    return Losses(train_losses, test_losses)
+    return Losses(torch.cat([part.train for part in losses]), torch.cat([part.test for part in losses]))
 
 
 def _splits(model: Frozen) -> list[tuple[Tensor, Tensor]]:

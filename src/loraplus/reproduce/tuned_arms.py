@@ -10,12 +10,13 @@ import math
 import statistics
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
-from loraplus.reproduce.experiment import Experiment, Result, Results, Run, Value
-from loraplus.reproduce.grid import HALF_DECADE, RATIOS, Point, best_of, lr_of, next_point
+from loraplus.reproduce.experiment import Experiment, Record, Records, Run
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Series, Table, interval
+from loraplus.study.records import Value
+from loraplus.study.search.grid import HALF_DECADE, RATIOS, Point, RatioGrid, best_of, lr_of
 from loraplus.study.statistics import Estimate, finite_t_interval, steps_to_target
 from loraplus.study.worker import OnStep
 
@@ -25,6 +26,10 @@ EVALUATIONS = 10
 _SHOWN = 0.7  # of the points have colours of their own in a map; worse ones share the darkest
 LOSS, ACCURACY, TEST_LOSS, TEST_ACCURACY = "eval_loss", "eval_accuracy", "test_loss", "test_accuracy"
 
+HOW_TUNED = (
+    "Each arm was tuned on seed 0 with the same number of runs; λ = 1, 4, 16, … in half decades of √(η_A·η_B) until "
+    "the optimum was inside, LoRA in finer steps to the same number."
+)
 Case = dict[str, Value]
 """What is trained on what, such as {"domain": "movies"}: the first parameters of its runs."""
 
@@ -46,47 +51,51 @@ class TunedArms(Experiment):
     main_value = LOSS
     every_ratio = False
     """Whether the best point of every λ is trained on the fresh seeds, not only the best with λ > 1."""
-    has_baseline = False
+    baseline_scales: ClassVar[tuple[str, ...]] = ()
+    """At which a method without a network stands beside the arms; see `baseline`."""
     has_accuracy = True
     first_step = 0
-    """Where the grid starts; see `grid.next_point`."""
+    """Where the grid starts; see `RatioGrid`."""
+
+    def grid_start(self) -> int:
+        """Where the grid starts at this scale."""
+        return self.first_step
 
     @abstractmethod
     def cases(self) -> list[Case]:
         """In the order in which they are run."""
 
     @abstractmethod
-    def train(self, job: Job, on_step: OnStep) -> Result:
+    def train(self, job: Job, on_step: OnStep) -> Record:
         """Trains once; the run of the result does not matter."""
 
     def baseline(self, case: Case) -> dict[str, float]:
-        """Values of a method without a network on a case; asked for where `has_baseline`."""
+        """Values of a method without a network on a case; asked for at `baseline_scales`."""
         return {}
 
-    def next_runs(self, results: Results) -> Sequence[Run]:
+    def next_runs(self, results: Records) -> Sequence[Run]:
         """The next point of every case's grid; once that is done, all of its final runs."""
         wanted = [run for case in self.cases() for run in self._of_case(case, results)]
         return [run for run in wanted if run.key not in results]
 
-    def _of_case(self, case: Case, results: Results) -> list[Run]:
-        baseline = [Run({**case, "phase": BASELINE})] if self.has_baseline else []
-        point = next_point(self.losses(case, results), self.first_step)
-        if point is not None:
-            return [*baseline, _run(case, TUNING, point, TUNING_SEED)]
+    def _of_case(self, case: Case, results: Records) -> list[Run]:
+        baseline = [Run({**case, "phase": BASELINE})] if self.scale in self.baseline_scales else []
+        if points := RatioGrid(first=self.grid_start()).next(self.losses(case, results)):
+            return [*baseline, *(_run(case, TUNING, point, TUNING_SEED) for point in points)]
         return [*baseline, *self._final_runs(case, results)]
 
-    def _final_runs(self, case: Case, results: Results) -> list[Run]:
+    def _final_runs(self, case: Case, results: Records) -> list[Run]:
         points = self.finalists(case, results).values()
         return [_run(case, FINAL, point, seed) for seed in fresh_seeds(self.seeds) for point in points]
 
-    def run(self, run: Run, on_step: OnStep) -> Result:
+    def run(self, run: Run, on_step: OnStep) -> Record:
         """A baseline, or one training run; tuning runs are evaluated once, at their end."""
         case = {name: run[name] for name in self.cases()[0]}
         if run["phase"] == BASELINE:
-            return Result(run, "done", self.baseline(case))
+            return Record(run, "done", values=self.baseline(case))
         evaluations = EVALUATIONS if run["phase"] == FINAL else 1
         found = self.train(Job(case, run["lr"], run["lr_ratio"], run["seed"], evaluations), on_step)
-        return Result(run, found.status, found.values, found.curve)
+        return replace(found, trial=run)
 
     def describe(self, run: Run) -> str:
         """Such as "movies, tuning: λ 4, η_A 0.001581, seed 0"."""
@@ -97,15 +106,15 @@ class TunedArms(Experiment):
 
     # What the runs come to.
 
-    def losses(self, case: Case, results: Results) -> dict[Point, float]:
+    def losses(self, case: Case, results: Records) -> dict[Point, float]:
         """Loss of every grid point of a case on the tuning seed."""
         return {
-            (result.run["lr_ratio"], result.run["grid_step"]): _loss(result)
+            (result.trial["lr_ratio"], result.trial["grid_step"]): _loss(result)
             for result in results.values()
             if _is(result, case, TUNING)
         }
 
-    def finalists(self, case: Case, results: Results) -> dict[str, Point]:
+    def finalists(self, case: Case, results: Records) -> dict[str, Point]:
         """The points to train on fresh seeds, by arm: lora, loraplus, and with `every_ratio` the rest by λ."""
         losses = self.losses(case, results)
         columns = [best_of(losses, ratio) for ratio in RATIOS if any(point[0] == ratio for point in losses)]
@@ -113,20 +122,20 @@ class TunedArms(Experiment):
         others = {f"lr_ratio_{point[0]:g}": point for point in columns[1:] if point != best}
         return {"lora": columns[0], "loraplus": best, **(others if self.every_ratio else {})}
 
-    def done(self, case: Case, results: Results) -> bool:
+    def is_finished(self, case: Case, results: Records) -> bool:
         """Whether all runs of a case are there."""
         return all(run.key in results for run in self._of_case(case, results))
 
-    def finals(self, case: Case, point: Point, results: Results) -> list[Result]:
+    def finals(self, case: Case, point: Point, results: Records) -> list[Record]:
         """The runs of a point on the fresh seeds, by seed."""
         return [results[_run(case, FINAL, point, seed).key] for seed in fresh_seeds(self.seeds)]
 
-    def figures(self, results: Results) -> dict[str, Any]:
+    def figures(self, results: Records) -> dict[str, Any]:
         """By case: both arms, their difference, steps to target, the best of every λ; unfinished cases by name."""
-        found = {title(case): self._figures(case, results) for case in self.cases() if self.done(case, results)}
-        return {"cases": found, "unfinished": [title(c) for c in self.cases() if not self.done(c, results)]}
+        found = {title(case): self._figures(case, results) for case in self.cases() if self.is_finished(case, results)}
+        return {"cases": found, "unfinished": [title(c) for c in self.cases() if not self.is_finished(c, results)]}
 
-    def _figures(self, case: Case, results: Results) -> dict[str, Any]:
+    def _figures(self, case: Case, results: Records) -> dict[str, Any]:
         points, losses = self.finalists(case, results), self.losses(case, results)
         finals = {arm: self.finals(case, point, results) for arm, point in points.items()}
         values = (LOSS, TEST_LOSS, *((ACCURACY, TEST_ACCURACY) if self.has_accuracy else ()))
@@ -143,11 +152,11 @@ class TunedArms(Experiment):
             ],
             "steps_to_target": _speed(finals["lora"], finals["loraplus"]),
         }  # fmt: skip
-        if self.has_baseline:
+        if self.scale in self.baseline_scales:
             figures["baseline"] = dict(results[Run({**case, "phase": BASELINE}).key].values)
         return figures
 
-    def _arm(self, point: Point, finals: list[Result], losses: dict[Point, float], values: Sequence[str]) -> dict:
+    def _arm(self, point: Point, finals: list[Record], losses: dict[Point, float], values: Sequence[str]) -> dict:
         own = [p for p in losses if (p[0] == 1.0) == (point[0] == 1.0)]
         figures: dict[str, Any] = {"lr": lr_of(point), "lr_ratio": point[0], "tuning_runs": len(own)}
         return figures | {
@@ -195,9 +204,9 @@ class TunedArms(Experiment):
             "seed; the median over the seeds, of which those that do not reach it come last.",
         )  # fmt: skip
 
-    def maps(self, results: Results) -> list[Figure]:
+    def maps(self, results: Records) -> list[Figure]:
         """Loss over (√(η_A·η_B), λ), three cases a picture."""
-        done = [case for case in self.cases() if self.done(case, results)]
+        done = [case for case in self.cases() if self.is_finished(case, results)]
         return [
             Figure(
                 f"grid-{place + 1}" if len(done) > 3 else "grid", "Validation loss over the rates",
@@ -207,7 +216,7 @@ class TunedArms(Experiment):
             for place in range(math.ceil(len(done) / 3))
         ]  # fmt: skip
 
-    def _map(self, case: Case, results: Results) -> HeatMap:
+    def _map(self, case: Case, results: Records) -> HeatMap:
         losses = {point: loss for point, loss in self.losses(case, results).items() if math.isfinite(loss)}
         steps = range(min(step for _, step in losses), max(step for _, step in losses) + 1)
         steps = [step for step in steps if step % HALF_DECADE == 0]  # the finer points of an arm are no rows of cells
@@ -222,11 +231,11 @@ class TunedArms(Experiment):
             diagonal=None, z_max=worst_shown,
         )  # fmt: skip
 
-    def curves(self, results: Results, figures: Mapping[str, Any]) -> list[Figure]:
+    def curves(self, results: Records, figures: Mapping[str, Any]) -> list[Figure]:
         """Mean validation loss over the steps, with its range over the seeds."""
         plots = []
         for case in self.cases():
-            if not self.done(case, results):
+            if not self.is_finished(case, results):
                 continue
             points = self.finalists(case, results)
             series = [_curve(name, self.finals(case, points[arm], results)) for arm, name in _ARMS]
@@ -281,31 +290,31 @@ def _run(case: Case, phase: str, point: Point, seed: int) -> Run:
     return Run({**case, "phase": phase, "lr_ratio": point[0], "grid_step": point[1], "lr": lr_of(point), "seed": seed})
 
 
-def _is(result: Result, case: Case, phase: str) -> bool:
-    return result.run["phase"] == phase and all(result.run[name] == value for name, value in case.items())
+def _is(result: Record, case: Case, phase: str) -> bool:
+    return result.trial["phase"] == phase and all(result.trial[name] == value for name, value in case.items())
 
 
-def _loss(result: Result) -> float:
+def _loss(result: Record) -> float:
     return _value(result, LOSS)
 
 
-def _value(result: Result, name: str) -> float:
+def _value(result: Record, name: str) -> float:
     value = result.values.get(name, math.inf) if result.status == "done" else math.inf
     return value if math.isfinite(value) else math.inf
 
 
-def _differences(lora: list[Result], loraplus: list[Result], name: str) -> Estimate | None:
+def _differences(lora: list[Record], loraplus: list[Record], name: str) -> Estimate | None:
     return finite_t_interval([_value(b, name) - _value(a, name) for a, b in zip(lora, loraplus, strict=True)])
 
 
-def _speed(lora: list[Result], loraplus: list[Result]) -> dict[str, Any]:
+def _speed(lora: list[Record], loraplus: list[Record]) -> dict[str, Any]:
     """How many times fewer steps LoRA+ needs to the loss that LoRA ends at; None for a seed that does not reach it."""
     gains: list[float | None] = []
     for a, b in zip(lora, loraplus, strict=True):
         if not a.curve or not b.curve:
             continue
-        steps = [step for step, _ in b.curve]
-        at = steps_to_target(steps, [loss for _, loss in b.curve], a.curve[-1][1])
+        steps = [point.step for point in b.curve]
+        at = steps_to_target(steps, [point.eval_loss for point in b.curve], a.curve[-1].eval_loss)
         gains.append(steps[-1] / at if at else None)
     # The median, since a spike in one of LoRA's runs would carry a mean away.
     middle = statistics.median_low([gain or 0.0 for gain in gains]) if gains else 0.0
@@ -313,8 +322,8 @@ def _speed(lora: list[Result], loraplus: list[Result]) -> dict[str, Any]:
     return {"reached": reached, "seeds": len(lora), "speed_up": middle or None, "by_seed": gains}
 
 
-def _curve(name: str, runs: list[Result]) -> Series:
-    curves = [dict(result.curve) for result in runs if result.curve]
+def _curve(name: str, runs: list[Record]) -> Series:
+    curves = [{p.step: p.eval_loss for p in result.curve} for result in runs if result.curve]
     steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     columns = [[curve[step] for curve in curves] for step in steps]
     return Series(

@@ -15,7 +15,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.files.single import write_atomically
-from loraplus.study.mending import KeyOf, Mended, mended, operation
+from loraplus.study.mending import Mended, mended, operation
 
 try:
     import fcntl
@@ -29,7 +29,7 @@ _LINES_LOOKED_AT, _LONGEST_LOOKED_AT = 1000, 2**20
 _MOST_NAMED = 4
 
 
-def open_journal(location: str, study: str, key_of: KeyOf | None) -> JournalStorage:
+def open_journal(location: str, study: str) -> JournalStorage:
     """The storage of a journal file, which is made if it is not there.
 
     What a kill left half written at the end goes in silence: it is no finished run. Damage before the end is passed
@@ -38,7 +38,6 @@ def open_journal(location: str, study: str, key_of: KeyOf | None) -> JournalStor
     Args:
         location: The file.
         study: Name of the study that is wanted of it.
-        key_of: See `mending.mended`.
 
     Raises:
         InputError: it is another kind of file; or it is damaged and another process has it open, or cannot be mended.
@@ -50,9 +49,9 @@ def open_journal(location: str, study: str, key_of: KeyOf | None) -> JournalStor
         try:
             with _acquired(lock):
                 _drop_torn_tail(path)
-                found = mended(path, path.read_bytes(), study, key_of)
-            if found is not None:
-                _replace(path, found, hold, lock)
+                repaired = mended(path, path.read_bytes(), study)
+            if repaired is not None:
+                _replace(path, repaired, hold, lock)
         finally:
             hold.end()
     backend: Any = JournalFileBackend(location, lock_obj=lock)
@@ -60,27 +59,27 @@ def open_journal(location: str, study: str, key_of: KeyOf | None) -> JournalStor
     return JournalStorage(backend)
 
 
-def _replace(path: Path, found: Mended, hold: _Hold, lock: JournalLock) -> None:
-    lines = _named(found)
+def _replace(path: Path, repaired: Mended, hold: _Hold, lock: JournalLock) -> None:
+    lines = _named(repaired)
     if not hold.is_alone():
         raise InputError(f"{path}: {lines}, and another process has it open; wait for it to end, then go on")
     with _acquired(lock):
         kept = _keep_copy(path)
-        write_atomically(path, found.content)
+        write_atomically(path, repaired.content)
     warnings.warn(
-        f"{path}: {lines}, and passed over; {found.finished} finished runs stand, and the journal as it was is kept "
+        f"{path}: {lines}, and passed over; {repaired.finished} finished runs stand, and the journal as it was is kept "
         f"in {kept.name}",
         LoraPlusWarning,
         stacklevel=2,
     )
 
 
-def _named(found: Mended) -> str:
+def _named(repaired: Mended) -> str:
     """Which lines are damaged, in words."""
-    if not found.passed_over:
+    if not repaired.passed_over:
         return "lines are missing"
-    named = [f"line {number} is damaged ({why})" for number, why in found.passed_over[:_MOST_NAMED]]
-    more = len(found.passed_over) - len(named)
+    named = [f"line {number} is damaged ({why})" for number, why in repaired.passed_over[:_MOST_NAMED]]
+    more = len(repaired.passed_over) - len(named)
     return ", ".join(named) + (f", and {more} more lines" if more else "")
 
 
@@ -129,7 +128,7 @@ class _Hold:
         self._file.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # the file could not be opened
+        if hasattr(self, "_file"):  # else it could not be opened
             self.end()
 
     def _lock(self, kind: int) -> bool:

@@ -1,7 +1,8 @@
-"""Tells whether the process that has a run under way is still there: its heartbeat goes on.
+"""Tells whether the process that has a run under way still lives: its heartbeat goes on.
 
-The owner of a run counts up a number beside it every `beat_seconds`. Who sees the number stand still for
-`lease_seconds` of the own clock takes the owner for dead. No clock is compared with another machine's.
+The owner of a run counts a number beside it up, several times in `lease_seconds`. Another process that has watched the
+number stand still for `lease_seconds`, by its own clock, takes the owner for dead. So clocks of two machines are never
+compared.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Leases:
         self._seen = {number: seen for number, seen in self._seen.items() if number in keep}
 
     def beat_is_due(self) -> bool:
-        """Whether the own heartbeats should be renewed now; True counts as done."""
+        """Whether this process should count its own runs' heartbeats up now; True counts as done."""
         now = self._clock()
         if now - self._beaten < self.lease_seconds / BEATS_PER_LEASE:
             return False

@@ -119,7 +119,7 @@ class Pair:
         return self.accuracy if self.decides == ACCURACY else self.loss
 
     @property
-    def found(self) -> bool | None:
+    def differs(self) -> bool | None:
         """Whether the arm differs from LoRA; None without a verdict, for want of seeds."""
         return None if self.p_value_holm is None else self.p_value_holm < LEVEL
 
@@ -142,7 +142,7 @@ class Pair:
         return {
             **over_seeds,
             "p_value_holm": self.p_value_holm,
-            "found": self.found,
+            "found": self.differs,
             "by_seed": [
                 {"seed": run.trial.seed, **{f"{kind}_difference": d.by_seed[i] for kind, d in of.items() if d}}
                 for i, run in enumerate(self.runs)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from loraplus.errors import DivergedError
 from loraplus.study.arms import ALL, chosen
 from loraplus.study.records import ARMS, Record, Trial
-from loraplus.study.search import Point, best_point, next_point, start_point
+from loraplus.study.runner import StudyPlan
+from loraplus.study.search import Point, best_point
+from loraplus.study.search.pattern import PatternSearch, start_point
 from loraplus.tasks.config import CompareConfig
 
 OWN_RATES = Point(1.0, 1.0)
@@ -25,7 +27,7 @@ OWN_RATES = Point(1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(StudyPlan):
     """Budget and starting points of a comparison."""
 
     tuning_runs: int
@@ -34,8 +36,6 @@ class Plan:
     lr_ratio: float
     untuned_lr: float
     arms: tuple[str, ...] = ARMS
-    full_steps: None = field(default=None, init=False)
-    """All runs have the same length."""
 
     @classmethod
     def from_config(cls, config: CompareConfig) -> Plan:
@@ -95,7 +95,8 @@ class Plan:
         for arm in self._tuned_arms:
             under_way = any(trial.phase == "tuning" and trial.arm == arm for trial in running)
             if len(tuning[arm]) < self.tuning_runs and not under_way:
-                point = next_point(tuning[arm], start_point(self._ratio(arm)), tune_ratio=ALL[arm].tunes_ratio)
+                search = PatternSearch(start_point(self._ratio(arm)), ALL[arm].tunes_ratio)
+                (point,) = search.next(tuning[arm])
                 yield Trial("tuning", arm, point.lr, point.lr_ratio, self.seed)
         points = {arm: self._winner(arm, tuning[arm]) if arm in tuning else OWN_RATES for arm in self.arms}
         for seed in self.fresh_seeds:

@@ -13,20 +13,23 @@ import queue
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
 from loraplus.errors import InterruptedRun, LoraPlusError
 from loraplus.files.scratch import scratch_folder
-from loraplus.study.format import RecordT, TrialT
+from loraplus.study.records import Keyed, Record
 from loraplus.study.store import StudyStore
-from loraplus.study.worker import OnStep, perform, set_up
+from loraplus.study.worker import RunTrial, perform, set_up
 
+Records = Mapping[str, Record]
+"""Finished runs by key."""
 JOURNAL_FILE = "study.journal"
 LOG_FILE = "workers.log"
 MOST_WORKERS_ON_CPU = 2
@@ -35,29 +38,29 @@ SECONDS_BETWEEN_REFRESHES = 1.0
 SECONDS_TO_TERMINATE = 3.0
 
 
-class Plan(Protocol[TrialT, RecordT]):
+class StudyPlan(ABC):
     """What a study consists of; it holds no state, so that everything follows from the records."""
 
-    @property
-    def full_steps(self) -> int | None:
-        """Steps of a run of full length, where runs differ in length."""
-        ...
-
-    def done(self, records: Mapping[str, RecordT]) -> tuple[float, float]:
+    @abstractmethod
+    def done(self, records: Records) -> tuple[float, float]:
         """How much is done and how much there is in all, in runs of full length."""
-        ...
 
-    def next(self, records: Mapping[str, RecordT], running: Iterable[TrialT]) -> TrialT | None:
+    @abstractmethod
+    def next(self, records: Records, running: Iterable[Any]) -> Any | None:
         """The run to start next, or None if nothing can start before one under way has finished."""
-        ...
 
-    def known(self, records: Mapping[str, RecordT], trial: TrialT) -> RecordT | None:
+    def known(self, records: Records, trial: Any) -> Record | None:
         """The outcome of a run if a finished one of another name was the same training."""
-        ...
+        return None
+
+    @property
+    def full_length(self) -> int | None:
+        """Steps of a run of full length, where runs differ in length."""
+        return None
 
 
 @dataclass(frozen=True)
-class Event(Generic[TrialT, RecordT]):
+class Event:
     """Something that a progress display may want to show.
 
     `planned` comes first, without a trial; then `started`, any number of `step`, and `finished` for every run. A run
@@ -67,17 +70,17 @@ class Event(Generic[TrialT, RecordT]):
     kind: Literal["planned", "started", "step", "finished"]
     done: float
     planned: float
-    trial: TrialT | None = None
+    trial: Keyed | None = None
     step: int = 0
     total_steps: int = 0
     eval_loss: float | None = None
-    record: RecordT | None = None
+    record: Record | None = None
     reused: bool = False
     elsewhere: bool = False
     full_steps: int | None = None
 
 
-OnEvent = Callable[[Event[Any, Any]], None]
+OnEvent = Callable[[Event], None]
 
 
 def has_begun(folder: str | os.PathLike[str], *results: str) -> bool:
@@ -107,14 +110,14 @@ def threads_of_each(workers: int) -> int:
 
 
 def run_all(
-    plan: Plan[TrialT, RecordT],
-    store: StudyStore[TrialT, RecordT],
-    run: Callable[[TrialT, OnStep], RecordT],
+    plan: StudyPlan,
+    store: StudyStore,
+    run: RunTrial,
     *,
     workers: int = 1,
     on_event: OnEvent | None = None,
     log: str | os.PathLike[str] | None = None,
-) -> dict[str, RecordT]:
+) -> dict[str, Record]:
     """Does every run of the plan that the store does not hold yet; of a shared store, together with others.
 
     Args:
@@ -136,12 +139,14 @@ def run_all(
     return _Coordinator(plan, store, run, workers, on_event or (lambda event: None), log).work()
 
 
-class _Coordinator(Generic[TrialT, RecordT]):
+class _Coordinator:
+    """One call of `run_all`."""
+
     def __init__(
         self,
-        plan: Plan[TrialT, RecordT],
-        store: StudyStore[TrialT, RecordT],
-        run: Callable[[TrialT, OnStep], RecordT],
+        plan: StudyPlan,
+        store: StudyStore,
+        run: RunTrial,
         workers: int,
         on_event: OnEvent,
         log: str | os.PathLike[str] | None,
@@ -149,7 +154,7 @@ class _Coordinator(Generic[TrialT, RecordT]):
         self.plan, self.store, self.workers, self.on_event = plan, store, workers, on_event
         self.records = store.records()
         self.looked = 0.0
-        self.running: dict[Future[RecordT], TrialT] = {}
+        self.running: dict[Future[Record], Keyed] = {}
         self.stop = threading.Event()
         store.stop_waiting_if(self.stop.is_set)
         self.siblings = {process.pid for process in multiprocessing.active_children()}
@@ -158,7 +163,7 @@ class _Coordinator(Generic[TrialT, RecordT]):
         self.for_workers = (run, self.messages, threads_of_each(workers), None if log is None else os.fspath(log))
         self.context = context
 
-    def work(self) -> dict[str, RecordT]:
+    def work(self) -> dict[str, Record]:
         with scratch_folder() as scratch, _signals_set(self.stop):
             self.pool = ProcessPoolExecutor(
                 self.workers, mp_context=self.context, initializer=set_up, initargs=(*self.for_workers, scratch)
@@ -195,7 +200,7 @@ class _Coordinator(Generic[TrialT, RecordT]):
 
     def emit(self, kind: Literal["planned", "started", "step", "finished"], **details: Any) -> None:
         done, planned = self.plan.done(self.records)
-        self.on_event(Event(kind, done=done, planned=planned, full_steps=self.plan.full_steps, **details))
+        self.on_event(Event(kind, done=done, planned=planned, full_steps=self.plan.full_length, **details))
 
     @property
     def progress(self) -> str:
@@ -232,13 +237,13 @@ class _Coordinator(Generic[TrialT, RecordT]):
             else:
                 return
 
-    def submit(self, trial: TrialT) -> Future[RecordT]:
+    def submit(self, trial: Keyed) -> Future[Record]:
         try:
             return self.pool.submit(perform, trial)
         except BrokenProcessPool:
             raise self.broken([trial]) from None
 
-    def take(self, future: Future[RecordT]) -> None:
+    def take(self, future: Future[Record]) -> None:
         try:
             record = future.result()
         except BrokenProcessPool:
@@ -246,14 +251,14 @@ class _Coordinator(Generic[TrialT, RecordT]):
         self.keep(record)
         del self.running[future]
 
-    def keep(self, record: RecordT, reused: bool = False) -> None:
+    def keep(self, record: Record, reused: bool = False) -> None:
         key = record.trial.key
         self.store.finish(record)
         self.records[key] = record = self.store.records()[key]
         self.emit("finished", trial=record.trial, record=record, reused=reused)
         self.take_news()
 
-    def broken(self, trials: list[TrialT]) -> LoraPlusError:
+    def broken(self, trials: list[Keyed]) -> LoraPlusError:
         """Why workers are gone; a signal to the whole process group, as `timeout` sends it, ends them as well."""
         if self.stop.wait(SECONDS_BETWEEN_LOOKS):
             return InterruptedRun()

@@ -3,6 +3,9 @@
 A seed is one training run, the unit that a method repeats over. Student's t over the seeds' differences says whether
 the next seeds would show a difference, too. The choice of test examples is another matter: what is computed over
 examples tells how sure a figure is for the models that were trained, and nothing of the next ones.
+
+There are two intervals, and published figures rest on both: `t_interval`, over seeds, for differences and exponents,
+and `two_way_interval`, over seeds and test examples, for the test results of one arm.
 """
 
 from __future__ import annotations
@@ -77,6 +80,20 @@ def t_interval(values: Sequence[float], step: float = 0.0) -> Estimate:
         return Estimate(mean, -math.inf, math.inf)
     half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * _spread(values, step) / math.sqrt(len(values))
     return Estimate(mean, mean - half, mean + half)
+
+
+def exponent(x: Sequence[float], log10_y: Sequence[Sequence[float]]) -> Estimate:
+    """p of y ∝ xᵖ, fitted by least squares for each seed; the mean over the seeds with its 95% interval.
+
+    Args:
+        x: Such as the widths.
+        log10_y: For each seed the decimal logarithms of y at each x.
+
+    Example:
+        >>> exponent([64, 128, 256], [[0.0, 0.30103, 0.60206]]).mean.__round__(3)
+        1.0
+    """
+    return t_interval([float(np.polyfit(np.log10(x), row, 1)[0]) for row in log10_y])
 
 
 def finite_t_interval(values: Sequence[float]) -> Estimate | None:

@@ -14,7 +14,6 @@ from optuna.storages import BaseStorage, RDBStorage
 
 from loraplus.errors import InputError
 from loraplus.study.journal import open_journal
-from loraplus.study.mending import KeyOf
 
 CONNECT_SECONDS = 10
 WAIT_SECONDS = 120.0
@@ -27,16 +26,12 @@ _LOST = (
 )
 
 
-def open_study(
-    location: str | os.PathLike[str], name: str, *, key_of: KeyOf | None = None, begun: bool = False
-) -> optuna.Study:
+def open_study(location: str | os.PathLike[str], name: str, *, begun: bool = False) -> optuna.Study:
     """Opens a study, or creates it.
 
     Args:
         location: A journal file, or a storage URL as Optuna takes it (`postgresql://…`, `sqlite:///…`).
         name: Name of the study within the storage.
-        key_of: The key of the run that a stored outcome belongs to; raises if the outcome cannot be read.
-            Default: outcomes are not looked into.
         begun: It has had runs, so that it must be there.
 
     Raises:
@@ -49,7 +44,7 @@ def open_study(
         if begun and "://" not in location and not (os.path.exists(location) and os.path.getsize(location)):
             what = "is empty" if os.path.exists(location) else "is gone"
             raise InputError(f"{shown} {what}, {_LOST}")
-        return _create_study(location, name, key_of, begun)
+        return _create_study(location, name, begun)
     except InputError:
         raise
     except ModuleNotFoundError as error:
@@ -65,8 +60,8 @@ def open_study(
 class Patient:
     """A storage whose calls wait for a server that is away, restarting say, for at most `WAIT_SECONDS`.
 
-    A call may have been carried out although its answer was lost. All that a store does can be done twice: a second
-    trial of a run is one that nobody owns, and an end is an end.
+    A call may have been carried out although its answer was lost, and is then made twice. That does no harm: a second
+    trial of a run has no owner and is closed later, and a trial that is closed stays so.
 
     Args:
         storage: Of Optuna.
@@ -142,10 +137,10 @@ def _secrets(location: str) -> list[str]:
     return [secret for secret in found if secret]
 
 
-def _create_study(location: str, name: str, key_of: KeyOf | None, begun: bool) -> optuna.Study:
+def _create_study(location: str, name: str, begun: bool) -> optuna.Study:
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            storage = _storage(location, name, key_of)
+            storage = _storage(location, name)
             if begun and all(study.study_name != name for study in storage.get_all_studies()):
                 raise InputError(f"{without_password(location)} holds no study {name!r}, {_LOST}")
             return optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
@@ -158,7 +153,7 @@ def _create_study(location: str, name: str, key_of: KeyOf | None, begun: bool) -
     raise AssertionError("unreachable")
 
 
-def _storage(location: str, name: str, key_of: KeyOf | None) -> BaseStorage:
+def _storage(location: str, name: str) -> BaseStorage:
     if "://" in location:
         url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", location)
         if url.startswith("sqlite"):
@@ -167,7 +162,7 @@ def _storage(location: str, name: str, key_of: KeyOf | None) -> BaseStorage:
             return optuna.storages.get_storage(url)
         options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_SECONDS}}
         return optuna.storages.get_storage(RDBStorage(url, engine_kwargs=options))
-    return open_journal(location, name, key_of)
+    return open_journal(location, name)
 
 
 def _one_at_a_time(url: str) -> RDBStorage:

@@ -1,19 +1,19 @@
 """Keeps the runs of a study in an Optuna storage, so that a killed study goes on where it was.
 
 Each run is one Optuna trial: of a training run, η_A and λ are its parameters, the validation loss its value, the curve
-its intermediate values, and the whole `Record` a user attribute; `format.py` says so, and what else can be kept.
+its intermediate values, and the whole `Record` a user attribute.
 `optuna-dashboard study.journal` shows the study as any other. A finished run is a complete trial, a diverged one a
 failed trial; a run that was cut short or came second is a pruned trial.
 
 Several processes may work on one study. To claim a run, a process adds a trial that is under way from the start, with
-the run's key. Storages number trials in order, so of two with one key all see the same one first: that one counts, the
-owner of the other closes it again. While a process has a run under way, it renews the run's heartbeat; when that
-stands still, another process closes the trial as pruned, and the run can be claimed anew.
+the run's key. Storages number trials in order, so all processes see the same one of two trials with one key first. That
+one counts, and the owner of the other closes it again. While a process has a run under way, it renews the run's
+heartbeat (`lease.py`). When that stands still, another process closes the trial as pruned, and the run is free again.
 
-A run has one outcome, whoever trains it how often. A process writes its outcome into its trial, or into a new one if
-that was closed, and then closes the trials of the run in the order of their numbers: the first to have an outcome
-keeps it, all others are pruned. A trial is closed once and for all, and only after those before it; so no second
-outcome can ever be stored, and what one process has read, all will read.
+A run has one outcome, even if several processes have trained it. A process writes its outcome into its trial, or into a
+new one if that was closed. Then it closes the trials of the run in the order of their numbers: the first that has an
+outcome keeps it, all others are pruned. A closed trial never changes, and a trial is closed after those before it. So
+no second outcome can be stored, and all processes read the same.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic
+from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from loraplus.errors import InputError, LoraPlusError
 from loraplus.files.output import data_changes
-from loraplus.study.format import BEAT, KEY, RECORD, TRAINING, Format, RecordT, TrialT, restored, stored
 from loraplus.study.lease import LEASE_SECONDS, Leases
+from loraplus.study.optuna_trials import curve_of, frozen_trial, outcome_of, trial_of_frozen
+from loraplus.study.records import BEAT, KEY, RECORD, Keyed, Record, restored
 from loraplus.study.storage import Patient, open_study, reason, without_password
 
 DATA = "data"
 SETTINGS = "settings"
 
 
-class StudyStore(Generic[TrialT, RecordT]):
+class StudyStore:
     """The records of one study, and who has which run under way.
 
     Args:
         study: As `open_study` gives it.
-        format: How runs and their outcomes are written.
         location: Where it is, for error messages.
         shared: Other processes may work on the study too. Otherwise this is the only one, and what an earlier process
             left under way is closed at once.
@@ -53,14 +53,12 @@ class StudyStore(Generic[TrialT, RecordT]):
     def __init__(
         self,
         study: optuna.Study,
-        format: Format[TrialT, RecordT],
         location: str = "",
         *,
         shared: bool = False,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self._study = study
-        self._format = format
         self._location = location
         self.shared = shared
         self._leases = leases = Leases(lease_seconds)
@@ -71,7 +69,7 @@ class StudyStore(Generic[TrialT, RecordT]):
         self._beats = 0
         self._reported: dict[str, set[int]] = {}
         self._others: list[FrozenTrial] = []  # under way
-        self._records: dict[str, RecordT] = {}
+        self._records: dict[str, Record] = {}
         if not shared:
             self._close_unfinished()
         self.refresh()
@@ -81,19 +79,17 @@ class StudyStore(Generic[TrialT, RecordT]):
         cls,
         location: str | os.PathLike[str],
         name: str,
-        format: Format[Any, Any] = TRAINING,
         *,
         shared: bool = False,
         lease_seconds: float = LEASE_SECONDS,
         begun: bool = False,
-    ) -> StudyStore[Any, Any]:
+    ) -> StudyStore:
         """Opens a study, or creates it; runs that a dead process left unfinished will be done again.
 
         Args:
             location: A journal file, or a storage URL as Optuna takes it (`postgresql://…`, `sqlite:///…`).
             name: Name of the study within the storage.
-            format: How runs and their outcomes are written.
-            shared, lease_seconds: See the class.
+                shared, lease_seconds: See the class.
             begun: The study has had runs, so that it must be there.
 
         Raises:
@@ -101,9 +97,9 @@ class StudyStore(Generic[TrialT, RecordT]):
                 that has begun.
         """
         location = os.fspath(location)
-        study = open_study(location, name, key_of=lambda outcome: restored(format, outcome).trial.key, begun=begun)
+        study = open_study(location, name, begun=begun)
         try:
-            return cls(study, format, location, shared=shared, lease_seconds=lease_seconds)
+            return cls(study, location, shared=shared, lease_seconds=lease_seconds)
         except LoraPlusError as error:
             raise InputError(str(error)) from None
         except Exception as error:
@@ -113,13 +109,13 @@ class StudyStore(Generic[TrialT, RecordT]):
         """A server that is away is not waited for any more once this holds."""
         self._storage.interrupted = interrupted
 
-    def records(self) -> dict[str, RecordT]:
+    def records(self) -> dict[str, Record]:
         """Finished runs by the key of their trial, diverged ones included, as of the last `refresh`."""
         return dict(self._records)
 
-    def elsewhere(self) -> list[TrialT]:
+    def elsewhere(self) -> list[Any]:
         """Runs that other processes had under way at the last `refresh`."""
-        trials = map(self._format.trial, self._others)
+        trials = map(trial_of_frozen, self._others)
         return [trial for trial in trials if trial.key not in self._records]
 
     def refresh(self) -> None:
@@ -153,7 +149,7 @@ class StudyStore(Generic[TrialT, RecordT]):
         where = f"the study {self._study.study_name!r} in {without_password(self._location)}"
         self._check(SETTINGS, settings, f"{where} was started with other settings; choose another --study")
 
-    def start(self, trial: TrialT) -> bool:
+    def start(self, trial: Keyed) -> bool:
         """Claims a run for this process and notes that it is under way.
 
         Returns:
@@ -172,7 +168,7 @@ class StudyStore(Generic[TrialT, RecordT]):
             return False
         return True
 
-    def progress(self, trial: TrialT, step: int, value: float) -> None:
+    def progress(self, trial: Keyed, step: int, value: float) -> None:
         """Adds one evaluation of a run under way to its curve."""
         reported = self._reported.get(trial.key)
         if reported is not None and step not in reported:
@@ -180,7 +176,7 @@ class StudyStore(Generic[TrialT, RecordT]):
                 self._storage.set_trial_intermediate_value(self._running[trial.key], step, value)
             reported.add(step)
 
-    def finish(self, record: RecordT) -> None:
+    def finish(self, record: Record) -> None:
         """Stores the outcome of a run, unless one is stored by now; from here on `records` has the one that is."""
         trial = record.trial
         self.refresh()
@@ -191,7 +187,7 @@ class StudyStore(Generic[TrialT, RecordT]):
             self.refresh()
         self.abandon(trial)
 
-    def abandon(self, trial: TrialT) -> None:
+    def abandon(self, trial: Keyed) -> None:
         """Marks a run under way as cut short; it will be done again."""
         trial_id = self._running.pop(trial.key, None)
         self._reported.pop(trial.key, None)
@@ -201,25 +197,18 @@ class StudyStore(Generic[TrialT, RecordT]):
                     self._prune(trial_id)
 
     def _add(
-        self, trial: TrialT, outcome: Mapping[str, Any] | None = None, curve: Mapping[int, float] | None = None
+        self, trial: Keyed, outcome: Mapping[str, Any] | None = None, curve: Mapping[int, float] | None = None
     ) -> None:
         """Adds a trial that is under way, with its outcome if it has one."""
-        template = create_trial(
-            state=TrialState.RUNNING,
-            params=dict(self._format.params(trial)),
-            distributions=dict(self._format.distributions(trial)),
-            user_attrs={**self._format.attributes(trial), KEY: trial.key, BEAT: 0, **(outcome or {})},
-            intermediate_values=dict(curve or {}),
-        )
+        template = frozen_trial(trial, TrialState.RUNNING, {KEY: trial.key, BEAT: 0, **(outcome or {})}, curve)
         with self._reachable():
             self._running[trial.key] = self._storage.create_new_trial(self._study_id, template_trial=template)
         self._reported[trial.key] = set()
 
-    def _write(self, record: RecordT) -> None:
+    def _write(self, record: Record) -> None:
         """Writes an outcome into the own trial, or into a new one if there is none or another process closed it."""
         trial = record.trial
-        outcome = {**self._format.measured(record), RECORD: stored(self._format, record)}
-        curve = dict(self._format.points(record))
+        outcome, curve = outcome_of(record), curve_of(record)
         if trial.key in self._running:
             with contextlib.suppress(UpdateFinishedTrialError):
                 for step, value in curve.items():
@@ -245,7 +234,7 @@ class StudyStore(Generic[TrialT, RecordT]):
         if not (keep and RECORD in frozen.user_attrs):
             self._prune(frozen._trial_id)
             return
-        value = self._format.value(self._outcome(frozen))
+        value = self._outcome(frozen).value
         with contextlib.suppress(UpdateFinishedTrialError):
             if value is None:
                 self._storage.set_trial_state_values(frozen._trial_id, TrialState.FAIL)
@@ -260,19 +249,19 @@ class StudyStore(Generic[TrialT, RecordT]):
         return self._storage.get_all_trials(self._study_id, deepcopy=False)
 
     def _take(self, frozen: FrozenTrial) -> None:
-        """Keeps the record of a closed trial that counts. Studies of before may have two for a run: the first is it."""
+        """Keeps the record of a closed trial that counts; of two in a study of an earlier version the first does."""
         if _counts(frozen) and _key(frozen) not in self._records:
             record = self._outcome(frozen)
             self._records.setdefault(record.trial.key, record)
 
-    def _outcome(self, frozen: FrozenTrial) -> RecordT:
+    def _outcome(self, frozen: FrozenTrial) -> Record:
         """What a trial's run came to.
 
         Raises:
             InputError: it is damaged.
         """
         try:
-            return restored(self._format, frozen.user_attrs[RECORD])
+            return restored(frozen.user_attrs[RECORD])
         except ValueError as error:
             raise InputError(
                 f"trial {frozen.number} of the study in {without_password(self._location)} is damaged: {error}; put "
@@ -292,7 +281,7 @@ class StudyStore(Generic[TrialT, RecordT]):
     def _is_claim(self, frozen: FrozenTrial) -> bool:
         """Whether a trial says which run it is; one that does not was put together from a damaged journal."""
         try:
-            return self._format.trial(frozen).key == _key(frozen)
+            return trial_of_frozen(frozen).key == _key(frozen)
         except (KeyError, TypeError, ValueError):
             return False
 

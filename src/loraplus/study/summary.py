@@ -90,7 +90,7 @@ def _decision(pairs: Sequence[Pair], measures: Sequence[str]) -> dict[str, Any]:
         "level": LEVEL,
         "least_seeds": LEAST_SEEDS,
         "correction": "Holm",
-        "family": [pair.arm for pair in pairs if pair.found is not None],
+        "family": [pair.arm for pair in pairs if pair.differs is not None],
     }
 
 
@@ -142,7 +142,7 @@ def _on_validation(runs: Sequence[Record], measure: str) -> float | None:
 
 def _rates_found(runs: Sequence[Record]) -> dict[str, float | None]:
     """Geometric means over the final runs of the rates that a method arrived at by itself."""
-    found = [record.found for record in runs if record.found and min(record.found) > 0]
+    found = [record.rates_reached for record in runs if record.rates_reached and min(record.rates_reached) > 0]
     if not found:
         return {"lr": None, "lr_ratio": None}
     lr, lr_b = (geometric_mean(values) for values in zip(*found, strict=True))

@@ -96,7 +96,7 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
         except DivergedError:
             return Record(trial, "diverged", clock.steps, float("inf"), _no_accuracy(config), clock.seconds_per_step,
                           _curve(trainer.state.log_history), seconds=time.perf_counter() - started,
-                          found=_found(arm, trainer))  # fmt: skip
+                          rates_reached=_rates_reached(arm, trainer))  # fmt: skip
         curve = _curve(trainer.state.log_history)
         losses, correct = ((), ()) if trial.phase == "tuning" else task.test(trainer, data)
     return Record(
@@ -110,7 +110,7 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
         test_losses=losses,
         test_correct=correct,
         seconds=time.perf_counter() - started,
-        found=_found(arm, trainer),
+        rates_reached=_rates_reached(arm, trainer),
     )
 
 
@@ -128,7 +128,7 @@ def _no_accuracy(config: TaskConfig) -> float | None:
     return 0.0 if ACCURACY in MEASURES[config.task] else None
 
 
-def _found(arm: Arm, trainer: LoraPlusTrainer) -> tuple[float, float] | None:
+def _rates_reached(arm: Arm, trainer: LoraPlusTrainer) -> tuple[float, float] | None:
     """The rates that a method which sets its own has come to."""
     return None if arm.tuned else rates_arrived_at(trainer.optimizer)
 

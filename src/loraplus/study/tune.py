@@ -12,11 +12,12 @@ from typing import Any
 
 from loraplus.errors import DivergedError
 from loraplus.files.output import check_output, hold_output, prepare_output, write_csv, write_json, write_yaml
-from loraplus.study.halving import RATIO
 from loraplus.study.pairs import finite_perplexity
 from loraplus.study.records import Record
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, has_begun, run_all
-from loraplus.study.search import START_GEOMETRIC_MEAN_LR, Point
+from loraplus.study.search import Point
+from loraplus.study.search.halving import RATIO
+from loraplus.study.search.pattern import START_GEOMETRIC_MEAN_LR
 from loraplus.study.storage import without_password
 from loraplus.study.store import StudyStore
 from loraplus.study.trial import data_facts, run_trial
@@ -29,10 +30,10 @@ RESULT_FILE = "tune.json"
 TRIALS_FILE = "trials.csv"
 BEST_FILE = "best.yaml"
 ADAPTER_FOLDER = "adapter"
-# Where a process works and writes is its own affair; all else it shares with the others of its study.
-OWN = ("output", "workers", "storage", "study")
-# Machines may keep these in different places; of files their name is compared, and of data the content.
-PLACES = ("model", "data", "eval_data")
+# Processes of one study may differ in these: where each of them works and writes.
+MAY_DIFFER = ("output", "workers", "storage", "study")
+# Machines may keep these files in different folders, so their names are compared, and of data the content.
+COMPARED_BY_NAME = ("model", "data", "eval_data")
 
 
 def tune(
@@ -136,8 +137,8 @@ def _with_budget(config: TuneConfig) -> TuneConfig:
 
 def _open(storage: str, config: TuneConfig, facts: Mapping[str, Any], begun: bool) -> StudyStore:
     store = StudyStore.open(storage, config.study, shared=True, begun=begun)
-    shared = {key: value for key, value in asdict(config).items() if key not in OWN}
-    shared |= {key: shared[key] and Path(shared[key]).name for key in PLACES}
+    shared = {key: value for key, value in asdict(config).items() if key not in MAY_DIFFER}
+    shared |= {key: shared[key] and Path(shared[key]).name for key in COMPARED_BY_NAME}
     store.check_settings(shared)
     facts = {key: value for key, value in facts.items() if key != "source"}
     store.check_data(facts)

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from loraplus.errors import InputError
-from loraplus.study.halving import Candidate, best_run, cost, first_rung, next_runs
 from loraplus.study.records import Record, Trial
+from loraplus.study.runner import StudyPlan
 from loraplus.study.search import Point
+from loraplus.study.search.halving import Candidate, Halving
 
 
 @dataclass(frozen=True)
-class TuningPlan:
+class TuningPlan(StudyPlan):
     """The budget of a search: `tuning_runs` of full length, or `minutes` of training, added up over all runs."""
 
     full_steps: int
@@ -34,16 +35,17 @@ class TuningPlan:
             InputError: the minutes do not suffice for the first rung and one run of full length.
         """
         busy = {trial.key for trial in running}
-        runs = next_runs(losses(records), self.full_steps, self.budget(records) or self._least)
+        runs = Halving(self.full_steps, self.budget(records) or self._least).next(losses(records))
         return next((trial for trial in map(self.trial, runs) if trial.key not in busy), None)
 
-    def known(self, records: Mapping[str, Record], trial: Trial) -> None:
-        """No two candidates of a search are the same training."""
-        return None
+    @property
+    def full_length(self) -> int:
+        """Steps of a run of full length."""
+        return self.full_steps
 
     def done(self, records: Mapping[str, Record]) -> tuple[float, float]:
         """What the finished runs have cost, and what the search may cost, in runs of full length."""
-        return cost(losses(records), self.full_steps), self.budget(records) or self._least
+        return self._search.cost(losses(records)), self.budget(records) or self._least
 
     def budget(self, records: Mapping[str, Record]) -> float | None:
         """The budget in runs of full length.
@@ -56,7 +58,7 @@ class TuningPlan:
         """
         if self.minutes is None:
             return self.tuning_runs
-        first = [records.get(self.trial(run).key) for run in first_rung(self.full_steps)]
+        first = [records.get(self.trial(run).key) for run in self._search.first_rung]
         finished = [record for record in first if record is not None]
         steps = sum(record.steps for record in finished)
         if len(finished) < len(first) or not steps:
@@ -76,13 +78,17 @@ class TuningPlan:
 
     def best(self, records: Mapping[str, Record]) -> Record | None:
         """The run of full length with the lowest loss, or None if all diverged."""
-        run = best_run(losses(records), self.full_steps)
+        run = self._search.best(losses(records))
         return None if run is None else records[self.trial(run).key]
+
+    @property
+    def _search(self) -> Halving:
+        return Halving(self.full_steps)
 
     @property
     def _least(self) -> float:
         """Cost of the first rung and one run of full length."""
-        return 1 + cost(first_rung(self.full_steps), self.full_steps)
+        return 1 + self._search.cost(self._search.first_rung)
 
 
 def losses(records: Mapping[str, Record]) -> dict[Candidate, float]:

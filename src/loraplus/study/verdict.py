@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from loraplus.study.arms import ALL
 from loraplus.study.pairs import Pair, diverged, runs_of
 from loraplus.study.records import ARMS, Phase, Record, Trial
 from loraplus.study.statistics import LEAST_SEEDS, PairedDifference
+from loraplus.study.wording import in_seeds, p_value, signed
 from loraplus.tasks.measures import ACCURACY, LOSS, perplexity
 
 _FEW_SEEDS = 5
@@ -43,28 +43,16 @@ def divergence(records: Sequence[Record], phase: Phase, arms: Sequence[str] = AR
     for arm in arms:
         seeds, lost = {r.trial.seed for r in runs_of(records, phase, arm)}, diverged(records, phase, arm)
         if lost:
-            parts.append(f"{ALL[arm].title} diverged on {len(lost)} of {_seeds(len(seeds))}")
+            parts.append(f"{ALL[arm].title} diverged on {len(lost)} of {in_seeds(len(seeds))}")
     return " and ".join(parts)
-
-
-def p_value(value: float | None) -> str:
-    """p = 0.031; never p = 0.
-
-    Example:
-        >>> p_value(0.0314)
-        'p = 0.031'
-    """
-    if value is None or not math.isfinite(value):
-        return "p unknown"
-    return f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"
 
 
 def _main_sentence(pair: Pair) -> str:
     """LoRA+ against LoRA."""
     start = "Tuned with equal budgets, "
-    if pair.found is None:
+    if pair.differs is None:
         return f"{start}LoRA+ − LoRA in test {pair.decides} is {_figures(pair)}: no verdict."
-    if not pair.found:
+    if not pair.differs:
         return f"{start}no difference found between LoRA+ and LoRA in test {pair.decides}: {_figures(pair)}."
     word = "better" if _ahead(pair) else "worse"
     return f"{start}LoRA+ is {word} than LoRA in test {pair.decides}: {_figures(pair)}."
@@ -78,9 +66,9 @@ def _other_sentence(pair: Pair, records: Sequence[Record]) -> str:
     if not pair.runs:
         return f"{who} leaves no seed to compare with LoRA: {lost or 'LoRA diverged'}."
     figures = _figures(pair) + (f"; {lost}" if lost else "")
-    if pair.found is None:
+    if pair.differs is None:
         return f"{who} − tuned LoRA in test {pair.decides} is {figures}: no verdict."
-    if not pair.found:
+    if not pair.differs:
         return f"{who}: no difference found to tuned LoRA in test {pair.decides}: {figures}."
     return f"{who} is {'better' if _ahead(pair) else 'worse'} than tuned LoRA in test {pair.decides}: {figures}."
 
@@ -93,9 +81,9 @@ def _untuned_sentence(pair: Pair, trials: Mapping[str, Trial], lost: str) -> str
     if not pair.runs:
         return f"{at}, {lost or 'one arm was not run'}: no seed is left to compare."
     left = f" on the seeds that are left, since {lost}" if lost else ""
-    if pair.found is None:
+    if pair.differs is None:
         return f"{at}, LoRA+ − LoRA{left} is {_figures(pair)}: no verdict."
-    if not pair.found:
+    if not pair.differs:
         return f"{at}, no difference found{left}: {_figures(pair)}."
     return f"{at}, LoRA+ is {'ahead of' if _ahead(pair) else 'behind'} LoRA{left}: {_figures(pair)}."
 
@@ -105,12 +93,12 @@ def _caveat(seeds: Sequence[int]) -> str:
     fewest = min(seeds, default=_FEW_SEEDS)
     if fewest < LEAST_SEEDS:
         return (
-            f"A verdict takes {LEAST_SEEDS} seeds or more that both arms finished, and {_seeds(fewest)} cannot tell a "
-            f"method from the luck of a run; --seeds {_FEW_SEEDS} is the default."
+            f"A verdict takes {LEAST_SEEDS} seeds or more that both arms finished, and {in_seeds(fewest)} cannot tell "
+            f"a method from the luck of a run; --seeds {_FEW_SEEDS} is the default."
         )
     if fewest < _FEW_SEEDS:
         return (
-            f"This rests on {_seeds(fewest)} an arm, which shows large differences only; more --seeds give a firmer "
+            f"This rests on {in_seeds(fewest)} an arm, which shows large differences only; more --seeds give a firmer "
             "answer."
         )
     return ""
@@ -128,27 +116,18 @@ def _figures(pair: Pair) -> str:
         return ""
     of_loss = pair.loss.difference
     if pair.decides == LOSS:
-        mean = f"{_signed(of_loss.mean, 4)} a token"
+        mean = f"{signed(of_loss.mean, 4)} a token"
         return f"{mean} ({_support(pair, pair.judged, 1, 4)}), perplexity ×{perplexity(of_loss.mean):.4g}"
-    interval = "" if pair.found is None else f" ({_signed(of_loss.low, 3)} to {_signed(of_loss.high, 3)})"
-    mean = f"{_signed(100 * pair.judged.difference.mean, 1)} points"
-    return f"{mean} ({_support(pair, pair.judged, 100, 1)}), test loss {_signed(of_loss.mean, 3)}{interval}"
+    interval = "" if pair.differs is None else f" ({signed(of_loss.low, 3)} to {signed(of_loss.high, 3)})"
+    mean = f"{signed(100 * pair.judged.difference.mean, 1)} points"
+    return f"{mean} ({_support(pair, pair.judged, 100, 1)}), test loss {signed(of_loss.mean, 3)}{interval}"
 
 
 def _support(pair: Pair, judged: PairedDifference, scale: float, digits: int) -> str:
     """The interval and the p that decides; without a verdict, what the seeds say one by one."""
-    if pair.found is None:
-        return f"seed by seed {' and '.join(_signed(scale * value, digits) for value in judged.by_seed)}"
-    low, high = (_signed(scale * value, digits) for value in (judged.difference.low, judged.difference.high))
+    if pair.differs is None:
+        return f"seed by seed {' and '.join(signed(scale * value, digits) for value in judged.by_seed)}"
+    low, high = (signed(scale * value, digits) for value in (judged.difference.low, judged.difference.high))
     alone, corrected = (" of this arm alone", f" corrected for {pair.family} arms") if pair.family > 1 else ("", "")
-    interval = f"95% interval{alone} {low} to {high} over {_seeds(len(pair.runs))}"
+    interval = f"95% interval{alone} {low} to {high} over {in_seeds(len(pair.runs))}"
     return f"{interval}, {p_value(pair.p_value_holm)}{corrected}"
-
-
-def _seeds(count: int) -> str:
-    return f"{count} seed{'' if count == 1 else 's'}"
-
-
-def _signed(value: float, digits: int) -> str:
-    """With its sign, and no -0.0."""
-    return f"{round(value, digits) + 0.0:+.{digits}f}"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing import connection, parent_process
 from typing import Any, NamedTuple, Protocol
 
-from loraplus.study.format import Keyed
+from loraplus.study.records import Keyed
 
 SECONDS_BETWEEN_MESSAGES = 0.1
 
@@ -24,7 +24,7 @@ class OnStep(Protocol):
 
 
 RunTrial = Callable[[Any, OnStep], Any]
-"""Does one run and gives back its outcome; `format.py` says what both must have."""
+"""Does one run (`Keyed`) and gives back its `Record`."""
 
 
 class Message(NamedTuple):
@@ -84,7 +84,7 @@ def perform(trial: Keyed) -> Any:
 
 
 def _end_with_parent(scratch: str) -> None:
-    """A worker whose parent was killed would train on for nobody, and nobody would clean up."""
+    """Ends this process with its parent: otherwise it would train on, and its temporary files would stay."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

@@ -1,21 +1,21 @@
-"""Which points of the (η_A, η_B) plane to run: a pure function of the losses so far, with equal budgets for both arms.
+"""A grid over (η_A, η_B) that grows until the best pair lies inside.
 
-A point is (λ, step): √(η_A·η_B) = 1e-3·10^(step/16), so 8 steps are half a decade. The grid starts with the columns
-λ = 1, 4 and 16 in half decades. A column grows until its best rate lies between worse neighbours; a larger λ is added
-while the largest one is the best. Then the arm that had fewer runs (LoRA, which has one column) gets as many as the
-other: between the points it has, in ever smaller steps around its best.
+A point is (λ, step): √(η_A·η_B) = 1e-3·10^(step/16), so 8 steps are half a decade. The grid starts with the columns of
+the smallest λ in half decades. A column grows until its best rate lies between worse neighbours; a larger λ is added
+while the largest one is the best. Where the arms are to have equal budgets, the one that had fewer runs (LoRA, which
+has one column) then gets as many as the other: between the points it has, in ever smaller steps around its best.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 RATIOS = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
 HALF_DECADE = 8
 _CENTRE = 1e-3
 _STEPS_PER_DECADE = 16
-_STARTING_RATIOS = 3
 _FARTHEST = 4 * _STEPS_PER_DECADE  # no rate is tried beyond 1e-7 and 10
 
 Point = tuple[float, int]
@@ -71,38 +71,51 @@ def next_in_column(losses: Mapping[int, float], start: int, finest: int = HALF_D
     return None
 
 
-def next_point(losses: Losses, first: int = 0) -> Point | None:
-    """The point to run next, or None when the optimum lies inside and both arms have had the same number of runs.
+@dataclass(frozen=True)
+class RatioGrid:
+    """One search.
 
     Args:
-        losses: so far, all with one seed.
-        first: step to start the first column at; the others start at the best step of the one before.
+        starting_ratios: How many λ to begin with.
+        first: Step to start the first column at; the others start at the best step of the one before.
+        equal_budgets: Whether both arms get the same number of runs.
     """
-    count, start = _STARTING_RATIOS, first
-    while True:
-        best: dict[float, float] = {}
-        for ratio in RATIOS[:count]:
-            column = _column(losses, ratio)
-            step = next_in_column(column, start)
-            if step is not None:
-                return ratio, step
-            start = best_of(losses, ratio)[1]
-            best[ratio] = losses[ratio, start]
-        if min(best, key=lambda ratio: best[ratio]) != RATIOS[count - 1] or count == len(RATIOS):
-            return _equalise(losses)
-        count += 1
+
+    starting_ratios: int = 3
+    first: int = 0
+    equal_budgets: bool = True
+
+    def next(self, losses: Losses) -> list[Point]:
+        """The one point to run next; none once the optimum lies inside and the budgets are as wanted.
+
+        Args:
+            losses: So far, all with one seed.
+        """
+        count, start = self.starting_ratios, self.first
+        while True:
+            best: dict[float, float] = {}
+            for ratio in RATIOS[:count]:
+                column = _column(losses, ratio)
+                step = next_in_column(column, start)
+                if step is not None:
+                    return [(ratio, step)]
+                start = best_step(column)
+                best[ratio] = column[start]
+            if min(best, key=lambda ratio: best[ratio]) != RATIOS[count - 1] or count == len(RATIOS):
+                return _equalised(losses) if self.equal_budgets else []
+            count += 1
 
 
 def _column(losses: Losses, ratio: float) -> dict[int, float]:
     return {step: loss for (other, step), loss in losses.items() if other == ratio}
 
 
-def _equalise(losses: Losses) -> Point | None:
+def _equalised(losses: Losses) -> list[Point]:
     """A finer point for the arm that has had fewer runs."""
     tied = [point for point in losses if point[0] == 1.0]
     behind, ahead = len(tied), len(losses) - len(tied)
     if behind == ahead:
-        return None
+        return []
     if behind < ahead:
         ratio = 1.0
     else:
@@ -112,4 +125,4 @@ def _equalise(losses: Losses) -> Point | None:
     if step is None:  # the finest neighbours are known, too: the nearest step that is not
         best = best_of(losses, ratio)[1]
         step = min(set(range(-_FARTHEST, _FARTHEST + 1)) - set(column), key=lambda step: (abs(step - best), step))
-    return ratio, step
+    return [(ratio, step)]

@@ -1,15 +1,12 @@
-"""The grid of the toy model: half-decade steps of η_A and η_B, extended until the best pair lies inside.
+"""A grid of half-decade steps of η_A and η_B, extended by blocks until the best pair lies inside.
 
-A block is a rectangle of the grid, or a piece of its diagonal η_A = η_B; a run trains one block at once.
+A block is a rectangle of the grid, or a piece of its diagonal η_A = η_B; a run of the toy model trains one at once.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-from loraplus.reproduce.toy_model import Optimizer
 
 REACH = 4
 EXTENSION = 2
@@ -18,44 +15,6 @@ MOST_EXTENSIONS = 4
 Point = tuple[int, int]
 """(a, b): η_A = 10^(a/2), η_B = 10^(b/2)."""
 Losses = Mapping[Point, float]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Networks of all widths with one optimizer and one size of W_out.
-
-    Args:
-        optimizer: adam or sgd.
-        readout: `standard` for W_out of variance 1/n, `small` for entries of order 1/n.
-        title: In words.
-        start: Where the search starts at width 64.
-        exponents: Of the best η_A and η_B in n, as the theory has them (`toy.py`).
-    """
-
-    optimizer: Optimizer
-    readout: str
-    title: str
-    start: Point
-    exponents: tuple[float, float]
-
-    @property
-    def readout_power(self) -> float:
-        """c of W_out = Θ(n^−c)."""
-        return 0.5 if self.readout == "standard" else 1.0
-
-    def centre(self, width: int) -> Point:
-        """Where the search starts: along the theory's slopes. It may end anywhere."""
-        growth = 2 * math.log10(width / 64)
-        a, b = (round(at + growth * power) for at, power in zip(self.start, self.exponents, strict=True))
-        return a, b
-
-
-FAMILIES = (
-    Family("adam", "small", "Adam, W_out of order 1/n", (-2, -1), (-1.0, 0.0)),
-    Family("adam", "standard", "Adam, W_out of variance 1/n", (-3, -2), (-1.0, -0.5)),
-    Family("sgd", "small", "SGD, W_out of order 1/n", (-2, 4), (-1.0, 1.0)),
-    Family("sgd", "standard", "SGD, W_out of variance 1/n", (-1, 1), (-1.0, 0.0)),
-)
 
 
 @dataclass(frozen=True)
@@ -76,24 +35,33 @@ class Block:
         return [(a, b) for b in range(self.b_from, self.b_to + 1) for a in range(self.a_from, self.a_to + 1)]
 
 
-def first_blocks(centre: Point) -> list[Block]:
-    """The rectangle around the centre, and the diagonal's piece with the same products η_A·η_B."""
-    a, b = centre
-    middle = round((a + b) / 2)
-    return [
-        Block("grid", a - REACH, a + REACH, b - REACH, b + REACH),
-        Block("diagonal", *((middle - REACH, middle + REACH) * 2)),
-    ]
+@dataclass(frozen=True)
+class BlockGrid:
+    """One search around a centre."""
 
+    centre: Point
 
-def extensions(blocks: list[Block], losses: Losses) -> list[Block]:
-    """What must be added for the best pair to lie inside the rectangle, and the best tied rate inside the diagonal.
+    def next(self, losses: Mapping[Block, Losses]) -> list[Block]:
+        """The blocks to train now: those to begin with, then what must be added.
 
-    Args:
-        blocks: All so far.
-        losses: Of all their points, over the seeds.
-    """
-    return [*_wider(blocks, losses), *_longer(blocks, losses)]
+        Args:
+            losses: Of every block that has been trained: those of its points, over the seeds.
+
+        Returns:
+            First the rectangle around the centre, and the diagonal's piece with the same products η_A·η_B; then what
+            must be added for the best pair to lie inside the rectangle, and the best tied rate inside the diagonal.
+        """
+        a, b = self.centre
+        middle = round((a + b) / 2)
+        rectangle = Block("grid", a - REACH, a + REACH, b - REACH, b + REACH)
+        more = blocks = [rectangle, Block("diagonal", *((middle - REACH, middle + REACH) * 2))]
+        while more:
+            if missing := [block for block in blocks if block not in losses]:
+                return missing
+            points = {point: losses[block][point] for block in blocks for point in block.points}
+            more = [*_wider(blocks, points), *_longer(blocks, points)]
+            blocks = blocks + more
+        return []
 
 
 def _wider(blocks: list[Block], losses: Losses) -> list[Block]:
@@ -131,7 +99,7 @@ def _ends(blocks: list[Block]) -> tuple[int, int, int, int]:
     )
 
 
-def best(losses: Losses, where=lambda point: True) -> Point:  # type: ignore[no-untyped-def]
+def best(losses: Losses, where: Callable[[Point], bool] = lambda point: True) -> Point:
     """The point with the lowest loss; of equals the lowest rates."""
     return min((point for point in losses if where(point)), key=lambda point: (losses[point], point))
 

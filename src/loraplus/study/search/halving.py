@@ -12,21 +12,21 @@ answers the same question on a smaller scale, and its best rate is only a little
 search follows by `DRIFT`. That is also why most of the budget goes to runs of half the length, which tell the best
 rate within what one halving moves it, rather than to many short ones.
 
-The search is a pure function of the losses so far: `next_runs` replays it from the start and stops at the first rung
-with a loss missing. So it does not matter who ran what, or how often a study was interrupted.
+The search is a pure function of the losses so far: `Halving.next` replays it from the start and stops at the first
+rung with a loss missing. So it does not matter who ran what, or how often a study was interrupted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from loraplus.errors import InvalidRateError
-from loraplus.study.parabola import any_finite, curvature, lowest, lowest_ratio, offset, vertex
-from loraplus.study.search import Point
+from loraplus.study.search.parabola import any_finite, curvature, lowest, lowest_ratio, offset, vertex
+from loraplus.study.search.point import Point, finite
 
 RATIO = 16.0
 HIGHEST_RATIO = 256.0
@@ -62,59 +62,64 @@ Losses = Mapping[Candidate, float]
 Rung = Generator[list[Candidate], Losses, None]
 
 
-def next_runs(losses: Losses, full_steps: int, budget: float) -> list[Candidate]:
-    """The runs to do next; they may go side by side.
+@dataclass
+class Halving:
+    """One search within a budget.
 
     Args:
-        losses: Loss of every finished run; inf or NaN if it diverged.
         full_steps: Optimizer steps of a run of full length.
         budget: What all runs together may cost, in runs of full length; at least 1.
-
-    Returns:
-        Runs of the current rung that have no loss yet; empty when the search is over.
 
     Raises:
         InvalidRateError: the budget does not hold one run of full length.
 
     Example:
-        >>> [run.point.lr for run in next_runs({}, full_steps=800, budget=4)]
+        >>> [run.point.lr for run in Halving(full_steps=800, budget=4).next({})]
         [0.00025, 0.000791, 7.91e-05, 0.0025]
     """
-    if not budget >= 1 or full_steps < 1:
-        raise InvalidRateError(f"a search needs at least one run of one step, got {budget} runs of {full_steps} steps")
-    search = _Search(full_steps, budget).runs()
-    try:
-        asked = next(search)
-        while True:
-            missing = [run for run in asked if run not in losses]
-            if missing:
-                return missing
-            asked = search.send({run: _finite(losses[run]) for run in asked})
-    except StopIteration:
-        return []
 
+    full_steps: int
+    budget: float = math.inf
 
-def first_rung(full_steps: int) -> list[Candidate]:
-    """The runs that every search starts with whose budget holds them and a run of full length."""
-    return next_runs({}, full_steps, math.inf)
+    def __post_init__(self) -> None:
+        if not self.budget >= 1 or self.full_steps < 1:
+            raise InvalidRateError(
+                f"a search needs at least one run of one step, got {self.budget} runs of {self.full_steps} steps"
+            )
 
+    def next(self, losses: Losses) -> list[Candidate]:
+        """The runs of the current rung that have no loss yet; none when the search is over."""
+        search = _Replay(self.full_steps, self.budget).runs()
+        try:
+            asked = next(search)
+            while True:
+                missing = [run for run in asked if run not in losses]
+                if missing:
+                    return missing
+                asked = search.send({run: finite(losses[run]) for run in asked})
+        except StopIteration:
+            return []
 
-def best_run(losses: Losses, full_steps: int) -> Candidate | None:
-    """The run of full length with the lowest loss, or None if there is none or all diverged."""
-    full = {run: _finite(loss) for run, loss in losses.items() if run.steps == full_steps}
-    best = min(full, key=lambda run: (full[run], run.point.geometric_mean_lr, run.point.lr_ratio), default=None)
-    return best if best is not None and math.isfinite(full[best]) else None
+    @property
+    def first_rung(self) -> list[Candidate]:
+        """The runs that every search starts with whose budget holds them and a run of full length."""
+        return Halving(self.full_steps).next({})
 
+    def best(self, losses: Losses) -> Candidate | None:
+        """The run of full length with the lowest loss, or None if there is none or all diverged."""
+        full = {run: finite(loss) for run, loss in losses.items() if run.steps == self.full_steps}
+        best = min(full, key=lambda run: (full[run], run.point.geometric_mean_lr, run.point.lr_ratio), default=None)
+        return best if best is not None and math.isfinite(full[best]) else None
 
-def cost(runs: Sequence[Candidate] | Losses, full_steps: int) -> float:
-    """Cost of some runs in runs of full length: their share of optimizer steps."""
-    return sum(run.steps for run in runs) / full_steps
+    def cost(self, runs: Iterable[Candidate]) -> float:
+        """Cost of some runs in runs of full length: their share of optimizer steps."""
+        return sum(run.steps for run in runs) / self.full_steps
 
 
 @dataclass
-class _Search:
-    full_steps: int
-    budget: float
+class _Replay(Halving):
+    """A search on its way from the start, with what is known at the point where it is."""
+
     known: dict[Candidate, float] = field(default_factory=dict)
     minima: dict[float, float] = field(default_factory=dict)
     """Lowest loss of rung 1 by λ, and where it is."""
@@ -224,7 +229,7 @@ class _Search:
                 return
             yield from self._ask([run])
             losses = {run: loss for run, loss in self.known.items() if run.steps == self.full_steps}
-            best = best_run(losses, self.full_steps)
+            best = self.best(losses)
             if best is not None:
                 self.ratio = best.point.lr_ratio
 
@@ -282,7 +287,7 @@ class _Search:
 
     def _affordable(self, steps: int, keep: float) -> int:
         """How many runs of this length fit if `keep` runs of full length are to remain."""
-        left = self.budget - keep - cost(self.known, self.full_steps)
+        left = self.budget - keep - self.cost(self.known)
         return max(0, math.floor(left * self.full_steps / steps + _EPSILON)) if math.isfinite(left) else len(LINE)
 
     def _refining_length(self) -> int | None:
@@ -296,7 +301,3 @@ class _Search:
 
 def _log_rate(run: Candidate) -> float:
     return math.log10(run.point.geometric_mean_lr)
-
-
-def _finite(loss: float) -> float:
-    return math.inf if math.isnan(loss) else loss
