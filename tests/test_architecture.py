@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
+
+import pytest
 
 import loraplus
 
@@ -30,3 +33,15 @@ def test_no_module_imports_one_to_its_right():
                 if known and ORDER.index(imported) > ORDER.index(part):
                     wrong.append(f"{path.relative_to(root)} imports {name}")
     assert not wrong
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/decisions.md", "CONTRIBUTING.md"])
+def test_every_file_that_a_page_names_is_there(page):
+    root = Path(loraplus.__file__).parents[2]
+    named = re.findall(r"`([\w/]+\.py|(?:\w+/)+)`", (root / page).read_text(encoding="utf-8"))
+    there = [
+        f"/{path.relative_to(root)}" for room in ("src", "tests", "benchmarks") for path in (root / room).rglob("*")
+    ]
+    missing = [name for name in named if not any(path.endswith(f"/{name.rstrip('/')}") for path in there)]
+    assert named
+    assert not [name for name in missing if "NAME" not in name and not (root / name).exists()]
