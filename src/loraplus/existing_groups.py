@@ -15,7 +15,8 @@ from torch import nn
 
 from loraplus.errors import InvalidRateError, ParameterGroupError
 from loraplus.notices import told_once
-from loraplus.rates import DEFAULT_LR_RATIO, Rates, as_number
+from loraplus.rate_keywords import takes_rates
+from loraplus.rates import SETTINGS, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, trainable_parameters
 
 Groups = Iterable[Mapping[str, Any]]
@@ -23,15 +24,8 @@ _PARAMETERS = frozenset({"params", "param_names"})
 
 
 @told_once()
-def split_groups(
-    model: nn.Module,
-    groups: Groups,
-    lr_ratio: float = DEFAULT_LR_RATIO,
-    *,
-    lr: float | None = None,
-    lr_ratio_overrides: Mapping[str, float] | None = None,
-    prefix: str = "",
-) -> list[dict[str, Any]]:
+@takes_rates("lr_ratio")
+def split_groups(model: nn.Module, groups: Groups, *, rates: Rates, prefix: str = "") -> list[dict[str, Any]]:
     """Splits parameter groups by role, so that each keeps its own options and B learns lr_ratio times faster in it.
 
     η_A = group's lr, η_B = lr_ratio · group's lr, everything else as it was.
@@ -39,9 +33,8 @@ def split_groups(
     Args:
         model: holds every parameter of the groups; for several models, `torch.nn.ModuleDict({"unet": unet, …})`.
         groups: as torch's optimizers take them: dicts with "params" and any options, or an optimizer's `param_groups`.
-        lr_ratio: λ = η_B / η_A; 1 is plain LoRA.
-        lr: rate of groups that have none.
-        lr_ratio_overrides: {regular expression: λ} on names of B factors.
+        rates: a `Rates`, or its fields as keywords; `lr_ratio` also by position. `lr` is the rate of groups that have
+            none. Rates of roles and `lr_overrides` are refused: give such parameters a group of their own.
         prefix: the model's name in an optimizer of several, put before every group's name.
 
     Returns:
@@ -66,8 +59,9 @@ def split_groups(
         >>> [(group["name"], group["lr"], group["betas"]) for group in split_groups(model, mine, lr_ratio=8)]
         [('encoder/lora_A', 0.001, (0.9, 0.99)), ('encoder/lora_B', 0.008, (0.9, 0.99))]
     """
-    # 1 where the group has the rate itself: what lr_ratio may be is checked once, what the group's lr may be below.
-    rates = Rates(1.0, lr_ratio, lr_ratio_overrides=lr_ratio_overrides or {})
+    refuse_beside_groups(rates)
+    lr = None if rates.lr is None else like(rates.tensor, rates.lr_a)
+    rates = rates.at(1.0)  # a parameter's rate is then what its group's is multiplied with
     listed = trainable_parameters(model)
     rates.check(listed)
     groups = with_lists(groups)
@@ -175,14 +169,15 @@ def _check_memory(groups: Iterable[Mapping[str, Any]], listed: Sequence[Trainabl
             )
 
 
-def refuse_beside_groups(**given: Any) -> None:
+def refuse_beside_groups(rates: Rates) -> None:
     """Refuses settings that groups make themselves.
 
     Raises:
         InvalidRateError: names the setting.
     """
-    for name, value in given.items():
-        if value:
+    for name, setting in SETTINGS.items():
+        of_a_group = name == "lr" or setting.metadata.get("sets_ratio")
+        if not of_a_group and getattr(rates, name):
             raise InvalidRateError(
                 f"{name} is not used when groups are given: give the parameters a group at that rate"
             )
