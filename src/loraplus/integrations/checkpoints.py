@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from loraplus.auto import AutoRates
-from loraplus.errors import LoraPlusWarning, ResumeMismatchError
+from loraplus.errors import ResumeMismatchError
 from loraplus.files.checkpoints import AUTO_FILE, RATES_FILE
 from loraplus.files.whole import write_whole
 from loraplus.groups import ParameterRate, built_rates
@@ -62,8 +61,7 @@ def rates_in_use(model: nn.Module, optimizer: torch.optim.Optimizer) -> Rates:
     automatic = auto_rates(optimizer, model) is not None
     ratio = 1.0 if automatic else _rounded(of_role.get(Role.B, lr) / lr)
     embedding = next((of_role[role] for role in _EMBEDDING_ROLES if role in of_role), None)
-    with warnings.catch_warnings():  # a ratio below 1 was warned of when the optimizer was built
-        warnings.simplefilter("ignore", LoraPlusWarning)
+    with told_once(silent=True):  # a ratio below 1 was warned of when the optimizer was built
         plain = Rates(lr, ratio, embedding, of_role.get(Role.HEAD), of_role.get(Role.MAGNITUDE))
         overrides = {} if automatic else _overrides(entries, plain)
         return Rates(lr, ratio, embedding, plain.lr_head, plain.lr_magnitude, overrides)

@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loraplus.auto import AutoRates
-from loraplus.errors import InvalidRateError, LoraPlusWarning, TrainerSetupError
+from loraplus.errors import LoraPlusWarning, TrainerSetupError
 from loraplus.feature_updates import UpdateMonitor
 from loraplus.files.checkpoints import SEALED
 from loraplus.files.manifest import is_sealed, seal_again
@@ -39,9 +39,10 @@ from loraplus.integrations.pytorch import rates_for_log
 from loraplus.integrations.trainer_checkpoints import WholeCheckpoints
 from loraplus.integrations.trainer_optimizer import Split, keep_ratio, own_class, split
 from loraplus.integrations.trainer_search import check_searched, checked_space
-from loraplus.integrations.trainer_settings import LoraPlusTrainingArguments, RateSettings, overrides_from
+from loraplus.integrations.trainer_settings import LoraPlusTrainingArguments, RateSettings
 from loraplus.notices import told_once
-from loraplus.rates import DEFAULT_LR_RATIO, Rates
+from loraplus.rate_keywords import overrides_from, takes_rates
+from loraplus.rates import Rates
 from loraplus.roles import Role, trainable_parameters
 
 __all__ = [
@@ -129,7 +130,7 @@ class LoraPlusMixin(WholeCheckpoints):
     def _rates_at(self, lr: float) -> Rates:
         settings = self.loraplus_settings
         if self._known_rates is None or self._known_rates[:2] != (settings, lr):  # once, as a low ratio is warned of
-            self._known_rates = settings, lr, settings.rates(lr)
+            self._known_rates = settings, lr, settings.rates_at(lr)
         return self._known_rates[2]
 
     @_splitting
@@ -350,30 +351,19 @@ class LoraPlusTrainer(LoraPlusMixin, Trainer):  # type: ignore[misc]
         _set_up(self, None)
 
 
-def attach(
-    trainer: AnyTrainer,
-    lr_ratio: float = DEFAULT_LR_RATIO,
-    *,
-    lr: float | Literal["auto"] | None = None,
-    lr_embedding: float | None = None,
-    lr_head: float | None = None,
-    lr_magnitude: float | None = None,
-    lr_overrides: Mapping[str, float] | None = None,
-    lr_ratio_overrides: Mapping[str, float] | None = None,
-    log_updates: int = 0,
-) -> AnyTrainer:
+@told_once()
+@takes_rates("lr_ratio")
+def attach(trainer: AnyTrainer, *, rates: Rates, log_updates: int = 0) -> AnyTrainer:
     """Gives a trainer LoRA+ before `.train()`; works for Trainer and every subclass, TRL's included.
 
     The trainer builds the optimizer that it would have built, with its own hooks; its groups are then split by role.
 
     Args:
         trainer: a `transformers.Trainer` or subclass whose optimizer is not built yet.
-        lr_ratio: λ = η_B / η_A; not used with automatic rates.
-        lr: η_A; "auto" has `AutoRates` set η_A and η_B. Default: that of the trainer's own optimizer, which is
-            `args.learning_rate` when it is built, or what the trainer's hooks make of it.
-        lr_embedding, lr_head, lr_magnitude, lr_overrides: as in `loraplus.param_groups`; where they default to lr,
-            automatic rates leave `args.learning_rate`.
-        lr_ratio_overrides: {regular expression: λ} on names of B factors; not with automatic rates.
+        rates: a `Rates`, or its fields as keywords; `lr_ratio` also by position. `lr` defaults to that of the trainer's
+            own optimizer, which is `args.learning_rate` when it is built, or what the trainer's hooks make of it. "auto"
+            has `AutoRates` set η_A and η_B; then a ratio is refused, and whatever defaults to lr has
+            `args.learning_rate`.
         log_updates: log δ1 and δ2 as `updates/…`, measured every so many steps; 0 does not (automatic rates always do).
 
     Returns:
@@ -389,11 +379,7 @@ def attach(
     """
     if not isinstance(trainer, Trainer):
         raise TrainerSetupError(f"attach takes a transformers Trainer, got {type(trainer).__name__}")
-    if isinstance(lr, str) and lr != "auto":
-        raise InvalidRateError(f'lr must be a positive number or "auto", got {lr!r}')
-    given: RateSettings | None = RateSettings(
-        lr_ratio, lr, lr_embedding, lr_head, lr_magnitude, lr_overrides or {}, lr_ratio_overrides or {}, log_updates
-    )
+    given: RateSettings | None = RateSettings(rates, log_updates)
     if isinstance(trainer.args, LoraPlusTrainingArguments):
         given = _in_arguments(trainer.args, given)
     if trainer.optimizer is None and not isinstance(trainer, LoraPlusMixin):
@@ -409,9 +395,9 @@ def _in_arguments(args: LoraPlusTrainingArguments, given: RateSettings) -> RateS
         return None
     if asked == nothing:
         return given
-    both = next(name for name in vars(given) if getattr(given, name) != getattr(asked, name))
+    name, in_arguments, in_attach = asked.differs_in(given) or ("", None, None)
     raise TrainerSetupError(
-        f"the training arguments ask for {both} = {getattr(asked, both)}, loraplus.attach for {getattr(given, both)}; "
+        f"the training arguments ask for {name} = {in_arguments}, loraplus.attach for {in_attach}; "
         "set the rates in one of them"
     )
 
