@@ -293,7 +293,7 @@ def verify(
     table = _table(sources, optimizer)
     if groups is not None:
         refuse_beside_groups(rates)
-        bases = base_rates(model, groups, rates.lr)
+        bases = base_rates(model, groups, None if rates.lr is None else rates.lr_a)
         unit = rates.at(1.0)
         asked = [unit.of(source.role, source.rate_name) * bases[id(source.parameter)] for source in sources]
     else:

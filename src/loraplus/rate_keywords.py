@@ -1,4 +1,7 @@
-"""The fields of `Rates` in other forms: as keywords of a function, and as fields of a dataclass that is made to flags."""
+"""The fields of `Rates` in other forms: as keywords of a function, and as fields of a dataclass that flags are made of.
+
+So a field that is added to `Rates` is a keyword, a training argument and a flag at once.
+"""
 
 from __future__ import annotations
 
@@ -91,24 +94,28 @@ def _default(name: str) -> Any:
     return None if setting.default is dataclasses.MISSING else setting.default  # for a dict, which is none's to change
 
 
-def rate_fields(*, of_ratio: bool | None = None, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(name, type, field) of each setting but lr, for `dataclasses.make_dataclass`; patterns are JSON text or a dict.
+def rate_fields(
+    *, sets_ratio: bool | None = None, prefix: str = "", overrides: Any = dict[str, float] | str | None
+) -> list[tuple[str, Any, Any]]:
+    """(name, type, field) of each setting but lr, for `dataclasses.make_dataclass`.
 
     Args:
-        of_ratio: only the settings that set a ratio, or only those that do not.
+        sets_ratio: only the settings that set a ratio, or only those that do not.
         prefix: of the names.
+        overrides: type of the settings that map names to numbers.
     """
     made = []
     for name, setting in SETTINGS.items():
-        if name != "lr" and of_ratio in (None, setting.metadata.get("sets_ratio", False)):
-            by_name = "by_name" in setting.metadata
-            kind = (
-                dict[str, float] | str | None if by_name else type(setting.default) if setting.default else float | None
-            )
-            made.append(
-                (prefix + name, kind, field(default=_default(name), metadata={"help": setting.metadata["help"]}))
-            )
+        if name != "lr" and sets_ratio in (None, setting.metadata.get("sets_ratio", False)):
+            default, metadata = _default(name), {"help": setting.metadata["help"]}
+            kind = overrides if "by_name" in setting.metadata else float | None if default is None else float
+            made.append((prefix + name, kind, field(default=default, metadata=metadata)))
     return made
+
+
+def fields_of(rates: Rates, *, prefix: str = "") -> dict[str, Any]:
+    """{name: value} of each setting but lr, as `rate_fields` names them."""
+    return {prefix + name: getattr(rates, name) for name in SETTINGS if name != "lr"}
 
 
 def rates_from(settings: Any, lr: float | str | None = None, *, prefix: str = "") -> Rates:

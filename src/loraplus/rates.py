@@ -167,6 +167,22 @@ class Rates:
         with told_once(silent=True):  # a low ratio was warned of when this was made
             return dataclasses.replace(self, lr=lr)
 
+    def resolved(self, lr: float) -> Rates:
+        """What an optimizer is built with where lr is left to a trainer, which is at this one, or to automatic rates.
+
+        With automatic rates A and B are built at that lr, too: `AutoRates` replaces their rates, and looks at nothing
+        but what the schedule makes of them. All other parameters really learn at it.
+
+        Raises:
+            InvalidRateError: a ratio beside automatic rates.
+        """
+        if not self.auto:
+            return dataclasses.replace(self, lr=lr if self.lr is None else self.lr)
+        for name, setting in SETTINGS.items():
+            if setting.metadata.get("sets_ratio") and getattr(self, name) != getattr(_NOTHING_ASKED, name):
+                raise InvalidRateError(f"{name} is not used with automatic rates, which set the ratio; leave it out")
+        return dataclasses.replace(self, lr=lr, lr_ratio=1.0)
+
     def ratio(self, name: str) -> float:
         """λ of the B factor of this name: `lr_ratio`, unless an override matches."""
         return next(
@@ -259,4 +275,5 @@ class Rates:
 SETTINGS = {each.name: each for each in dataclasses.fields(Rates)}
 OWN_RATES = {name: each for name, each in SETTINGS.items() if "roles" in each.metadata}
 """The settings that are the rate of some roles, whatever lr is."""
-SETTING_OF_ROLE = {role: name for name, each in OWN_RATES.items() for role in each.metadata["roles"]}
+SETTING_OF_ROLE = {role: name for role in Role for name, each in OWN_RATES.items() if role in each.metadata["roles"]}
+_NOTHING_ASKED = Rates()

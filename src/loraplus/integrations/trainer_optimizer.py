@@ -93,7 +93,7 @@ def split(trainer: Any, model: nn.Module, settings: RateSettings, rates_at: Call
         trainer: its `optimizer` has taken no step yet.
         model: whose parameters have roles.
         settings: what was asked for.
-        rates_at: `settings.rates_at`, which may be remembered.
+        rates_at: `settings.rates.resolved`, which may be remembered.
 
     Raises:
         TrainerSetupError: no torch optimizer, one that has LoRA+ rates already, or whose groups cannot be reached.

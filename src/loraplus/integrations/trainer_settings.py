@@ -8,14 +8,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from loraplus.errors import InvalidRateError
 from loraplus.notices import told_once
 from loraplus.rate_keywords import overrides_from, rate_fields, rates_from
 from loraplus.rates import AUTO, SETTINGS, Rates
 
 PREFIX = "loraplus_"
 """Of the settings among the ecosystem's own: `loraplus_lr_ratio`, …"""
-_RATIO_SETTINGS = [name for name, setting in SETTINGS.items() if setting.metadata.get("sets_ratio")]
 
 
 @dataclass(frozen=True)
@@ -31,21 +29,6 @@ class RateSettings:
         """Whether `AutoRates` sets η_A and η_B."""
         return self.rates.auto
 
-    def rates_at(self, lr: float) -> Rates:
-        """The rates that the groups have in a trainer whose own optimizer is at this lr.
-
-        With automatic rates A and B are built at the trainer's rate, for which `AutoRates` puts its own: it looks at
-        nothing but what the schedule makes of it. All other parameters really learn at that rate.
-
-        Raises:
-            InvalidRateError: a ratio beside automatic rates.
-        """
-        if self.auto:
-            if name := next((name for name in _RATIO_SETTINGS if getattr(self.rates, name) != _DEFAULTS[name]), None):
-                raise InvalidRateError(f"{name} is not used with automatic rates, which set the ratio; leave it out")
-            return dataclasses.replace(self.rates, lr=lr, lr_ratio=1.0)
-        return dataclasses.replace(self.rates, lr=lr if self.rates.lr is None else self.rates.lr)
-
     def differs_in(self, other: RateSettings) -> tuple[str, Any, Any] | None:
         """(name of the first setting that is another, its value here, its value there)."""
         here, there = ({**vars(each.rates), **vars(each)} for each in (self, other))
@@ -53,7 +36,6 @@ class RateSettings:
         return (names[0], here[names[0]], there[names[0]]) if names else None
 
 
-_DEFAULTS = vars(Rates())
 RateArguments: Any = dataclasses.make_dataclass("RateArguments", rate_fields(prefix=PREFIX))
 """The settings of `Rates` but lr as fields of a dataclass, under the ecosystem's names."""
 

@@ -130,7 +130,7 @@ class LoraPlusMixin(WholeCheckpoints):
     def _rates_at(self, lr: float) -> Rates:
         settings = self.loraplus_settings
         if self._known_rates is None or self._known_rates[:2] != (settings, lr):  # once, as a low ratio is warned of
-            self._known_rates = settings, lr, settings.rates_at(lr)
+            self._known_rates = settings, lr, settings.rates.resolved(lr)
         return self._known_rates[2]
 
     @_splitting
@@ -361,8 +361,8 @@ def attach(trainer: AnyTrainer, *, rates: Rates, log_updates: int = 0) -> AnyTra
     Args:
         trainer: a `transformers.Trainer` or subclass whose optimizer is not built yet.
         rates: a `Rates`, or its fields as keywords; `lr_ratio` also by position. `lr` defaults to that of the trainer's
-            own optimizer, which is `args.learning_rate` when it is built, or what the trainer's hooks make of it. "auto"
-            has `AutoRates` set η_A and η_B; then a ratio is refused, and whatever defaults to lr has
+            own optimizer, which is `args.learning_rate` when it is built, or what the trainer's hooks make of it. With
+            "auto" `AutoRates` sets η_A and η_B; then a ratio is refused, and what defaults to lr learns at
             `args.learning_rate`.
         log_updates: log δ1 and δ2 as `updates/…`, measured every so many steps; 0 does not (automatic rates always do).
 

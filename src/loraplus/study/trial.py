@@ -32,7 +32,7 @@ from loraplus.tasks.training import (
 
 
 @functools.lru_cache(maxsize=1)
-def _load(kind: type[TaskConfig], config_json: str) -> tuple[Any, Any]:
+def _load(kind: type[Any], config_json: str) -> tuple[Any, Any]:
     config = kind(**json.loads(config_json))
     task = task_of(config)
     tokenizer = task.load_tokenizer(config)
