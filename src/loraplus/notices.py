@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -49,3 +49,25 @@ def tell(text: str) -> None:
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _OURS:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, LoraPlusWarning, stacklevel=level)
+
+
+_told_of_names: set[str] = set()
+
+
+def renamed(module: str, name: str, new_names: Mapping[str, str]) -> str:
+    """The new name of what a module had under another one, for its `__getattr__`; says so once.
+
+    Args:
+        module: its `__name__`.
+        name: that is asked for.
+        new_names: {earlier name: the present one}.
+
+    Raises:
+        AttributeError: no name, neither now nor earlier.
+    """
+    if name not in new_names:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    if name not in _told_of_names:
+        _told_of_names.add(name)
+        tell(f"{module}.{name} is called {new_names[name]} now; the earlier name goes on working")
+    return new_names[name]

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from loraplus.integrations.checkpoints import auto_rates, rates_in_use, rates_record, write_rates
 from loraplus.integrations.pytorch import guard_resume, rates_for_log
+from loraplus.notices import renamed
 from loraplus.optimizer import create_optimizer
 from loraplus.rate_keywords import takes_rates
 from loraplus.rates import Rates
@@ -43,7 +44,8 @@ class LoraPlusOptimizer:
 
     Example:
         >>> how = (LoraPlusOptimizer, {"lr": 2e-4, "loraplus_lr_ratio": 16, "weight_decay": 0.01})
-        >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=how, callbacks=[RatesCallback()])  # doctest: +SKIP
+        >>> more = {"optimizer_cls_and_kwargs": how, "callbacks": [LoraPlusCallback()]}
+        >>> trainer = Trainer(model, args, **more)  # doctest: +SKIP
 
     Source: transformers, `Trainer.create_optimizer` (5.24).
     """
@@ -62,13 +64,13 @@ class LoraPlusOptimizer:
         return optimizer
 
 
-class RatesCallback(TrainerCallback):
+class LoraPlusCallback(TrainerCallback):
     """Logs every group's rate by name, and writes the rates and roles into each checkpoint.
 
     `loraplus.attach` does both by itself; this is for `LoraPlusOptimizer` and other optimizers with named groups.
 
     Example:
-        >>> trainer.add_callback(RatesCallback())  # doctest: +SKIP
+        >>> trainer.add_callback(LoraPlusCallback())  # doctest: +SKIP
     """
 
     def __init__(self) -> None:
@@ -98,3 +100,7 @@ class RatesCallback(TrainerCallback):
             write_rates(
                 Path(args.output_dir) / f"checkpoint-{state.global_step}", self._record, auto_rates(optimizer, model)
             )
+
+
+def __getattr__(name: str) -> Any:
+    return globals()[renamed(__name__, name, {"RatesCallback": "LoraPlusCallback"})]

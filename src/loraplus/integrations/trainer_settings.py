@@ -36,22 +36,12 @@ class RateSettings:
         return (names[0], here[names[0]], there[names[0]]) if names else None
 
 
-RateArguments: Any = dataclasses.make_dataclass("RateArguments", rate_fields(prefix=PREFIX))
-"""The settings of `Rates` but lr as fields of a dataclass, under the ecosystem's names."""
-
-
-def asked_in(arguments: Any) -> Rates:
-    """The rates that an object with the fields of `RateArguments` asks for."""
-    with told_once(silent=True):  # they are asked for many times; a low ratio is warned of when they are used
-        automatic = getattr(arguments, f"{PREFIX}auto_rates")
-        return rates_from(arguments, AUTO if automatic else None, prefix=PREFIX)
+_RateFields: Any = dataclasses.make_dataclass("_RateFields", rate_fields(prefix=PREFIX))
 
 
 @dataclass
-class LoraPlusTrainingArguments(RateArguments, TrainingArguments):
-    """TrainingArguments with the rates of LoRA+; `learning_rate` is η_A.
-
-    They are read whenever an optimizer is made, so a search over them, or a change before `train()`, counts.
+class RateArguments(_RateFields):
+    """What `attach` takes as fields of a dataclass, under the ecosystem's names; lr is the trainer's own setting.
 
     Args:
         loraplus_lr_ratio, loraplus_lr_embedding, …: the fields of `loraplus.Rates` but `lr`; where they default to lr,
@@ -65,12 +55,23 @@ class LoraPlusTrainingArguments(RateArguments, TrainingArguments):
     loraplus_log_updates: int = field(default=0, metadata={"help": "Log δ1 and δ2, measured every so many steps."})
     loraplus_log_layers: bool = field(default=False, metadata={"help": "Log the automatic rate of every layer."})
 
+    def loraplus_settings(self) -> RateSettings:
+        """The settings as `attach` takes them, as they are at this moment."""
+        with told_once(silent=True):  # they are read many times; a low ratio is warned of when they are used
+            rates = rates_from(self, AUTO if self.loraplus_auto_rates else None, prefix=PREFIX)
+        return RateSettings(rates, self.loraplus_log_updates, self.loraplus_log_layers)
+
+
+@dataclass
+class LoraPlusTrainingArguments(RateArguments, TrainingArguments):
+    """TrainingArguments with the rates of LoRA+; `learning_rate` is η_A.
+
+    They are read whenever an optimizer is made, so a search over them, or a change before `train()`, counts.
+    `RateArguments` has the fields that this adds.
+    """
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, setting in SETTINGS.items():
             if "by_name" in setting.metadata:
                 setattr(self, PREFIX + name, overrides_from(PREFIX + name, getattr(self, PREFIX + name)))
-
-    def loraplus_settings(self) -> RateSettings:
-        """The settings as `attach` takes them, as they are at this moment."""
-        return RateSettings(asked_in(self), self.loraplus_log_updates, self.loraplus_log_layers)

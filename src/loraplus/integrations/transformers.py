@@ -353,7 +353,7 @@ class LoraPlusTrainer(LoraPlusMixin, Trainer):  # type: ignore[misc]
 
 @told_once()
 @takes_rates("lr_ratio")
-def attach(trainer: AnyTrainer, *, rates: Rates, log_updates: int = 0) -> AnyTrainer:
+def attach(trainer: AnyTrainer, *, rates: Rates, log_updates: int = 0, log_layers: bool = False) -> AnyTrainer:
     """Gives a trainer LoRA+ before `.train()`; works for Trainer and every subclass, TRL's included.
 
     The trainer builds the optimizer that it would have built, with its own hooks; its groups are then split by role.
@@ -365,6 +365,7 @@ def attach(trainer: AnyTrainer, *, rates: Rates, log_updates: int = 0) -> AnyTra
             "auto" `AutoRates` sets η_A and η_B; then a ratio is refused, and what defaults to lr learns at
             `args.learning_rate`.
         log_updates: log δ1 and δ2 as `updates/…`, measured every so many steps; 0 does not (automatic rates always do).
+        log_layers: with automatic rates, log what every layer asks for, as `lr/<layer>.lora_A`.
 
     Returns:
         The same trainer.
@@ -379,7 +380,7 @@ def attach(trainer: AnyTrainer, *, rates: Rates, log_updates: int = 0) -> AnyTra
     """
     if not isinstance(trainer, Trainer):
         raise TrainerSetupError(f"attach takes a transformers Trainer, got {type(trainer).__name__}")
-    given: RateSettings | None = RateSettings(rates, log_updates)
+    given: RateSettings | None = RateSettings(rates, log_updates, log_layers)
     if isinstance(trainer.args, LoraPlusTrainingArguments):
         given = _in_arguments(trainer.args, given)
     if trainer.optimizer is None and not isinstance(trainer, LoraPlusMixin):
