@@ -267,7 +267,7 @@ class StandIn(torch.Tensor):
     def __exit__(self, *error: object) -> None:
         """Of a context that a layer has."""
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return "…"
 
     def __format__(self, spec: str) -> str:
@@ -349,7 +349,9 @@ def _nothing_done(trace: Trace) -> Iterator[None]:
 @contextmanager
 def _vmap_of_one() -> Iterator[None]:
     """`torch.vmap` of stand-ins calls its function with one part of each; torch has no hook for it."""
-    from torch._functorch import apis
+    import torch._functorch.apis as functorch
+
+    apis: Any = functorch
 
     own = apis.vmap_impl
 
