@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from loraplus.errors import InvalidRateError, ParameterGroupError
+from loraplus.group_rates import in_form_of
 from loraplus.notices import told_once
 from loraplus.rate_keywords import takes_rates
 from loraplus.rates import SETTINGS, Rates, as_number
@@ -60,7 +61,7 @@ def split_groups(model: nn.Module, groups: Groups, *, rates: Rates, prefix: str 
         [('encoder/lora_A', 0.001, (0.9, 0.99)), ('encoder/lora_B', 0.008, (0.9, 0.99))]
     """
     refuse_beside_groups(rates)
-    lr = None if rates.lr is None else like(rates.tensor, rates.lr_a)
+    lr = None if rates.lr is None else in_form_of(rates.tensor, rates.lr_a)
     rates = rates.at(1.0)  # a parameter's rate is then what its group's is multiplied with
     listed = trainable_parameters(model)
     rates.check(listed)
@@ -79,14 +80,6 @@ def with_prefix(groups: list[dict[str, Any]], prefix: str) -> list[dict[str, Any
     return groups
 
 
-def like(given: Any, rate: Any) -> Any:
-    """A rate in the form that it was given in: a tensor of its own where that is one."""
-    if isinstance(given, torch.Tensor):
-        dtype = given.dtype if given.is_floating_point() else torch.get_default_dtype()
-        return torch.full_like(given, float(rate), dtype=dtype, requires_grad=False)
-    return rate
-
-
 def _split(
     index: int, group: dict[str, Any], rates: Rates, lr: float | None, entries: Mapping[int, TrainableParameter]
 ) -> list[dict[str, Any]]:
@@ -97,7 +90,7 @@ def _split(
     schedule = {key for key in ("lr", "initial_lr") if options.get(key) is not None}  # initial_lr: a scheduler's base
 
     def scaled(factor: float) -> dict[str, Any]:
-        return {key: like(options[key], options[key] * factor) for key in schedule}
+        return {key: in_form_of(options[key], options[key] * factor) for key in schedule}
 
     parts: dict[str, dict[str, Any]] = {}
     for member in group["params"]:

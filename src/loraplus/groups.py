@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from loraplus.errors import FlattenedParametersError, InvalidRateError, RateMismatchError
-from loraplus.existing_groups import Groups, base_rates, like, refuse_beside_groups, with_prefix
+from loraplus.existing_groups import Groups, base_rates, refuse_beside_groups, with_prefix
+from loraplus.group_rates import base_rate, in_form_of, rate_as_number
 from loraplus.notices import told_once
 from loraplus.rate_keywords import takes_rates
 from loraplus.rates import OWN_RATES, Rates, as_number
@@ -69,7 +70,7 @@ def param_groups(
     as_number("lr", rates.lr)
     groups = groups_for(trainable_parameters(model), rates, weight_decay)
     for group in groups:
-        group["lr"] = like(rates.tensor, group["lr"])
+        group["lr"] = in_form_of(rates.tensor, group["lr"])
     return with_prefix(groups, prefix)
 
 
@@ -163,12 +164,6 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _as_float(value: Any) -> float | None:
-    if isinstance(value, torch.Tensor):  # capturable and compiled optimizers hold rates in tensors
-        return float(value.item())
-    return None if value is None else float(value)
-
-
 def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *, base: bool = False) -> float | None:
     """The rate of a group at this moment; with `base`, the one that a scheduler multiplies. Reads `AutoRates`' too."""
     optimizer = unwrapped(optimizer)
@@ -232,7 +227,7 @@ def built_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable
 
 
 def _own_rate(optimizer: Any, group: Mapping[str, Any], *, base: bool = False) -> float | None:
-    return _as_float(group.get("initial_lr", group.get("lr")) if base else group.get("lr"))
+    return base_rate(group) if base else rate_as_number(group.get("lr"))
 
 
 def _table(parameters: list[TrainableParameter], optimizer: Any, rate_of: Any = None) -> RateTable:
@@ -249,7 +244,7 @@ def _table(parameters: list[TrainableParameter], optimizer: Any, rate_of: Any = 
                 group="(not optimized)" if index is None else str(group.get("name", f"group {index}")),
                 lr=rate_of(optimizer, group),
                 base_lr=rate_of(optimizer, group, base=True),
-                weight_decay=_as_float(group.get("weight_decay")),
+                weight_decay=rate_as_number(group.get("weight_decay")),
                 parameters=0 if entry.shares else _number_of(entry.parameter),
                 shares=entry.shares,
             )

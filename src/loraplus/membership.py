@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusError
+from loraplus.group_rates import Groups, base_rate, group_labels
 from loraplus.model_changes import ModelChanges
 from loraplus.notices import told_once
 from loraplus.roles import Role, TrainableParameter, clean_name, trainable_parameters
 
-Groups = Sequence[Mapping[str, Any]]
 _TOLERANCE = 1e-3
 
 
@@ -126,41 +124,6 @@ class Membership:
             and id(entry.parameter) not in self._homes
         }  # fmt: skip
         return found
-
-
-def group_labels(groups: Groups) -> list[str]:
-    """The groups' names, made distinct: `lora_A`, `lora_B`, `lora_A.2`, …; "group <index>" where there is none.
-
-    Example:
-        >>> group_labels([{"name": "lora_A"}, {"name": "lora_A"}, {}])
-        ['lora_A', 'lora_A.2', 'group 2']
-    """
-    labels: list[str] = []
-    for index, group in enumerate(groups):
-        name = label = str(group.get("name", f"group {index}"))
-        number = 1
-        while label in labels:
-            number += 1
-            label = f"{name}.{number}"
-        labels.append(label)
-    return labels
-
-
-def reference_group(labels: Sequence[str]) -> int:
-    """Index of the group that the others' rates are compared with: the first of A by name, else the first."""
-    return next((index for index, label in enumerate(labels) if Role.A in label), 0)
-
-
-def rate_as_number(rate: Any) -> float | None:
-    """A group's rate, in a tensor or not; None for what is no number (an optimizer that finds its own)."""
-    if isinstance(rate, torch.Tensor):
-        rate = rate.item()
-    return float(rate) if isinstance(rate, (int, float)) else None
-
-
-def base_rate(group: Mapping[str, Any]) -> float | None:
-    """The rate that a scheduler multiplies, or the present one where there is none."""
-    return rate_as_number(group.get("initial_lr", group.get("lr")))
 
 
 def _places(groups: Groups) -> dict[int, str]:

@@ -102,12 +102,12 @@ def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that FSDP2 has sharded; any other as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that FSDP2 has sharded; any other as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
@@ -152,7 +152,7 @@ def movement(
         delta_b: change of B's weight, its shape.
         weights: A and B before the step. Default: as they are now.
     """
-    weight_a, weight_b = (full(weight.detach()) for weight in (layer.weights if weights is None else weights))
+    weight_a, weight_b = (gathered(weight.detach()) for weight in (layer.weights if weights is None else weights))
     x = sample.inputs.to(weight_a.dtype)
     s = abs(layer.scaling)
     with torch.no_grad():
@@ -180,8 +180,8 @@ def movements(
     """What the step from the weights `before` to the present ones did to each layer that was sampled."""
     now, found = factors(layers), {}
     for i, entry in enumerate(layers):
-        a, b = (full(before[j]) for j in (2 * i, 2 * i + 1))  # in every process, sampled there or not
-        delta_a, delta_b = full(now[2 * i].detach()) - a, full(now[2 * i + 1].detach()) - b
+        a, b = (gathered(before[j]) for j in (2 * i, 2 * i + 1))  # in every process, sampled there or not
+        delta_a, delta_b = gathered(now[2 * i].detach()) - a, gathered(now[2 * i + 1].detach()) - b
         if entry.name in samples:
             moved = movement(entry, samples[entry.name], delta_a, delta_b, (a, b))
             if moved.finite:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from loraplus.errors import InvalidRateError, OptimizerSetupError
-from loraplus.existing_groups import Groups, like, split_groups
+from loraplus.existing_groups import Groups, split_groups
+from loraplus.group_rates import in_form_of
 from loraplus.groups import param_groups
 from loraplus.notices import told_once
 from loraplus.paper import LR_EMBEDDING, paper_groups
@@ -63,7 +64,7 @@ def create_optimizer(
 
     Source: Hayou, Ghosh, Yu, arXiv 2402.12354.
     """
-    lr = like(rates.tensor, rates.lr_a)
+    lr = in_form_of(rates.tensor, rates.lr_a)
     if groups is None:
         made = param_groups(model, rates, weight_decay, prefix=prefix)
     else:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusError, LoraPlusWarning, TrainerSetupError
+from loraplus.group_rates import in_form_of
 from loraplus.notices import told_once
-from loraplus.proposal import as_before
 from loraplus.roles import Role, clean_name, trainable_parameters
 
 _FACTORS = (Role.A, Role.B)
@@ -113,7 +113,7 @@ class OwnedGroups:
             owned.base = owned.base or float(group["lr"])
             owned.peak = max(owned.peak, self._scheduled(owned))
             scheduled, factor = self.factors(owned)
-            put = as_before(group["lr"], rates[owned.role] * scheduled * factor)
+            put = in_form_of(group["lr"], rates[owned.role] * scheduled * factor)
             self._lent.append((group, put, group["lr"]))
             group["lr"] = put
         return _Loan(self._lent)
@@ -235,7 +235,7 @@ def _without_loan(group: dict[str, Any], put: Any, own: Any) -> Any:
     if not (set_by_it > 0 and multiplied > 0 and float(own) > 0):
         return now
     if abs(math.log(multiplied / float(own))) < abs(math.log(set_by_it / float(own))):
-        return as_before(now, multiplied)
+        return in_form_of(now, multiplied)
     return now
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraplus.movement import local, rms
+from loraplus.group_rates import in_form_of
+from loraplus.movement import local_part, rms
 from loraplus.twin import step_of, twin_over
 
 _RATE = 1e-3
@@ -84,7 +85,7 @@ def size_like_adams(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -
 
 def asking_rate(weights: Sequence[nn.Parameter]) -> float:
     """A rate at which steps of the gradients' size do not drown in the rounding of the weights."""
-    sizes = [rms(local(weight.grad)) for weight in weights if weight.grad is not None]
+    sizes = [rms(local_part(weight.grad)) for weight in weights if weight.grad is not None]
     largest = max(sizes, default=0.0)
     return 1 / largest if largest and 0 < 1 / largest < math.inf else 1.0
 
@@ -164,11 +165,6 @@ def _blank(value: Any, parameter: torch.Tensor, weight: torch.Tensor) -> Any:
 
 def _set_rate(group: dict[str, Any], rate: float, decay: bool = False) -> None:
     """The rate of a twin's group, and no weight decay unless that is part of what is asked for."""
-    group["lr"] = as_before(group["lr"], rate)
+    group["lr"] = in_form_of(group["lr"], rate)
     if "weight_decay" in group and not decay:
         group["weight_decay"] = 0.0
-
-
-def as_before(old: Any, rate: float) -> Any:
-    """A rate as what it was: a number, or a new tensor (capturable and compiled optimizers)."""
-    return torch.full_like(old, rate) if isinstance(old, torch.Tensor) else rate

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusWarning
+from loraplus.group_rates import in_form_of
 from loraplus.twin import step_of, twin_over
 from loraplus.wrappers import unwrapped
 
@@ -274,7 +275,7 @@ def _set_up(twin: torch.optim.Optimizer, slots: _Slots, asked: float) -> None:
     rates = [key for key in options if all(_is_rate(group, key) for group in (first, second))]
     for group, rate in ((first, _LR), (second, _LR * asked)):
         group.update(copy.deepcopy(options) | dict.fromkeys(rates, rate))
-        group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else rate
+        group["lr"] = in_form_of(group["lr"], rate)
     if callable(getattr(twin, "train", None)):  # schedule-free optimizers step in training mode only
         twin.train()  # type: ignore[attr-defined]
 

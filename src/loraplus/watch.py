@@ -19,7 +19,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from loraplus.errors import LoraPlusWarning
-from loraplus.membership import Groups, Membership, base_rate, group_labels, rate_as_number, reference_group
+from loraplus.group_rates import Groups, base_rate, group_labels, rate_as_number, reference_group
+from loraplus.membership import Membership
 from loraplus.schedulers import cause
 from loraplus.wrappers import unwrapped
 

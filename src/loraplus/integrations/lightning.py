@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAver
 
 from loraplus.auto import AutoRates
 from loraplus.errors import RateMismatchError, ResumeMismatchError, TrainerSetupError
+from loraplus.group_rates import base_rate, group_labels, reference_group
 from loraplus.groups import verify
 from loraplus.integrations.checkpoints import (
     LOOP_WAY,
@@ -22,7 +23,6 @@ from loraplus.integrations.checkpoints import (
     up_to_date,
 )
 from loraplus.integrations.pytorch import rates_for_log
-from loraplus.membership import base_rate, group_labels, reference_group
 from loraplus.rate_keywords import takes_rates
 from loraplus.rates import Rates
 from loraplus.watch import watch_rates

@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from loraplus.errors import InvalidRateError, ParameterGroupError, TrainerSetupError
 from loraplus.existing_groups import rate_of
+from loraplus.group_rates import in_form_of
 from loraplus.groups import groups_for
 from loraplus.integrations.trainer_settings import RateSettings
 from loraplus.optimizer import check_class, finish
@@ -323,8 +324,6 @@ def _empty(group: Group, lr: float | None) -> Group:
     old = part.get("lr")
     if lr is not None and old and "initial_lr" in part:
         part["initial_lr"] = part["initial_lr"] * lr / float(old)
-    if isinstance(old, torch.Tensor):  # each group has its own, as schedulers write into it
-        part["lr"] = old.clone() if lr is None else torch.full_like(old, lr)
-    elif lr is not None:
-        part["lr"] = lr
+    if "lr" in part:  # a tensor of its own, as schedulers write into it
+        part["lr"] = in_form_of(old, old if lr is None else lr)
     return part
