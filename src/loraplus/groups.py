@@ -127,11 +127,8 @@ class RateTable:
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         for entry in self.entries:
             key = (entry.group, entry.role, entry.lr, entry.weight_decay)
-            row = rows.setdefault(
-                key,
-                {"name": entry.group, "role": entry.role, "lr": entry.lr, "base_lr": entry.base_lr,
-                 "weight_decay": entry.weight_decay, "tensors": 0, "parameters": 0},
-            )  # fmt: skip
+            shared = {name: getattr(entry, name) for name in ("role", "lr", "base_lr", "weight_decay")}
+            row = rows.setdefault(key, {"name": entry.group, **shared, "tensors": 0, "parameters": 0})
             row["tensors"] += 1
             row["parameters"] += entry.parameters
         return list(rows.values())
@@ -146,11 +143,10 @@ class RateTable:
 
     def __str__(self) -> str:
         header = ("group", "role", "lr", "weight decay", "tensors", "parameters")
-        rows = [
-            (row["name"], row["role"], _number(row["lr"]), _number(row["weight_decay"]), f"{row['tensors']:,}",
-             f"{row['parameters']:,}")
-            for row in self.groups()
-        ]  # fmt: skip
+        rows = []
+        for row in self.groups():
+            counts = (f"{row[name]:,}" for name in ("tensors", "parameters"))
+            rows.append((row["name"], row["role"], _number(row["lr"]), _number(row["weight_decay"]), *counts))
         widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
         lines = []
         for line in [header, tuple("-" * width for width in widths), *rows]:

@@ -119,10 +119,9 @@ class Membership:
                     found[entry.name] = (
                         f"came into {place} at {ratio:.4g} times the rate of its A, {of_b / of_a:.4g} times elsewhere"
                     )
-        self._homes |= {
-            id(entry.parameter): places[id(entry.parameter)] for entry in factors if id(entry.parameter) in places
-            and id(entry.parameter) not in self._homes
-        }  # fmt: skip
+        for entry in factors:
+            if (place := places.get(id(entry.parameter))) is not None:
+                self._homes.setdefault(id(entry.parameter), place)
         return found
 
 

@@ -56,7 +56,12 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a forward pass left for a measurement: some rows of the input, and the RMS of the output."""
+    """What a forward pass left for a measurement: some rows of the input, and the RMS of the output.
+
+    Args:
+        inputs: (tokens, inputs of the layer); of a convolution (examples, channels, …).
+        output_rms: root mean square over tokens and outputs.
+    """
 
     inputs: torch.Tensor
     output_rms: float
@@ -130,10 +135,8 @@ class Movement:
 
     def scaled(self, by_a: float, by_b: float) -> Movement:
         """The same steps, ΔA times `by_a` and ΔB times `by_b`."""
-        return replace(
-            self, delta1=self.delta1 * by_a, delta2=self.delta2 * by_b, delta3=self.delta3 * by_a * by_b,
-            inner_change=self.inner_change * by_a,
-        )  # fmt: skip
+        a_alone = replace(self, delta1=self.delta1 * by_a, inner_change=self.inner_change * by_a)
+        return replace(a_alone, delta2=self.delta2 * by_b, delta3=self.delta3 * by_a * by_b)
 
 
 def movement(
@@ -148,9 +151,9 @@ def movement(
     Args:
         layer: the layer.
         sample: recorded by a `Recorder`.
-        delta_a: change of A's weight, its shape.
-        delta_b: change of B's weight, its shape.
-        weights: A and B before the step. Default: as they are now.
+        delta_a: change of A's weight, (rank, inputs).
+        delta_b: change of B's weight, (outputs, rank).
+        weights: A and B before the step, of the same shapes. Default: as they are now.
     """
     weight_a, weight_b = (gathered(weight.detach()) for weight in (layer.weights if weights is None else weights))
     x = sample.inputs.to(weight_a.dtype)
@@ -168,7 +171,16 @@ def movement(
 
 
 def _through(module: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The module's map with another weight, without the offset that LoraConfig(lora_bias=True) gives B."""
+    """The module's map with another weight, without the offset that LoraConfig(lora_bias=True) gives B.
+
+    Args:
+        module: A or B.
+        weight: (outputs, inputs) of the module, or a convolution's.
+        x: (tokens, inputs); of a convolution (examples, channels, …).
+
+    Returns:
+        (tokens, outputs); of a convolution (examples, channels, …).
+    """
     bias = getattr(module, "bias", None)
     offset = {} if bias is None else {"bias": torch.zeros_like(bias, dtype=weight.dtype)}
     return functional_call(module, {"weight": weight, **offset}, (x,))
@@ -177,7 +189,13 @@ def _through(module: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.
 def movements(
     layers: Sequence[AdaptedLayer], samples: Mapping[str, Sample], before: Sequence[torch.Tensor]
 ) -> dict[str, Movement]:
-    """What the step from the weights `before` to the present ones did to each layer that was sampled."""
+    """What the step from the weights `before` to the present ones did to each layer that was sampled.
+
+    Args:
+        layers: all of them.
+        samples: {layer's name: what was recorded of it}.
+        before: A, B, A, B, … of all layers: (rank, inputs), (outputs, rank), …
+    """
     now, found = factors(layers), {}
     for i, entry in enumerate(layers):
         a, b = (gathered(before[j]) for j in (2 * i, 2 * i + 1))  # in every process, sampled there or not

@@ -76,7 +76,10 @@ def input_side(layer: type[nn.Module], name: str, dimensions: int | None = None)
         >>> input_side(nn.Linear, "weight")
         -1
     """
-    trace = Trace(layer, name, dimensions)
+    try:
+        trace = Trace(layer, name, dimensions)
+    except TypeError:  # a class that cannot be derived from
+        return None
     trace.run("forward")
     if not trace.sides:
         trace.run("__init__")  # for what it puts into attributes; what it multiplies is not the layer's input

@@ -18,11 +18,13 @@ _TOLERANCE = 1e-6
 _FINDERS = "lr_finder"  # Lightning's module, and torch-lr-finder's
 _OF_GROUPS = {"OneCycleLR": "max_lr", "SWALR": "swa_lr"}  # kept in the groups, under the argument's name
 _OF_SCHEDULERS = {"min_lrs": "min_lr", "max_lrs": "max_lr"}  # kept in the scheduler: attribute → argument
-_MULTIPLY = (
-    lr_scheduler.LinearLR, lr_scheduler.ConstantLR, lr_scheduler.StepLR, lr_scheduler.MultiStepLR,
-    lr_scheduler.ExponentialLR, lr_scheduler.PolynomialLR, lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler,
-    lr_scheduler.ReduceLROnPlateau,
-)  # fmt: skip
+_MULTIPLY = tuple(
+    getattr(lr_scheduler, name)
+    for name in (
+        "LinearLR ConstantLR StepLR MultiStepLR ExponentialLR PolynomialLR SequentialLR ChainedScheduler "
+        "ReduceLROnPlateau"
+    ).split()
+)
 
 
 def cause(optimizer: Optimizer, relations: Sequence[float | None], reference: int) -> str:

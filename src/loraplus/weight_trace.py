@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import bisect
 import dis
+import importlib
 import inspect
+import io
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -61,7 +63,7 @@ class Trace:
         self._weight = self.stand_in(Axes.of(dimensions))
         self._instance: Any = object.__new__(type(layer.__name__, (_Hollow, layer), {"_trace": self}))
         nn.Module.__init__(self._instance)
-        del vars(self._instance)["training"]
+        vars(self._instance).pop("training", None)
         self._waiting: list[list[bool]] = []  # answers to begin a run with
         self._answered: set[tuple[Any, bool]] = set()
         self._asked: list[bool] = []  # in this run
@@ -93,17 +95,17 @@ class Trace:
         if asked >= _MOST_ANSWERS:
             raise _Enough
         if asked < len(self._planned):
-            found = self._planned[asked]
+            answer = self._planned[asked]
         elif place in self._last:
-            found = not self._last[place]
+            answer = not self._last[place]
         else:
-            found = (place, True) not in self._answered or (place, False) in self._answered
-            if (place, not found) not in self._answered:
-                self._waiting.append([*self._asked, not found])
-        self._answered.add((place, found))
-        self._asked.append(found)
-        self._last[place] = found
-        return found
+            answer = (place, True) not in self._answered or (place, False) in self._answered
+            if (place, not answer) not in self._answered:
+                self._waiting.append([*self._asked, not answer])
+        self._answered.add((place, answer))
+        self._asked.append(answer)
+        self._last[place] = answer
+        return answer
 
     def stand_in(self, axes: Axes | None = None) -> StandIn:
         """For the weight, if its axes are given, else for anything."""
@@ -337,7 +339,7 @@ class _NoCollectives(TorchDispatchMode):
 @contextmanager
 def _nothing_done(trace: Trace) -> Iterator[None]:
     """Code goes as far as it can, and computes, sends and says nothing."""
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             with _NoCollectives(), _vmap_of_one(), _AllStandIns(trace):
@@ -349,10 +351,7 @@ def _nothing_done(trace: Trace) -> Iterator[None]:
 @contextmanager
 def _vmap_of_one() -> Iterator[None]:
     """`torch.vmap` of stand-ins calls its function with one part of each; torch has no hook for it."""
-    import torch._functorch.apis as functorch
-
-    apis: Any = functorch
-
+    apis: Any = importlib.import_module("torch._functorch.apis")
     own = apis.vmap_impl
 
     def vmap(function: Any, in_dims: Any, out_dims: Any, randomness: Any, size: Any, *args: Any, **kwargs: Any) -> Any:
@@ -409,4 +408,6 @@ def _wanted(frame: FrameType) -> int:
     """
     instructions = list(dis.get_instructions(frame.f_code))
     at = instructions[bisect.bisect_left([each.offset for each in instructions], frame.f_lasti)]
+    if at.opname == "UNPACK_EX":  # a, *b = …
+        return (int(at.argval) & 0xFF) + (int(at.argval) >> 8)
     return int(at.argval) if at.opname == "UNPACK_SEQUENCE" else 1

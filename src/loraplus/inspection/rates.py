@@ -24,9 +24,8 @@ from loraplus.roles import Role
 from loraplus.tasks.limited import check_patterns
 from loraplus.tasks.pickles import load_pickle
 
-OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, METRICS_FILE = (
-    "optimizer.pt", "scheduler.pt", "trainer_state.json", "metrics.json",
-)  # fmt: skip
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
+STATE_FILE, METRICS_FILE = "trainer_state.json", "metrics.json"
 _GROUP_NAME = re.compile(
     rf"({'|'.join(sorted(map(re.escape, Role), key=len, reverse=True))})(?:_ratio[^_]+)?(?:_x[^_]+)?(?:_no_decay)?"
 )
@@ -34,6 +33,7 @@ _NUMBERS = tuple(name for name, setting in SETTINGS.items() if "by_name" not in 
 _BY_NAME = tuple(name for name in SETTINGS if name not in _NUMBERS)
 _DAMAGED = (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError, RuntimeError)
 Row = dict[str, Any]
+_ROW = ("name", "role", "lr", "base_lr", "weight_decay", "tensors", "parameters")
 
 
 def read_rates_file(folder: Path) -> dict[str, Any] | None:
@@ -98,23 +98,16 @@ def group_rows(folder: Path, adapter: Adapter, saved: Mapping[str, Any] | None) 
 
 
 def _row(name: str | None, role: str | None, lr: Any, base: Any, decay: Any, tensors: int, count: int | None) -> Row:
-    return {
-        "name": name, "role": role, "lr": lr, "base_lr": base, "weight_decay": decay, "tensors": tensors,
-        "parameters": count,
-    }  # fmt: skip
+    return dict(zip(_ROW, (name, role, lr, base, decay, tensors, count), strict=True))
 
 
 def _of_metrics(path: Path) -> list[Row]:
     """As `loraplus train` wrote them; another program's metrics.json has none."""
     metrics = read_json(path)
     try:
-        return [
-            _row(
-                str(row["name"]), str(row["role"]), _as_float(row["lr"]), _as_float(row["base_lr"]),
-                _as_float(row["weight_decay"]), int(row["tensors"]), int(row["parameters"]),
-            )
-            for row in (metrics.get("groups", []) if isinstance(metrics, dict) else [])
-        ]  # fmt: skip
+        rows = metrics.get("groups", []) if isinstance(metrics, dict) else []
+        forms = (str, str, _as_float, _as_float, _as_float, int, int)
+        return [{name: form(row[name]) for name, form in zip(_ROW, forms, strict=True)} for row in rows]
     except (TypeError, KeyError, ValueError, OverflowError):
         raise InputError(f"{path} does not hold the groups that `loraplus train` writes") from None
 
