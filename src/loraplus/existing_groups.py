@@ -122,7 +122,7 @@ def rate_of(group: Mapping[str, Any], name: str, lr: float | None) -> Any:
 
 
 def base_rates(model: nn.Module, groups: Groups, lr: float | None) -> dict[int, float]:
-    """{id of a parameter: rate of the group that it is in}, before any splitting.
+    """{id of a parameter: rate of its group}, before any splitting.
 
     Raises:
         The errors of `split_groups` about groups.
@@ -130,12 +130,12 @@ def base_rates(model: nn.Module, groups: Groups, lr: float | None) -> dict[int, 
     groups, listed = with_lists(groups), trainable_parameters(model)
     check_membership(model, groups, listed)
     _check_memory(groups, listed, lr)
-    found = {}
+    rates = {}
     for index, group in enumerate(groups):
         name = str(group.get("name", f"group_{index}"))
         rate = rate_of(group, name, lr)
-        found |= {id(_tensor(member)): float(group.get("initial_lr", rate)) for member in group["params"]}
-    return found
+        rates |= {id(_tensor(member)): float(group.get("initial_lr", rate)) for member in group["params"]}
+    return rates
 
 
 def _check_memory(groups: Iterable[Mapping[str, Any]], listed: Sequence[TrainableParameter], lr: float | None) -> None:

@@ -324,8 +324,8 @@ def _precision(optimizer: Any) -> float:
 
 def _prove_step(optimizer: Any, sources: list[TrainableParameter], lr_ratio: float) -> None:
     group_of = _group_of(optimizer)
-    held = sorted({group_of[id(source.parameter)] for source in sources})
-    rates = {index: rate_of_group(optimizer, optimizer.param_groups[index], base=True) or 0.0 for index in held}
+    in_use = sorted({group_of[id(source.parameter)] for source in sources})
+    rates = {index: rate_of_group(optimizer, optimizer.param_groups[index], base=True) or 0.0 for index in in_use}
     trial = try_step(optimizer, rates)
     if trial.follows is False:
         raise RateMismatchError(

@@ -73,12 +73,12 @@ class Membership:
         relations = {label: rate / of_a for label, rate in rates.items() if rate and of_a} | dict(self._relations)
         # Some optimizers step over a part of their groups at a time.
         complete = self._relations.keys() <= rates.keys()
-        found: dict[str, str] = {}
+        problems: dict[str, str] = {}
         for model in models:
             factors = _factors(model)
-            found |= self._moved(factors, places, relations, complete)
-            found |= self._added(factors, places, relations)
-        return found
+            problems |= self._moved(factors, places, relations, complete)
+            problems |= self._added(factors, places, relations)
+        return problems
 
     def _moved(
         self,
@@ -87,14 +87,14 @@ class Membership:
         relations: Mapping[str, float],
         complete: bool,
     ) -> dict[str, str]:
-        found = {}
+        problems = {}
         for entry in factors:
             now, home = places.get(id(entry.parameter)), self._homes.get(id(entry.parameter))
             if now is None and complete and id(entry.parameter) not in self._elsewhere:
-                found[entry.name] = "is in no group, so it does not learn"
+                problems[entry.name] = "is in no group, so it does not learn"
             elif now and home and now != home and not _same(relations.get(now), relations.get(home)):
-                found[entry.name] = f"was moved from {home} to {now}"
-        return found
+                problems[entry.name] = f"was moved from {home} to {now}"
+        return problems
 
     def _added(
         self, factors: Sequence[TrainableParameter], places: Mapping[int, str], relations: Mapping[str, float]
@@ -107,7 +107,7 @@ class Membership:
             return next((relations[label] for label in labels if label in relations), None)
 
         of_a, of_b, of_new_a = of(Role.A, known=True), of(Role.B, known=True), of(Role.A, known=False)
-        found = {}
+        problems = {}
         for entry in factors:
             place = places.get(id(entry.parameter))
             if place is None or id(entry.parameter) in self._homes:
@@ -116,13 +116,13 @@ class Membership:
             if entry.role is Role.B and of_a and of_b and beside and place in relations:
                 ratio = relations[place] / beside
                 if not _same(ratio, of_b / of_a):
-                    found[entry.name] = (
+                    problems[entry.name] = (
                         f"came into {place} at {ratio:.4g} times the rate of its A, {of_b / of_a:.4g} times elsewhere"
                     )
         for entry in factors:
             if (place := places.get(id(entry.parameter))) is not None:
                 self._homes.setdefault(id(entry.parameter), place)
-        return found
+        return problems
 
 
 def _places(groups: Groups) -> dict[int, str]:

@@ -73,7 +73,7 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     Raises:
         NoLoraFactorsError: there is none.
     """
-    found = []
+    layers = []
     for path, module in model.named_modules():
         pairs = getattr(module, "lora_A", None)
         if not isinstance(pairs, nn.ModuleDict):  # litgpt's is a parameter
@@ -83,10 +83,10 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
             title = clean_name(path) if name == "default" else f"{clean_name(path)} ({name})"
             entry = AdaptedLayer(title, module, a, b, float(scaling), path)
             if any(weight.requires_grad for weight in entry.weights):
-                found.append(entry)
-    if not found:
+                layers.append(entry)
+    if not layers:
         raise NoLoraFactorsError(f"{type(model).__name__} has no layer with a trainable lora_A or lora_B to measure")
-    return found
+    return layers
 
 
 def factors(layers: Sequence[AdaptedLayer]) -> list[nn.Parameter]:
@@ -196,12 +196,12 @@ def movements(
         samples: {layer's name: what was recorded of it}.
         before: A, B, A, B, … of all layers: (rank, inputs), (outputs, rank), …
     """
-    now, found = factors(layers), {}
+    now, moved_by_layer = factors(layers), {}
     for i, entry in enumerate(layers):
         a, b = (gathered(before[j]) for j in (2 * i, 2 * i + 1))  # in every process, sampled there or not
         delta_a, delta_b = gathered(now[2 * i].detach()) - a, gathered(now[2 * i + 1].detach()) - b
         if entry.name in samples:
             moved = movement(entry, samples[entry.name], delta_a, delta_b, (a, b))
             if moved.finite:
-                found[entry.name] = moved
-    return found
+                moved_by_layer[entry.name] = moved
+    return moved_by_layer

@@ -17,10 +17,10 @@ _silent: ContextVar[bool] = ContextVar("silent", default=False)
 
 @contextmanager
 def told_once(*, silent: bool = False) -> Iterator[None]:
-    """What is told in a block, or in a function that this decorates, is told once; within another such block, by that.
+    """Within a block, or in a function that this decorates, each warning is given once. Blocks inside it count with it.
 
     Args:
-        silent: nothing is told, where somebody else has told it.
+        silent: no warning is given at all, since somebody else has given it.
 
     Example:
         >>> with warnings.catch_warnings(record=True) as caught, told_once():
@@ -39,7 +39,7 @@ def told_once(*, silent: bool = False) -> Iterator[None]:
 
 
 def tell(text: str) -> None:
-    """Warns at the line of the user's that led here."""
+    """Warns, at the user's line that led here."""
     told = _told.get()
     if _silent.get() or (told is not None and text in told):
         return

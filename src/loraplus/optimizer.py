@@ -66,12 +66,12 @@ def create_optimizer(
     """
     lr = in_form_of(rates.tensor, rates.lr_a)
     if groups is None:
-        made = param_groups(model, rates, weight_decay, prefix=prefix)
+        split = param_groups(model, rates, weight_decay, prefix=prefix)
     else:
-        made = split_groups(model, groups, rates, prefix=prefix)
+        split = split_groups(model, groups, rates, prefix=prefix)
         if weight_decay is not None:
             optimizer_kwargs["weight_decay"] = weight_decay
-    return build(model, optimizer_cls, made, lr=lr, **optimizer_kwargs)
+    return build(model, optimizer_cls, split, lr=lr, **optimizer_kwargs)
 
 
 def build(
