@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup
 
 import loraplus
-from loraplus.integrations.accelerate import log_rates, register_rates
+from loraplus.integrations.accelerate import guard_resume, rates_for_log
 
 torch.manual_seed(0)
 accelerator = Accelerator(cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=2)
@@ -21,7 +21,7 @@ loader = DataLoader([torch.arange(8).repeat(4) for _ in range(64)], batch_size=4
 optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=2e-3, lr_ratio=16)
 scheduler = get_linear_schedule_with_warmup(optimizer, 1, 8)
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
-register_rates(accelerator, model, optimizer)  # save_state records the rates, load_state refuses others
+guard_resume(accelerator, model, optimizer)  # save_state records the rates, load_state refuses others
 
 step = 0
 for batch in loader:
@@ -33,7 +33,8 @@ for batch in loader:
         optimizer.step()
         if accelerator.sync_gradients:
             step += 1
-            rates = log_rates(accelerator, optimizer, step)
+            rates = rates_for_log(optimizer)
+            accelerator.log(rates, step=step)
             accelerator.print(f"step {step}: loss {loss.item():.4f} {rates}")
         scheduler.step()
         optimizer.zero_grad()

@@ -12,11 +12,10 @@ import loraplus
 
 # Left to right, as in the picture.
 ORDER = (
-    "errors files notices wrappers twin step_probe parts layouts axes weight_values "
-    "weight_calls weight_code partners orientation structure adapter_types memory roles rates schedulers "
-    "model_changes membership watch existing_groups groups paper optimizer movement speed recorder step_watcher "
-    "proposal compiled owned_groups feature_updates auto integrations tasks inspection study report compare "
-    "reproduce bench cli"
+    "errors files notices wrappers parts group_rates twin step_probe layouts axes weight_trace partners orientation "
+    "structure adapter_types memory roles rates rate_keywords schedulers model_changes membership watch "
+    "existing_groups groups paper optimizer movement speed recorder step_watcher proposal compiled owned_groups "
+    "feature_updates auto integrations tasks inspection study report compare reproduce bench cli"
 ).split()
 
 

@@ -65,7 +65,7 @@ def test_the_rates_are_those_of_the_rule():
         for w, b in zip(factors(layers), before, strict=True):
             w.copy_(b)
     logs_a, logs_b = [], []
-    wanted = rule.part(recorder.loss_terms, len(layers))
+    wanted = rule.output_change(recorder.loss_terms, len(layers))
     for i, entry in enumerate(layers):
         u_a, u_b = -moved[2 * i] / rates.lr_a, -moved[2 * i + 1] / rates.lr_b
         m = movement(entry, recorder.samples[entry.name], u_a / rms(u_a), u_b / rms(u_b))
@@ -77,10 +77,10 @@ def test_the_rates_are_those_of_the_rule():
 
 def test_a_step_may_move_more_the_more_loss_terms_it_has_and_each_layer_less_the_more_there_are():
     rule = Rule()
-    assert rule.part(64, 12) == pytest.approx(2 * rule.part(16, 12))
-    assert rule.part(16, 48) == pytest.approx(rule.part(16, 12) / 2)
-    assert rule.part(1e9, 9) == pytest.approx(rule.most_output_part / 3)
-    assert rule.part(0, 1) == rule.output_part  # a loss that no gradient came from counts as one term
+    assert rule.output_change(64, 12) == pytest.approx(2 * rule.output_change(16, 12))
+    assert rule.output_change(16, 48) == pytest.approx(rule.output_change(16, 12) / 2)
+    assert rule.output_change(1e9, 9) == pytest.approx(rule.most_output_part / 3)
+    assert rule.output_change(0, 1) == rule.output_part  # a loss that no gradient came from counts as one term
 
 
 def test_the_ratio_stays_within_its_limits():

@@ -97,3 +97,16 @@ def test_a_classifier_is_trained_without_packages_that_it_has_no_use_for(tmp_pat
     run = ["train", "--model", model_folder, "--data", reviews_csv, "--output", tmp_path / "out", "--max-steps", 1]
     code = f"{command(*run)}\nassert not sys_code"
     assert not {"sklearn", "deepspeed"} & set(imported_by(code))
+
+
+def test_an_error_can_be_named_at_the_root_and_is_not_listed_there():
+    assert loraplus.RateMismatchError is loraplus.errors.RateMismatchError
+    from loraplus import InvalidRateError
+
+    assert InvalidRateError is loraplus.errors.InvalidRateError
+    listed = [name for name in loraplus.__all__ if name.endswith(("Error", "Warning"))]
+    assert listed == ["LoraPlusError", "LoraPlusWarning"]
+
+
+def test_groups_and_automatic_rates_import_no_sharded_tensors():
+    assert imported_by("import loraplus.groups, loraplus.auto", "torch.distributed.tensor", "sympy") == ["torch"]

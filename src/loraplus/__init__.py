@@ -1,6 +1,7 @@
 """LoRA+: low-rank adapters whose two factors learn at the right speeds (arXiv 2402.12354).
 
 Names are imported when they are first used, so that `loraplus --help` needs no torch, and the core no transformers.
+All errors are in `loraplus.errors`; they can be named here, too.
 """
 
 import importlib.util
@@ -8,27 +9,12 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from loraplus.errors import (
-    CheckpointError,
-    DamagedCheckpointError,
-    DivergedError,
-    FlattenedParametersError,
-    InputError,
-    InvalidRateError,
-    LoraPlusError,
-    LoraPlusWarning,
-    NoLoraFactorsError,
-    NoTrainableParametersError,
-    OptimizerSetupError,
-    ParameterGroupError,
-    RateMismatchError,
-    ResumeMismatchError,
-    TrainerSetupError,
-    UnknownAdapterParameterError,
-)
+from loraplus import errors
+from loraplus.errors import LoraPlusError, LoraPlusWarning
 
 if TYPE_CHECKING:
     from loraplus.auto import AutoRates
+    from loraplus.errors import *  # noqa: F403  (every error that scripts may name here)
     from loraplus.existing_groups import split_groups
     from loraplus.feature_updates import FeatureUpdates, UpdateMonitor, feature_updates
     from loraplus.groups import RateTable, explain, param_groups, verify
@@ -40,29 +26,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoRates",
-    "CheckpointError",
-    "DamagedCheckpointError",
-    "DivergedError",
     "FeatureUpdates",
-    "FlattenedParametersError",
-    "InputError",
-    "InvalidRateError",
     "LoraPlusError",
     "LoraPlusTrainer",
     "LoraPlusTrainingArguments",
     "LoraPlusWarning",
-    "NoLoraFactorsError",
-    "NoTrainableParametersError",
-    "OptimizerSetupError",
-    "ParameterGroupError",
-    "RateMismatchError",
     "RateTable",
     "Rates",
-    "ResumeMismatchError",
     "Role",
     "SpeedReport",
-    "TrainerSetupError",
-    "UnknownAdapterParameterError",
     "UpdateMonitor",
     "attach",
     "create_loraplus_optimizer",
@@ -94,6 +66,8 @@ _HOME = {name: f"loraplus.{home}" for home, names in _HOMES.items() for name in 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
+    elif isinstance(error := vars(errors).get(name), type):
+        value = error
     elif importlib.util.find_spec(f"loraplus.{name}") is not None:  # a submodule that nothing has imported yet
         value = importlib.import_module(f"loraplus.{name}")
     else:

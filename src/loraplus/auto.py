@@ -34,7 +34,17 @@ from torch import nn
 from loraplus.compiled import anything_is_compiled, is_compiled, run_eagerly
 from loraplus.errors import LoraPlusWarning, TrainerSetupError
 from loraplus.feature_updates import FeatureUpdates, LayerUpdate
-from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, full, is_sharded, local, movement, rms
+from loraplus.movement import (
+    AdaptedLayer,
+    Movement,
+    adapted_layers,
+    factors,
+    gathered,
+    is_sharded,
+    local_part,
+    movement,
+    rms,
+)
 from loraplus.owned_groups import OwnedGroups
 from loraplus.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
 from loraplus.roles import Role
@@ -56,7 +66,7 @@ class Rule:
     measured_at_first: int = 10  # steps measured one after the other, before
     measured_every: int = 20  # … every so many
 
-    def part(self, loss_terms: float, layers: int) -> float:
+    def output_change(self, loss_terms: float, layers: int) -> float:
         """ρ: how far a step may move the output of one of `layers` layers, as a part of it."""
         return min(self.output_part * math.sqrt(max(loss_terms, 1.0)), self.most_output_part) / math.sqrt(layers)
 
@@ -230,28 +240,28 @@ class AutoRates(StepWatcher):
             if self._units is not None:
                 self._set_units(self._units, steps, device)
             if seen:
-                self._measure([None if step is None else full(step) for step in steps], terms, device)
+                self._measure([None if step is None else gathered(step) for step in steps], terms, device)
             self.lr_a, self.lr_b = (eta * self._unit(role) for eta, role in zip(self._pair, _ROLES, strict=True))
 
     def _set_units(self, units: dict[Role, float], steps: Sequence[torch.Tensor | None], device: torch.device) -> None:
         """The rates at which the coming step goes as far as Adam's, over all A and over all B."""
         for first, role in enumerate(_ROLES):
-            parts = [local(step) for step in steps[first::2] if step is not None]
+            parts = [local_part(step) for step in steps[first::2] if step is not None]
             squares = sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts)
             total, count = self._summed([squares, float(sum(part.numel() for part in parts))], device)
             if 0 < total < math.inf:
                 units[role] = self._size * math.sqrt(count / total)
 
     def _measure(self, steps: Sequence[torch.Tensor | None], terms: float, device: torch.device) -> None:
-        part = self.rule.part(terms, len(self._layers)) if math.isfinite(terms) else math.nan
+        rho = self.rule.output_change(terms, len(self._layers)) if math.isfinite(terms) else math.nan
         moved: dict[str, tuple[Movement, float, float]] = {}
         for i, entry in enumerate(self._layers):
-            weights = tuple(full(weight.detach()).float() for weight in entry.weights)
+            weights = tuple(gathered(weight.detach()).float() for weight in entry.weights)
             sample = self._recorder.samples.get(entry.name)
-            found = None if sample is None else _moved(entry, sample, weights, steps[2 * i], steps[2 * i + 1])
-            if found is not None:
-                moved[entry.name] = found
-        asked = {name: self._asked_for(*found, part) for name, found in moved.items()}
+            measured = None if sample is None else _moved(entry, sample, weights, steps[2 * i], steps[2 * i + 1])
+            if measured is not None:
+                moved[entry.name] = measured
+        asked = {name: self._asked_for(*measured, rho) for name, measured in moved.items()}
         self._pair = _balanced(
             self._mean([rates.lr_a for rates in asked.values()], device) or self._pair[0],
             self._mean([rates.lr_b for rates in asked.values()], device) or self._pair[1],
@@ -274,12 +284,12 @@ class AutoRates(StepWatcher):
             )
         return steps
 
-    def _asked_for(self, moved: Movement, size_a: float, size_b: float, part: float) -> LayerRates:
+    def _asked_for(self, moved: Movement, size_a: float, size_b: float, rho: float) -> LayerRates:
         lr_a = lr_b = None
         if size_b and moved.delta2:
-            lr_b = part * moved.output / moved.delta2
+            lr_b = rho * moved.output / moved.delta2
         if size_a and moved.inner_change:
-            by_output = part * moved.output / moved.delta1 if moved.delta1 else math.inf
+            by_output = rho * moved.output / moved.delta1 if moved.delta1 else math.inf
             # An A that starts at zero has no output yet that it could run away from.
             by_inner = self.rule.inner_part * moved.inner / moved.inner_change if moved.inner else math.inf
             lr_a = min(by_output, by_inner)
@@ -364,7 +374,11 @@ def _moved(
 
 
 def _balanced(lr_a: float, lr_b: float, rule: Rule) -> tuple[float, float]:
-    """The pair with λ within its limits: raised at constant product, lowered by holding B; free while one has none."""
+    """The pair (η_A, η_B) with λ = η_B / η_A brought between the rule's limits.
+
+    Below the least λ both move: B up and A down, at the same product η_A·η_B. Above the largest λ only B moves, down.
+    While one of the two has no rate yet (0), the other stays as it is.
+    """
     if not (lr_a and lr_b):
         return lr_a, lr_b
     if lr_b < rule.least_ratio * lr_a:

@@ -124,13 +124,6 @@ class Axes:
                 labels.append(label)
         return replace(self, labels=tuple(labels), whole=self.whole and "some" not in indices)
 
-    def rearranged(self, pattern: Any) -> Axes | None:
-        """As einops' rearrange, where it only turns: "e i o -> e o i"."""
-        if not isinstance(pattern, str) or set("().") & set(pattern) or "->" not in pattern:
-            return None
-        before, after = (part.split() for part in pattern.split("->"))
-        return self.permuted([before.index(name) for name in after]) if sorted(before) == sorted(after) else None
-
 
 def changed(axes: Axes, by: str, given: Sequence[Any], named: Mapping[str, Any]) -> Axes | None:
     """What a method or function of a name makes of a weight; None if that is no weight any more, or nobody knows.
@@ -155,8 +148,6 @@ def changed(axes: Axes, by: str, given: Sequence[Any], named: Mapping[str, Any])
         return axes.permuted(named.get("dims", flat))
     if by in ("movedim", "moveaxis"):
         return axes.moved(argument(0, "source"), argument(1, "destination"))
-    if by == "rearrange":
-        return axes.rearranged(argument(0, "pattern"))
     if by == "unsqueeze":
         return axes.with_new(argument(0, "dim"))
     if by in ("squeeze", "squeeze_"):

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from loraplus.errors import InvalidRateError, ParameterGroupError
+from loraplus.group_rates import in_form_of
 from loraplus.notices import told_once
-from loraplus.rates import DEFAULT_LR_RATIO, Rates, as_number
+from loraplus.rate_keywords import takes_rates
+from loraplus.rates import SETTINGS, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, trainable_parameters
 
 Groups = Iterable[Mapping[str, Any]]
@@ -23,15 +25,8 @@ _PARAMETERS = frozenset({"params", "param_names"})
 
 
 @told_once()
-def split_groups(
-    model: nn.Module,
-    groups: Groups,
-    lr_ratio: float = DEFAULT_LR_RATIO,
-    *,
-    lr: float | None = None,
-    lr_ratio_overrides: Mapping[str, float] | None = None,
-    prefix: str = "",
-) -> list[dict[str, Any]]:
+@takes_rates("lr_ratio")
+def split_groups(model: nn.Module, groups: Groups, *, rates: Rates, prefix: str = "") -> list[dict[str, Any]]:
     """Splits parameter groups by role, so that each keeps its own options and B learns lr_ratio times faster in it.
 
     η_A = group's lr, η_B = lr_ratio · group's lr, everything else as it was.
@@ -39,9 +34,8 @@ def split_groups(
     Args:
         model: holds every parameter of the groups; for several models, `torch.nn.ModuleDict({"unet": unet, …})`.
         groups: as torch's optimizers take them: dicts with "params" and any options, or an optimizer's `param_groups`.
-        lr_ratio: λ = η_B / η_A; 1 is plain LoRA.
-        lr: rate of groups that have none.
-        lr_ratio_overrides: {regular expression: λ} on names of B factors.
+        rates: a `Rates`, or its fields as keywords; `lr_ratio` also by position. `lr` is the rate of groups that have
+            none. Rates of roles and `lr_overrides` are refused: give such parameters a group of their own.
         prefix: the model's name in an optimizer of several, put before every group's name.
 
     Returns:
@@ -66,8 +60,9 @@ def split_groups(
         >>> [(group["name"], group["lr"], group["betas"]) for group in split_groups(model, mine, lr_ratio=8)]
         [('encoder/lora_A', 0.001, (0.9, 0.99)), ('encoder/lora_B', 0.008, (0.9, 0.99))]
     """
-    # 1 where the group has the rate itself: what lr_ratio may be is checked once, what the group's lr may be below.
-    rates = Rates(1.0, lr_ratio, lr_ratio_overrides=lr_ratio_overrides or {})
+    refuse_beside_groups(rates)
+    lr = None if rates.lr is None else in_form_of(rates.tensor, rates.lr_a)
+    rates = rates.at(1.0)  # a parameter's rate is then what its group's is multiplied with
     listed = trainable_parameters(model)
     rates.check(listed)
     groups = with_lists(groups)
@@ -85,14 +80,6 @@ def with_prefix(groups: list[dict[str, Any]], prefix: str) -> list[dict[str, Any
     return groups
 
 
-def like(given: Any, rate: Any) -> Any:
-    """A rate in the form that it was given in: a tensor of its own where that is one."""
-    if isinstance(given, torch.Tensor):
-        dtype = given.dtype if given.is_floating_point() else torch.get_default_dtype()
-        return torch.full_like(given, float(rate), dtype=dtype, requires_grad=False)
-    return rate
-
-
 def _split(
     index: int, group: dict[str, Any], rates: Rates, lr: float | None, entries: Mapping[int, TrainableParameter]
 ) -> list[dict[str, Any]]:
@@ -103,7 +90,7 @@ def _split(
     schedule = {key for key in ("lr", "initial_lr") if options.get(key) is not None}  # initial_lr: a scheduler's base
 
     def scaled(factor: float) -> dict[str, Any]:
-        return {key: like(options[key], options[key] * factor) for key in schedule}
+        return {key: in_form_of(options[key], options[key] * factor) for key in schedule}
 
     parts: dict[str, dict[str, Any]] = {}
     for member in group["params"]:
@@ -135,7 +122,7 @@ def rate_of(group: Mapping[str, Any], name: str, lr: float | None) -> Any:
 
 
 def base_rates(model: nn.Module, groups: Groups, lr: float | None) -> dict[int, float]:
-    """{id of a parameter: rate of the group that it is in}, before any splitting.
+    """{id of a parameter: rate of its group}, before any splitting.
 
     Raises:
         The errors of `split_groups` about groups.
@@ -143,12 +130,12 @@ def base_rates(model: nn.Module, groups: Groups, lr: float | None) -> dict[int, 
     groups, listed = with_lists(groups), trainable_parameters(model)
     check_membership(model, groups, listed)
     _check_memory(groups, listed, lr)
-    found = {}
+    rates = {}
     for index, group in enumerate(groups):
         name = str(group.get("name", f"group_{index}"))
         rate = rate_of(group, name, lr)
-        found |= {id(_tensor(member)): float(group.get("initial_lr", rate)) for member in group["params"]}
-    return found
+        rates |= {id(_tensor(member)): float(group.get("initial_lr", rate)) for member in group["params"]}
+    return rates
 
 
 def _check_memory(groups: Iterable[Mapping[str, Any]], listed: Sequence[TrainableParameter], lr: float | None) -> None:
@@ -175,14 +162,15 @@ def _check_memory(groups: Iterable[Mapping[str, Any]], listed: Sequence[Trainabl
             )
 
 
-def refuse_beside_groups(**given: Any) -> None:
+def refuse_beside_groups(rates: Rates) -> None:
     """Refuses settings that groups make themselves.
 
     Raises:
         InvalidRateError: names the setting.
     """
-    for name, value in given.items():
-        if value:
+    for name, setting in SETTINGS.items():
+        of_a_group = name == "lr" or setting.metadata.get("sets_ratio")
+        if not of_a_group and getattr(rates, name):
             raise InvalidRateError(
                 f"{name} is not used when groups are given: give the parameters a group at that rate"
             )

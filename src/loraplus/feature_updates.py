@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from loraplus.errors import InputError
+from loraplus.group_rates import in_form_of
 from loraplus.groups import rate_of_group
 from loraplus.movement import AdaptedLayer, Movement, adapted_layers, factors, movements
 from loraplus.optimizer import create_optimizer
-from loraplus.proposal import as_before
 from loraplus.rates import DEFAULT_LR_RATIO
 from loraplus.recorder import Recorder
 from loraplus.step_watcher import StepWatcher, torch_optimizer
@@ -228,7 +228,7 @@ def _twin_in_place(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     twin = twin_over(optimizer, {p: p for group in optimizer.param_groups for p in group["params"]})
     groups = [group for group in optimizer.param_groups if group["params"]]
     for group, own in zip(twin.param_groups, groups, strict=True):
-        group["lr"] = as_before(own["lr"], rate_of_group(optimizer, own) or 0.0)
+        group["lr"] = in_form_of(own["lr"], rate_of_group(optimizer, own) or 0.0)
     return twin
 
 

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from loraplus.errors import FlattenedParametersError, InvalidRateError, RateMismatchError
-from loraplus.existing_groups import Groups, base_rates, like, refuse_beside_groups, with_prefix
+from loraplus.existing_groups import Groups, base_rates, refuse_beside_groups, with_prefix
+from loraplus.group_rates import base_rate, in_form_of, rate_as_number
 from loraplus.notices import told_once
-from loraplus.rates import DEFAULT_LR_RATIO, ROLES_OF, Rates, as_number
+from loraplus.rate_keywords import takes_rates
+from loraplus.rates import OWN_RATES, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, read_once, trainable_parameters
 from loraplus.step_probe import refusal, try_step, warn_unproved
 from loraplus.wrappers import unwrapped
@@ -27,18 +29,9 @@ _NAMED_IN_MESSAGE = 3  # all that a message has room for
 
 
 @told_once()
+@takes_rates("lr", "lr_ratio", needed=["lr"])
 def param_groups(
-    model: nn.Module,
-    lr: float,
-    lr_ratio: float = DEFAULT_LR_RATIO,
-    weight_decay: float | None = None,
-    *,
-    lr_embedding: float | None = None,
-    lr_head: float | None = None,
-    lr_magnitude: float | None = None,
-    lr_overrides: Mapping[str, float] | None = None,
-    lr_ratio_overrides: Mapping[str, float] | None = None,
-    prefix: str = "",
+    model: nn.Module, weight_decay: float | None = None, *, rates: Rates, prefix: str = ""
 ) -> list[dict[str, Any]]:
     """Splits the trainable parameters into named groups with LoRA+ rates.
 
@@ -46,15 +39,10 @@ def param_groups(
 
     Args:
         model: a model with LoRA factors, wrapped or not.
-        lr: η_A; a tensor gives every group a tensor of its own (capturable and compiled optimizers).
-        lr_ratio: λ = η_B / η_A; 1 is plain LoRA.
+        rates: a `Rates`, or its fields as keywords; `lr` and `lr_ratio` also by position. A rate that is a tensor gives
+            every group a tensor of its own (capturable and compiled optimizers).
         weight_decay: decay of every parameter but biases and norms, as transformers' Trainer places it. None leaves
             the optimizer's own default, which torch applies to every parameter.
-        lr_embedding: rate of embedding factors and rows. Default: lr.
-        lr_head: rate of `modules_to_save` and of output layers that are unfrozen. Default: lr.
-        lr_magnitude: rate of DoRA's magnitudes. Default: lr.
-        lr_overrides: {regular expression: factor} on parameter names.
-        lr_ratio_overrides: {regular expression: λ} on names of B factors, as in {"lora_unet": 16, "lora_te": 4}.
         prefix: the model's name in an optimizer of several: "unet" makes groups "unet.lora_A", "unet.lora_B".
 
     Returns:
@@ -79,12 +67,10 @@ def param_groups(
 
     Source: Hayou, Ghosh, Yu, arXiv 2402.12354, section 4.
     """
-    rates = Rates(lr, lr_ratio, lr_embedding, lr_head, lr_magnitude, lr_overrides or {}, lr_ratio_overrides or {})
+    as_number("lr", rates.lr)
     groups = groups_for(trainable_parameters(model), rates, weight_decay)
-    given = (lr, lr_embedding, lr_head, lr_magnitude)
-    form = next((rate for rate in given if isinstance(rate, torch.Tensor)), None)
     for group in groups:
-        group["lr"] = like(form, group["lr"])
+        group["lr"] = in_form_of(rates.tensor, group["lr"])
     return with_prefix(groups, prefix)
 
 
@@ -141,11 +127,8 @@ class RateTable:
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         for entry in self.entries:
             key = (entry.group, entry.role, entry.lr, entry.weight_decay)
-            row = rows.setdefault(
-                key,
-                {"name": entry.group, "role": entry.role, "lr": entry.lr, "base_lr": entry.base_lr,
-                 "weight_decay": entry.weight_decay, "tensors": 0, "parameters": 0},
-            )  # fmt: skip
+            shared = {name: getattr(entry, name) for name in ("role", "lr", "base_lr", "weight_decay")}
+            row = rows.setdefault(key, {"name": entry.group, **shared, "tensors": 0, "parameters": 0})
             row["tensors"] += 1
             row["parameters"] += entry.parameters
         return list(rows.values())
@@ -160,11 +143,10 @@ class RateTable:
 
     def __str__(self) -> str:
         header = ("group", "role", "lr", "weight decay", "tensors", "parameters")
-        rows = [
-            (row["name"], row["role"], _number(row["lr"]), _number(row["weight_decay"]), f"{row['tensors']:,}",
-             f"{row['parameters']:,}")
-            for row in self.groups()
-        ]  # fmt: skip
+        rows = []
+        for row in self.groups():
+            counts = (f"{row[name]:,}" for name in ("tensors", "parameters"))
+            rows.append((row["name"], row["role"], _number(row["lr"]), _number(row["weight_decay"]), *counts))
         widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
         lines = []
         for line in [header, tuple("-" * width for width in widths), *rows]:
@@ -176,12 +158,6 @@ class RateTable:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
-
-
-def _as_float(value: Any) -> float | None:
-    if isinstance(value, torch.Tensor):  # capturable and compiled optimizers hold rates in tensors
-        return float(value.item())
-    return None if value is None else float(value)
 
 
 def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *, base: bool = False) -> float | None:
@@ -247,7 +223,7 @@ def built_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable
 
 
 def _own_rate(optimizer: Any, group: Mapping[str, Any], *, base: bool = False) -> float | None:
-    return _as_float(group.get("initial_lr", group.get("lr")) if base else group.get("lr"))
+    return base_rate(group) if base else rate_as_number(group.get("lr"))
 
 
 def _table(parameters: list[TrainableParameter], optimizer: Any, rate_of: Any = None) -> RateTable:
@@ -264,7 +240,7 @@ def _table(parameters: list[TrainableParameter], optimizer: Any, rate_of: Any = 
                 group="(not optimized)" if index is None else str(group.get("name", f"group {index}")),
                 lr=rate_of(optimizer, group),
                 base_lr=rate_of(optimizer, group, base=True),
-                weight_decay=_as_float(group.get("weight_decay")),
+                weight_decay=rate_as_number(group.get("weight_decay")),
                 parameters=0 if entry.shares else _number_of(entry.parameter),
                 shares=entry.shares,
             )
@@ -274,18 +250,9 @@ def _table(parameters: list[TrainableParameter], optimizer: Any, rate_of: Any = 
 
 @told_once()
 @read_once()
+@takes_rates("lr_ratio", needed=["lr_ratio"])
 def verify(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_ratio: float,
-    *,
-    lr: float | None = None,
-    lr_embedding: float | None = None,
-    lr_head: float | None = None,
-    lr_magnitude: float | None = None,
-    lr_overrides: Mapping[str, float] | None = None,
-    lr_ratio_overrides: Mapping[str, float] | None = None,
-    groups: Groups | None = None,
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, rates: Rates, groups: Groups | None = None
 ) -> RateTable:
     """Checks that the optimizer gives every trainable parameter the LoRA+ rate asked for, and that its step follows it.
 
@@ -296,10 +263,9 @@ def verify(
     Args:
         model: the model, wrapped or not.
         optimizer: the optimizer in use, wrapped or not.
-        lr_ratio: λ that the run should have.
-        lr: base η_A that the run should have. None takes it from the optimizer, so that only the relations are checked;
-            where A or B alone trains there is none, and lr is needed.
-        lr_embedding, lr_head, lr_magnitude, lr_overrides, lr_ratio_overrides: as in `param_groups`.
+        rates: those that the run should have: a `Rates`, or its fields as keywords; `lr_ratio` also by position.
+            `lr` is the base η_A. None takes it from the optimizer, so that only the relations are checked; where A or B
+            alone trains there is none, and lr is needed.
         groups: the groups that `split_groups` was given; each parameter's η_A is then its group's lr, and `lr` the
             rate of groups that have none.
 
@@ -316,17 +282,13 @@ def verify(
     """
     sources = trainable_parameters(model)
     table = _table(sources, optimizer)
-    own = {"lr_embedding": lr_embedding, "lr_head": lr_head, "lr_magnitude": lr_magnitude}
-    overrides, ratios = lr_overrides or {}, lr_ratio_overrides or {}
     if groups is not None:
-        refuse_beside_groups(lr_overrides=overrides, **own)
-        bases = base_rates(model, groups, lr)
-        rates = Rates(1.0, lr_ratio, lr_ratio_overrides=ratios)
-        asked = [rates.of(source.role, source.rate_name) * bases[id(source.parameter)] for source in sources]
+        refuse_beside_groups(rates)
+        bases = base_rates(model, groups, None if rates.lr is None else rates.lr_a)
+        unit = rates.at(1.0)
+        asked = [unit.of(source.role, source.rate_name) * bases[id(source.parameter)] for source in sources]
     else:
-        unit = Rates(1.0, lr_ratio, lr_overrides=overrides, lr_ratio_overrides=ratios)
-        base = lr if lr is not None else _base_rate(table, unit, own)
-        rates = Rates(base, lr_ratio, **own, lr_overrides=overrides, lr_ratio_overrides=ratios)
+        rates = rates if rates.lr is not None else rates.at(_base_rate(table, rates))
         asked = [rates.of(source.role, source.rate_name) for source in sources]
     rates.check(sources)
 
@@ -345,11 +307,11 @@ def verify(
     if wrong:
         more = f"; and {len(wrong) - _NAMED_IN_MESSAGE} more" if len(wrong) > _NAMED_IN_MESSAGE else ""
         raise RateMismatchError(
-            f"{len(wrong)} of {len(table.entries)} parameters do not have the rate of lr_ratio = {lr_ratio:g}: "
+            f"{len(wrong)} of {len(table.entries)} parameters do not have the rate of lr_ratio = {rates.lr_ratio:g}: "
             + "; ".join(wrong[:_NAMED_IN_MESSAGE])
             + more
         )
-    _prove_step(optimizer, sources, lr_ratio)
+    _prove_step(optimizer, sources, rates.lr_ratio)
     return table
 
 
@@ -362,8 +324,8 @@ def _precision(optimizer: Any) -> float:
 
 def _prove_step(optimizer: Any, sources: list[TrainableParameter], lr_ratio: float) -> None:
     group_of = _group_of(optimizer)
-    held = sorted({group_of[id(source.parameter)] for source in sources})
-    rates = {index: rate_of_group(optimizer, optimizer.param_groups[index], base=True) or 0.0 for index in held}
+    in_use = sorted({group_of[id(source.parameter)] for source in sources})
+    rates = {index: rate_of_group(optimizer, optimizer.param_groups[index], base=True) or 0.0 for index in in_use}
     trial = try_step(optimizer, rates)
     if trial.follows is False:
         raise RateMismatchError(
@@ -373,14 +335,14 @@ def _prove_step(optimizer: Any, sources: list[TrainableParameter], lr_ratio: flo
         warn_unproved(optimizer, trial)
 
 
-def _base_rate(table: RateTable, unit: Rates, own: Mapping[str, float | None]) -> float:
-    """η_A as the optimizer has it: the base rate of a parameter that has η_A, over what `unit` (lr = 1) gives it.
+def _base_rate(table: RateTable, rates: Rates) -> float:
+    """η_A as the optimizer has it: the base rate of a parameter that has η_A, over what it has at lr = 1.
 
     Raises:
         RateMismatchError: no relation to B's rate can be read off.
     """
     roles = {entry.role for entry in table.entries}
-    fixed = {role for name, value in own.items() if value is not None for role in ROLES_OF[name][0]}
+    fixed = {role for name in rates.own_rates() for role in OWN_RATES[name].metadata["roles"]}
     if Role.B not in roles or not roles - fixed - {Role.B}:
         alone = "B alone trains" if Role.B in roles else "no factor B of a linear layer trains"
         raise RateMismatchError(
@@ -390,5 +352,5 @@ def _base_rate(table: RateTable, unit: Rates, own: Mapping[str, float | None]) -
     for role in (Role.A, *Role):  # A's if it trains, else that of something which keeps lr
         for entry in table.entries:
             if entry.role == role and entry.base_lr and role != Role.B and role not in fixed:
-                return entry.base_lr / unit.of(role, entry.shares or entry.name)
+                return entry.base_lr / rates.at(1.0).of(role, entry.shares or entry.name)
     raise RateMismatchError("nothing that trains at η_A has a positive rate in this optimizer")

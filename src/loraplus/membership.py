@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusError
+from loraplus.group_rates import Groups, base_rate, group_labels
 from loraplus.model_changes import ModelChanges
 from loraplus.notices import told_once
 from loraplus.roles import Role, TrainableParameter, clean_name, trainable_parameters
 
-Groups = Sequence[Mapping[str, Any]]
 _TOLERANCE = 1e-3
 
 
@@ -75,12 +73,12 @@ class Membership:
         relations = {label: rate / of_a for label, rate in rates.items() if rate and of_a} | dict(self._relations)
         # Some optimizers step over a part of their groups at a time.
         complete = self._relations.keys() <= rates.keys()
-        found: dict[str, str] = {}
+        problems: dict[str, str] = {}
         for model in models:
             factors = _factors(model)
-            found |= self._moved(factors, places, relations, complete)
-            found |= self._added(factors, places, relations)
-        return found
+            problems |= self._moved(factors, places, relations, complete)
+            problems |= self._added(factors, places, relations)
+        return problems
 
     def _moved(
         self,
@@ -89,14 +87,14 @@ class Membership:
         relations: Mapping[str, float],
         complete: bool,
     ) -> dict[str, str]:
-        found = {}
+        problems = {}
         for entry in factors:
             now, home = places.get(id(entry.parameter)), self._homes.get(id(entry.parameter))
             if now is None and complete and id(entry.parameter) not in self._elsewhere:
-                found[entry.name] = "is in no group, so it does not learn"
+                problems[entry.name] = "is in no group, so it does not learn"
             elif now and home and now != home and not _same(relations.get(now), relations.get(home)):
-                found[entry.name] = f"was moved from {home} to {now}"
-        return found
+                problems[entry.name] = f"was moved from {home} to {now}"
+        return problems
 
     def _added(
         self, factors: Sequence[TrainableParameter], places: Mapping[int, str], relations: Mapping[str, float]
@@ -109,7 +107,7 @@ class Membership:
             return next((relations[label] for label in labels if label in relations), None)
 
         of_a, of_b, of_new_a = of(Role.A, known=True), of(Role.B, known=True), of(Role.A, known=False)
-        found = {}
+        problems = {}
         for entry in factors:
             place = places.get(id(entry.parameter))
             if place is None or id(entry.parameter) in self._homes:
@@ -118,49 +116,13 @@ class Membership:
             if entry.role is Role.B and of_a and of_b and beside and place in relations:
                 ratio = relations[place] / beside
                 if not _same(ratio, of_b / of_a):
-                    found[entry.name] = (
+                    problems[entry.name] = (
                         f"came into {place} at {ratio:.4g} times the rate of its A, {of_b / of_a:.4g} times elsewhere"
                     )
-        self._homes |= {
-            id(entry.parameter): places[id(entry.parameter)] for entry in factors if id(entry.parameter) in places
-            and id(entry.parameter) not in self._homes
-        }  # fmt: skip
-        return found
-
-
-def group_labels(groups: Groups) -> list[str]:
-    """The groups' names, made distinct: `lora_A`, `lora_B`, `lora_A.2`, …; "group <index>" where there is none.
-
-    Example:
-        >>> group_labels([{"name": "lora_A"}, {"name": "lora_A"}, {}])
-        ['lora_A', 'lora_A.2', 'group 2']
-    """
-    labels: list[str] = []
-    for index, group in enumerate(groups):
-        name = label = str(group.get("name", f"group {index}"))
-        number = 1
-        while label in labels:
-            number += 1
-            label = f"{name}.{number}"
-        labels.append(label)
-    return labels
-
-
-def reference_group(labels: Sequence[str]) -> int:
-    """Index of the group that the others' rates are compared with: the first of A by name, else the first."""
-    return next((index for index, label in enumerate(labels) if Role.A in label), 0)
-
-
-def rate_as_number(rate: Any) -> float | None:
-    """A group's rate, in a tensor or not; None for what is no number (an optimizer that finds its own)."""
-    if isinstance(rate, torch.Tensor):
-        rate = rate.item()
-    return float(rate) if isinstance(rate, (int, float)) else None
-
-
-def base_rate(group: Mapping[str, Any]) -> float | None:
-    """The rate that a scheduler multiplies, or the present one where there is none."""
-    return rate_as_number(group.get("initial_lr", group.get("lr")))
+        for entry in factors:
+            if (place := places.get(id(entry.parameter))) is not None:
+                self._homes.setdefault(id(entry.parameter), place)
+        return problems
 
 
 def _places(groups: Groups) -> dict[int, str]:

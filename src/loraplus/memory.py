@@ -26,6 +26,9 @@ def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     Tensors without memory of their own (meta, ZeRO-3's and FSDP's empty ones, some quantised ones) overlap with none;
     of a DTensor the local part counts.
 
+    Args:
+        tensors: of any shapes and strides.
+
     Example:
         >>> one = torch.zeros(4, 2)
         >>> overlapping([one, torch.zeros(2, 4), one.T, one[:2]])

@@ -56,7 +56,12 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a forward pass left for a measurement: some rows of the input, and the RMS of the output."""
+    """What a forward pass left for a measurement: some rows of the input, and the RMS of the output.
+
+    Args:
+        inputs: (tokens, inputs of the layer); of a convolution (examples, channels, …).
+        output_rms: root mean square over tokens and outputs.
+    """
 
     inputs: torch.Tensor
     output_rms: float
@@ -68,7 +73,7 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     Raises:
         NoLoraFactorsError: there is none.
     """
-    found = []
+    layers = []
     for path, module in model.named_modules():
         pairs = getattr(module, "lora_A", None)
         if not isinstance(pairs, nn.ModuleDict):  # litgpt's is a parameter
@@ -78,10 +83,10 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
             title = clean_name(path) if name == "default" else f"{clean_name(path)} ({name})"
             entry = AdaptedLayer(title, module, a, b, float(scaling), path)
             if any(weight.requires_grad for weight in entry.weights):
-                found.append(entry)
-    if not found:
+                layers.append(entry)
+    if not layers:
         raise NoLoraFactorsError(f"{type(model).__name__} has no layer with a trainable lora_A or lora_B to measure")
-    return found
+    return layers
 
 
 def factors(layers: Sequence[AdaptedLayer]) -> list[nn.Parameter]:
@@ -102,12 +107,12 @@ def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that FSDP2 has sharded; any other as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that FSDP2 has sharded; any other as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
@@ -130,10 +135,8 @@ class Movement:
 
     def scaled(self, by_a: float, by_b: float) -> Movement:
         """The same steps, ΔA times `by_a` and ΔB times `by_b`."""
-        return replace(
-            self, delta1=self.delta1 * by_a, delta2=self.delta2 * by_b, delta3=self.delta3 * by_a * by_b,
-            inner_change=self.inner_change * by_a,
-        )  # fmt: skip
+        a_alone = replace(self, delta1=self.delta1 * by_a, inner_change=self.inner_change * by_a)
+        return replace(a_alone, delta2=self.delta2 * by_b, delta3=self.delta3 * by_a * by_b)
 
 
 def movement(
@@ -148,11 +151,11 @@ def movement(
     Args:
         layer: the layer.
         sample: recorded by a `Recorder`.
-        delta_a: change of A's weight, its shape.
-        delta_b: change of B's weight, its shape.
-        weights: A and B before the step. Default: as they are now.
+        delta_a: change of A's weight, (rank, inputs).
+        delta_b: change of B's weight, (outputs, rank).
+        weights: A and B before the step, of the same shapes. Default: as they are now.
     """
-    weight_a, weight_b = (full(weight.detach()) for weight in (layer.weights if weights is None else weights))
+    weight_a, weight_b = (gathered(weight.detach()) for weight in (layer.weights if weights is None else weights))
     x = sample.inputs.to(weight_a.dtype)
     s = abs(layer.scaling)
     with torch.no_grad():
@@ -168,7 +171,16 @@ def movement(
 
 
 def _through(module: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The module's map with another weight, without the offset that LoraConfig(lora_bias=True) gives B."""
+    """The module's map with another weight, without the offset that LoraConfig(lora_bias=True) gives B.
+
+    Args:
+        module: A or B.
+        weight: (outputs, inputs) of the module, or a convolution's.
+        x: (tokens, inputs); of a convolution (examples, channels, …).
+
+    Returns:
+        (tokens, outputs); of a convolution (examples, channels, …).
+    """
     bias = getattr(module, "bias", None)
     offset = {} if bias is None else {"bias": torch.zeros_like(bias, dtype=weight.dtype)}
     return functional_call(module, {"weight": weight, **offset}, (x,))
@@ -177,13 +189,19 @@ def _through(module: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.
 def movements(
     layers: Sequence[AdaptedLayer], samples: Mapping[str, Sample], before: Sequence[torch.Tensor]
 ) -> dict[str, Movement]:
-    """What the step from the weights `before` to the present ones did to each layer that was sampled."""
-    now, found = factors(layers), {}
+    """What the step from the weights `before` to the present ones did to each layer that was sampled.
+
+    Args:
+        layers: all of them.
+        samples: {layer's name: what was recorded of it}.
+        before: A, B, A, B, … of all layers: (rank, inputs), (outputs, rank), …
+    """
+    now, moved_by_layer = factors(layers), {}
     for i, entry in enumerate(layers):
-        a, b = (full(before[j]) for j in (2 * i, 2 * i + 1))  # in every process, sampled there or not
-        delta_a, delta_b = full(now[2 * i].detach()) - a, full(now[2 * i + 1].detach()) - b
+        a, b = (gathered(before[j]) for j in (2 * i, 2 * i + 1))  # in every process, sampled there or not
+        delta_a, delta_b = gathered(now[2 * i].detach()) - a, gathered(now[2 * i + 1].detach()) - b
         if entry.name in samples:
             moved = movement(entry, samples[entry.name], delta_a, delta_b, (a, b))
             if moved.finite:
-                found[entry.name] = moved
-    return found
+                moved_by_layer[entry.name] = moved
+    return moved_by_layer

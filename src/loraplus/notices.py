@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -17,10 +17,10 @@ _silent: ContextVar[bool] = ContextVar("silent", default=False)
 
 @contextmanager
 def told_once(*, silent: bool = False) -> Iterator[None]:
-    """What is told in a block, or in a function that this decorates, is told once; within another such block, by that.
+    """Within a block, or in a function that this decorates, each warning is given once. Blocks inside it count with it.
 
     Args:
-        silent: nothing is told, where somebody else has told it.
+        silent: no warning is given at all, since somebody else has given it.
 
     Example:
         >>> with warnings.catch_warnings(record=True) as caught, told_once():
@@ -39,7 +39,7 @@ def told_once(*, silent: bool = False) -> Iterator[None]:
 
 
 def tell(text: str) -> None:
-    """Warns at the line of the user's that led here."""
+    """Warns, at the user's line that led here."""
     told = _told.get()
     if _silent.get() or (told is not None and text in told):
         return
@@ -49,3 +49,25 @@ def tell(text: str) -> None:
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _OURS:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, LoraPlusWarning, stacklevel=level)
+
+
+_told_of_names: set[str] = set()
+
+
+def renamed(module: str, name: str, new_names: Mapping[str, str]) -> str:
+    """The new name of what a module had under another one, for its `__getattr__`; says so once.
+
+    Args:
+        module: its `__name__`.
+        name: that is asked for.
+        new_names: {earlier name: the present one}.
+
+    Raises:
+        AttributeError: no name, neither now nor earlier.
+    """
+    if name not in new_names:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    if name not in _told_of_names:
+        _told_of_names.add(name)
+        tell(f"{module}.{name} is called {new_names[name]} now; the earlier name goes on working")
+    return new_names[name]

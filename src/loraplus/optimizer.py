@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from loraplus.errors import InvalidRateError, OptimizerSetupError
-from loraplus.existing_groups import Groups, refuse_beside_groups, split_groups
+from loraplus.existing_groups import Groups, split_groups
+from loraplus.group_rates import in_form_of
 from loraplus.groups import param_groups
 from loraplus.notices import told_once
 from loraplus.paper import LR_EMBEDDING, paper_groups
 from loraplus.parts import EMBEDDINGS
-from loraplus.rates import DEFAULT_LR_RATIO, Rates
+from loraplus.rate_keywords import takes_rates
+from loraplus.rates import Rates
 from loraplus.roles import read_once, trainable_parameters
 from loraplus.step_probe import refusal, try_step, warn_unproved
 from loraplus.watch import watch_rates
@@ -22,18 +23,13 @@ from loraplus.watch import watch_rates
 
 @told_once()
 @read_once()
+@takes_rates(needed=["lr"])
 def create_optimizer(
     model: nn.Module,
     optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
     *,
-    lr: float,
-    lr_ratio: float = DEFAULT_LR_RATIO,
+    rates: Rates,
     weight_decay: float | None = None,
-    lr_embedding: float | None = None,
-    lr_head: float | None = None,
-    lr_magnitude: float | None = None,
-    lr_overrides: Mapping[str, float] | None = None,
-    lr_ratio_overrides: Mapping[str, float] | None = None,
     groups: Groups | None = None,
     prefix: str = "",
     **optimizer_kwargs: Any,
@@ -46,10 +42,8 @@ def create_optimizer(
     Args:
         model: a model with LoRA factors.
         optimizer_cls: any optimizer class that takes parameter groups with an `lr`.
-        lr: η_A, in the optimizer's own unit; a tensor gives every group a tensor of its own.
-        lr_ratio: λ = η_B / η_A.
+        rates: a `Rates`, or its fields as keywords. A rate that is a tensor gives every group a tensor of its own.
         weight_decay: decay of all but biases and norms. None: the optimizer's own default, on every parameter.
-        lr_embedding, lr_head, lr_magnitude, lr_overrides, lr_ratio_overrides: as in `param_groups`.
         groups: parameter groups that exist already, to be split by role (`split_groups`); `lr` and `weight_decay` are
             then for groups that have none of their own.
         prefix: the model's name, put before the names of the groups.
@@ -65,23 +59,19 @@ def create_optimizer(
 
     Example:
         >>> optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=2e-4, lr_ratio=16.0)  # doctest: +SKIP
+        >>> rates = loraplus.Rates(lr=2e-4, lr_ratio=16.0)  # the same as one object  # doctest: +SKIP
+        >>> optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, rates)  # doctest: +SKIP
 
     Source: Hayou, Ghosh, Yu, arXiv 2402.12354.
     """
+    lr = in_form_of(rates.tensor, rates.lr_a)
     if groups is None:
-        made = param_groups(
-            model, lr, lr_ratio, weight_decay,
-            lr_embedding=lr_embedding, lr_head=lr_head, lr_magnitude=lr_magnitude, lr_overrides=lr_overrides,
-            lr_ratio_overrides=lr_ratio_overrides, prefix=prefix,
-        )  # fmt: skip
+        split = param_groups(model, rates, weight_decay, prefix=prefix)
     else:
-        refuse_beside_groups(
-            lr_embedding=lr_embedding, lr_head=lr_head, lr_magnitude=lr_magnitude, lr_overrides=lr_overrides
-        )
-        made = split_groups(model, groups, lr_ratio, lr=lr, lr_ratio_overrides=lr_ratio_overrides, prefix=prefix)
+        split = split_groups(model, groups, rates, prefix=prefix)
         if weight_decay is not None:
             optimizer_kwargs["weight_decay"] = weight_decay
-    return build(model, optimizer_cls, made, lr=lr, **optimizer_kwargs)
+    return build(model, optimizer_cls, split, lr=lr, **optimizer_kwargs)
 
 
 def build(
@@ -209,10 +199,7 @@ def create_loraplus_optimizer(
         lr_embedding = LR_EMBEDDING if loraplus_lr_embedding is None else loraplus_lr_embedding
         groups = paper_groups(model, lr, loraplus_lr_ratio, decay, lr_embedding)
         return build(model, optimizer_cls, groups, lr=lr, **optimizer_kwargs)
+    rates = Rates(lr, loraplus_lr_ratio, loraplus_lr_embedding)  # refused where it cannot be used, in use or not
     if not any(entry.role in EMBEDDINGS for entry in trainable_parameters(model)):
-        Rates(lr, loraplus_lr_ratio, loraplus_lr_embedding)  # a value that cannot be used is refused all the same
-        loraplus_lr_embedding = None
-    return create_optimizer(
-        model, optimizer_cls, lr=lr, lr_ratio=loraplus_lr_ratio, weight_decay=decay,
-        lr_embedding=loraplus_lr_embedding, **optimizer_kwargs,
-    )  # fmt: skip
+        rates = Rates(lr, loraplus_lr_ratio)
+    return create_optimizer(model, optimizer_cls, rates, weight_decay=decay, **optimizer_kwargs)

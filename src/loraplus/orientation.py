@@ -16,7 +16,7 @@ from torch import nn
 
 from loraplus.notices import tell, told_once
 from loraplus.parts import Role
-from loraplus.weight_code import Reader
+from loraplus.weight_trace import Trace
 
 _LAST, _BEFORE_LAST = -1, -2
 
@@ -70,20 +70,25 @@ def input_side(layer: type[nn.Module], name: str, dimensions: int | None = None)
         dimensions: how many the weight has; some turns of it cannot be read without.
 
     Returns:
-        None if the layer's code cannot be read, or says both or neither.
+        None if the layer's code does not say, or says both.
 
     Example:
         >>> input_side(nn.Linear, "weight")
         -1
     """
-    reader = Reader(layer, name, dimensions)
-    reader.read("__init__")  # what it puts into attributes
-    reader.sides.clear()
-    reader.read("forward")
+    try:
+        trace = Trace(layer, name, dimensions)
+    except TypeError:  # a class that cannot be derived from
+        return None
+    trace.run("forward")
+    if not trace.sides:
+        trace.run("__init__")  # for what it puts into attributes; what it multiplies is not the layer's input
+        trace.sides.clear()
+        trace.run("forward")
     others = [method for method in dir(layer) if not method.startswith("__") and not hasattr(nn.Module, method)]
     for _ in range(2):  # what the last of them puts into an attribute, the first may use
-        for method in others if not reader.sides else ():
-            reader.read(method)
-        if not reader.sides:
-            reader.read("forward")
-    return reader.sides.pop() if len(reader.sides) == 1 else None
+        for method in others if not trace.sides else ():
+            trace.run(method)
+        if not trace.sides:
+            trace.run("forward")
+    return trace.sides.pop() if len(trace.sides) == 1 else None

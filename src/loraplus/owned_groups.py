@@ -1,8 +1,8 @@
-"""The groups of A and of B whose rates are set from outside, while their scheduler sees no numbers but its own.
+"""The groups of A and of B, whose rates are set for the length of a step; their scheduler sees its own numbers only.
 
-What the scheduler makes of a group is read as a factor: its rate over its base rate (`initial_lr`; OneCycle's `max_lr`;
-without either the rate that it had when it was first seen). A schedule that goes above its base (a cycle's) is read as
-going up to 1, so that no rate is ever above what was asked for.
+The schedule of a group is read as a factor: its rate over its base rate. The base rate is `initial_lr`, or OneCycle's
+`max_lr`, or without either the rate that the group had when it was first seen. Where a schedule goes above its base, as
+a cycle does, its highest rate counts as 1, so that no rate is ever above what was asked for.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusError, LoraPlusWarning, TrainerSetupError
+from loraplus.group_rates import in_form_of
 from loraplus.notices import told_once
-from loraplus.proposal import as_before
 from loraplus.roles import Role, clean_name, trainable_parameters
 
 _FACTORS = (Role.A, Role.B)
@@ -90,11 +90,11 @@ class OwnedGroups:
 
     def by_parameter(self) -> dict[int, float]:
         """{id of a parameter: product of its group's factors}."""
-        found = {}
+        products = {}
         for owned in self._now().values():
             scheduled, factor = self.factors(owned)
-            found |= {id(parameter): scheduled * factor for parameter in owned.group["params"]}
-        return found
+            products |= {id(parameter): scheduled * factor for parameter in owned.group["params"]}
+        return products
 
     def lend(self, rates: Mapping[Role, float]) -> Any:
         """Puts the rates of a step into the groups, times their factors.
@@ -113,7 +113,7 @@ class OwnedGroups:
             owned.base = owned.base or float(group["lr"])
             owned.peak = max(owned.peak, self._scheduled(owned))
             scheduled, factor = self.factors(owned)
-            put = as_before(group["lr"], rates[owned.role] * scheduled * factor)
+            put = in_form_of(group["lr"], rates[owned.role] * scheduled * factor)
             self._lent.append((group, put, group["lr"]))
             group["lr"] = put
         return _Loan(self._lent)
@@ -235,7 +235,7 @@ def _without_loan(group: dict[str, Any], put: Any, own: Any) -> Any:
     if not (set_by_it > 0 and multiplied > 0 and float(own) > 0):
         return now
     if abs(math.log(multiplied / float(own))) < abs(math.log(set_by_it / float(own))):
-        return as_before(now, multiplied)
+        return in_form_of(now, multiplied)
     return now
 
 
@@ -265,17 +265,17 @@ def _name(model: nn.Module, parameter: torch.Tensor) -> str:
 def _groups_of_factors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Owned]:
     """The groups that hold A, or B, and nothing else that trains."""
     roles = {id(entry.parameter): entry.role for entry in trainable_parameters(model)}
-    found = []
+    owned_groups = []
     for index, group in enumerate(optimizer.param_groups):
-        here = {roles.get(id(parameter)) for parameter in group["params"] if parameter.requires_grad}
+        roles_in_group = {roles.get(id(parameter)) for parameter in group["params"] if parameter.requires_grad}
         for role in _FACTORS:
-            if here == {role}:
-                found.append(Owned(group, role, _base(group), list(group["params"])))
-            elif role in here:
+            if roles_in_group == {role}:
+                owned_groups.append(Owned(group, role, _base(group), list(group["params"])))
+            elif role in roles_in_group:
                 raise TrainerSetupError(
                     f"group {index} of the optimizer holds {role} beside other parameters, so it cannot have a rate of "
                     "its own; build the optimizer with loraplus.create_optimizer"
                 )
-    if not found or {owned.role for owned in found} != {*_FACTORS} & set(roles.values()):
+    if not owned_groups or {owned.role for owned in owned_groups} != {*_FACTORS} & set(roles.values()):
         raise TrainerSetupError("the optimizer does not hold the model's A and B; build it from this model")
-    return found
+    return owned_groups

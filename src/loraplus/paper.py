@@ -48,11 +48,11 @@ def paper_groups(
         raise InvalidRateError(f"weight_decay must be ≥ 0, got {weight_decay!r}")
     trainable_parameters(model)  # its errors: theirs trains a model without LoRA in silence
     decay = {name for name in _outside_layer_norms(model) if "bias" not in name}
-    fast = rates.lr * rates.lr_ratio
+    fast = rates.lr_a * rates.lr_ratio
     groups: dict[str, dict[str, Any]] = {
         name: {"params": [], "lr": group_lr, "weight_decay": group_decay, "name": name}
         for name, group_lr, group_decay in (
-            ("groupA", rates.lr, weight_decay),
+            ("groupA", rates.lr_a, weight_decay),
             ("embedding", rates.lr_embedding, weight_decay),
             ("groupB", fast, weight_decay),
             ("groupB_no_decay", fast, 0.0),

@@ -69,8 +69,8 @@ def fit(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
     """Whether a product of two can be: what A gives is what B takes.
 
     Args:
-        a: the module that holds A, and A, or None where nobody knows its shape.
-        b: the same of B.
+        a: the module that holds A, and A, (rank, inputs) as a rule; None where nobody knows its shape.
+        b: the same of B, (outputs, rank) as a rule.
 
     Example:
         >>> fit((nn.Linear(8, 2), None), (nn.Linear(2, 6), None)), fit((nn.Linear(8, 4), None), (nn.Linear(2, 6), None))

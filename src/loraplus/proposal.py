@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraplus.movement import local, rms
+from loraplus.group_rates import in_form_of
+from loraplus.movement import local_part, rms
 from loraplus.twin import step_of, twin_over
 
 _RATE = 1e-3
@@ -33,9 +34,13 @@ def proposed(
 
     Args:
         optimizer: holds the weights, which have their gradients.
-        weights: some of its parameters.
-        rates: at which to ask for each: 1, or where steps are far smaller than weights what they are not rounded at.
+        weights: some of its parameters, of any shapes.
+        rates: one for each weight, at which the step is asked for: 1, or a larger one where a step at 1 is so small
+            beside its weight that it would be rounded off.
         decay: whether weight decay is part of the step.
+
+    Returns:
+        A tensor of its weight's shape for each, as float32.
     """
     stand_ins, members = {}, {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for weight in weights:
@@ -83,14 +88,17 @@ def size_like_adams(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -
 
 
 def asking_rate(weights: Sequence[nn.Parameter]) -> float:
-    """A rate at which steps of the gradients' size do not drown in the rounding of the weights."""
-    sizes = [rms(local(weight.grad)) for weight in weights if weight.grad is not None]
+    """A rate at which a step of the gradients' size is not lost in the rounding of the weights."""
+    sizes = [rms(local_part(weight.grad)) for weight in weights if weight.grad is not None]
     largest = max(sizes, default=0.0)
     return 1 / largest if largest and 0 < 1 / largest < math.inf else 1.0
 
 
 def _path(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, at_one: Sequence[int]) -> torch.Tensor:
-    """How far some steps at a small rate lead; those of `at_one` are taken at rate 1 and scaled down."""
+    """Where some steps at a small rate lead: (4, 4), or the parameter's shape.
+
+    The steps of `at_one` are taken at rate 1 and scaled down. Where they lead elsewhere, steps do not scale with lr.
+    """
     twin, weight = _fresh(optimizer, parameter, (4, 4))
     with torch.no_grad():
         weight += torch.linspace(0.05, 0.15, weight.numel(), device=weight.device).reshape(weight.shape)
@@ -164,11 +172,6 @@ def _blank(value: Any, parameter: torch.Tensor, weight: torch.Tensor) -> Any:
 
 def _set_rate(group: dict[str, Any], rate: float, decay: bool = False) -> None:
     """The rate of a twin's group, and no weight decay unless that is part of what is asked for."""
-    group["lr"] = as_before(group["lr"], rate)
+    group["lr"] = in_form_of(group["lr"], rate)
     if "weight_decay" in group and not decay:
         group["weight_decay"] = 0.0
-
-
-def as_before(old: Any, rate: float) -> Any:
-    """A rate as what it was: a number, or a new tensor (capturable and compiled optimizers)."""
-    return torch.full_like(old, rate) if isinstance(old, torch.Tensor) else rate

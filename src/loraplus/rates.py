@@ -2,18 +2,22 @@
 
 LoRA+ (Hayou et al., arXiv 2402.12354, section 4): η_A = lr and η_B = λ·lr. With Adam, A's features stay stable at
 η_A = Θ(1/n) in the width n while B needs η_B = Θ(1), so one tied rate is wrong for one of them.
+
+`Rates` is the only place where the settings are declared. Keywords of functions, training arguments and command-line
+flags are made from its fields (`rate_keywords`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from loraplus.errors import InvalidRateError, LoraPlusWarning
+from loraplus.errors import InvalidRateError
+from loraplus.notices import tell, told_once
 from loraplus.parts import EMBEDDINGS, Role
 
 if TYPE_CHECKING:
@@ -22,15 +26,11 @@ if TYPE_CHECKING:
 DEFAULT_LR_RATIO = 16.0
 """The paper's rule of thumb, λ = 2⁴."""
 
-
-ROLES_OF = {
-    "lr_embedding": (EMBEDDINGS, "an embedding, its factors or its rows"),
-    "lr_head": (frozenset({Role.HEAD}), "a head: modules_to_save, or an output layer that is unfrozen"),
-    "lr_magnitude": (frozenset({Role.MAGNITUDE}), "a magnitude of DoRA"),
-}
+AUTO = "auto"
+"""Instead of a number for `lr`: `AutoRates` sets η_A and η_B."""
 
 
-def as_number(name: str, value: float) -> float:
+def as_number(name: str, value: Any) -> float:
     """`value` as a float. Raises InvalidRateError if it is no number; True and False are none."""
     try:
         if isinstance(value, bool):
@@ -40,11 +40,26 @@ def as_number(name: str, value: float) -> float:
         raise InvalidRateError(f"{name} must be a number, got {value!r}") from None
 
 
-def _check_positive(name: str, value: float) -> float:
+def _check_positive(name: str, value: Any) -> float:
     number = as_number(name, value)
     if not math.isfinite(number) or number <= 0:
         raise InvalidRateError(f"{name} must be a positive, finite number, got {value!r}")
     return number
+
+
+def _check_lr(name: str, value: Any) -> float | str | None:
+    if value is None or (isinstance(value, str) and value == AUTO):
+        return value
+    try:
+        return _check_positive(name, value)
+    except InvalidRateError:
+        if isinstance(value, str):
+            raise InvalidRateError(f'{name} must be a positive number or "{AUTO}", got {value!r}') from None
+        raise
+
+
+def _check_own_rate(name: str, value: Any) -> float | None:
+    return None if value is None else _check_positive(name, value)
 
 
 def _check_patterns(name: str, overrides: Mapping[str, float] | None) -> dict[str, float]:
@@ -60,6 +75,20 @@ def _check_patterns(name: str, overrides: Mapping[str, float] | None) -> dict[st
     return checked
 
 
+def _ratio(help: str) -> Any:
+    return field(default=DEFAULT_LR_RATIO, metadata={"help": help, "check": _check_positive, "sets_ratio": True})
+
+
+def _rate_of(roles: frozenset[Role], what: str, help: str) -> Any:
+    """A rate of its own for some roles; `what` says in an error which parameters have them."""
+    return field(default=None, metadata={"help": help, "check": _check_own_rate, "roles": roles, "what": what})
+
+
+def _by_name(help: str, *, sets_ratio: bool = False) -> Any:
+    metadata = {"help": help, "check": _check_patterns, "by_name": True, "sets_ratio": sets_ratio}
+    return field(default_factory=dict, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Rates:
     """The learning rates of one run, by role.
@@ -67,7 +96,8 @@ class Rates:
     η_A = lr, η_B = lr_ratio·lr; everything that is not a linear LoRA factor keeps lr unless told otherwise.
 
     Args:
-        lr: η_A, in the optimizer's own unit.
+        lr: η_A, in the optimizer's own unit. None where there is one already: `attach` takes the trainer's, `verify`
+            the optimizer's. "auto" in `attach`: `AutoRates` sets η_A and η_B.
         lr_ratio: λ = η_B / η_A; 1 is plain LoRA.
         lr_embedding: rate of both embedding factors, of trainable token rows and of whole embedding tables; and of what
             shares memory with one of them.
@@ -81,31 +111,77 @@ class Rates:
 
     Raises:
         InvalidRateError: a rate, ratio or factor is not a positive finite number, or a pattern is not valid.
+
+    Example:
+        >>> Rates(lr=2e-4, lr_ratio=16).of(Role.B)
+        0.0032
     """
 
-    lr: float
-    lr_ratio: float = DEFAULT_LR_RATIO
-    lr_embedding: float | None = None
-    lr_head: float | None = None
-    lr_magnitude: float | None = None
-    lr_overrides: Mapping[str, float] = field(default_factory=dict)
-    lr_ratio_overrides: Mapping[str, float] = field(default_factory=dict)
+    tensor: ClassVar[Any] = None
+    """A rate that was given as a tensor, if one was: then every group gets its rate in such a tensor."""
+
+    lr: float | str | None = field(default=None, metadata={"help": "η_A, the rate of A.", "check": _check_lr})
+    lr_ratio: float = _ratio("λ = η_B / η_A; 1 is plain LoRA.")
+    lr_embedding: float | None = _rate_of(
+        EMBEDDINGS, "an embedding, its factors or its rows", "Rate of embedding factors and rows. Default: lr."
+    )
+    lr_head: float | None = _rate_of(
+        frozenset({Role.HEAD}),
+        "a head: modules_to_save, or an output layer that is unfrozen",
+        "Rate of the head (modules_to_save). Default: lr.",
+    )
+    lr_magnitude: float | None = _rate_of(
+        frozenset({Role.MAGNITUDE}), "a magnitude of DoRA", "Rate of DoRA's magnitudes. Default: lr."
+    )
+    lr_overrides: Mapping[str, float] = _by_name("{regular expression: factor} on parameter names, as JSON.")
+    lr_ratio_overrides: Mapping[str, float] = _by_name(
+        "{regular expression: λ} on names of B factors, as JSON.", sets_ratio=True
+    )
 
     def __post_init__(self) -> None:
-        for name in ("lr", "lr_ratio"):
-            object.__setattr__(self, name, _check_positive(name, getattr(self, name)))
-        for name in ("lr_embedding", "lr_head", "lr_magnitude"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _check_positive(name, getattr(self, name)))
-        for name in ("lr_overrides", "lr_ratio_overrides"):
-            object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
+        given = vars(self).values()
+        tensor = next((value for value in given if hasattr(value, "untyped_storage")), None)  # torch is not needed here
+        object.__setattr__(self, "tensor", tensor)
+        for each in dataclasses.fields(self):
+            object.__setattr__(self, each.name, each.metadata["check"](each.name, getattr(self, each.name)))
         for ratio in (self.lr_ratio, *self.lr_ratio_overrides.values()):
             if ratio < 1:
-                warnings.warn(
-                    f"lr_ratio = {ratio:g} is below 1: B learns more slowly than A, the opposite of LoRA+",
-                    LoraPlusWarning,
-                    stacklevel=3,
-                )
+                tell(f"lr_ratio = {ratio:g} is below 1: B learns more slowly than A, the opposite of LoRA+")
+
+    @property
+    def lr_a(self) -> float:
+        """η_A as a number.
+
+        Raises:
+            InvalidRateError: lr was left to a trainer, or to automatic rates.
+        """
+        return as_number("lr", self.lr)
+
+    @property
+    def auto(self) -> bool:
+        """Whether `AutoRates` is to set η_A and η_B."""
+        return self.lr == AUTO
+
+    def at(self, lr: float) -> Rates:
+        """The same with another η_A."""
+        with told_once(silent=True):  # a low ratio was warned of when this was made
+            return dataclasses.replace(self, lr=lr)
+
+    def resolved(self, lr: float) -> Rates:
+        """What an optimizer is built with where lr is left to a trainer, which is at this one, or to automatic rates.
+
+        With automatic rates A and B are built at that lr, too: `AutoRates` replaces their rates, and looks at nothing
+        but what the schedule makes of them. All other parameters really learn at it.
+
+        Raises:
+            InvalidRateError: a ratio beside automatic rates.
+        """
+        if not self.auto:
+            return dataclasses.replace(self, lr=lr if self.lr is None else self.lr)
+        for name, setting in SETTINGS.items():
+            if setting.metadata.get("sets_ratio") and getattr(self, name) != getattr(_NOTHING_ASKED, name):
+                raise InvalidRateError(f"{name} is not used with automatic rates, which set the ratio; leave it out")
+        return dataclasses.replace(self, lr=lr, lr_ratio=1.0)
 
     def ratio(self, name: str) -> float:
         """λ of the B factor of this name: `lr_ratio`, unless an override matches."""
@@ -124,15 +200,16 @@ class Rates:
             >>> Rates(lr=2e-4, lr_ratio=16).of(Role.B)
             0.0032
         """
-        own = {
-            Role.B: self.lr * self.ratio(name),
-            Role.EMBEDDING_A: self.lr_embedding,
-            Role.EMBEDDING_B: self.lr_embedding,
-            Role.EMBEDDING: self.lr_embedding,
-            Role.HEAD: self.lr_head,
-            Role.MAGNITUDE: self.lr_magnitude,
-        }.get(role)
-        return (self.lr if own is None else own) * self.factor(name)
+        setting = SETTING_OF_ROLE.get(role)
+        own = None if setting is None else getattr(self, setting)
+        if role is Role.B:
+            own = self.lr_a * self.ratio(name)
+        return (self.lr_a if own is None else own) * self.factor(name)
+
+    def own_rates(self) -> dict[str, float]:
+        """{setting: rate} of the settings that were given and are rates themselves, not multiples of one."""
+        rates = {name: getattr(self, name) for name in ("lr", *OWN_RATES)}
+        return {name: rate for name, rate in rates.items() if rate not in (None, AUTO)}
 
     def group_name(self, role: Role, name: str) -> str:
         """Name of the group for a parameter's rate: its role, and what overrides make of it.
@@ -142,16 +219,16 @@ class Rates:
             ...     Role.B, "lora_te_value.lora_up.weight")
             'lora_B_ratio4_x0.5'
         """
-        found = role.value
+        group = role.value
         if role is Role.B and self.ratio(name) != self.lr_ratio:
-            found += f"_ratio{self.ratio(name):g}"
+            group += f"_ratio{self.ratio(name):g}"
         factor = self.factor(name)
-        return found if factor == 1 else f"{found}_x{factor:g}"
+        return group if factor == 1 else f"{group}_x{factor:g}"
 
     def check(self, parameters: Iterable[TrainableParameter]) -> None:
-        """Refuses a setting that would be ignored in silence.
+        """Refuses a setting that would change nothing, and two that set the ratio of one parameter.
 
-        Warns where a ratio reaches nothing, since it has a default.
+        Warns where lr_ratio itself reaches nothing: it has a default, so it may not have been asked for.
 
         Raises:
             InvalidRateError: names the rate of a role that no parameter has; the pattern that matches no trainable
@@ -160,9 +237,9 @@ class Rates:
         entries = list(parameters)
         roles = {entry.role for entry in entries}
         unused = [
-            f"{name} = {getattr(self, name):g} (nothing that trains is {what})"
-            for name, (of, what) in ROLES_OF.items()
-            if getattr(self, name) is not None and not roles & of
+            f"{name} = {getattr(self, name):g} (nothing that trains is {setting.metadata['what']})"
+            for name, setting in OWN_RATES.items()
+            if getattr(self, name) is not None and not roles & setting.metadata["roles"]
         ]
         if unused:
             raise InvalidRateError(
@@ -170,11 +247,9 @@ class Rates:
                 f"{', '.join(sorted(roles))})"
             )
         if self.lr_ratio != 1 and Role.B not in roles:
-            warnings.warn(
+            tell(
                 f"lr_ratio = {self.lr_ratio:g} reaches no parameter: no factor B of a linear layer trains "
-                f"(what trains: {', '.join(sorted(roles))})",
-                LoraPlusWarning,
-                stacklevel=3,
+                f"(what trains: {', '.join(sorted(roles))})"
             )
         for pattern in self.lr_overrides:
             if not any(re.search(pattern, entry.name) for entry in entries):
@@ -189,8 +264,16 @@ class Rates:
                     + (f"; the names are like {names[0]}" if names else ", and there is none")
                 )
         for name in names:
-            found = [pattern for pattern in self.lr_ratio_overrides if re.search(pattern, name)]
-            if len(found) > 1:
+            matching = [pattern for pattern in self.lr_ratio_overrides if re.search(pattern, name)]
+            if len(matching) > 1:
                 raise InvalidRateError(
-                    f"lr_ratio_overrides: {found[0]!r} and {found[1]!r} both match {name}; make them exclude each other"
+                    f"lr_ratio_overrides: {matching[0]!r} and {matching[1]!r} both match {name}; "
+                    "make them exclude each other"
                 )
+
+
+SETTINGS = {each.name: each for each in dataclasses.fields(Rates)}
+OWN_RATES = {name: each for name, each in SETTINGS.items() if "roles" in each.metadata}
+"""The settings that are the rate of some roles, whatever lr is."""
+SETTING_OF_ROLE = {role: name for role in Role for name, each in OWN_RATES.items() if role in each.metadata["roles"]}
+_NOTHING_ASKED = Rates()

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loraplus.movement import TOKENS, AdaptedLayer, Sample, factors, local, rms
+from loraplus.movement import TOKENS, AdaptedLayer, Sample, factors, local_part, rms
 
 _REMEMBERED = 64  # calls of one layer without gradients within one pass; checkpointing makes one
 
@@ -200,7 +200,7 @@ class Recorder:
         """Whether no factor has a gradient yet, or zeros only: what was recorded before is of no account then."""
         # FSDP2's parameters are others within a backward pass than outside of it.
         for weight in (*factors(self._layers), *self._at_rest):
-            if weight.grad is not None and bool(local(weight.grad).any()):
+            if weight.grad is not None and bool(local_part(weight.grad).any()):
                 return False
         return True
 

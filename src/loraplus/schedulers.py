@@ -18,24 +18,26 @@ _TOLERANCE = 1e-6
 _FINDERS = "lr_finder"  # Lightning's module, and torch-lr-finder's
 _OF_GROUPS = {"OneCycleLR": "max_lr", "SWALR": "swa_lr"}  # kept in the groups, under the argument's name
 _OF_SCHEDULERS = {"min_lrs": "min_lr", "max_lrs": "max_lr"}  # kept in the scheduler: attribute → argument
-_MULTIPLY = (
-    lr_scheduler.LinearLR, lr_scheduler.ConstantLR, lr_scheduler.StepLR, lr_scheduler.MultiStepLR,
-    lr_scheduler.ExponentialLR, lr_scheduler.PolynomialLR, lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler,
-    lr_scheduler.ReduceLROnPlateau,
-)  # fmt: skip
+_MULTIPLY = tuple(
+    getattr(lr_scheduler, name)
+    for name in (
+        "LinearLR ConstantLR StepLR MultiStepLR ExponentialLR PolynomialLR SequentialLR ChainedScheduler "
+        "ReduceLROnPlateau"
+    ).split()
+)
 
 
 def cause(optimizer: Optimizer, relations: Sequence[float | None], reference: int) -> str:
-    """What set the present rates, and what to do about it, as two clauses; found by a search through all objects.
+    """What set the present rates, and what to do about it, as two clauses; causes by a search through all objects.
 
     Args:
         optimizer: whose groups are off.
         relations: rate of each group over that of group `reference`, as it should be; None where that is not known.
         reference: index of A's group.
     """
-    found = [told for scheduler in schedulers_of(optimizer) if (told := _told(scheduler, relations, reference))]
-    if found:
-        return min(found)[1]
+    causes = [told for scheduler in schedulers_of(optimizer) if (told := _told(scheduler, relations, reference))]
+    if causes:
+        return min(causes)[1]
     factors = ", ".join("1" if relation is None else f"{relation:.6g}" for relation in relations)
     return (
         "no scheduler did it: a rate was written into the groups, by hand or by a callback; multiply instead: for "
@@ -116,14 +118,14 @@ def _own_rates(scheduler: Any) -> dict[str, list[float]]:
         return {key: [float(group.get(key, 0.0)) for group in scheduler.optimizer.param_groups]}
     if isinstance(scheduler, (lr_scheduler.CosineAnnealingLR, lr_scheduler.CosineAnnealingWarmRestarts)):
         return {"eta_min": [float(scheduler.eta_min)] * count}
-    found = {
+    by_argument = {
         argument: [float(rate) for rate in getattr(scheduler, attribute)]
         for attribute, argument in _OF_SCHEDULERS.items()
         if len(getattr(scheduler, attribute, ())) == count
     }
     if isinstance(scheduler, lr_scheduler.CyclicLR):
-        found = {"base_lr": [float(rate) for rate in scheduler.base_lrs], **found}
-    return found
+        by_argument = {"base_lr": [float(rate) for rate in scheduler.base_lrs], **by_argument}
+    return by_argument
 
 
 def _in_relation(rates: list[float], relations: Sequence[float | None], reference: int) -> list[float]:

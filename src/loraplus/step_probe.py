@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusWarning
+from loraplus.group_rates import in_form_of
 from loraplus.twin import step_of, twin_over
 from loraplus.wrappers import unwrapped
 
@@ -118,10 +119,10 @@ def try_step(optimizer: Any, rates: Mapping[int, float]) -> Trial:
         True
     """
     optimizer = _that_steps(optimizer)
-    held = {index: rate for index, rate in rates.items() if optimizer.param_groups[index]["params"]}
-    if rates and not held:
+    filled = {index: rate for index, rate in rates.items() if optimizer.param_groups[index]["params"]}
+    if rates and not filled:
         return Trial(None, reason="its groups are empty between steps")  # DeepSpeed's ZeRO-3
-    for slots in _pairs(optimizer, held):
+    for slots in _pairs(optimizer, filled):
         asked = min(rates[slots.fast] / rates[slots.slow], _MOST_APART)
         trial = _try(optimizer, slots, asked)
         if not trial.follows:
@@ -199,9 +200,9 @@ def _follows_when_new(optimizer: Any, slots: _Slots, asked: float, attempt: Mapp
 
 def _counted(optimizer: Any, slots: _Slots, asked: float) -> dict[str, Any]:
     """{option that a step changes: its default}."""
-    held = optimizer.param_groups[slots.slow]["params"][0]
-    stand_in = nn.Parameter(torch.full(_SHAPE, 0.5, device="cpu" if held.is_meta else held.device))
-    twin = twin_over(optimizer, {held: stand_in}, with_state=False)
+    parameter = optimizer.param_groups[slots.slow]["params"][0]
+    stand_in = nn.Parameter(torch.full(_SHAPE, 0.5, device="cpu" if parameter.is_meta else parameter.device))
+    twin = twin_over(optimizer, {parameter: stand_in}, with_state=False)
     (group,) = twin.param_groups
     if callable(getattr(twin, "train", None)):
         twin.train()  # type: ignore[attr-defined]
@@ -237,18 +238,18 @@ def _moved(
     Raises:
         ArithmeticError: neither moves by more than rounding.
     """
-    held: list[torch.Tensor] = [optimizer.param_groups[index]["params"][0] for index in (slots.slow, slots.fast)]
-    device = torch.device("cpu") if held[0].is_meta else held[0].device
+    parameters: list[torch.Tensor] = [optimizer.param_groups[index]["params"][0] for index in (slots.slow, slots.fast)]
+    device = torch.device("cpu") if parameters[0].is_meta else parameters[0].device
     if state:
-        start = torch.zeros_like(held[0]) if zero else held[0].detach()
+        start = torch.zeros_like(parameters[0]) if zero else parameters[0].detach()
     else:
         start = torch.full(_SHAPE, 0.0 if zero else 0.5, device=device, dtype=torch.float32)
-    stand_ins = [nn.Parameter(start.clone()) for _ in held]
+    stand_ins = [nn.Parameter(start.clone()) for _ in parameters]
     before = [start, start]
     with _random_state_kept(device):
         random_state = torch.get_rng_state()
-        mapping = dict(zip(held, stand_ins, strict=True))
-        twin = twin_over(optimizer, mapping, with_state=state, state_of=dict.fromkeys(held, held[0]))
+        mapping = dict(zip(parameters, stand_ins, strict=True))
+        twin = twin_over(optimizer, mapping, with_state=state, state_of=dict.fromkeys(parameters, parameters[0]))
         _set_up(twin, slots, asked)
         for group in twin.param_groups:
             group.update(counted or {})
@@ -274,7 +275,7 @@ def _set_up(twin: torch.optim.Optimizer, slots: _Slots, asked: float) -> None:
     rates = [key for key in options if all(_is_rate(group, key) for group in (first, second))]
     for group, rate in ((first, _LR), (second, _LR * asked)):
         group.update(copy.deepcopy(options) | dict.fromkeys(rates, rate))
-        group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else rate
+        group["lr"] = in_form_of(group["lr"], rate)
     if callable(getattr(twin, "train", None)):  # schedule-free optimizers step in training mode only
         twin.train()  # type: ignore[attr-defined]
 

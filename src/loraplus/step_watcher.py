@@ -63,9 +63,9 @@ class StepWatcher:
         if _is_within_a_step(optimizer):
             return None
         called, kwargs = _closure_called(args, kwargs)
-        held = _Arguments(called)
-        held.kept = (args, self._before_step())  # args may hold what another watcher keeps
-        return held, kwargs
+        arguments = _Arguments(called)
+        arguments.kept = (args, self._before_step())  # args may hold what another watcher keeps
+        return arguments, kwargs
 
     def _step_ends(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not _is_within_a_step(optimizer):

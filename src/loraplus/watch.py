@@ -19,7 +19,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from loraplus.errors import LoraPlusWarning
-from loraplus.membership import Groups, Membership, base_rate, group_labels, rate_as_number, reference_group
+from loraplus.group_rates import Groups, base_rate, group_labels, rate_as_number, reference_group
+from loraplus.membership import Membership
 from loraplus.schedulers import cause
 from loraplus.wrappers import unwrapped
 
@@ -90,7 +91,7 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 
 class RateWatch:
-    """What `watch_rates` has found in an optimizer, and holds it to. A copy, pickled or deep, watches nothing."""
+    """The ratios that an optimizer's groups had, to compare later ones with. A copy of it watches nothing."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -114,7 +115,7 @@ class RateWatch:
         return self._optimizer is not None
 
     def start(self, optimizer: Any) -> None:
-        """The rates of this moment are what the optimizer is held to."""
+        """Takes the present rates as the ones that the optimizer should keep the ratios of."""
         self._optimizer = weakref.ref(optimizer)
         self._handles = [
             optimizer.register_load_state_dict_pre_hook(self._before_load),
@@ -199,9 +200,10 @@ class RateWatch:
         """A group's rate; where rates are automatic, what the schedule makes of the rate that it was built with."""
         optimizer = None if self._optimizer is None else self._optimizer()
         for auto in getattr(optimizer, "loraplus_autos", ()):
-            found = auto.rates_of(group)
-            if found is not None:
-                return found[0] / found[1] * (relation or 0.0) * self._base_of_a if found[1] else None
+            automatic = auto.rates_of(group)
+            if automatic is not None:
+                now, base = automatic
+                return now / base * (relation or 0.0) * self._base_of_a if base else None
         return group.get("lr")
 
     def _tell_rates(self, optimizer: Any, off: list[int]) -> None:

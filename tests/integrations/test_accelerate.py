@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 import loraplus
 from loraplus.errors import ResumeMismatchError, TrainerSetupError
-from loraplus.integrations.accelerate import register_rates
+from loraplus.integrations.accelerate import guard_resume
 from loraplus.integrations.checkpoints import RATES_FILE
 
 
@@ -35,16 +35,16 @@ def prepared(ratios=(16, 4), register="calls", options=({}, {}), autos=0):
     unet, encoder, optimizer = accelerator.prepare(*models.values(), optimizer)
     installed = [loraplus.AutoRates(model, optimizer) for model in (unet, encoder)[:autos]]
     if register == "calls":
-        register_rates(accelerator, unet, optimizer)
-        register_rates(accelerator, encoder, optimizer)
+        guard_resume(accelerator, unet, optimizer)
+        guard_resume(accelerator, encoder, optimizer)
     elif register == "names":
-        register_rates(accelerator, unet, optimizer, name="unet")
-        register_rates(accelerator, encoder, optimizer, name="text_encoder")
+        guard_resume(accelerator, unet, optimizer, name="unet")
+        guard_resume(accelerator, encoder, optimizer, name="text_encoder")
     elif register == "dict":
-        found = register_rates(accelerator, {"unet": unet, "text_encoder": encoder}, optimizer)
+        found = guard_resume(accelerator, {"unet": unet, "text_encoder": encoder}, optimizer)
         assert [found[name].lr_ratio for name in found] == [*ratios]
     else:
-        register_rates(accelerator, unet, optimizer)
+        guard_resume(accelerator, unet, optimizer)
     return accelerator, (unet, encoder), optimizer, installed
 
 
@@ -71,7 +71,7 @@ def test_a_run_with_other_models_is_refused(tmp_path):
         prepared()[0].load_state(str(tmp_path / "one"))
     with pytest.raises(TrainerSetupError, match="called unet already"):
         accelerator, models, optimizer, _ = prepared(register="names")
-        register_rates(accelerator, models[0], optimizer, name="unet")
+        guard_resume(accelerator, models[0], optimizer, name="unet")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,6 @@ def test_automatic_rates_are_registered_before_their_first_step_where_only_facto
     model = adapted(modules_to_save=None)
     model, optimizer = accelerator.prepare(model, loraplus.create_optimizer(model, lr=0.5))
     loraplus.AutoRates(model, optimizer)
-    assert register_rates(accelerator, model, optimizer) == loraplus.Rates(0.5, 1.0)
+    assert guard_resume(accelerator, model, optimizer) == loraplus.Rates(0.5, 1.0)
     accelerator.save_state(str(tmp_path))
     accelerator.load_state(str(tmp_path))

@@ -10,7 +10,7 @@ from stacks.models import Tokens, classifier
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loraplus
-from loraplus.integrations.optimizer_factory import LoraPlusOptimizer, RatesCallback
+from loraplus.integrations.optimizer_factory import LoraPlusCallback, LoraPlusOptimizer
 
 
 def trainer(folder, callbacks=(), **options):
@@ -21,7 +21,7 @@ def trainer(folder, callbacks=(), **options):
     how = (LoraPlusOptimizer, {"lr": 1e-3, "loraplus_lr_ratio": 16})
     return Trainer(
         model=classifier(), args=args, train_dataset=Tokens(), eval_dataset=Tokens(8),
-        optimizer_cls_and_kwargs=how, callbacks=[*callbacks, RatesCallback()],
+        optimizer_cls_and_kwargs=how, callbacks=[*callbacks, LoraPlusCallback()],
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import loraplus
 from integrations.test_transformers import Tokens, adapted, common
 from loraplus import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.errors import LoraPlusWarning
-from loraplus.integrations.optimizer_factory import LoraPlusOptimizer, RatesCallback
+from loraplus.integrations.optimizer_factory import LoraPlusCallback, LoraPlusOptimizer
 
 
 def merge(trainer):
@@ -104,7 +104,7 @@ def test_so_is_one_of_a_factory_with_its_callback(tmp_path):
     how = (LoraPlusOptimizer, {"lr": 1e-3, "loraplus_lr_ratio": 8.0})
     args = TrainingArguments(**common(tmp_path, max_steps=1, save_strategy="steps", save_steps=1))
     trainer = Freezes(
-        adapted(), args, train_dataset=Tokens(32), optimizer_cls_and_kwargs=how, callbacks=[RatesCallback()]
+        adapted(), args, train_dataset=Tokens(32), optimizer_cls_and_kwargs=how, callbacks=[LoraPlusCallback()]
     )
     trainer.train()
     assert json.loads((tmp_path / "checkpoint-1" / "loraplus.json").read_text())["lr_ratio"] == 8

@@ -65,7 +65,7 @@ def accelerate(setup: Setup) -> Run:
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.tracking import GeneralTracker
 
-    from loraplus.integrations.accelerate import log_rates, register_rates
+    from loraplus.integrations.accelerate import guard_resume
 
     class Memory(GeneralTracker):
         name, requires_logging_directory, tracker = "memory", False, None
@@ -91,7 +91,7 @@ def accelerate(setup: Setup) -> Run:
     loader = DataLoader(Tokens(), batch_size=setup.micro_batch)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     if setup.lr_ratio is not None:
-        register_rates(accelerator, model, optimizer)
+        guard_resume(accelerator, model, optimizer)
     step = 0
     if setup.resume:
         accelerator.load_state(str(setup.folder))
@@ -104,7 +104,7 @@ def accelerate(setup: Setup) -> Run:
                     accelerator.clip_grad_norm_(model.parameters(), setup.clip)
                 optimizer.step()
                 if accelerator.sync_gradients:
-                    log_rates(accelerator, optimizer, step)
+                    accelerator.log(rates_for_log(optimizer), step=step)
                 scheduler.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:

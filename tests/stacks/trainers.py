@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 import loraplus
 from loraplus import LoraPlusTrainer, LoraPlusTrainingArguments
-from loraplus.integrations.optimizer_factory import LoraPlusOptimizer, RatesCallback
+from loraplus.integrations.optimizer_factory import LoraPlusCallback, LoraPlusOptimizer
 from stacks.contract import BATCH, EXAMPLES, SAVE_AT, STEPS, WARMUP, Run, Setup
 from stacks.models import WORDS, Tokens, classifier, language_model, reward_model, tokenizer
 
@@ -55,7 +55,7 @@ def factory(setup: Setup) -> dict[str, Any]:
         return {}
     # Trainer's default is the fused AdamW.
     options = {"lr": setup.lr, "fused": True, "loraplus_lr_ratio": setup.lr_ratio, "weight_decay": setup.weight_decay}
-    return {"optimizer_cls_and_kwargs": (LoraPlusOptimizer, options), "callbacks": [RatesCallback()]}
+    return {"optimizer_cls_and_kwargs": (LoraPlusOptimizer, options), "callbacks": [LoraPlusCallback()]}
 
 
 def optimizer_cls_and_kwargs(setup: Setup) -> Run:

@@ -134,10 +134,8 @@ class Adapter:
                 f"{path}: {layer} has rank {rows}, but {CONFIG_FILE} says {rank}; they do not belong together"
             )
         scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        return Pair(
-            layer, a, found[layer, second], rank, alpha, scaling, first is Role.EMBEDDING_A,
-            found.get((layer, Role.MAGNITUDE)), diagonal,
-        )  # fmt: skip
+        magnitude, is_embedding = found.get((layer, Role.MAGNITUDE)), first is Role.EMBEDDING_A
+        return Pair(layer, a, found[layer, second], rank, alpha, scaling, is_embedding, magnitude, diagonal)
 
 
 def role_of(name: str, config: Mapping[str, Any], names: Container[str]) -> Role | None:

@@ -32,6 +32,11 @@ from loraplus.movement import rms
 
 _PREFIX = "base_model.model."
 _NAMED_IN_MESSAGE = 3
+_SHOWN = "r lora_alpha rank_pattern alpha_pattern target_modules modules_to_save bias task_type peft_version".split()
+_FACTS = {  # file: {its name of a fact: ours}
+    METRICS_FILE: {"steps": "step", "eval_loss": "eval_loss"},
+    STATE_FILE: {"global_step": "step", "max_steps": "max_steps"},
+}
 
 
 @dataclass(frozen=True)
@@ -167,11 +172,9 @@ def _base_weights(adapter: Adapter, model: str | None) -> tuple[BaseWeights | No
 
 def _header(adapter: Adapter) -> dict[str, Any]:
     config = adapter.config
-    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "bias",
-             "task_type", "peft_version")  # fmt: skip
     trained = adapter.trained()
     return {
-        **{{"r": "rank", "lora_alpha": "alpha"}.get(name, name): config.get(name) for name in names},
+        **{{"r": "rank", "lora_alpha": "alpha"}.get(name, name): config.get(name) for name in _SHOWN},
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
         "scalings": sorted({pair.scaling for pair in adapter.pairs}),
@@ -189,8 +192,7 @@ def _training(folder: Path, saved: Mapping[str, Any] | None) -> dict[str, Any]:
         automatic = saved.get("auto", {})
         if automatic.get("lr_a") and automatic.get("lr_b"):
             facts |= {"lr": automatic["lr_a"], "lr_ratio": automatic["lr_b"] / automatic["lr_a"]}
-    for name, keys in ((METRICS_FILE, {"steps": "step", "eval_loss": "eval_loss"}),
-                       (STATE_FILE, {"global_step": "step", "max_steps": "max_steps"})):  # fmt: skip
+    for name, keys in _FACTS.items():
         if (folder / name).is_file():
             content = read_json(folder / name)
             known = content if isinstance(content, dict) else {}

@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loraplus.errors import InputError, LoraPlusWarning
+from loraplus.errors import InputError
 from loraplus.files.checkpoints import RATES_FILE
 from loraplus.files.output import read_json
 from loraplus.inspection.adapter import Adapter, saved_name
 from loraplus.integrations.checkpoints import OF_PARAMETERS_SHAPE
-from loraplus.rates import Rates
+from loraplus.notices import told_once
+from loraplus.rates import SETTINGS, Rates, as_number
 from loraplus.roles import Role
 from loraplus.tasks.limited import check_patterns
 from loraplus.tasks.pickles import load_pickle
 
-OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, METRICS_FILE = (
-    "optimizer.pt", "scheduler.pt", "trainer_state.json", "metrics.json",
-)  # fmt: skip
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
+STATE_FILE, METRICS_FILE = "trainer_state.json", "metrics.json"
 _GROUP_NAME = re.compile(
     rf"({'|'.join(sorted(map(re.escape, Role), key=len, reverse=True))})(?:_ratio[^_]+)?(?:_x[^_]+)?(?:_no_decay)?"
 )
-_RATES = ("lr", "lr_ratio", "lr_embedding", "lr_head", "lr_magnitude")
+_NUMBERS = tuple(name for name, setting in SETTINGS.items() if "by_name" not in setting.metadata)
+_BY_NAME = tuple(name for name in SETTINGS if name not in _NUMBERS)
 _DAMAGED = (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError, RuntimeError)
 Row = dict[str, Any]
+_ROW = ("name", "role", "lr", "base_lr", "weight_decay", "tensors", "parameters")
 
 
 def read_rates_file(folder: Path) -> dict[str, Any] | None:
@@ -52,14 +53,14 @@ def read_rates_file(folder: Path) -> dict[str, Any] | None:
         _rates(saved)
     except (TypeError, ValueError, OverflowError, AttributeError):
         raise InputError(f"{path} is damaged: it does not hold rates and roles") from None
-    overrides = [saved.get(name) for name in ("lr_overrides", "lr_ratio_overrides")]
+    overrides = [saved.get(name) for name in _BY_NAME]
     check_patterns(str(path), overrides, saved.get("roles", {}))
     return saved
 
 
 def _numbers(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The content of loraplus.json with every rate a float or None, and roles and automatic rates as they are read."""
-    found = {**saved, **{name: _as_float(saved[name]) for name in _RATES if name in saved}}
+    found = {**saved, **{name: _as_float(saved[name]) for name in _NUMBERS if name in saved}}
     found["roles"] = {**saved.get("roles", {})}
     automatic = found.pop("auto", None)
     if automatic:
@@ -97,23 +98,16 @@ def group_rows(folder: Path, adapter: Adapter, saved: Mapping[str, Any] | None) 
 
 
 def _row(name: str | None, role: str | None, lr: Any, base: Any, decay: Any, tensors: int, count: int | None) -> Row:
-    return {
-        "name": name, "role": role, "lr": lr, "base_lr": base, "weight_decay": decay, "tensors": tensors,
-        "parameters": count,
-    }  # fmt: skip
+    return dict(zip(_ROW, (name, role, lr, base, decay, tensors, count), strict=True))
 
 
 def _of_metrics(path: Path) -> list[Row]:
     """As `loraplus train` wrote them; another program's metrics.json has none."""
     metrics = read_json(path)
     try:
-        return [
-            _row(
-                str(row["name"]), str(row["role"]), _as_float(row["lr"]), _as_float(row["base_lr"]),
-                _as_float(row["weight_decay"]), int(row["tensors"]), int(row["parameters"]),
-            )
-            for row in (metrics.get("groups", []) if isinstance(metrics, dict) else [])
-        ]  # fmt: skip
+        rows = metrics.get("groups", []) if isinstance(metrics, dict) else []
+        forms = (str, str, _as_float, _as_float, _as_float, int, int)
+        return [{name: form(row[name]) for name, form in zip(_ROW, forms, strict=True)} for row in rows]
     except (TypeError, KeyError, ValueError, OverflowError):
         raise InputError(f"{path} does not hold the groups that `loraplus train` writes") from None
 
@@ -147,9 +141,11 @@ def _with_adapter(name: str, saved: Mapping[str, Any] | None) -> str:
 def _rates(saved: Mapping[str, Any] | None) -> Rates | None:
     if saved is None:
         return None
-    names = (*_RATES, "lr_overrides", "lr_ratio_overrides")
-    with warnings.catch_warnings(action="ignore", category=LoraPlusWarning):  # a ratio below 1: it is too late for that
-        return Rates(**{name: saved.get(name) for name in names})  # type: ignore[arg-type]
+    settings: dict[str, Any] = {name: saved.get(name) for name in SETTINGS}
+    with told_once(silent=True):  # of a ratio below 1 it is too late to warn
+        rates = Rates(**settings)
+    as_number("lr", rates.lr)  # raises: what was written down is a number
+    return rates
 
 
 def _of_optimizer(folder: Path, adapter: Adapter, saved: Mapping[str, Any] | None) -> list[Row]:

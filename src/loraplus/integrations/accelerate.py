@@ -1,4 +1,7 @@
-"""LoRA+ in a loop with Accelerate: rates in every `save_state`, refused by `load_state` if they differ, and logged."""
+"""LoRA+ in a loop with Accelerate: rates in every `save_state`, refused by `load_state` if they differ.
+
+For the log: `accelerator.log(rates_for_log(optimizer), step=step)`, before the scheduler's step.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +28,22 @@ from loraplus.integrations.checkpoints import (
 )
 from loraplus.integrations.deepspeed import check_plugin
 from loraplus.integrations.pytorch import rates_for_log
+from loraplus.notices import renamed
 from loraplus.rates import Rates
 from loraplus.watch import watch_rates
 
+__all__ = ["guard_resume", "rates_for_log"]
+
 
 @overload
-def register_rates(
+def guard_resume(
     accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, *, name: str | None = None
 ) -> Rates: ...
 @overload
-def register_rates(
+def guard_resume(
     accelerator: Any, model: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> dict[str, Rates]: ...
-def register_rates(
+def guard_resume(
     accelerator: Any,
     model: nn.Module | Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
@@ -66,7 +72,7 @@ def register_rates(
     Example:
         >>> optimizer = loraplus.create_optimizer(model, lr=2e-4, lr_ratio=16)  # doctest: +SKIP
         >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # doctest: +SKIP
-        >>> register_rates(accelerator, model, optimizer)  # doctest: +SKIP
+        >>> guard_resume(accelerator, model, optimizer)  # doctest: +SKIP
     """
     check_plugin(accelerator)
     if isinstance(model, Mapping):
@@ -88,7 +94,7 @@ def _register(accelerator: Any, model: nn.Module, optimizer: Any, name: str | No
         _hook(accelerator, models)
     name = name or ("model" if not models else f"model_{len(models)}")
     if name in models:
-        raise TrainerSetupError(f"register_rates has a model called {name} already; give each a name of its own")
+        raise TrainerSetupError(f"guard_resume has a model called {name} already; give each a name of its own")
     rates, auto = rates_in_use(model, optimizer), auto_rates(optimizer, model)
     if auto is not None and all(other.auto is not auto for other in models.values()):
         accelerator.register_for_checkpointing(auto)
@@ -125,20 +131,13 @@ def _hook(accelerator: Any, models: Mapping[str, _Registered]) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def log_rates(accelerator: Any, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
-    """Sends `lr/lora_A`, `lr/lora_B`, … to the accelerator's trackers; call it before the scheduler's step.
-
-    Args:
-        accelerator: an `accelerate.Accelerator`.
-        optimizer: the prepared optimizer.
-        step: the optimizer step that the rates belong to.
-
-    Returns:
-        What was logged.
-
-    Example:
-        >>> log_rates(accelerator, optimizer, step)  # doctest: +SKIP
-    """
+def _log_rates(accelerator: Any, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
+    """Sends `rates_for_log` to the accelerator's trackers, and returns it."""
     rates = rates_for_log(optimizer)
     accelerator.log(rates, step=step)
     return rates
+
+
+def __getattr__(name: str) -> Any:
+    renamed(__name__, name, {"register_rates": "guard_resume", "log_rates": "rates_for_log, given to accelerator.log,"})
+    return guard_resume if name == "register_rates" else _log_rates

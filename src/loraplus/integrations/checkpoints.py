@@ -6,9 +6,8 @@ import io
 import json
 import math
 import re
-import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ import torch
 from torch import nn
 
 from loraplus.auto import AutoRates
-from loraplus.errors import LoraPlusWarning, ResumeMismatchError
+from loraplus.errors import ResumeMismatchError
 from loraplus.files.checkpoints import AUTO_FILE, RATES_FILE
 from loraplus.files.whole import write_whole
 from loraplus.groups import ParameterRate, built_rates
 from loraplus.notices import told_once
 from loraplus.partners import whole_shape
-from loraplus.rates import Rates
+from loraplus.rates import OWN_RATES, SETTING_OF_ROLE, Rates
 from loraplus.roles import FACTORS, Role, trainable_parameters
 from loraplus.wrappers import unwrapped
 
@@ -30,12 +29,6 @@ OF_PARAMETERS_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg",
 """Names of an optimizer's states that have their parameter's own shape."""
 _FORMAT_VERSION = 1
 _RELATIVE_TOLERANCE = 1e-6
-_EMBEDDING_ROLES = (Role.EMBEDDING_A, Role.EMBEDDING_B, Role.EMBEDDING)
-_RATE_OF_ITS_OWN = {
-    **{role.value: "lr_embedding" for role in _EMBEDDING_ROLES},
-    Role.HEAD.value: "lr_head",
-    Role.MAGNITUDE.value: "lr_magnitude",
-}
 _TRAINER_WAY = (
     "or start a new run from its weights: load them with PeftModel.from_pretrained(model, {checkpoint!r}, "
     "is_trainable=True) and train without resume_from_checkpoint"
@@ -61,12 +54,13 @@ def rates_in_use(model: nn.Module, optimizer: torch.optim.Optimizer) -> Rates:
     lr = of_role.get(Role.A) or of_role[entries[0].role]
     automatic = auto_rates(optimizer, model) is not None
     ratio = 1.0 if automatic else _rounded(of_role.get(Role.B, lr) / lr)
-    embedding = next((of_role[role] for role in _EMBEDDING_ROLES if role in of_role), None)
-    with warnings.catch_warnings():  # a ratio below 1 was warned of when the optimizer was built
-        warnings.simplefilter("ignore", LoraPlusWarning)
-        plain = Rates(lr, ratio, embedding, of_role.get(Role.HEAD), of_role.get(Role.MAGNITUDE))
-        overrides = {} if automatic else _overrides(entries, plain)
-        return Rates(lr, ratio, embedding, plain.lr_head, plain.lr_magnitude, overrides)
+    own: dict[str, Any] = {}
+    for role, setting in SETTING_OF_ROLE.items():
+        if role in of_role:
+            own.setdefault(setting, of_role[role])
+    with told_once(silent=True):  # a ratio below 1 was warned of when the optimizer was built
+        plain = Rates(lr, ratio, **own)
+        return plain if automatic else replace(plain, lr_overrides=_overrides(entries, plain))
 
 
 def _overrides(entries: list[ParameterRate], rates: Rates) -> dict[str, float]:
@@ -347,10 +341,10 @@ def _places_of_factors(roles: Mapping[str, str]) -> dict[str, str]:
 
 def _reaches_nothing(name: str, roles: Mapping[str, str]) -> bool:
     """Whether a rate of its own had no parameter to set."""
-    return name in _RATE_OF_ITS_OWN.values() and not any(_RATE_OF_ITS_OWN.get(role) == name for role in roles.values())
+    return name in OWN_RATES and not OWN_RATES[name].metadata["roles"] & set(roles.values())
 
 
 def _learns_at_lr(saved: Mapping[str, Any]) -> bool:
     """Whether a parameter learns at lr itself where A's and B's rates are automatic: a head without lr_head, say."""
     roles = set(saved.get("roles", {}).values()) - {Role.A.value, Role.B.value}
-    return any(not saved.get(_RATE_OF_ITS_OWN.get(role, "")) for role in roles)
+    return any(not saved.get(SETTING_OF_ROLE.get(role, "")) for role in roles)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -10,6 +9,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAver
 
 from loraplus.auto import AutoRates
 from loraplus.errors import RateMismatchError, ResumeMismatchError, TrainerSetupError
+from loraplus.group_rates import base_rate, group_labels, reference_group
 from loraplus.groups import verify
 from loraplus.integrations.checkpoints import (
     LOOP_WAY,
@@ -23,8 +23,8 @@ from loraplus.integrations.checkpoints import (
     up_to_date,
 )
 from loraplus.integrations.pytorch import rates_for_log
-from loraplus.membership import base_rate, group_labels, reference_group
-from loraplus.rates import DEFAULT_LR_RATIO, Rates
+from loraplus.rate_keywords import takes_rates
+from loraplus.rates import Rates
 from loraplus.watch import watch_rates
 from loraplus.wrappers import unwrapped
 
@@ -42,13 +42,9 @@ class LoraPlusCallback(Callback):
     `StochasticWeightAveraging` has one rate for all groups, it is taken as A's, and the others keep their ratio to it.
 
     Args:
-        loraplus_lr_ratio: λ that the optimizer should have; not looked at with `AutoRates`.
-        loraplus_lr_embedding: rate of embedding factors and rows. Default: lr.
-        loraplus_lr_head: rate of `modules_to_save`. Default: lr.
-        loraplus_lr_magnitude: rate of DoRA's magnitudes. Default: lr.
-        loraplus_lr_overrides: {regular expression: factor} on parameter names; they start with the attribute that
-            holds the model in the LightningModule.
-        loraplus_lr_ratio_overrides: {regular expression: λ} on names of B factors.
+        rates: what the optimizer should have, not looked at with `AutoRates`: a `Rates`, or its fields but `lr` as
+            `loraplus_lr_ratio` (also by position), `loraplus_lr_head`, … Names of parameters start with the attribute
+            that holds the model in the LightningModule.
 
     Raises:
         RateMismatchError: when training starts, if a parameter has another rate.
@@ -59,24 +55,9 @@ class LoraPlusCallback(Callback):
         >>> trainer = lightning.Trainer(callbacks=[LoraPlusCallback(loraplus_lr_ratio=16)])  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        loraplus_lr_ratio: float = DEFAULT_LR_RATIO,
-        *,
-        loraplus_lr_embedding: float | None = None,
-        loraplus_lr_head: float | None = None,
-        loraplus_lr_magnitude: float | None = None,
-        loraplus_lr_overrides: Mapping[str, float] | None = None,
-        loraplus_lr_ratio_overrides: Mapping[str, float] | None = None,
-    ) -> None:
-        self._asked: dict[str, Any] = {
-            "lr_ratio": loraplus_lr_ratio,
-            "lr_embedding": loraplus_lr_embedding,
-            "lr_head": loraplus_lr_head,
-            "lr_magnitude": loraplus_lr_magnitude,
-            "lr_overrides": loraplus_lr_overrides,
-            "lr_ratio_overrides": loraplus_lr_ratio_overrides,
-        }
+    @takes_rates("loraplus_lr_ratio", left_out=["lr"], prefix="loraplus_")
+    def __init__(self, *, rates: Rates) -> None:
+        self._asked = rates
         self._rates: Rates | None = None
         self._record: dict[str, Any] = {}
         self._autos: list[AutoRates] = []
@@ -147,7 +128,7 @@ class LoraPlusCallback(Callback):
         if self._autos:
             return
         try:
-            verify(pl_module, trainer.optimizers[0], **self._asked)
+            verify(pl_module, trainer.optimizers[0], self._asked)
         except RateMismatchError as error:
             watch = watch_rates(pl_module, trainer.optimizers[0])
             why = watch.why(unwrapped(trainer.optimizers[0])) if watch is not None else None

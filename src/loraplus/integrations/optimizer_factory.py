@@ -6,7 +6,6 @@ and RewardTrainer pass the argument on; with the others use `loraplus.attach`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ from transformers import TrainerCallback
 
 from loraplus.integrations.checkpoints import auto_rates, rates_in_use, rates_record, write_rates
 from loraplus.integrations.pytorch import guard_resume, rates_for_log
+from loraplus.notices import renamed
 from loraplus.optimizer import create_optimizer
-from loraplus.rates import DEFAULT_LR_RATIO
+from loraplus.rate_keywords import takes_rates
+from loraplus.rates import Rates
 from loraplus.watch import watch_rates
 
 
@@ -30,16 +31,10 @@ class LoraPlusOptimizer:
 
     Args:
         model: given by Trainer.
-        lr: η_A; Trainer does not pass its `learning_rate` on.
         optimizer_cls: the optimizer class.
-        loraplus_lr_ratio: λ = η_B / η_A.
-        loraplus_lr_embedding: rate of embedding factors and rows. Default: lr.
-        loraplus_lr_head: rate of `modules_to_save`. Default: lr.
-        loraplus_lr_magnitude: rate of DoRA's magnitudes. Default: lr.
-        loraplus_lr_overrides: {regular expression: factor} on parameter names.
-        loraplus_lr_ratio_overrides: {regular expression: λ} on names of B factors.
-        weight_decay: decay of all but biases and norms. None: the optimizer's own default, on every parameter.
-        **optimizer_kwargs: passed on (betas, eps, …).
+        rates: a `Rates`, or its fields: `lr`, since Trainer does not pass its `learning_rate` on, and all others as
+            `loraplus_lr_ratio`, `loraplus_lr_head`, …
+        **optimizer_kwargs: passed on to `create_optimizer` (weight_decay, betas, eps, …).
 
     Returns:
         An instance of `optimizer_cls`.
@@ -49,42 +44,33 @@ class LoraPlusOptimizer:
 
     Example:
         >>> how = (LoraPlusOptimizer, {"lr": 2e-4, "loraplus_lr_ratio": 16, "weight_decay": 0.01})
-        >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=how, callbacks=[RatesCallback()])  # doctest: +SKIP
+        >>> more = {"optimizer_cls_and_kwargs": how, "callbacks": [LoraPlusCallback()]}
+        >>> trainer = Trainer(model, args, **more)  # doctest: +SKIP
 
     Source: transformers, `Trainer.create_optimizer` (5.24).
     """
 
+    @takes_rates(needed=["lr"], prefix="loraplus_")
     def __call__(
         self,
         model: nn.Module,
         *,
-        lr: float,
+        rates: Rates,
         optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
-        loraplus_lr_ratio: float = DEFAULT_LR_RATIO,
-        loraplus_lr_embedding: float | None = None,
-        loraplus_lr_head: float | None = None,
-        loraplus_lr_magnitude: float | None = None,
-        loraplus_lr_overrides: Mapping[str, float] | None = None,
-        loraplus_lr_ratio_overrides: Mapping[str, float] | None = None,
-        weight_decay: float | None = None,
         **optimizer_kwargs: Any,
     ) -> torch.optim.Optimizer:
-        optimizer = create_optimizer(
-            model, optimizer_cls, lr=lr, lr_ratio=loraplus_lr_ratio, weight_decay=weight_decay,
-            lr_embedding=loraplus_lr_embedding, lr_head=loraplus_lr_head, lr_magnitude=loraplus_lr_magnitude,
-            lr_overrides=loraplus_lr_overrides, lr_ratio_overrides=loraplus_lr_ratio_overrides, **optimizer_kwargs,
-        )  # fmt: skip
+        optimizer = create_optimizer(model, optimizer_cls, rates, **optimizer_kwargs)
         guard_resume(optimizer)
         return optimizer
 
 
-class RatesCallback(TrainerCallback):
+class LoraPlusCallback(TrainerCallback):
     """Logs every group's rate by name, and writes the rates and roles into each checkpoint.
 
     `loraplus.attach` does both by itself; this is for `LoraPlusOptimizer` and other optimizers with named groups.
 
     Example:
-        >>> trainer.add_callback(RatesCallback())  # doctest: +SKIP
+        >>> trainer.add_callback(LoraPlusCallback())  # doctest: +SKIP
     """
 
     def __init__(self) -> None:
@@ -114,3 +100,7 @@ class RatesCallback(TrainerCallback):
             write_rates(
                 Path(args.output_dir) / f"checkpoint-{state.global_step}", self._record, auto_rates(optimizer, model)
             )
+
+
+def __getattr__(name: str) -> Any:
+    return globals()[renamed(__name__, name, {"RatesCallback": "LoraPlusCallback"})]

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from loraplus.errors import LoraPlusWarning, ResumeMismatchError
+from loraplus.group_rates import Groups, base_rate, group_labels, reference_group
 from loraplus.groups import rate_of_group
 from loraplus.integrations.checkpoints import LOOP_WAY, OF_PARAMETERS_SHAPE, refuse_other_parameters
-from loraplus.membership import Groups, base_rate, group_labels, reference_group
 from loraplus.watch import watch_rates
 from loraplus.wrappers import unwrapped
 

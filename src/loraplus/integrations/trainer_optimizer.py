@@ -8,18 +8,17 @@ class, its options and its groups. Within each group A keeps the group's rate an
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from loraplus.errors import InvalidRateError, LoraPlusWarning, ParameterGroupError, TrainerSetupError
+from loraplus.errors import InvalidRateError, ParameterGroupError, TrainerSetupError
 from loraplus.existing_groups import rate_of
+from loraplus.group_rates import in_form_of
 from loraplus.groups import groups_for
 from loraplus.integrations.trainer_settings import RateSettings
 from loraplus.optimizer import check_class, finish
@@ -95,7 +94,7 @@ def split(trainer: Any, model: nn.Module, settings: RateSettings, rates_at: Call
         trainer: its `optimizer` has taken no step yet.
         model: whose parameters have roles.
         settings: what was asked for.
-        rates_at: `settings.rates`, which may be remembered.
+        rates_at: `settings.rates.resolved`, which may be remembered.
 
     Raises:
         TrainerSetupError: no torch optimizer, one that has LoRA+ rates already, or whose groups cannot be reached.
@@ -116,8 +115,8 @@ def split(trainer: Any, model: nn.Module, settings: RateSettings, rates_at: Call
     lrs = _rates_of(home, listed)
     _refuse_twice(who, home, listed)
     rates = rates_at(lrs[0])
-    if len(lrs) > 1 and settings.absolute:
-        name, value = next(iter(settings.absolute.items()))
+    if len(lrs) > 1 and (own_rates := settings.rates.own_rates()):
+        name, value = next(iter(own_rates.items()))
         raise InvalidRateError(
             f"{name} = {value:g} contradicts {who}, whose own groups learn at {', '.join(f'{lr:g}' for lr in lrs)}; "
             f"set that rate in {who}, or leave {name} out"
@@ -130,8 +129,8 @@ def split(trainer: Any, model: nn.Module, settings: RateSettings, rates_at: Call
     unwatch_rates(optimizer)  # whoever built it may have had its groups watched as they were
     for holder in _with_inner(optimizer):
         parts.replace(holder.param_groups)
-        if settings.given_lr is not None and "lr" in holder.defaults:
-            holder.defaults["lr"] = rates.lr  # what schedulers that end at a rate of their own divide by
+        if "lr" in settings.rates.own_rates() and "lr" in holder.defaults:
+            holder.defaults["lr"] = rates.lr_a  # what schedulers that end at a rate of their own divide by
     got = {id(parameter): float(group["lr"]) for group in optimizer.param_groups for parameter in group["params"]}
     if any(abs(got.get(key, 0.0) - lr) > 1e-6 * lr for key, lr in asked.items()):
         raise TrainerSetupError(
@@ -140,7 +139,7 @@ def split(trainer: Any, model: nn.Module, settings: RateSettings, rates_at: Call
         )
     check_class(model, type(optimizer))
     finish(model, optimizer)
-    return Split(optimizer, rates, own, [float(group["lr"]) / rates.lr for group in optimizer.param_groups])
+    return Split(optimizer, rates, own, [float(group["lr"]) / rates.lr_a for group in optimizer.param_groups])
 
 
 def keep_ratio(scheduler: Any, made: Split) -> None:
@@ -197,9 +196,7 @@ def _asked(
     home: Mapping[int, Group], listed: list[TrainableParameter], rates: Rates, *, one_rate: bool
 ) -> dict[int, float]:
     """{id of a parameter: its rate}; without one rate for all, each group's own, times λ for B."""
-    with warnings.catch_warnings():  # a ratio below 1 was warned of
-        warnings.simplefilter("ignore", LoraPlusWarning)
-        unit = replace(rates, lr=1.0)
+    unit = rates.at(1.0)
     found = {}
     for entry in listed:
         group = home.get(id(entry.parameter))
@@ -327,8 +324,6 @@ def _empty(group: Group, lr: float | None) -> Group:
     old = part.get("lr")
     if lr is not None and old and "initial_lr" in part:
         part["initial_lr"] = part["initial_lr"] * lr / float(old)
-    if isinstance(old, torch.Tensor):  # each group has its own, as schedulers write into it
-        part["lr"] = old.clone() if lr is None else torch.full_like(old, lr)
-    elif lr is not None:
-        part["lr"] = lr
+    if "lr" in part:  # a tensor of its own, as schedulers write into it
+        part["lr"] = in_form_of(old, old if lr is None else lr)
     return part

@@ -40,7 +40,7 @@ def check_searched(trainer: Any, name: str) -> None:
         TrainerSetupError: says what that is.
     """
     settings = trainer.loraplus_settings
-    if name == "learning_rate" and settings.given_lr is not None:
+    if name == "learning_rate" and "lr" in settings.rates.own_rates():
         why = "loraplus.attach was given lr, so it would reach nothing; leave lr out"
     elif name.startswith("loraplus_") and trainer._given is not None:
         why = (

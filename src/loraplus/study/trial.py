@@ -41,7 +41,8 @@ def _load(kind: type[TaskConfig], config_json: str) -> tuple[Any, Any]:
 
 def _load_once(config: TaskConfig) -> tuple[Any, Any]:
     """The tokenised data, kept for the later trials of this process."""
-    return _load(type(config), json.dumps(asdict(config)))
+    kind: Any = type(config)
+    return _load(kind, json.dumps(asdict(config)))
 
 
 def data_facts(config: TaskConfig, lr: float, lr_ratio: float, arms: Sequence[str] = ("loraplus",)) -> dict[str, Any]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from loraplus.errors import InputError
 from loraplus.files.earlier import LATER_SETTINGS
 from loraplus.files.output import check_output
 from loraplus.files.paths import resolve_model
 from loraplus.files.single import read_template
-from loraplus.rates import Rates
+from loraplus.notices import told_once
+from loraplus.rate_keywords import rates_from
+from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.tasks.config import (
     CLASSIFICATION,
     DEFAULT_LR,
@@ -80,15 +82,17 @@ def check_settings(config: TaskConfig) -> None:
         _check_budget(config)
 
 
-def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float) -> Rates:
+@told_once()
+def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float = 1.0) -> Rates:
     """The rates that a run's groups are built with; with lr "auto" those of A and B are set later.
 
     Raises:
-        InvalidRateError: NaN or not positive.
+        InvalidRateError: NaN or not positive, or a ratio by name beside lr "auto".
+        TrainerSetupError: overrides that are no JSON.
     """
-    if isinstance(lr, str):
-        lr, lr_ratio = DEFAULT_LR, 1.0
-    return Rates(lr, lr_ratio, lr_embedding=config.lr_embedding, lr_head=config.head_rate)
+    asked = rates_from(config, lr)
+    lr_ratio = DEFAULT_LR_RATIO if asked.auto else lr_ratio
+    return replace(asked, lr_ratio=lr_ratio, lr_head=config.head_rate).resolved(DEFAULT_LR)
 
 
 def check_task(config: TaskConfig) -> None:

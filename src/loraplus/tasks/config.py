@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 from loraplus.errors import InvalidRateError
+from loraplus.rate_keywords import rate_fields
+from loraplus.rates import AUTO, DEFAULT_LR_RATIO
 
 # PEFT's examples train classifiers with 3e-4 or so; LoRA+ keeps that rate for A and gives B 16 times it.
 DEFAULT_LR = 3e-4
-DEFAULT_LR_RATIO = 16.0
-AUTO = "auto"
 # A new head starts from nothing and learns at its own pace, the same whatever the adapter's rates are: otherwise a
 # search over η_A and λ would be a search over the head's rate, too.
 DEFAULT_LR_HEAD = 2e-3
@@ -55,7 +55,7 @@ def check_held(option: str, value: float, lowest: float, highest: float) -> None
 
 
 @dataclass(kw_only=True)
-class TaskConfig:
+class _RunConfig:
     """Data, model, adapter and training length: all that a run needs but its rates."""
 
     task: str = _option(
@@ -95,8 +95,6 @@ class TaskConfig:
     )
     use_rslora: bool = _option(False, "Scale by α / √r (rsLoRA).")
     use_dora: bool = _option(False, "Learn magnitudes apart (DoRA).")
-    lr_embedding: float | None = _option(None, "Rate of embedding factors. Default: lr.")
-    lr_head: float = _option(DEFAULT_LR_HEAD, "Rate of the new classification head; sft and lm have none.")
     weight_decay: float = _option(0.0, "Decoupled weight decay, not on biases and norms.")
     warmup_ratio: float = _option(0.06, "Part of the steps over which the rate rises linearly.")
     lr_scheduler_type: str = _option("linear", "Schedule after warm-up, any of transformers' names.")
@@ -125,6 +123,19 @@ class TaskConfig:
     )
     trust_remote_code: bool = _option(False, "Run code that comes with the model. Only for models you trust.")
 
+
+# Flags made from the fields of `Rates`: those that every run may have, and those that only one run has, since a
+# comparison and a search set the ratio themselves.
+_RateFlags: Any = make_dataclass("_RateFlags", rate_fields(sets_ratio=False, overrides=str | None), kw_only=True)
+_RatioFlags: Any = make_dataclass("_RatioFlags", rate_fields(sets_ratio=True, overrides=str | None), kw_only=True)
+
+
+@dataclass(kw_only=True)
+class TaskConfig(_RateFlags, _RunConfig):
+    """What every run needs: data, model, adapter, training length, and the rates that nothing searches."""
+
+    lr_head: float = _option(DEFAULT_LR_HEAD, "Rate of the new classification head; sft and lm have none.")
+
     @property
     def head_rate(self) -> float | None:
         """`lr_head` where the task trains a head; a decoder's output layer stays as it is."""
@@ -132,7 +143,7 @@ class TaskConfig:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(TaskConfig):
+class TrainConfig(_RatioFlags, TaskConfig):
     """One training run."""
 
     lr: float | str = _option(DEFAULT_LR, "η_A, the rate of A, or auto: it sets both rates.", parser=learning_rate)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus.parts import Role
 from loraplus.rates import Rates
+from loraplus.tasks.checks import rates_of
 from loraplus.tasks.config import DEFAULT_LR, TaskConfig
 
 if TYPE_CHECKING:
@@ -40,23 +41,19 @@ class Method:
     own_schedule: bool = False
 
 
-def _rates(config: TaskConfig, lr: float, lr_ratio: float = 1.0) -> Rates:
-    return Rates(lr, lr_ratio, lr_embedding=config.lr_embedding, lr_head=config.head_rate)
-
-
 def adamw(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
     """AdamW with η_A = lr and η_B = lr_ratio·lr: LoRA at ratio 1, else LoRA+."""
-    return Method(_rates(config, lr, lr_ratio))
+    return Method(rates_of(config, lr, lr_ratio))
 
 
 def automatic(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
     """AdamW with the rates of `AutoRates`."""
-    return Method(_rates(config, DEFAULT_LR), auto=True)
+    return Method(rates_of(config, DEFAULT_LR), auto=True)
 
 
 def maximal_update(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
     """AdamW at the one rate of `tied_rate` for A and B."""
-    return Method(_rates(config, tied_rate(model)))
+    return Method(rates_of(config, tied_rate(model)))
 
 
 def prodigy(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
@@ -78,7 +75,7 @@ def schedule_free(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Modu
     from schedulefree import AdamWScheduleFree
 
     options = {"warmup_steps": math.ceil(steps * config.warmup_ratio)}
-    return Method(_rates(config, lr, lr_ratio), optimizer=(AdamWScheduleFree, options), own_schedule=True)
+    return Method(rates_of(config, lr, lr_ratio), optimizer=(AdamWScheduleFree, options), own_schedule=True)
 
 
 def tied_rate(model: nn.Module) -> float:

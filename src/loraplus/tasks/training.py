@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from loraplus.errors import DivergedError, InputError
+from loraplus.integrations.trainer_settings import PREFIX
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
+from loraplus.rate_keywords import fields_of
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.speed import speed_up
 from loraplus.tasks.checks import check_numbers, check_parts
@@ -85,7 +88,7 @@ class DivergenceGuard(TrainerCallback):
 
     def _stop(self, what: str, step: int, optimizer: Any) -> None:
         auto = getattr(unwrapped(optimizer), "loraplus_auto", None)
-        a, b = (auto.lr_a, auto.lr_b) if auto else (self.rates.lr, self.rates.lr * self.rates.lr_ratio)
+        a, b = (auto.lr_a, auto.lr_b) if auto else (self.rates.lr_a, self.rates.lr_a * self.rates.lr_ratio)
         advice = (
             "give --lr and --lr-ratio as numbers, or a smaller --lr-head"
             if auto
@@ -167,9 +170,7 @@ def build_trainer(
         args = task.arguments(
             output_dir=output,
             learning_rate=rates.lr,
-            loraplus_lr_ratio=DEFAULT_LR_RATIO if auto else rates.lr_ratio,  # which automatic rates set
-            loraplus_lr_embedding=rates.lr_embedding,
-            loraplus_lr_head=rates.lr_head,
+            **fields_of(replace(rates, lr_ratio=DEFAULT_LR_RATIO) if auto else rates, prefix=PREFIX),
             loraplus_auto_rates=auto,
             loraplus_log_layers=auto,
             weight_decay=config.weight_decay,

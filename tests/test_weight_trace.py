@@ -324,6 +324,33 @@ def partial(self, x):
     return functools.partial(torch.matmul, other=self.w)(x)
 
 
+OPERATIONS = {"matmul": torch.matmul}
+
+
+@form(Matrix)
+def by_a_table(self, x):
+    return OPERATIONS["matmul"](x, self.w)
+
+
+@form(Experts)
+def mapped_by_torch(self, x):
+    return torch.vmap(lambda w: x @ w)(self.w).sum(0)
+
+
+@form(Experts)
+def routed(self, x):
+    """As layers of experts are written: sizes, masks and tokens are the input's to say."""
+    tokens, width = x.shape
+    result = torch.zeros((tokens, OUT), dtype=x.dtype, device=x.device)
+    chosen = nn.functional.one_hot(torch.arange(tokens) % EXPERTS, num_classes=EXPERTS)
+    for expert in chosen.sum(0).nonzero():
+        (token,) = torch.where(chosen[:, expert[0]])
+        if token.shape[0] == 0:
+            continue
+        result.index_add_(0, token, x[token].reshape(-1, width) @ self.w[expert[0]])
+    return result
+
+
 @form(Matrix)
 def of_the_operator_module(self, x):
     return operator.matmul(x, self.w)
@@ -536,12 +563,9 @@ def test_functions_that_call_themselves_are_read_once():
     assert input_side(CallsItself, "w", 2) == side_of_the_input(CallsItself())
 
 
-OPERATIONS = {"matmul": torch.matmul}
-
-
-class ByATable(Matrix):
+class ByAnotherObject(Matrix):
     def forward(self, x):
-        return OPERATIONS["matmul"](x, self.w)
+        return self.operation(x, self.w)
 
 
 class TurnedByAnUnknown(Experts):
@@ -573,9 +597,37 @@ class Unused(Matrix):
         return x
 
 
-@pytest.mark.parametrize("layer", [ByATable, TurnedByAnUnknown, SwappedByAnUnknown, BothWays, Tied, Unused])
+@pytest.mark.parametrize("layer", [ByAnotherObject, TurnedByAnUnknown, SwappedByAnUnknown, BothWays, Tied, Unused])
 def test_what_the_code_does_not_say_is_not_guessed(layer):
     assert input_side(layer, "w", len(layer.shape)) is None
+
+
+class WouldWaitForOthers(Matrix):
+    """Only this process may be looking, so the code goes no further than here."""
+
+    def forward(self, x):
+        torch.distributed.barrier()
+        return x @ self.w
+
+
+class DrawsAndPrints(Matrix):
+    calls = 0
+
+    def forward(self, x):
+        x = x + torch.rand(3).sum()
+        self.calls += 1
+        return x @ self.w
+
+
+def test_looking_at_code_sends_nothing_and_changes_nothing():
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        assert input_side(WouldWaitForOthers, "w", 2) is None
+    finally:
+        torch.distributed.destroy_process_group()
+    before = torch.get_rng_state()
+    assert input_side(DrawsAndPrints, "w", 2) == -2
+    assert torch.equal(before, torch.get_rng_state()) and DrawsAndPrints.calls == 0
 
 
 def test_a_turn_that_depends_on_the_number_of_dimensions_is_read_where_that_is_known():
