@@ -221,7 +221,7 @@ def _make(folder: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
     from loraplus.files.output import write_csv, write_json, write_yaml
-    from loraplus.tasks.decoder.text import train_tokenizer
+    from loraplus.reproduce.verses import train_tokenizer
 
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from loraplus.reproduce.experiment import Result
 from loraplus.reproduce.init import RULES, Init, scale_of
 from loraplus.reproduce.small_tasks import Rows, SmallTask
 from loraplus.reproduce.small_training import SmallAdapter, batches, build, train
-from loraplus.tasks.decoder.text import train_tokenizer
+from loraplus.reproduce.verses import train_tokenizer
 
 
 @pytest.fixture(scope="module")

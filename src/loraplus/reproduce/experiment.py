@@ -112,7 +112,7 @@ class Experiment(ABC):
     """What of the paper it tests, a sentence each."""
     scales: ClassVar[tuple[str, ...]] = ("cpu",)
     assets: ClassVar[tuple[str, ...]] = ()
-    """Names in `tasks.assets`; obtained, and checked by hash, before the first run."""
+    """Names in `reproduce.assets`; obtained, and checked by hash, before the first run."""
     main_value: ClassVar[str] = ""
     """The value that a progress line and a dashboard show of a result; default: the first."""
 
