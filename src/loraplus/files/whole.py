@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,28 @@ def hold(handle: int, *, wait: bool = False) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def held(path: Path, *, wait: bool = False, flags: int = os.O_RDONLY) -> Iterator[bool]:
+    """Holds a folder or file while the block lasts; True if it is held, False if another process has it.
+
+    Args:
+        path: of the folder or file.
+        wait: until it is free.
+        flags: that it is opened with.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if os.name == "nt":  # where folders cannot be opened
+        yield True
+        return
+    handle = os.open(path, flags)
+    try:
+        yield hold(handle, wait=wait)
+    finally:
+        os.close(handle)
+
+
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Removes what killed processes left in a folder under temporary names; what is held has an owner and stays.
 
@@ -100,16 +123,13 @@ def remove_dead(path: Path) -> None:
     """Removes a file or folder that its maker holds, unless the maker is still there."""
     if fcntl is None:
         return
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            if os.fstat(handle).st_uid == os.geteuid() and hold(handle):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
-        finally:
-            os.close(handle)
+    as_it_is = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    with contextlib.suppress(OSError), held(path, flags=as_it_is) as is_ours:
+        if is_ours and path.lstat().st_uid == os.geteuid():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def move_into(source: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict
 
 from loraplus.errors import InputError
-from loraplus.files.earlier import LATER_SETTINGS
+from loraplus.files.commands import LATER_SETTINGS
 from loraplus.files.output import check_output
 from loraplus.files.paths import resolve_model
 from loraplus.files.single import read_template

@@ -15,12 +15,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loraplus.errors import InputError, MergeMismatchError
-from loraplus.files.output import check_unicode, check_writable
+from loraplus.files.output import check_unicode, check_writable, is_empty, not_ours
 from loraplus.files.paths import resolve_model, user_path
 from loraplus.files.replacing import put_back, replace_folder
 from loraplus.files.scratch import folder_beside
 from loraplus.files.single import read_json, write_json
-from loraplus.files.whole import TEMPORARY, follow_umask
+from loraplus.files.whole import follow_umask
 from loraplus.tasks.adapter import load_causal
 from loraplus.tasks.loading import first_line, from_pretrained, loading
 from loraplus.tasks.predict import load_adapter
@@ -64,7 +64,6 @@ def merge(
     base = model or settings["base_model_name_or_path"]
     target = Path(output).resolve()  # a link stays one
     _check_output(target, {"the adapter": adapter, "the base model": base}, overwrite)
-    check_writable(Path(output))
     loader, adapted, tokenizer = _load(adapter, model, settings.get("task_type"), base, trust_remote_code)
     dtype = dtype or str(adapted.dtype).removeprefix("torch.")
     if dtype not in TOLERANCES:
@@ -105,14 +104,11 @@ def _check_output(target: Path, sources: dict[str, str], overwrite: bool) -> Non
         raise InputError(f"--output {target} is a file; name a folder")
     check_writable(target)
     put_back(target)
-    if target.is_dir() and not all(TEMPORARY.fullmatch(path.name) for path in target.iterdir()):
+    if not is_empty(target):
         if not overwrite:
             raise InputError(f"{target} is not empty: --overwrite replaces an earlier merge, or name another --output")
         if _files_of_merge(target) is None:
-            raise InputError(
-                f"--overwrite: {target} holds files but no {RECORD_FILE} of an earlier merge, so it is not replaced; "
-                "name another --output"
-            )
+            raise not_ours(target, f"{RECORD_FILE} of an earlier merge")
 
 
 def _files_of_merge(folder: Path) -> set[str] | None:

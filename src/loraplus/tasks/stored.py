@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from loraplus.tasks.scratch_file import ScratchFile
+from loraplus.files.scratch_file import ScratchFile
 from loraplus.tasks.streamed import Streamed
 from loraplus.tasks.tabular import Table, check_size
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from loraplus.errors import InputError
+from loraplus.files.scratch_file import ScratchFile
 from loraplus.tasks.config import CUT, DROP, LONG_EXAMPLES, SPLIT
 from loraplus.tasks.conversations import TEXT
-from loraplus.tasks.scratch_file import ScratchFile
 from loraplus.tasks.token_rows import TOKEN, TokenRows, write
 
 IGNORED = -100

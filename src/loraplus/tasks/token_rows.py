@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from loraplus.tasks.scratch_file import ScratchFile
+from loraplus.files.scratch_file import ScratchFile
 from loraplus.tasks.streamed import Texts, in_parts
 from loraplus.tasks.telling import Telling
 
