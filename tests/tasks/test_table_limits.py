@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from loraplus.errors import InputError
 from loraplus.tasks import separated, tabular, text_files
-from loraplus.tasks.columns import examples
+from loraplus.tasks.columns import labelled_texts
 from loraplus.tasks.conversations import read_examples
 from loraplus.tasks.table import read_table
 from loraplus.tasks.telling import Telling
@@ -114,7 +114,7 @@ def test_a_header_of_100000_columns_is_read_at_once(tmp_path):
 def test_a_wide_table_without_labels_is_asked_for_them_in_one_line(tmp_path):
     (tmp_path / "d.csv").write_text(",".join(f"c{i}" for i in range(10_000)) + "\n" + ",".join("x" * 10_000) + "\n")
     with pytest.raises(InputError, match="--label-column") as caught:
-        examples(read_table(str(tmp_path / "d.csv")))
+        labelled_texts(read_table(str(tmp_path / "d.csv")))
     assert len(str(caught.value)) <= 500
 
 

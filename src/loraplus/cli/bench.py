@@ -13,7 +13,7 @@ from loraplus.cli.options import config_command
 from loraplus.cli.terminal import Console, narrated, print_json
 from loraplus.tasks.config import BenchConfig
 
-_WIDTH_OF_FILES = 140
+_WIDTH_OF_FILES = 140  # of the arms' names and figures
 
 
 @config_command(app, "bench", BenchConfig, required=(), own=("overwrite", "json", "plain"))
@@ -45,8 +45,7 @@ def run(config: BenchConfig, *, overwrite: bool, json: bool, plain: bool) -> Non
 
 def show(console: Console, result: dict[str, Any]) -> None:
     """Tables, bars and what they say."""
-    if not console.is_terminal:
-        console.width = _WIDTH_OF_FILES
+    console.widened(_WIDTH_OF_FILES)
     console.say(machine_line(result))
     for row in result["rows"]:
         console.say(f"\n{about(row)}")

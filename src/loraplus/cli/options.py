@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from loraplus.cli import flags
 from loraplus.cli.terminal import Console, is_speaker
 from loraplus.errors import InputError
 from loraplus.files.parsing import LONGEST_YAML, ParseError, parse_yaml
@@ -67,14 +68,17 @@ def _fill_default_map(context: typer.Context, path: str | None) -> str | None:
 def _parameter(spec: Field[Any], annotation: Any) -> inspect.Parameter:
     name = spec.name.replace("_", "-")
     # The negative form lets a flag win over `true` in the file.
-    flags = spec.metadata.get("flags") or (
+    names = spec.metadata.get("flags") or (
         f"--{name}/--no-{name}" if annotation in (bool, bool | None) else f"--{name}",
     )
     parser = spec.metadata.get("parser")
     option = typer.Option(
-        *flags, help=spec.metadata["help"], show_default=spec.default not in ("", None), parser=parser,
+        *names,
+        help=spec.metadata["help"],
+        show_default=spec.default not in ("", None),
+        parser=parser,
         metavar="NUMBER|auto" if parser else None,
-    )  # fmt: skip
+    )
     default = inspect.Parameter.empty if spec.default is MISSING else spec.default
     return inspect.Parameter(
         spec.name,
@@ -84,11 +88,16 @@ def _parameter(spec: Field[Any], annotation: Any) -> inspect.Parameter:
     )
 
 
-def _command_option(name: str, annotation: Any, default: Any, help: str, **kwargs: Any) -> inspect.Parameter:
-    option = typer.Option("--" + name.replace("_", "-"), help=help, **kwargs)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
-    )
+_CONFIG = typer.Option(
+    "--config", help="YAML file with any of these flags as keys.", is_eager=True, callback=_fill_default_map
+)
+_OWN_FLAGS = {
+    "config": (Annotated[str | None, _CONFIG], None),
+    "overwrite": (flags.Overwrite, False),
+    "resume": (flags.Resume, False),
+    "json": (flags.Json, False),
+    "plain": (flags.Plain, False),
+}
 
 
 def config_command(
@@ -132,17 +141,11 @@ def config_command(
             run(config, **extra)
 
         parameters = [_parameter(spec, hints[spec.name]) for spec in specs]
-        flags = [
-            _command_option(
-                "config", str | None, None, "YAML file with any of these flags as keys.",
-                is_eager=True, callback=_fill_default_map,
-            ),
-            _command_option("overwrite", bool, False, "Replace what an earlier run left in --output."),
-            _command_option("resume", bool, False, "Go on where an interrupted run in --output stopped."),
-            _command_option("json", bool, False, "Print the result as JSON on standard output."),
-            _command_option("plain", bool, False, "No colours, no moving progress bars."),
-        ]  # fmt: skip
-        parameters += [flag for flag in flags if flag.name == "config" or flag.name in own]
+        parameters += [
+            inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for flag, (annotation, default) in _OWN_FLAGS.items()
+            if flag == "config" or flag in own
+        ]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         command.__doc__ = run.__doc__

@@ -48,9 +48,9 @@ class Command:
     def written(self, folder: Path, config: Mapping[str, Any]) -> list[Path]:
         """What it has written, or may have, to a folder with such a configuration."""
         is_language = config.get("task", LATER_SETTINGS["task"]) != LATER_SETTINGS["task"]
-        found = [folder / name for name in self.files + (self.of_language if is_language else ())]
-        found += sorted(folder.glob(self.pattern)) if self.pattern else []
-        return found + (checkpoints(folder) if self.has_checkpoints else [])
+        paths = [folder / name for name in self.files + (self.of_language if is_language else ())]
+        paths += sorted(folder.glob(self.pattern)) if self.pattern else []
+        return paths + (checkpoints(folder) if self.has_checkpoints else [])
 
 
 _STUDY = ("study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv")

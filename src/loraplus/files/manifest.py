@@ -64,8 +64,8 @@ def faults(folder: Path, of: Callable[[str], bool] = lambda name: True) -> dict[
     listed = _read(folder)
     if listed is None:
         return {MANIFEST_FILE: "is damaged"}
-    found = {name: _fault(folder / name, facts) for name, facts in listed.items() if of(name)}
-    return {name: fault for name, fault in found.items() if fault is not None}
+    fault_of = {name: _fault(folder / name, facts) for name, facts in listed.items() if of(name)}
+    return {name: fault for name, fault in fault_of.items() if fault is not None}
 
 
 def _fault(path: Path, facts: dict[str, Any]) -> str | None:

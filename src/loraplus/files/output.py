@@ -258,5 +258,5 @@ def _remove_earlier_temporaries(folder: Path) -> None:
 
 
 def _is_earlier_temporary(name: str) -> bool:
-    found = _EARLIER_TEMPORARY.fullmatch(name)
-    return found is not None and found[1] in names_of_all()
+    match = _EARLIER_TEMPORARY.fullmatch(name)
+    return match is not None and match[1] in names_of_all()

@@ -169,8 +169,8 @@ def follow_umask(folder: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     """Of a folder and those in it; links are not followed."""
-    found = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+    paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return sorted(path for path in paths if path.is_file() and not path.is_symlink())
 
 
 def _sync(path: Path) -> None:

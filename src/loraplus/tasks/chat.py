@@ -66,12 +66,12 @@ class Chats:
             return_assistant_tokens_mask=return_assistant_tokens_mask,
         )
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
-        found = {"input_ids": encoded["input_ids"]}
+        tokens = {"input_ids": encoded["input_ids"]}
         if return_assistant_tokens_mask:
             if not encoded.encodings:
                 raise ChatTemplateError("its tokenizer does not say where in the text a token stands")
-            found["assistant_masks"] = _marked(encoded.encodings[0].offsets, spans)
-        return found
+            tokens["assistant_masks"] = _marked(encoded.encodings[0].offsets, spans)
+        return tokens
 
     def _rendered(
         self, messages: Sequence[Any], *, chat_template: str | None = None, tools: Any = None, **options: Any

@@ -186,6 +186,7 @@ class DataParallelTrainer(LoraPlusTrainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def _own_results(self, values: torch.Tensor, **_: Any) -> torch.Tensor:
+        """This process's results (batch, …), without the rows that only fill a last batch up."""
         state = self.accelerator.gradient_state  # as in one process: a last batch counts by its own size
         return values[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else values
 
@@ -194,7 +195,7 @@ class DataParallelTrainer(LoraPlusTrainer):
     ) -> Any:
         """Trainer's loss, weighted in training."""
         weight = inputs.pop(_WEIGHT, None)
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if weight is None:
-            return found
-        return (found[0] * weight, found[1]) if return_outputs else found * weight
+            return loss
+        return (loss[0] * weight, loss[1]) if return_outputs else loss * weight

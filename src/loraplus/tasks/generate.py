@@ -207,7 +207,10 @@ def continue_ids(
     model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], room: int, temperature: float = 0.0, top_p: float = 1.0,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Continues token ids, padded on the left, by at most `room` tokens each; see `generate`."""
+    """Continues token ids by at most `room` tokens each; see `generate`.
+
+    They become one tensor (rows, longest row), padded on the left, so that every answer starts in the same column.
+    """
     settings = _settings(model, tokenizer, room, temperature, top_p)
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), int(settings.pad_token_id))  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from loraplus.errors import InputError
 from loraplus.tasks import limited_process
@@ -63,14 +63,15 @@ class _Process:
         body = pickle.dumps((kind, arguments, limited_process.SECONDS))
         with self._lock:
             process = self._started()
+            requests, answers = cast(BinaryIO, process.stdin), cast(BinaryIO, process.stdout)
             guard = None if _MEASURES_ITSELF else threading.Timer(_WALL_SECONDS, process.kill)
             try:
                 if guard:
                     guard.start()
-                process.stdin.write(struct.pack("<Q", len(body)) + body)  # type: ignore[union-attr]
-                process.stdin.flush()  # type: ignore[union-attr]
-                head = process.stdout.read(8)  # type: ignore[union-attr]
-                answer = process.stdout.read(*struct.unpack("<Q", head)) if len(head) == 8 else b""  # type: ignore[union-attr]
+                requests.write(struct.pack("<Q", len(body)) + body)
+                requests.flush()
+                head = answers.read(8)
+                answer = answers.read(*struct.unpack("<Q", head)) if len(head) == 8 else b""
             except OSError:
                 answer = b""
             except BaseException:  # interrupted: the next request would get this one's answer
@@ -82,10 +83,10 @@ class _Process:
             if not answer:
                 self._end()
                 raise TooMuchError
-        found = json.loads(answer)
-        if "error" in found:
-            raise RefusedError(found["error"], found["line"])
-        return found["result"]
+        reply = json.loads(answer)
+        if "error" in reply:
+            raise RefusedError(reply["error"], reply["line"])
+        return reply["result"]
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._running is None or self._owner != os.getpid() or self._running.poll() is not None:

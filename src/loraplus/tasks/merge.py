@@ -34,9 +34,14 @@ _CHECKED_TEXTS, _CHECKED_TOKENS = 4, 16
 
 
 def merge(
-    adapter: str, output: str | os.PathLike[str], *, model: str | None = None, dtype: str | None = None,
-    overwrite: bool = False, trust_remote_code: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    adapter: str,
+    output: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Writes base model and adapter as one model that needs neither PEFT nor loraplus.
 
     Args:
@@ -203,9 +208,9 @@ def _save(model: Any, tokenizer: Any, folder: Path, target: Path) -> None:
         follow_umask(folder)
 
 
-def _compare(expected: torch.Tensor, found: torch.Tensor, dtype: str, target: Path) -> dict[str, float]:
+def _compare(expected: torch.Tensor, written: torch.Tensor, dtype: str, target: Path) -> dict[str, float]:
     largest = float(expected.abs().max())
-    difference = float((found - expected).abs().max())
+    difference = float((written - expected).abs().max())
     relative = difference / largest if largest else difference
     if not relative <= TOLERANCES[dtype]:  # also if it is no number
         raise MergeMismatchError(

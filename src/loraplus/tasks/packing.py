@@ -62,7 +62,14 @@ class PackingCollator(DataCollatorForLanguageModeling):
         self.room = room
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of packed rows; padding stands at position 0, so it is a sequence of its own."""
+        """A batch of packed rows; padding stands at position 0, so it is a sequence of its own.
+
+        Args:
+            examples: {"input_ids", "labels"}, lists of token ids of one length.
+
+        Returns:
+            {"input_ids", "labels", "position_ids"}, each (rows, longest row).
+        """
         rows = []
         for row in best_fit([len(example["input_ids"]) for example in examples], self.room):
             chosen = [examples[i] for i in row]
@@ -107,7 +114,15 @@ def keeps_apart(model: Any) -> bool:
 
 
 def _after(model: Any, before: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
-    """What the model makes of an example that stands behind another in its row."""
+    """What the model makes of examples that stand behind others in their rows.
+
+    Args:
+        model: causal language model.
+        before, example: token ids (rows, checked tokens).
+
+    Returns:
+        Logits of `example` (rows, checked tokens, vocabulary).
+    """
     positions = torch.arange(_CHECKED).repeat(2).expand(len(before), -1)
     row = torch.cat([before, example], dim=1)
     logits = model(input_ids=row.to(model.device), position_ids=positions.to(model.device), use_cache=False).logits

@@ -84,6 +84,7 @@ def predict(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer([texts[i] for i in chosen], truncation=True, padding=True, return_tensors="pt")
+        # (texts, classes); in single precision, since half cannot tell a probability of 0.9999 from 1
         probabilities = model(**batch.to(model.device)).logits.float().softmax(dim=-1)
         top, label = probabilities.max(dim=-1)
         for i, value, index in zip(chosen, top.tolist(), label.tolist(), strict=True):

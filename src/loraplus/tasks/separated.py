@@ -37,19 +37,19 @@ def read_tabs(source: str, path: Path) -> Table:
     Raises:
         InputError: as for CSV.
     """
-    found: list[Table] = []
+    readings: list[Table] = []
     errors: list[LineError] = []
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
         reading = _Reading(source, path, "\t", quoting)
         try:
-            found.append(reading.table())
+            readings.append(reading.table())
         except LineError as error:
             errors.append(error)
         if not reading.has_quotes:
             break
-    if not found:
+    if not readings:
         raise max(errors, key=lambda error: error.line)
-    return max(found, key=len)
+    return max(readings, key=len)
 
 
 class _Reading:

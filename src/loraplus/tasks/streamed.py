@@ -109,8 +109,8 @@ class Labels(Streamed[str]):
         if isinstance(labels, Labels):
             return labels
         codes: dict[str, int] = {}
-        found = np.fromiter((codes.setdefault(label, len(codes)) for label in labels), np.int32)
-        return cls(list(codes), found)
+        rows = np.fromiter((codes.setdefault(label, len(codes)) for label in labels), np.int32)
+        return cls(list(codes), rows)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -128,8 +128,8 @@ class Labels(Streamed[str]):
 
     def counts(self) -> Counter[str]:
         """How often each occurs."""
-        found = np.bincount(self.codes, minlength=len(self.distinct)).tolist()
-        return Counter({label: count for label, count in zip(self.distinct, found, strict=True) if count})
+        counts = np.bincount(self.codes, minlength=len(self.distinct)).tolist()
+        return Counter({label: count for label, count in zip(self.distinct, counts, strict=True) if count})
 
     def classes(self) -> list[np.ndarray]:
         """The rows of each label that occurs, by alphabet."""
@@ -144,7 +144,7 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def in_parts(values: Iterable[V], most: int, size: Callable[[V], int] = len) -> Iterator[list[V]]:  # type: ignore[assignment]
+def in_parts(values: Iterable[V], most: int, size: Callable[[Any], int] = len) -> Iterator[list[V]]:
     """Lists of so many texts, or fewer where texts are long.
 
     Args:

@@ -15,7 +15,7 @@ import numpy as np
 
 from loraplus.errors import InputError
 from loraplus.files.scratch_file import ScratchFile
-from loraplus.tasks.config import CUT, DROP, LONG_EXAMPLES, SPLIT
+from loraplus.tasks.config import CUT, DROP, SPLIT
 from loraplus.tasks.conversations import TEXT
 from loraplus.tasks.token_rows import TOKEN, TokenRows, write
 
@@ -157,12 +157,10 @@ def how_to_fit(asked: str | None, task: str, kind: str) -> str:
     """What is done with longer examples: what was asked for, else lm splits and sft cuts.
 
     Raises:
-        InputError: not one of `LONG_EXAMPLES`, or a split of something other than text.
+        InputError: a split of something other than text.
     """
     if asked is None:
         return SPLIT if task == "lm" else CUT
-    if asked not in LONG_EXAMPLES:
-        raise InputError(f"--long-examples must be one of {', '.join(LONG_EXAMPLES)}, got {asked!r}")
     if asked == SPLIT and kind != TEXT:
         raise InputError(f"--long-examples split is for texts, but the data is of the kind {kind}")
     return asked
