@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from loraplus.cli.terminal import Console, narrated
-from loraplus.tasks.telling import Telling
+from loraplus.tasks.progress_log import ProgressLog
 
 _SHOWN = ("eval_loss", "eval_accuracy", "eval_perplexity")
 
@@ -54,7 +54,7 @@ def counting_bar(console: Console, title: str, total: int, *, plain: bool) -> It
     """Yields a function that moves a bar by so many; where no bar is shown, it says so in lines now and then."""
     if not is_moving(console, plain):
         with narrated(console):
-            yield Telling(title, total).advance
+            yield ProgressLog(title, total).advance
         return
     with _bar(console) as progress:
         task = progress.add_task(title, total=total)

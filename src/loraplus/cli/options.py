@@ -18,7 +18,7 @@ from loraplus.cli import flags
 from loraplus.cli.terminal import Console, is_speaker
 from loraplus.errors import InputError
 from loraplus.files.parsing import LONGEST_YAML, ParseError, parse_yaml
-from loraplus.files.paths import user_path
+from loraplus.files.single import read_text
 
 # Options of the command itself, not of the run: never part of the configuration.
 COMMAND_ONLY = {"config", "overwrite", "resume", "json", "plain", "help"}
@@ -31,12 +31,7 @@ def load_yaml(path: str, known: set[str]) -> dict[str, Any]:
         InputError: the file cannot be read, is not a mapping, or holds a key that does not exist or is a flag only.
     """
     try:
-        with user_path(path).open(encoding="utf-8") as file:
-            data = parse_yaml(file.read(LONGEST_YAML + 1), as_text=True)
-    except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"the configuration {path} is not UTF-8 text") from None
+        data = parse_yaml(read_text(path, LONGEST_YAML + 1, "--config: "), as_text=True)
     except ParseError as error:
         raise InputError(f"{path}{f', line {error.line}' if error.line else ''}: {error}") from None
     if data is None:

@@ -21,8 +21,8 @@ from loraplus.inspection.adapter import Adapter, saved_name
 from loraplus.integrations.checkpoints import OF_PARAMETERS_SHAPE
 from loraplus.rates import Rates
 from loraplus.roles import Role
-from loraplus.tasks.limited import check_patterns
 from loraplus.tasks.pickles import load_pickle
+from loraplus.tasks.sandbox import check_patterns
 
 OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, METRICS_FILE = (
     "optimizer.pt", "scheduler.pt", "trainer_state.json", "metrics.json",

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraplus.tasks.limited import RefusedError, render_chat
+from loraplus.tasks.sandbox import RefusedError, render_chat
 
 
 class ChatTemplateError(ValueError):

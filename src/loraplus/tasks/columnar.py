@@ -11,10 +11,10 @@ from typing import Any
 from loraplus.errors import InputError
 from loraplus.files.paths import is_inside
 from loraplus.files.single import read_json
-from loraplus.tasks.limited import TooMuchError, parquet_facts
+from loraplus.tasks.progress_log import ProgressLog
+from loraplus.tasks.sandbox import TooMuchError, parquet_facts
 from loraplus.tasks.stored import TableWriter
 from loraplus.tasks.tabular import Table, check_size
-from loraplus.tasks.telling import Telling
 
 _ROWS_AT_ONCE = 8192
 _BYTES_AT_ONCE = 2**29
@@ -142,7 +142,7 @@ def _from_batches(
 ) -> Table:
     if len(set(names)) < len(names):
         raise InputError(f"{source} has two columns of one name")
-    telling = Telling(f"reading {source}, rows", total)
+    progress = ProgressLog(f"reading {source}, rows", total)
     writer = TableWriter(source)
     rows = cells = size = 0
     for batch in batches:
@@ -158,7 +158,7 @@ def _from_batches(
         ]
         writer.add_batch(names, columns, batch.num_rows, size - earlier)
         rows += batch.num_rows
-        telling.advance(batch.num_rows)
+        progress.advance(batch.num_rows)
     return writer.table()
 
 

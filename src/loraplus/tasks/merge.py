@@ -24,7 +24,7 @@ from loraplus.files.whole import follow_umask
 from loraplus.tasks.adapter import load_causal
 from loraplus.tasks.loading import first_line, from_pretrained, loading
 from loraplus.tasks.predict import load_adapter
-from loraplus.tasks.saved_adapter import adapter_settings
+from loraplus.tasks.saved_adapter import adapter_settings, loading_base_of
 
 RECORD_FILE = "merge.json"
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -129,10 +129,8 @@ def _load(
     """(auto class that reads the merged model, model with adapter, tokenizer)."""
     if task not in (_CLASSIFIER, "CAUSAL_LM", None):
         raise InputError(f"{adapter} is an adapter for {task}; merge takes classifiers and causal language models")
-    try:
+    with loading_base_of(adapter):
         config = from_pretrained(AutoConfig, resolve_model(base), trust_remote_code=trust_remote_code)
-    except InputError as error:
-        raise InputError(f"{adapter}: {error}; name the base model that it was trained on with --model") from None
     if getattr(config, "quantization_config", None):
         raise InputError(
             f"{base} is quantized, and merging would round the adapter with it; name the base model in full precision "

@@ -11,8 +11,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from loraplus.files.scratch_file import ScratchFile
+from loraplus.tasks.progress_log import ProgressLog
 from loraplus.tasks.streamed import Texts, in_parts
-from loraplus.tasks.telling import Telling
 
 AT_ONCE = 1000
 """Rows that are tokenised at once."""
@@ -135,7 +135,7 @@ def write(
     Returns:
         (starts, lengths, largest token).
     """
-    telling = Telling("tokenising, texts", count)
+    progress = ProgressLog("tokenising, texts", count)
     begin = file.size // TOKEN.itemsize
     lengths = np.empty(count, np.int32)
     done = largest = 0
@@ -144,6 +144,6 @@ def write(
         largest = max(largest, int(tokens.max(initial=0)))
         lengths[done : done + len(sizes)] = sizes
         done += len(sizes)
-        telling.advance(len(sizes))
+        progress.advance(len(sizes))
     ends = np.cumsum(lengths, dtype=np.int64)
     return begin + ends - lengths, lengths, largest

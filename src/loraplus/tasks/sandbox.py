@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from loraplus.errors import InputError
-from loraplus.tasks import limited_process
+from loraplus.tasks import sandbox_process
 
 _PROGRAM = "import json, runpy, sys; sys.path = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], {}, '__main__')"
 _MEASURES_ITSELF = hasattr(signal, "setitimer")
@@ -60,7 +60,7 @@ class _Process:
         Raises:
             TooMuchError, RefusedError.
         """
-        body = pickle.dumps((kind, arguments, limited_process.SECONDS))
+        body = pickle.dumps((kind, arguments, sandbox_process.SECONDS))
         with self._lock:
             process = self._started()
             requests, answers = cast(BinaryIO, process.stdin), cast(BinaryIO, process.stdout)
@@ -92,7 +92,7 @@ class _Process:
         if self._running is None or self._owner != os.getpid() or self._running.poll() is not None:
             self._owner = os.getpid()
             self._running = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(Path(limited_process.__file__))],
+                [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(Path(sandbox_process.__file__))],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, **_ENVIRONMENT},
             )  # fmt: skip
@@ -145,7 +145,7 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def parquet_facts(path: str) -> dict[str, Any]:
-    """What `limited_process.parquet` finds.
+    """What `sandbox_process.parquet` finds.
 
     Raises:
         TooMuchError: what the file says of its columns is so damaged that Arrow does not survive it.
@@ -168,5 +168,5 @@ def render_chat(template: str, messages: Sequence[Any], **options: Any) -> tuple
     try:
         return _PROCESS.ask("chat", {"conversations": [list(messages)], "chat_template": template, **options})
     except TooMuchError:
-        seconds = limited_process.SECONDS
+        seconds = sandbox_process.SECONDS
         raise RefusedError(f"it takes more than {seconds:g} seconds, or too much memory", None) from None

@@ -1,4 +1,4 @@
-"""The program of `limited`: answers requests one at a time, each within limits on time and memory.
+"""The program of `sandbox`: answers requests one at a time, each within limits on time and memory.
 
 It imports nothing of loraplus, so that it starts fast. A request that takes too long ends the process, whatever it is
 in the middle of: a pattern and a power of two numbers are single calls that no exception interrupts. Native code that

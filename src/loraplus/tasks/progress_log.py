@@ -9,7 +9,7 @@ _LOG = logging.getLogger(__name__)
 _FIRST, _BETWEEN = 3.0, 10.0
 
 
-class Telling:
+class ProgressLog:
     """Logs "what: 200,000 of 1,000,000" at level INFO, at most every ten seconds; the command line shows it.
 
     Args:
