@@ -1,4 +1,4 @@
-"""What a user sees while one run goes on: a bar with the losses, or plain lines."""
+"""Shows one run while it goes on: a bar with the losses, or plain lines."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _bar(console: Console) -> Progress:
 
 @contextmanager
 def counting_bar(console: Console, title: str, total: int, *, plain: bool) -> Iterator[Callable[[int], None]]:
-    """Yields a function that moves a bar by so many; where no bar is shown, it says so in lines now and then."""
+    """Yields a function that moves a bar by a count. Where no bar is shown it prints a line now and then."""
     if not is_moving(console, plain):
         with narrated(console):
             yield ProgressLog(title, total).advance

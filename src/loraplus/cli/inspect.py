@@ -159,7 +159,7 @@ def _remarks(contents: Mapping[str, Any]) -> list[str]:
 
 
 def _common_prefix(names: Sequence[str]) -> str:
-    """What all names start with, up to a dot; what is left of each still says which layer it is."""
+    """The longest common beginning of all names that ends in a dot and leaves something of each."""
     if len(names) < 2:
         return ""
     common: list[str] = []

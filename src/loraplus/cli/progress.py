@@ -29,7 +29,7 @@ class Wording(Protocol):
     """How a display calls what is run."""
 
     def describe(self, trial: Any) -> str:
-        """What is run, in a few wording."""
+        """What is run, in a few words."""
         ...
 
     def outcome(self, record: Any) -> str:

@@ -1,4 +1,4 @@
-"""What reaches the terminal: text is shown as it stands, never read as markup or obeyed as an escape code.
+"""Prints to the terminal: text is shown as it is, never read as markup or obeyed as an escape code.
 
 Everything that the commands print goes through here, so that no label, path, tensor name or error has to be escaped
 where it is printed.
@@ -26,7 +26,7 @@ _NOT_IN_JSON = re.compile(r"[\x7f-\x9f\u200e\u200f\u061c\u2028-\u202e\u2060-\u20
 
 
 class Console(rich.console.Console):
-    """rich's console without markup, emoji codes and guessed highlights, which spells out what would be obeyed."""
+    """rich's console without markup, emoji codes and guessed highlights. It spells out escape codes."""
 
     def __init__(self, *, plain: bool = False, **options: Any) -> None:
         super().__init__(no_color=plain or None, markup=False, emoji=False, highlight=False, **options)

@@ -1,4 +1,4 @@
-"""Which of a run's checkpoints are whole: those that a manifest vouches for, and older ones whose files can be read."""
+"""Tells which of a run's checkpoints are whole, by their manifests, or by their files where they have none."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def check_places(folder: Path) -> None:
-    """Makes sure that no file has the name of a checkpoint, which may have to be written.
+    """Makes sure that no file stands where a checkpoint may have to be written.
 
     Raises:
         CheckpointError: names it.
@@ -87,7 +87,7 @@ def checkpoint_fault(checkpoint: Path, *, ours: bool = False) -> str | None:
 
 
 def model_fault(checkpoint: Path) -> str | None:
-    """What is wrong with the weights in a checkpoint, or None; all else does not matter where only these are loaded."""
+    """What is wrong with the weights in a checkpoint, or None. For loading weights alone nothing else matters."""
     try:
         if manifest.is_sealed(checkpoint):
             return _first(manifest.faults(checkpoint, lambda name: name.startswith(("adapter_", "model", "pytorch_"))))
@@ -158,7 +158,7 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 
 def names_written(checkpoint: Path) -> set[str]:
-    """Names in a checkpoint's folder that are a checkpoint's own; others are the user's, and stay."""
+    """Names in a checkpoint's folder that belong to the checkpoint. All others are the user's, and stay."""
     patterns = (*_MARKS, *_READ, "tokenizer*")
     own = {entry.name for pattern in patterns for entry in checkpoint.glob(pattern)}
     return own | {"README.md", "training_args.bin", "chat_template.jinja"}

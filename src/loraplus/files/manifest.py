@@ -16,7 +16,7 @@ _LARGEST = 2**24
 
 
 def seal(folder: Path, files: Iterable[Path]) -> None:
-    """Writes down the size and the SHA-256 of files in a folder, or in folders of its.
+    """Writes a manifest: the size and the SHA-256 of files in a folder or below it.
 
     Raises:
         OSError: a file cannot be read, or the manifest not written.

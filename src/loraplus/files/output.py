@@ -111,7 +111,7 @@ def prepare_output(
 
 @contextlib.contextmanager
 def hold_output(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
-    """Keeps other loraplus commands out of a folder, creating it if need be; ends with the process at the latest.
+    """Keeps other loraplus commands out of a folder, which is made if need be. Ends with the process at the latest.
 
     Args:
         path: The folder.
@@ -163,7 +163,7 @@ def note_data(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
 
 
 def check_unicode(config: Mapping[str, Any]) -> None:
-    """Settings are written down, so names that are not UTF-8 end a run before it begins.
+    """Refuses settings that are not UTF-8 text, since they could not be written to a file.
 
     Raises:
         InputError: names the setting.
@@ -178,7 +178,7 @@ def check_unicode(config: Mapping[str, Any]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes sure that a folder takes files, or that it can be made where it is to be.
+    """Makes sure that files can be written to a folder, or that the folder can be made.
 
     Raises:
         InputError: it does not, or the disk is full.

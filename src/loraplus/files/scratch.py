@@ -1,4 +1,4 @@
-"""Folders for a while, each held by the process that made it: what a killed one leaves is removed by the next."""
+"""Temporary folders, each locked by the process that made it. The next process removes what a killed one left."""
 
 from __future__ import annotations
 

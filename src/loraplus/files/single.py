@@ -46,7 +46,7 @@ def check_file(output: str, suffixes: Sequence[str], *, overwrite: bool) -> Path
 
 
 def check_takes_files(folder: Path, target: Path) -> None:
-    """Writes a little and removes it: the only way to know of full disks, read-only ones, and those that hold no files.
+    """Writes a little and removes it: nothing else shows that a disk is full, read-only or no place for files.
 
     Raises:
         InputError: names the target.
@@ -122,7 +122,7 @@ def write_json(path: str | os.PathLike[str], data: Any) -> Path:
 
 
 def json_text(data: Any) -> str:
-    """JSON text of `data`; NaN and infinity become null, and what JSON has no form for its text."""
+    """JSON text of `data`. NaN and infinity become null; objects that JSON does not know become their text."""
     return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str)
 
 

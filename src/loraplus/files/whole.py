@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whatever ends the process that writes them.
+"""Writes files and folders that are whole or absent, whatever ends the process.
 
 They are written beside their place, under a name that nobody can guess, and renamed. What is in the making is held by
 its process with the kernel's lock, so that what a killed process left is told from what another one is writing.
@@ -25,12 +25,12 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def temporary_path(target: Path) -> Path:
-    """A name beside the target that nobody can guess, so that no link waits there; see `TEMPORARY`."""
+    """A random name beside the target, so that nobody can have put a link there; see `TEMPORARY`."""
     return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
 
 
 def new_file(path: Path) -> Any:
-    """A file that was not there and is no link, held, open for bytes, with the permissions that the umask leaves.
+    """Makes a new file, locked and open for bytes, with the permissions that the umask leaves. Links are not followed.
 
     Raises:
         OSError: it is there, or cannot be made.
@@ -64,7 +64,7 @@ def write_whole(target: Path, content: bytes) -> None:
 
 
 def hold(handle: int, *, wait: bool = False) -> bool:
-    """Takes the kernel's lock on an open file or folder, which ends with this process.
+    """Takes the kernel's lock on an open file or folder. The lock ends with this process.
 
     Args:
         handle: of the file or folder.
@@ -85,7 +85,7 @@ def hold(handle: int, *, wait: bool = False) -> bool:
 
 @contextlib.contextmanager
 def held(path: Path, *, wait: bool = False, flags: int = os.O_RDONLY) -> Iterator[bool]:
-    """Holds a folder or file while the block lasts; True if it is held, False if another process has it.
+    """Locks a folder or file while the block lasts. Yields False if another process has the lock.
 
     Args:
         path: of the folder or file.
@@ -106,7 +106,7 @@ def held(path: Path, *, wait: bool = False, flags: int = os.O_RDONLY) -> Iterato
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Removes what killed processes left in a folder under temporary names; what is held has an owner and stays.
+    """Removes what killed processes left in a folder under temporary names. What is locked has an owner and stays.
 
     Args:
         folder: where to look.
@@ -120,7 +120,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def remove_dead(path: Path) -> None:
-    """Removes a file or folder that its maker holds, unless the maker is still there."""
+    """Removes a file or folder unless the process that made it still has it locked."""
     if fcntl is None:
         return
     as_it_is = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK

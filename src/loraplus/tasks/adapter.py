@@ -103,7 +103,7 @@ def load_causal(
 
 @torch.inference_mode()
 def _try(model: PeftModel, adapter: str, base_name: str) -> None:
-    """Lets the model take one step: some of an adapter's settings are used, and found to be nonsense, only then."""
+    """Lets the model generate one token: some of an adapter's settings are not used before, and may be nonsense."""
     with loading(f"cannot use {adapter} on {base_name}", "; its settings are damaged"):
         token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
         settings = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0)
@@ -120,7 +120,7 @@ def _check_causal(name: str, config: Any) -> None:
 
 
 def _check_size(folder: Path, settings: Any) -> None:
-    """Refuses settings by which PEFT would make, or count to, far more than the adapter's file holds."""
+    """Refuses settings that would have PEFT make far larger factors than the adapter's file holds."""
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         sizes = [size for name in file.keys() for size in file.get_slice(name).get_shape()]  # noqa: SIM118
     ranks = [settings.get("r"), *_numbers_in(settings.get("rank_pattern"))]

@@ -21,7 +21,7 @@ from loraplus.wrappers import unwrapped
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends the run after the step in progress and has it saved, once a signal came."""
+    """After a signal, saves the run at the end of the step in progress and ends it."""
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
@@ -135,7 +135,7 @@ class StepClock(TrainerCallback):
 
 
 class RunTotals(TrainerCallback, ExportableState):
-    """Adds up training loss and time; each checkpoint holds what they were there.
+    """Adds up training loss and time. Each checkpoint holds the sums up to its step.
 
     Set `trainer` before training: Trainer keeps the loss to itself.
 

@@ -1,4 +1,4 @@
-"""Conversations to tokens by a chat template, as transformers' `apply_chat_template` makes them, within limits."""
+"""Turns conversations into tokens by a chat template, as transformers' `apply_chat_template` does, within limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loraplus.tasks.sandbox import RefusedError, render_chat
 
 
 class ChatTemplateError(ValueError):
-    """Why a chat template makes nothing of a conversation; `line` of a template that is not valid."""
+    """Why a chat template refuses a conversation. `line` is set where the template itself is not valid."""
 
     def __init__(self, reason: str, line: int | None = None) -> None:
         super().__init__(reason)

@@ -1,4 +1,4 @@
-"""What is wrong with a run and shows before data and model are loaded; nothing heavy is imported for it."""
+"""Finds mistakes in a run before its data and model are loaded, and imports nothing heavy for that."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _OF_LANGUAGE_MODELS = ("loss_on", "packing", "long_examples", "chat_template", "
 
 
 def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
-    """All that can be said of a run by looking at its settings, its folders and the beginnings of its files.
+    """Checks all of a run that its settings, its folders and the beginnings of its files can tell.
 
     Args:
         config: of the run.
@@ -77,7 +77,7 @@ def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
 
 
 def check_settings(config: TaskConfig) -> None:
-    """The settings of a run but its rates.
+    """Checks the settings of a run, except its rates.
 
     Raises:
         InputError: one that no run can have, or that another task has.
@@ -107,7 +107,7 @@ def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float) -> Rates:
 
 
 def check_task(config: TaskConfig) -> None:
-    """The task, the packages that it needs, and the settings that only some tasks have.
+    """Checks the task, the packages that it needs, and the settings that only some tasks have.
 
     Raises:
         InputError: there is no such task, a package is not installed, or a setting is another task's.
@@ -142,7 +142,7 @@ def check_task(config: TaskConfig) -> None:
 
 
 def check_numbers(config: TaskConfig) -> None:
-    """Sizes, lengths and parts.
+    """Checks sizes, lengths and shares.
 
     Raises:
         InputError: names the flag.
@@ -160,7 +160,7 @@ def _check_each(config: TaskConfig, bounds: Iterable[Bound]) -> None:
 
 
 def check_parts(config: TaskConfig, processes: int) -> None:
-    """Whether a batch can be shared out.
+    """Checks that a batch can be cut into equal parts.
 
     Raises:
         InputError: it cannot.

@@ -123,7 +123,7 @@ def _add_list(hashed: Any, values: Iterable[str]) -> None:
 
 
 def _max_length(lengths: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Covers 99% of the texts, in steps of 8, within what the model takes."""
+    """A length in tokens that covers 99% of the texts, a multiple of 8, within what the model takes."""
     wanted = int(np.ceil(np.quantile(lengths, _LENGTH_QUANTILE) / 8) * 8)
     return max(8, min(wanted, _LENGTH_CAP, tokenizer.model_max_length))
 

@@ -1,5 +1,7 @@
-"""Tables of columnar files: Parquet, folders that `datasets` saved, and the hub. Read in batches, so that what a small
-file unpacks to is seen before it fills the memory."""
+"""Reads columnar files: Parquet, folders that `datasets` saved, and the hub.
+
+They are read in batches, so that a small file that unpacks to a huge one is noticed before it fills the memory.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def read_parquet(source: str, path: Path) -> Table:
 
 
 def check_datasets_folder(source: str, path: Path) -> None:
-    """Makes sure that a folder may be one that `datasets` wrote.
+    """Makes sure that a folder looks like one that `datasets` wrote.
 
     Raises:
         InputError: it holds no description.
@@ -100,7 +102,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_names(path: Path) -> None:
-    """Refuses a folder whose own files name others outside of it."""
+    """Refuses a folder whose files name files outside of it."""
     if (path / "dataset_dict.json").is_file():
         splits = read_json(path / "dataset_dict.json")["splits"]
         folders = [path / name for name in splits if _checked(path, name)]

@@ -49,7 +49,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _named(table: Table, column: str | None, option: str, usual: tuple[str, ...], taken: str | None) -> str | None:
-    """The column asked for, else one with a usual name that is not `taken` by the other part."""
+    """The column asked for, else one with a usual name. `taken` is the name that the other column has already."""
     if column is not None:
         if column not in table.columns:
             raise InputError(f"{table.source} has no column {column!r} ({option}); it has {_listed(table.columns)}")
@@ -94,7 +94,7 @@ def _mean_lengths(table: Table, leave_out: str | None) -> dict[str, float]:
 
 
 def _columns_of_few(table: Table, leave_out: str) -> list[str]:
-    """Columns of so few distinct values that they may be labels."""
+    """Columns with few distinct values, which may be labels."""
     most = min(_MOST_CLASSES_GUESSED, max(2, len(table) // 2))
     distinct: dict[str, set[str | bytes]] = {name: set() for name in table.columns if name != leave_out}
     for row in zip(*(table.columns[name] for name in distinct), strict=True):

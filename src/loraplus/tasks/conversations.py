@@ -1,4 +1,4 @@
-"""From a table to conversations, prompts with completions, or texts: which of them it holds, and whether each is whole.
+"""Turns a table into conversations, prompts with completions, or texts, and checks that each is complete.
 
 The columns are those of TRL: `messages`, a list of {"role", "content"}; `prompt` and `completion`, both strings or both
 lists of messages; or a text. `conversations`, with "from" and "value" too, is read as `messages`.
@@ -159,7 +159,7 @@ def _tools(value: Any, where: str) -> Any:
 
 
 def _without_none(value: Any) -> Any:
-    """Without the empty fields, however deep, that columnar files fill in."""
+    """Leaves out empty fields at any depth: columnar files fill them in."""
     if isinstance(value, Mapping):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""From examples to token ids and which are learnt, as TRL's SFTTrainer makes them; errors name the example's line."""
+"""Turns examples into token ids and marks those to learn, as TRL's SFTTrainer does. Errors name the example's line."""
 
 from __future__ import annotations
 
@@ -131,13 +131,13 @@ class Encoder:
 
 
 def _behind(prompt: Sequence[int], whole: Sequence[int]) -> Encoded:
-    """All that stands behind the prompt is learnt."""
+    """Marks everything after the prompt as tokens to learn."""
     start = _shared(prompt, whole)
     return Encoded(whole, [0] * start + [1] * (len(whole) - start))
 
 
 def _shared(prompt: Sequence[int], whole: Sequence[int]) -> int:
-    """Where a completion starts: where its prompt, and prompt with completion, first differ."""
+    """The index at which a completion starts: the first where prompt and prompt with completion differ."""
     pairs = enumerate(zip(prompt, whole, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
 

@@ -122,7 +122,7 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _max_length(longest: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Takes in the longest example, within what TRL and the model take."""
+    """The length of the longest example, within what TRL and the model take."""
     return max(2, min(longest, _LENGTH_CAP, tokenizer.model_max_length))
 
 

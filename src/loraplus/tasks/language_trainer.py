@@ -22,7 +22,7 @@ from loraplus.tasks.target_rows import IGNORED, TargetRows
 
 @dataclass
 class LanguageTrainingArguments(LoraPlusTrainingArguments, SFTConfig):
-    """SFTConfig with the rates of LoRA+; what both have and nobody sets is as in TrainingArguments."""
+    """SFTConfig with the rates of LoRA+. Defaults of settings that both classes have are those of TrainingArguments."""
 
 
 def token_metrics(prediction: Any) -> dict[str, float]:
@@ -68,7 +68,7 @@ class LanguageTrainer(DataParallelTrainer, SFTTrainer):  # type: ignore[misc]
             self.data_collator = padding
 
     def weighted(self, part: dict[str, Any], weight: float) -> dict[str, Any]:
-        """A part counts by its target tokens; one that only fills a process's place has none."""
+        """A part counts by its target tokens. One of weight 0 only keeps its process busy and loses its targets."""
         return part if weight else {**part, "labels": torch.full_like(part["labels"], IGNORED)}
 
     def compute_loss(

@@ -143,7 +143,7 @@ def _load(
 
 
 def _fixed_inputs(model: Any) -> torch.Tensor:
-    """The same tokens every time, from the whole vocabulary; padding means other things than a token."""
+    """Fixed token ids (texts, tokens) from the whole vocabulary, without padding, which models treat apart."""
     config = model.config.get_text_config()
     drawn = torch.Generator().manual_seed(0)
     rows = torch.randint(config.vocab_size, (_CHECKED_TEXTS, _CHECKED_TOKENS), generator=drawn)
@@ -184,14 +184,14 @@ def _untie(model: Any) -> bool:
 
 
 def _inner(layer: Any) -> Any:
-    """The base model's own layer, out of PEFT's."""
+    """The base model's layer inside of PEFT's."""
     for name in ("base_layer", "original_module"):
         layer = getattr(layer, name, layer)
     return layer
 
 
 def _tie_again(model: Any) -> None:
-    """Where the two are still equal one is written; else both are, and the configuration says so."""
+    """Ties the two again if they are still equal. If not, both are written, and the configuration says so."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     equal = torch.equal(embedding.weight, head.weight)
     if equal:

@@ -110,7 +110,7 @@ def tied_rate(model: nn.Module) -> float:
 
 
 def rates_arrived_at(optimizer: torch.optim.Optimizer) -> tuple[float, float] | None:
-    """(η_A, η_B) that an optimizer has come to, without the schedule; None if they are no numbers."""
+    """(η_A, η_B) of an optimizer by now, without the schedule. None if they are no numbers."""
     from loraplus.groups import rate_of_group
 
     rates = {}

@@ -1,4 +1,4 @@
-"""Several examples in one row, each as if it stood alone: positions start anew, and attention stays within an example.
+"""Puts several examples into one row, each as if alone: its positions start at 0, and attention stays within it.
 
 TRL packs the whole data set and lays a batch out as one row, which only attention kernels for rows of unequal length
 take at linear cost. Here the examples of a batch are packed, into rows of at most the longest length: a step has the
@@ -49,7 +49,7 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 class PackingCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, given rows of several examples; tells them apart by positions that start anew.
+    """TRL's collator for rows of several examples. Their positions start at 0, which keeps them apart.
 
     Args:
         room: tokens of a row.
@@ -85,7 +85,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
 
 @torch.no_grad()
 def keeps_apart(model: Any) -> bool:
-    """Whether a model keeps the examples of a packed row apart, found out by trying.
+    """Tries whether a model keeps the examples of a packed row apart.
 
     Not every model does: some attention layers and all recurrent ones look at the row as a whole.
 

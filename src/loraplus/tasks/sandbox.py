@@ -39,7 +39,7 @@ class TooMuchError(Exception):
 
 
 class RefusedError(Exception):
-    """What a request ended with, and the line of the template if that is known."""
+    """Why a request was refused, and the line of the template if that is known."""
 
     def __init__(self, reason: str, line: int | None) -> None:
         super().__init__(reason)
@@ -47,7 +47,7 @@ class RefusedError(Exception):
 
 
 class _Process:
-    """Starts at the first request, and again after one that it did not survive."""
+    """The process that answers. It is started at the first request, and again after one that ended it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

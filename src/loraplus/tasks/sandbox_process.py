@@ -48,7 +48,7 @@ def chat(options: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
 
 
 def parquet(path: str) -> dict[str, Any]:
-    """What Arrow must be asked of a Parquet file with care: it ends the process that asks a damaged file for it.
+    """Facts of a Parquet file. Arrow ends the process that asks a damaged file for them, so this one asks.
 
     Returns:
         "values": in all columns. "dictionaries": the columns of text that can be read as dictionaries, by name.

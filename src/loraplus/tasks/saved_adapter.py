@@ -1,4 +1,4 @@
-"""What stands in an adapter's folder, read without torch, so that a wrong one is refused at once."""
+"""Reads an adapter's settings without torch, so that a wrong folder is refused at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def adapter_settings(adapter: str) -> dict[str, Any]:
 
 @contextmanager
 def loading_base_of(adapter: str) -> Iterator[None]:
-    """Says of a base model that cannot be loaded which adapter wants it, and how to name another.
+    """Adds to the error of a base model that cannot be loaded which adapter needs it, and how to name another.
 
     Raises:
         InputError: as the block, with that.

@@ -1,4 +1,4 @@
-"""Tables whose rows are separated values: CSV, and TSV quoted or not."""
+"""Reads tables of separated values: CSV, and TSV with quotes or without."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read_tabs(source: str, path: Path) -> Table:
 
 
 class _Reading:
-    """One pass over a file; keeps the lines of the row under way, to say what is wrong with it."""
+    """One pass over a file. Keeps the lines of the current row, to say what is wrong with it."""
 
     def __init__(self, source: str, path: Path, delimiter: str, quoting: Any) -> None:
         self._source, self._path, self._delimiter, self._quoting = source, path, delimiter, quoting
@@ -108,7 +108,7 @@ class _Reading:
             yield line
 
     def _open_quote(self, rest: Iterator[str]) -> int | None:
-        """The line of the quote that is still open at the end of the row under way and what is looked at behind it."""
+        """The line of the quote that is still open at the end of the current row and of some lines behind it."""
         text = "".join(self._row)
         for line in rest:
             text += line

@@ -35,7 +35,7 @@ def _shuffled_classes(labels: Sequence[str], seed: int) -> list[np.ndarray]:
 
 
 def _quotas(sizes: Sequence[int], total: int, least: Sequence[int], most: Sequence[int]) -> list[int]:
-    """Whole shares of `total` in proportion to `sizes`, within bounds, by largest remainder."""
+    """Splits `total` into integers in proportion to `sizes`, within bounds, by largest remainder."""
     exact = [total * size / sum(sizes) for size in sizes]
     quotas = [min(max(int(share), low), high) for share, low, high in zip(exact, least, most, strict=True)]
     by_remainder = sorted(range(len(sizes)), key=lambda i: int(exact[i]) - exact[i])

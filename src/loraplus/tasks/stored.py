@@ -1,4 +1,4 @@
-"""Rows in a temporary file: written in blocks, read a block at a time, so that memory holds one block of a table."""
+"""Tables in temporary files, written and read in blocks, so that memory holds one block of a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEXT, _JSON = {b"kind": b"text"}, {b"kind": b"json"}  # of the cells of a block
 
 
 class _Blocks:
-    """Blocks of rows, each Arrow's stream of one batch: its columns, or the cells of all columns one behind the other.
+    """Blocks of rows. Each is an Arrow stream of one batch: its columns, or all of its cells as one long column.
 
     The latter, for rows of text and JSON, is quick however many columns there are; a block may lack the last of them.
     """
@@ -91,7 +91,7 @@ class Column(Streamed[Any]):
         return values if self._kind is None else list(map(self._kind, values))
 
     def value(self, index: int) -> Any:
-        """Quick for a row that is in the block of the one before."""
+        """The value of a row; quick if the row is in the same block as the one before."""
         block = bisect_right(self._blocks.starts, index) - 1
         if self._held[0] != block:
             self._held = block, self._read(block)
@@ -160,7 +160,7 @@ class TableWriter:
 
 
 def _plain(column: Any) -> Any:
-    """Without a dictionary; what Python cannot hold is found here, while it is known where it stands."""
+    """A column without its dictionary. Values that Python cannot hold raise here, where the file is known."""
     plain = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     plain = plain.dictionary_decode() if isinstance(plain, pa.DictionaryArray) else plain
     if not (pa.types.is_string(plain.type) or pa.types.is_large_string(plain.type)):

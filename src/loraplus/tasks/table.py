@@ -56,7 +56,7 @@ def read_table(source: str, split: str = "train") -> Table:
 
 
 def check_source(source: str) -> None:
-    """What can be said of a file or folder without reading it; hub names are not looked for.
+    """Checks what can be said of a file or folder without reading it. Hub names are not looked for.
 
     Raises:
         InputError: it is missing, empty, too large or of an unknown format.

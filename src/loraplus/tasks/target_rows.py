@@ -1,4 +1,4 @@
-"""Tokenised examples and the tokens to learn of each, held to a length; on disk, as all tokenised rows are.
+"""Tokenised examples with the tokens to learn, cut to a length; on disk, as all tokenised rows are.
 
 A token that is not to be learnt stands in the file as its complement, so a row needs no second list of labels, and a
 part of an example is a place within it.
@@ -109,7 +109,7 @@ class Fitted:
 
 
 def fit(examples: TargetRows, length: int, how: str) -> Fitted:
-    """Holds examples to a length; their tokens stay where they are.
+    """Cuts examples to a length. Their tokens stay where they are in the file.
 
     Args:
         examples: of any length, in the order that they were written in.

@@ -1,4 +1,4 @@
-"""What training, tuning and comparing need to know of a task; all else is the same for every task."""
+"""What differs from task to task: data, model, trainer, test. Training, tuning and comparing share the rest."""
 
 from __future__ import annotations
 

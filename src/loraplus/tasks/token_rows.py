@@ -1,4 +1,4 @@
-"""Tokenised rows: the tokens stand in a temporary file, a row is a place in it, and memory holds the places."""
+"""Tokenised rows. The tokens are in a temporary file; memory holds where each row starts and ends."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class LabelledRows(TokenRows):
         return taken
 
     def cut(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> LabelledRows:
-        """With the rows that are longer than `max_length` tokenised again, so that the tokens of their end stay."""
+        """Tokenises rows longer than `max_length` again, cut so that the tokenizer's closing token stays."""
         long = np.flatnonzero(self.lengths > max_length)
         if not len(long):
             return self

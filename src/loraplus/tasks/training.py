@@ -36,7 +36,7 @@ def total_steps(config: TaskConfig, train_examples: int) -> int:
 
 
 def _steps_between_logs(eval_steps: int) -> int:
-    """A divisor, so that a run that goes on from a checkpoint logs at the steps at which it would have."""
+    """Half of `eval_steps` if that is a whole number: a resumed run then logs at the same steps."""
     return eval_steps // _LOGS_PER_EVALUATION if eval_steps % _LOGS_PER_EVALUATION == 0 else eval_steps
 
 
@@ -138,7 +138,7 @@ def train_and_evaluate(trainer: LoraPlusTrainer) -> None:
 
 
 def _check_schedule(args: LoraPlusTrainingArguments, steps: int) -> None:
-    """Builds the schedule once for nothing: some need settings of their own, and in `.train()` that is found too late.
+    """Tries the schedule: some need settings of their own, and `.train()` would say so too late.
 
     Raises:
         InputError: names the schedule.
