@@ -10,7 +10,7 @@ from rich.table import Table
 from loraplus.bench.tables import HEADS, about, arm_cells, bars, findings, machine_line
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.cli.terminal import Console, narrated, print_json
+from loraplus.cli.terminal import Console, narrated, plain_table, print_json
 from loraplus.tasks.config import BenchConfig
 
 _WIDTH_OF_FILES = 140  # of the arms' names and figures
@@ -50,7 +50,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
     for row in result["rows"]:
         console.say(f"\n{about(row)}")
         console.print(_table(HEADS, arm_cells(row)))
-        console.print(_table(("", "", f"{row['unit']} a second"), bars(row), style="green"))
+        console.print(_table(("", "", f"{row['unit']} a second"), bars(row), bar_style="green"))
         for finding in findings(row):
             console.say(finding)
         for name, arm in row["arms"].items():
@@ -60,11 +60,10 @@ def show(console: Console, result: dict[str, Any]) -> None:
                 console.print(_table(("", "ms", "calls"), lines))
 
 
-def _table(heads: tuple[str, ...], rows: Any, style: str = "") -> Table:
-    table = Table(box=None, pad_edge=False)
-    for number, head in enumerate(heads):
-        is_bar = bool(style) and number == 1
-        table.add_column(head, justify="left" if number == 0 or is_bar else "right", style=style if is_bar else "")
+def _table(heads: tuple[str, ...], rows: Any, bar_style: str = "") -> Table:
+    """Rows under their heads; the second column holds bars if there is a style for them."""
+    table = plain_table(*heads, left=2 if bar_style else 1)
+    table.columns[1].style = bar_style
     for cells in rows:
         table.add_row(*cells)
     return table

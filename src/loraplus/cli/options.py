@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from loraplus.cli import flags
+from loraplus.cli import flags as common_flags
 from loraplus.cli.terminal import Console, is_speaker
 from loraplus.errors import InputError
 from loraplus.files.parsing import LONGEST_YAML, ParseError, parse_yaml
@@ -63,17 +63,14 @@ def _fill_default_map(context: typer.Context, path: str | None) -> str | None:
 def _parameter(spec: Field[Any], annotation: Any) -> inspect.Parameter:
     name = spec.name.replace("_", "-")
     # The negative form lets a flag win over `true` in the file.
-    names = spec.metadata.get("flags") or (
+    flags = spec.metadata.get("flags") or (
         f"--{name}/--no-{name}" if annotation in (bool, bool | None) else f"--{name}",
     )
     parser = spec.metadata.get("parser")
     option = typer.Option(
-        *names,
-        help=spec.metadata["help"],
-        show_default=spec.default not in ("", None),
-        parser=parser,
+        *flags, help=spec.metadata["help"], show_default=spec.default not in ("", None), parser=parser,
         metavar="NUMBER|auto" if parser else None,
-    )
+    )  # fmt: skip
     default = inspect.Parameter.empty if spec.default is MISSING else spec.default
     return inspect.Parameter(
         spec.name,
@@ -88,10 +85,10 @@ _CONFIG = typer.Option(
 )
 _OWN_FLAGS = {
     "config": (Annotated[str | None, _CONFIG], None),
-    "overwrite": (flags.Overwrite, False),
-    "resume": (flags.Resume, False),
-    "json": (flags.Json, False),
-    "plain": (flags.Plain, False),
+    "overwrite": (common_flags.Overwrite, False),
+    "resume": (common_flags.Resume, False),
+    "json": (common_flags.Json, False),
+    "plain": (common_flags.Plain, False),
 }
 
 
