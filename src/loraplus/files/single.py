@@ -75,13 +75,14 @@ def read_template(path: str) -> str:
     return read_text(path, _LONGEST_TEMPLATE, "--chat-template: ")
 
 
-def read_text(path: str | os.PathLike[str], most: int, option: str = "") -> str:
+def read_text(path: str | os.PathLike[str], most: int, option: str = "", what: str = "UTF-8 text") -> str:
     """The first `most` characters of a file.
 
     Args:
         path: of the file, `~` included.
         most: characters; one more than a text may have tells one that is too long.
         option: begins the message.
+        what: the file should be, if it is not UTF-8.
 
     Raises:
         InputError: the file cannot be read, or is not UTF-8.
@@ -92,7 +93,7 @@ def read_text(path: str | os.PathLike[str], most: int, option: str = "") -> str:
     except OSError as error:
         raise InputError(f"{option}cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"{option}{path} is not UTF-8 text") from None
+        raise InputError(f"{option}{path} is not {what}") from None
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
@@ -132,7 +133,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         InputError: the file cannot be read or is not JSON.
     """
-    text = read_text(path, _LARGEST_JSON + 1)
+    text = read_text(path, _LARGEST_JSON + 1, what="valid JSON")
     if len(text) > _LARGEST_JSON:
         raise InputError(f"{path} is too large for a JSON file of settings or facts")
     try:
