@@ -29,7 +29,7 @@ class _Blocks:
         self._file = ScratchFile(f"the rows of {source}")
         self._places: list[tuple[int, int]] = []
         self.starts = [0]  # the first row of every block, and of the next
-        self._held: tuple[int, Any] | None = None
+        self._cached: tuple[int, Any] | None = None
 
     def add_columns(self, columns: Sequence[Any], rows: int) -> None:
         """Arrays of Arrow."""
@@ -54,10 +54,10 @@ class _Blocks:
 
     def read(self, block: int, place: int) -> list[Any]:
         """The values of a column in a block; None in each row where it lacks the column."""
-        if self._held is None or self._held[0] != block:
+        if self._cached is None or self._cached[0] != block:
             content = pa.py_buffer(self._file.read(*self._places[block]))
-            self._held = block, pa.ipc.open_stream(content).read_next_batch()
-        batch = self._held[1]
+            self._cached = block, pa.ipc.open_stream(content).read_next_batch()
+        batch = self._cached[1]
         kind = batch.schema.metadata
         if kind is None:
             return batch.column(place).to_pylist()
@@ -77,7 +77,7 @@ class Column(Streamed[Any]):
 
     def __init__(self, blocks: _Blocks, place: int, kind: Callable[[Any], Any] | None = None) -> None:
         self._blocks, self._place, self._kind = blocks, place, kind
-        self._held: tuple[int, list[Any]] = -1, []
+        self._cached: tuple[int, list[Any]] = -1, []
 
     def __len__(self) -> int:
         return self._blocks.starts[-1]
@@ -93,9 +93,9 @@ class Column(Streamed[Any]):
     def value(self, index: int) -> Any:
         """The value of a row; quick if the row is in the same block as the one before."""
         block = bisect_right(self._blocks.starts, index) - 1
-        if self._held[0] != block:
-            self._held = block, self._read(block)
-        return self._held[1][index - self._blocks.starts[block]]
+        if self._cached[0] != block:
+            self._cached = block, self._read(block)
+        return self._cached[1][index - self._blocks.starts[block]]
 
 
 class TableWriter:
