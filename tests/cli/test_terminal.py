@@ -159,6 +159,6 @@ def test_labels_and_outputs_with_markup_are_trained_and_predicted(
 def test_what_the_library_says_of_long_work_is_shown_where_the_rest_is():
     on = console()
     with narrated(on):
-        logging.getLogger("loraplus.tasks.telling").info("reading %s", "a[/b]\x1b[0m")
-    logging.getLogger("loraplus.tasks.telling").info("no more")
+        logging.getLogger("loraplus.tasks.progress_log").info("reading %s", "a[/b]\x1b[0m")
+    logging.getLogger("loraplus.tasks.progress_log").info("no more")
     assert printed(on) == "reading a[/b]\\x1b[0m\n"

@@ -16,8 +16,8 @@ from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.init import RULES, Init, scale_of
 from loraplus.reproduce.small_tasks import Rows, SmallTask
 from loraplus.reproduce.small_training import SmallAdapter, batches, build, train
+from loraplus.reproduce.verses import train_tokenizer
 from loraplus.study.records import Record
-from loraplus.tasks.decoder.text import train_tokenizer
 
 
 @pytest.fixture(scope="module")

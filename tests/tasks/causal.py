@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from loraplus.tasks.decoder.text import train_tokenizer
+from loraplus.reproduce.verses import train_tokenizer
 
 SENTENCES = (
     "the light was good and the darkness was upon the waters",

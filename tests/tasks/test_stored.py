@@ -16,7 +16,8 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from loraplus.errors import InputError
-from loraplus.tasks import scratch_file, stored
+from loraplus.files import scratch_file
+from loraplus.tasks import stored
 from loraplus.tasks.classification import load_classification
 from loraplus.tasks.config import CompareConfig, TrainConfig
 from loraplus.tasks.language import load_language_data

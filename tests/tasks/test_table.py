@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplus.errors import InputError
-from loraplus.tasks.columns import choose_columns, choose_text_column, examples, label_names
+from loraplus.tasks.columns import choose_columns, choose_text_column, label_names, labelled_texts
 from loraplus.tasks.table import Table, read_table
 
 ROWS = [("a good, fine film", "yes"), ('he said "no"', "no"), ("zwei\nZeilen, übrigens", "yes")]
@@ -70,18 +70,18 @@ FORMATS = {
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_gives_the_same_examples(tmp_path, kind):
-    found = examples(read_table(FORMATS[kind](tmp_path)))
+    found = labelled_texts(read_table(FORMATS[kind](tmp_path)))
     assert list(zip(found.texts, found.labels, strict=True)) == ROWS
 
 
 def test_a_tsv_with_bare_quotation_marks_is_read_as_it_stands(tmp_path):
     path = written(tmp_path, "data.tsv", 'text\tlabel\n"Bad\t0\nit\'s "great"\t1\n')
-    assert examples(read_table(path)).texts == ['"Bad', 'it\'s "great"']
+    assert labelled_texts(read_table(path)).texts == ['"Bad', 'it\'s "great"']
 
 
 def test_bare_quotation_marks_in_a_tsv_swallow_no_rows(tmp_path):
     path = written(tmp_path, "data.tsv", 'text\tlabel\n"Bad\t0\nfine\t1\nworse"\t0\n')
-    assert examples(read_table(path)).texts == ['"Bad', "fine", 'worse"']
+    assert labelled_texts(read_table(path)).texts == ['"Bad', "fine", 'worse"']
 
 
 def test_the_reading_of_a_tsv_that_gets_further_says_what_is_wrong(tmp_path):
@@ -164,7 +164,7 @@ DEFECTS = {
 def test_a_defect_is_one_line_that_names_file_and_place(tmp_path, defect):
     name, content, expected = DEFECTS[defect]
     with pytest.raises(InputError, match=expected) as caught:
-        examples(read_table(written(tmp_path, name, content)))
+        labelled_texts(read_table(written(tmp_path, name, content)))
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -173,7 +173,7 @@ def test_a_defect_is_one_line_that_names_file_and_place(tmp_path, defect):
 def test_held_out_data_of_one_class_is_not_called_training_data(option):
     table = Table("eval.csv", {"text": ["a film", "b film"], "label": ["good", "good"]})
     with pytest.raises(InputError, match=f"eval.csv \\({option}\\): all 2 rows are of the class 'good'"):
-        examples(table, held_out=option)
+        labelled_texts(table, held_out=option)
 
 
 @pytest.mark.parametrize("source", ["nowhere.csv", "./nowhere", "/no/where"])
@@ -216,16 +216,16 @@ def test_a_column_named_for_one_part_is_not_guessed_for_the_other():
 
 def test_whole_numbers_in_a_csv_are_one_label_however_they_are_written(tmp_path):
     path = written(tmp_path, "data.csv", "text,label\na,1.0\nb,1\nc,0.0\n")
-    assert examples(read_table(path)).labels == ["1", "1", "0"]
+    assert labelled_texts(read_table(path)).labels == ["1", "1", "0"]
 
 
 def test_decimal_points_in_names_of_classes_stay(tmp_path):
     path = written(tmp_path, "data.csv", "text,label\na,1.0\nb,v2\n")
-    assert examples(read_table(path)).labels == ["1.0", "v2"]
+    assert labelled_texts(read_table(path)).labels == ["1.0", "v2"]
 
 
 def test_whole_numbers_are_one_label_however_they_are_written():
-    assert examples(Table("data", {"text": ["a", "b", "c"], "label": [1.0, 1, "0"]})).labels == ["1", "1", "0"]
+    assert labelled_texts(Table("data", {"text": ["a", "b", "c"], "label": [1.0, 1, "0"]})).labels == ["1", "1", "0"]
 
 
 def test_labels_are_ordered_by_number_where_all_are_numbers():

@@ -14,10 +14,10 @@ from pyarrow import parquet
 
 from loraplus.errors import InputError
 from loraplus.tasks import separated, tabular, text_files
-from loraplus.tasks.columns import examples
+from loraplus.tasks.columns import labelled_texts
 from loraplus.tasks.conversations import read_examples
+from loraplus.tasks.progress_log import ProgressLog
 from loraplus.tasks.table import read_table
-from loraplus.tasks.telling import Telling
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_header_of_100000_columns_is_read_at_once(tmp_path):
 def test_a_wide_table_without_labels_is_asked_for_them_in_one_line(tmp_path):
     (tmp_path / "d.csv").write_text(",".join(f"c{i}" for i in range(10_000)) + "\n" + ",".join("x" * 10_000) + "\n")
     with pytest.raises(InputError, match="--label-column") as caught:
-        examples(read_table(str(tmp_path / "d.csv")))
+        labelled_texts(read_table(str(tmp_path / "d.csv")))
     assert len(str(caught.value)) <= 500
 
 
@@ -187,9 +187,9 @@ def test_bytes_that_are_no_text_are_found_wherever_they_stand(tmp_path):
 
 def test_long_work_says_how_far_it_has_come(monkeypatch, caplog):
     clock = itertools.count(0, 2.0)
-    monkeypatch.setattr("loraplus.tasks.telling.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("loraplus.tasks.progress_log.time.monotonic", lambda: next(clock))
     with caplog.at_level(logging.INFO, logger="loraplus"):
-        telling = Telling("tokenising, texts", 10_000)
+        telling = ProgressLog("tokenising, texts", 10_000)
         for _ in range(10):
             telling.advance(1000)
     assert caplog.messages[0] == "tokenising, texts: 2,000 of 10,000" and 1 < len(caplog.messages) < 5
@@ -210,8 +210,8 @@ def _lists_of_one(column):
 @pytest.mark.parametrize(("encoding", "at_once"), [("PLAIN", 1000), ("DELTA_BYTE_ARRAY", 1)])
 def test_a_large_row_group_is_read_many_rows_at_a_time(tmp_path, monkeypatch, encoding, at_once):
     sizes = []
-    advance = Telling.advance
-    monkeypatch.setattr(Telling, "advance", lambda self, count=1: (sizes.append(count), advance(self, count)))
+    advance = ProgressLog.advance
+    monkeypatch.setattr(ProgressLog, "advance", lambda self, count=1: (sizes.append(count), advance(self, count)))
     texts = [f"{i} {'a b c d ' * 100}" for i in range(40_000)]
     table = pyarrow.table({"text": texts, "label": ["yes", "no"] * 20_000})
     parquet.write_table(

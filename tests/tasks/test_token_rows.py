@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from loraplus.tasks import classification, token_rows
-from loraplus.tasks.classification import Examples, _fingerprint
+from loraplus.tasks.classification import LabelledTexts, _fingerprint
 from loraplus.tasks.token_rows import tokenised
 
 TEXTS = ["good", "the film was good and bright", "bad " * 20, "a dull plot", "", "great"]
@@ -43,6 +43,6 @@ def test_nothing_is_no_rows(tokenizer):
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 7])
 def test_a_long_list_has_the_hash_that_its_json_has(monkeypatch, count):
     monkeypatch.setattr(classification, "_HASHED_AT_ONCE", 3)
-    splits = [Examples([f'é "{i}"' for i in range(n)], ["x"] * n, "t", "l") for n in (count, 0, 2 * count)]
+    splits = [LabelledTexts([f'é "{i}"' for i in range(n)], ["x"] * n, "t", "l") for n in (count, 0, 2 * count)]
     content = [[split.texts, split.labels] for split in splits]
     assert _fingerprint(*splits) == hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -14,13 +14,14 @@ from transformers import BertModel
 from loraplus.errors import DivergedError, InputError
 from loraplus.files.output import prepare_output
 from loraplus.rates import Rates
+from loraplus.tasks.callbacks import DivergenceGuard, StopOnSignal
 from loraplus.tasks.checks import rates_of
 from loraplus.tasks.classification import load_classification
 from loraplus.tasks.config import TrainConfig
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import load_tokenizer
-from loraplus.tasks.train import StopOnSignal, train
-from loraplus.tasks.training import DivergenceGuard, build_trainer, total_steps
+from loraplus.tasks.train import train
+from loraplus.tasks.training import build_trainer, total_steps
 
 
 @pytest.fixture

@@ -149,8 +149,9 @@ def _loraplus(arm: Arm, prepared: Prepared, model: Any, output: str) -> Any:
     """As `loraplus train` makes it, without its evaluations and checkpoints."""
     from dataclasses import replace
 
+    from loraplus.tasks.callbacks import DivergenceGuard
     from loraplus.tasks.checks import rates_of
-    from loraplus.tasks.training import DivergenceGuard, build_trainer
+    from loraplus.tasks.training import build_trainer
 
     config = replace(prepared.config, max_steps=_MANY_STEPS, eval_steps=_MANY_STEPS)
     rates = rates_of(config, prepared.lr, arm.lr_ratio)

@@ -20,7 +20,7 @@ from loraplus.tasks.config import CLASSIFICATION
 
 EXAMPLES, LONGEST = 1600, 512
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>")
-# Tokens of 10,566 rated sentences of movie reviews (`python -m loraplus.tasks.assets DIR movie-reviews`) in MiniLM's
+# Tokens of 10,566 rated sentences of movie reviews (`python examples/making/demo_data.py`) in MiniLM's
 # tokenizer: (share of the sentences, tokens that these have at most).
 _REVIEWS = ((0, 4), (0.1, 13), (0.25, 19), (0.5, 26), (0.75, 34), (0.9, 42), (0.95, 46), (0.99, 55), (1, 79))
 _MEDIAN, _SIGMA = 48, 0.7

@@ -10,10 +10,10 @@ from rich.table import Table
 from loraplus.bench.tables import HEADS, about, arm_cells, bars, findings, machine_line
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.cli.terminal import Console, narrated, print_json
+from loraplus.cli.terminal import Console, narrated, plain_table, print_json
 from loraplus.tasks.config import BenchConfig
 
-_WIDTH_OF_FILES = 140
+_WIDTH_OF_FILES = 140  # of the arms' names and figures
 
 
 @config_command(app, "bench", BenchConfig, required=(), own=("overwrite", "json", "plain"))
@@ -45,13 +45,12 @@ def run(config: BenchConfig, *, overwrite: bool, json: bool, plain: bool) -> Non
 
 def show(console: Console, result: dict[str, Any]) -> None:
     """Tables, bars and what they say."""
-    if not console.is_terminal:
-        console.width = _WIDTH_OF_FILES
+    console.widened(_WIDTH_OF_FILES)
     console.say(machine_line(result))
     for row in result["rows"]:
         console.say(f"\n{about(row)}")
         console.print(_table(HEADS, arm_cells(row)))
-        console.print(_table(("", "", f"{row['unit']} a second"), bars(row), style="green"))
+        console.print(_table(("", "", f"{row['unit']} a second"), bars(row), bar_style="green"))
         for finding in findings(row):
             console.say(finding)
         for name, arm in row["arms"].items():
@@ -61,11 +60,10 @@ def show(console: Console, result: dict[str, Any]) -> None:
                 console.print(_table(("", "ms", "calls"), lines))
 
 
-def _table(heads: tuple[str, ...], rows: Any, style: str = "") -> Table:
-    table = Table(box=None, pad_edge=False)
-    for number, head in enumerate(heads):
-        is_bar = bool(style) and number == 1
-        table.add_column(head, justify="left" if number == 0 or is_bar else "right", style=style if is_bar else "")
+def _table(heads: tuple[str, ...], rows: Any, bar_style: str = "") -> Table:
+    """Rows under their heads; the second column holds bars if there is a style for them."""
+    table = plain_table(*heads, left=2 if bar_style else 1)
+    table.columns[1].style = bar_style
     for cells in rows:
         table.add_row(*cells)
     return table

@@ -9,12 +9,10 @@ from rich.table import Table
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.cli.terminal import Console, narrated, print_json
+from loraplus.cli.terminal import Console, narrated, plain_table, print_json
 from loraplus.study.arms import ALL, chosen
 from loraplus.tasks.config import CompareConfig
 from loraplus.tasks.measures import ACCURACY, LOSS, measures_of
-
-WIDTH_OF_FILES = 120
 
 
 @config_command(app, "compare", CompareConfig, check=lambda config: chosen(config.arms))
@@ -31,9 +29,7 @@ def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, pla
         summary = compare(config, overwrite=overwrite, resume=resume, progress=progress)
     if json:
         print_json(summary)
-    if not console.is_terminal:
-        console.width = WIDTH_OF_FILES
-    console.print(results_table(summary))
+    console.widened().print(results_table(summary))
     console.print(str(summary["verdict"]))
     console.say(f"report: {Path(config.output) / REPORT_FILE}")
 
@@ -46,11 +42,9 @@ def results_table(summary: dict[str, Any]) -> Table:
     """
     from loraplus.cli.progress import rate
 
-    table = Table(box=None, pad_edge=False, collapse_padding=True)  # fits 80 columns
-    table.add_column("arm", no_wrap=True)
     second = next(measure for measure in measures_of(summary["config"]) if measure != LOSS)
-    for title in ("η_A", "η_B", "λ", f"test {second}", "test loss", "s/step"):
-        table.add_column(title, justify="right")
+    table = plain_table("arm", "η_A", "η_B", "λ", f"test {second}", "test loss", "s/step", left=1)
+    table.columns[0].no_wrap = True
     for group, suffix in (("arms", ""), ("untuned", " untuned")):
         for arm, info in ALL.items():
             row = summary.get(group, {}).get(arm)

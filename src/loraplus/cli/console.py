@@ -1,4 +1,4 @@
-"""What a user sees while one run goes on: a bar with the losses, or plain lines."""
+"""Shows one run while it goes on: a bar with the losses, or plain lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from loraplus.cli.terminal import Console, narrated
-from loraplus.tasks.telling import Telling
+from loraplus.tasks.progress_log import ProgressLog
 
 _SHOWN = ("eval_loss", "eval_accuracy", "eval_perplexity")
 
@@ -51,10 +51,10 @@ def _bar(console: Console) -> Progress:
 
 @contextmanager
 def counting_bar(console: Console, title: str, total: int, *, plain: bool) -> Iterator[Callable[[int], None]]:
-    """Yields a function that moves a bar by so many; where no bar is shown, it says so in lines now and then."""
+    """Yields a function that moves a bar by a count. Where no bar is shown it prints a line now and then."""
     if not is_moving(console, plain):
         with narrated(console):
-            yield Telling(title, total).advance
+            yield ProgressLog(title, total).advance
         return
     with _bar(console) as progress:
         task = progress.add_task(title, total=total)

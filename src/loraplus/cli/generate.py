@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json as json_format
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
+from loraplus.cli import flags
 from loraplus.cli.app import app
-from loraplus.cli.terminal import Console, print_json
+from loraplus.cli.terminal import Console, json_lines, print_json
 from loraplus.errors import InputError, visible
 
 
@@ -41,15 +41,13 @@ def run(
     num_samples: Annotated[int, typer.Option(help="Continuations of each prompt.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 8,
     output: Annotated[str | None, typer.Option(help="JSON Lines file to write.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")] = False,
+    trust_remote_code: flags.TrustRemoteCode = False,
+    overwrite: flags.Overwrite = False,
+    json: flags.Json = False,
+    plain: flags.Plain = False,
 ) -> None:
     """Let a causal language model go on from a prompt, or from each prompt of a file."""
-    from loraplus.files.output import check_file, write_atomically
+    from loraplus.files.single import check_file, write_atomically
     from loraplus.tasks.saved_adapter import adapter_settings
     from loraplus.tasks.table import check_source
 
@@ -86,8 +84,7 @@ def run(
         )  # fmt: skip
     rows = _rows(columns, completions, num_samples)
     if target is not None:
-        lines = (json_format.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        write_atomically(target, "".join(lines))
+        write_atomically(target, json_lines(rows))
     if json:
         result: Any = {"output": output, "completions": len(rows)} if target else rows
         print_json(result)

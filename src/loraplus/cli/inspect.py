@@ -10,19 +10,19 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from loraplus.cli import flags
 from loraplus.cli.app import app
 from loraplus.cli.terminal import Console, print_json
 
-WIDTH_OF_FILES = 120
 _NONE = "–"
 
 
 @app.command("inspect")
 def run(
     path: Annotated[str, typer.Argument(help="Adapter, checkpoint, output of `loraplus train`, or model.")],
-    model: Annotated[str | None, typer.Option(help="Base model, if it is no longer where it was.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on standard output.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="No colours.")] = False,
+    model: flags.BaseModel = None,
+    json: flags.Json = False,
+    plain: flags.Plain = False,
 ) -> None:
     """Show what an adapter holds: roles, rates, and the size of every layer's factors and update."""
     from loraplus.files.paths import folder_unless_hub_name
@@ -32,28 +32,26 @@ def run(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # `quiet_libraries` imports far more than is needed here
     from loraplus.inspection import inspect_folder
 
-    found = inspect_folder(path, model)
+    contents = inspect_folder(path, model)
     if json:
-        print_json(found)
+        print_json(contents)
         return
-    console = Console(plain=plain)
-    if not console.is_terminal:
-        console.width = WIDTH_OF_FILES
-    for part in model_parts(found) if found["kind"] == "model" else adapter_parts(found):
+    console = Console(plain=plain).widened()
+    for part in model_parts(contents) if contents["kind"] == "model" else adapter_parts(contents):
         console.print(part, soft_wrap=isinstance(part, Text))  # so that a path can be copied
 
 
-def adapter_parts(found: Mapping[str, Any]) -> list[Text | Table]:
+def adapter_parts(contents: Mapping[str, Any]) -> list[Text | Table]:
     """Header, table of groups, table of layers, and what is remarkable about them."""
-    lines = [Text(line) for line in _header(found)]
-    remarks = [Text(remark, style="yellow") for remark in _remarks(found)]
-    return [*lines, Text(), groups_table(found["groups"]), Text(), *_layers(found), *remarks]
+    lines = [Text(line) for line in _header(contents)]
+    remarks = [Text(remark, style="yellow") for remark in _remarks(contents)]
+    return [*lines, Text(), groups_table(contents["groups"]), Text(), *_layers(contents), *remarks]
 
 
-def model_parts(found: Mapping[str, Any]) -> list[Text | Table]:
+def model_parts(contents: Mapping[str, Any]) -> list[Text | Table]:
     """The layers that an adapter could go to."""
     table = _table("layer", "inputs", "outputs", "layers", "adapted by default")
-    for row in found["layers"]:
+    for row in contents["layers"]:
         table.add_row(
             row["name"],
             f"{row['inputs']:,}",
@@ -62,7 +60,7 @@ def model_parts(found: Mapping[str, Any]) -> list[Text | Table]:
             "yes" if row["default"] else "no",
         )
     return [
-        Text(f"{found['path']}: a {found['model_type']} model. There is no adapter in it."),
+        Text(f"{contents['path']}: a {contents['model_type']} model. There is no adapter in it."),
         Text("An adapter could go to these linear layers (--target-modules):"),
         Text(),
         table,
@@ -83,11 +81,11 @@ def groups_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _header(found: Mapping[str, Any]) -> list[str]:
-    adapter, base, training = found["adapter"], found["base"], found["training"]
+def _header(contents: Mapping[str, Any]) -> list[str]:
+    adapter, base, training = contents["adapter"], contents["base"], contents["training"]
     step = training["step"]
     of = f" of {training['max_steps']}" if training["max_steps"] else ""
-    lines = [f"{found['path']}: {found['kind']}" + ("" if step is None else f", step {step}{of}")]
+    lines = [f"{contents['path']}: {contents['kind']}" + ("" if step is None else f", step {step}{of}")]
     how = "α/√r, rsLoRA" if adapter["use_rslora"] else "α/r"
     scalings = ", ".join(f"{value:.4g}" for value in adapter["scalings"])
     lines.append(
@@ -120,8 +118,8 @@ def _header(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _layers(found: Mapping[str, Any]) -> list[Text | Table]:
-    layers = found["layers"]
+def _layers(contents: Mapping[str, Any]) -> list[Text | Table]:
+    layers = contents["layers"]
     common = _common_prefix([layer["name"] for layer in layers])
     automatic = any(layer["lr_a"] is not None or layer["lr_b"] is not None for layer in layers)
     several_ranks = len({layer["rank"] for layer in layers}) > 1
@@ -141,8 +139,8 @@ def _layers(found: Mapping[str, Any]) -> list[Text | Table]:
     return [*([Text(f"layers of {common.rstrip('.')}:")] if common else []), table]
 
 
-def _remarks(found: Mapping[str, Any]) -> list[str]:
-    layers = found["layers"]
+def _remarks(contents: Mapping[str, Any]) -> list[str]:
+    layers = contents["layers"]
     remarks = []
     for factor, is_embedding in (("B", False), ("A", True)):
         of_kind = [layer for layer in layers if layer["is_embedding"] == is_embedding]
@@ -161,7 +159,7 @@ def _remarks(found: Mapping[str, Any]) -> list[str]:
 
 
 def _common_prefix(names: Sequence[str]) -> str:
-    """What all names start with, up to a dot; what is left of each still says which layer it is."""
+    """The longest common beginning of all names that ends in a dot and leaves something of each."""
     if len(names) < 2:
         return ""
     common: list[str] = []

@@ -6,24 +6,23 @@ from typing import Annotated
 
 import typer
 
+from loraplus.cli import flags
 from loraplus.cli.app import app
 from loraplus.cli.terminal import Console, print_json
 
 
 @app.command("merge")
 def run(
-    adapter: Annotated[str, typer.Option(help="Folder that PEFT or `loraplus train` wrote.")],
+    adapter: flags.AdapterFolder,
     output: Annotated[str, typer.Option(help="Model folder to make.")],
-    model: Annotated[str | None, typer.Option(help="Base model, if it is no longer where it was.")] = None,
+    model: flags.BaseModel = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16. Default: the base model's.", show_default=False)
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the base model brings.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="No colours.")] = False,
+    trust_remote_code: flags.TrustRemoteCode = False,
+    overwrite: flags.Overwrite = False,
+    json: flags.Json = False,
+    plain: flags.Plain = False,
 ) -> None:
     """Write base model and adapter as one plain model, checked to give the same logits."""
     from loraplus.tasks.saved_adapter import adapter_settings
@@ -35,9 +34,8 @@ def run(
     quiet_libraries()
     from loraplus.tasks.merge import merge
 
-    record = merge(
-        adapter, output, model=model, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code
-    )  # fmt: skip
+    options = {"model": model, "dtype": dtype, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    record = merge(adapter, output, **options)
     if json:
         print_json(record)
         return

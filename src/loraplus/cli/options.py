@@ -14,10 +14,11 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from loraplus.cli import flags as common_flags
 from loraplus.cli.terminal import Console, is_speaker
 from loraplus.errors import InputError
 from loraplus.files.parsing import LONGEST_YAML, ParseError, parse_yaml
-from loraplus.files.paths import user_path
+from loraplus.files.single import read_text
 
 # Options of the command itself, not of the run: never part of the configuration.
 COMMAND_ONLY = {"config", "overwrite", "resume", "json", "plain", "help"}
@@ -30,12 +31,7 @@ def load_yaml(path: str, known: set[str]) -> dict[str, Any]:
         InputError: the file cannot be read, is not a mapping, or holds a key that does not exist or is a flag only.
     """
     try:
-        with user_path(path).open(encoding="utf-8") as file:
-            data = parse_yaml(file.read(LONGEST_YAML + 1), as_text=True)
-    except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"the configuration {path} is not UTF-8 text") from None
+        data = parse_yaml(read_text(path, LONGEST_YAML + 1, "--config: "), as_text=True)
     except ParseError as error:
         raise InputError(f"{path}{f', line {error.line}' if error.line else ''}: {error}") from None
     if data is None:
@@ -84,11 +80,16 @@ def _parameter(spec: Field[Any], annotation: Any) -> inspect.Parameter:
     )
 
 
-def _command_option(name: str, annotation: Any, default: Any, help: str, **kwargs: Any) -> inspect.Parameter:
-    option = typer.Option("--" + name.replace("_", "-"), help=help, **kwargs)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
-    )
+_CONFIG = typer.Option(
+    "--config", help="YAML file with any of these flags as keys.", is_eager=True, callback=_fill_default_map
+)
+_OWN_FLAGS = {
+    "config": (Annotated[str | None, _CONFIG], None),
+    "overwrite": (common_flags.Overwrite, False),
+    "resume": (common_flags.Resume, False),
+    "json": (common_flags.Json, False),
+    "plain": (common_flags.Plain, False),
+}
 
 
 def config_command(
@@ -132,17 +133,11 @@ def config_command(
             run(config, **extra)
 
         parameters = [_parameter(spec, hints[spec.name]) for spec in specs]
-        flags = [
-            _command_option(
-                "config", str | None, None, "YAML file with any of these flags as keys.",
-                is_eager=True, callback=_fill_default_map,
-            ),
-            _command_option("overwrite", bool, False, "Replace what an earlier run left in --output."),
-            _command_option("resume", bool, False, "Go on where an interrupted run in --output stopped."),
-            _command_option("json", bool, False, "Print the result as JSON on standard output."),
-            _command_option("plain", bool, False, "No colours, no moving progress bars."),
-        ]  # fmt: skip
-        parameters += [flag for flag in flags if flag.name == "config" or flag.name in own]
+        parameters += [
+            inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for flag, (annotation, default) in _OWN_FLAGS.items()
+            if flag == "config" or flag in own
+        ]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         command.__doc__ = run.__doc__

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json as json_format
 from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 
+from loraplus.cli import flags
 from loraplus.cli.app import app
-from loraplus.cli.terminal import Console, narrated, print_json
+from loraplus.cli.terminal import Console, json_lines, narrated, print_json
 
 _FORMATS = (".csv", ".tsv", ".jsonl")
 
@@ -22,18 +22,16 @@ def run(
     adapter: Annotated[str, typer.Option(help="Folder that `loraplus train` wrote.")],
     data: Annotated[str, typer.Option(help="CSV, TSV, JSON Lines or Parquet file, or `datasets` folder.")],
     output: Annotated[str, typer.Option(help="File to write: .csv, .tsv or .jsonl.")],
-    model: Annotated[str | None, typer.Option(help="Base model, if it is no longer where it was.")] = None,
+    model: flags.BaseModel = None,
     text_column: Annotated[str | None, typer.Option(help="Column with the text; guessed if not given.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 64,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the base model brings.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON on standard output.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")] = False,
+    trust_remote_code: flags.TrustRemoteCode = False,
+    overwrite: flags.Overwrite = False,
+    json: flags.Json = False,
+    plain: flags.Plain = False,
 ) -> None:
     """Label the texts of a file with a trained adapter."""
-    from loraplus.files.output import check_file, write_atomically
+    from loraplus.files.single import check_file, write_atomically
     from loraplus.tasks.columns import choose_text_column
     from loraplus.tasks.saved_adapter import adapter_settings
     from loraplus.tasks.table import read_table
@@ -57,10 +55,10 @@ def run(
     with counting_bar(console, "labelling", len(texts), plain=plain) as advance:
         rows = predict(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)
     names = [*table.columns, *(name for name in ("prediction", "probability") if name not in table.columns)]
-    full = ({**{name: values[i] for name, values in table.columns.items()}, **row} for i, row in enumerate(rows))
-    write_atomically(target, _render(full, names, target.suffix))
-    found = Counter(row["prediction"] for row in rows)
-    counts = {label: found[label] for label in classifier.config.id2label.values()}
+    labelled = ({**{name: values[i] for name, values in table.columns.items()}, **row} for i, row in enumerate(rows))
+    write_atomically(target, _render(labelled, names, target.suffix))
+    predicted = Counter(row["prediction"] for row in rows)
+    counts = {label: predicted[label] for label in classifier.config.id2label.values()}
     if json:
         print_json({"output": output, "examples": len(rows), "predictions": counts})
     else:
@@ -71,7 +69,7 @@ def run(
 
 def _render(rows: Iterable[dict[str, Any]], names: list[str], suffix: str) -> str:
     if suffix == ".jsonl":
-        return "".join(json_format.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        return json_lines(rows)
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
     writer.writeheader()

@@ -26,7 +26,7 @@ class StudyProgress(Protocol):
     def __call__(self, event: Event) -> None: ...
 
 
-class Words(Protocol):
+class Wording(Protocol):
     """How a display calls what is run."""
 
     def describe(self, trial: Any) -> str:
@@ -38,20 +38,20 @@ class Words(Protocol):
         ...
 
 
-def study_progress(console: Console, *, plain: bool, words: Words | None = None) -> StudyProgress:
+def study_progress(console: Console, *, plain: bool, wording: Wording | None = None) -> StudyProgress:
     """The display that suits the console: bars on a terminal, lines otherwise or if `plain`.
 
     Args:
         console: Where to show it.
         plain: Lines even on a terminal.
-        words: Of other runs than training runs.
+        wording: Of other runs than training runs.
     """
-    words = words or TrainingWords()
+    wording = wording or TrainingWording()
     moving = console.is_terminal and not plain
-    return BarProgress(console, words) if moving else PlainProgress(console, words)
+    return BarProgress(console, wording) if moving else PlainProgress(console, wording)
 
 
-class TrainingWords:
+class TrainingWording:
     """Of training runs: rates, seed, and the loss that came out."""
 
     def describe(self, trial: Trial) -> str:
@@ -76,10 +76,10 @@ class TrainingWords:
         return result
 
 
-def outcome(event: Event, words: Words) -> str:
+def outcome(event: Event, wording: Wording) -> str:
     """What a finished run came to, in one line."""
     source = " (same run as before)" if event.reused else " (another process)" if event.elsewhere else ""
-    return f"{words.describe(event.trial)}: {words.outcome(event.record)}{source}"
+    return f"{wording.describe(event.trial)}: {wording.outcome(event.record)}{source}"
 
 
 def count(runs: float) -> str:
@@ -94,7 +94,7 @@ def time_left(seconds: float) -> str:
     return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
 
 
-class Pace:
+class TimeEstimate:
     """How many optimizer steps of all runs are done, and how long the rest will take."""
 
     def __init__(self) -> None:
@@ -138,10 +138,10 @@ class Pace:
 class PlainProgress:
     """One line for each finished run."""
 
-    def __init__(self, console: Console, words: Words) -> None:
+    def __init__(self, console: Console, wording: Wording) -> None:
         self._console = console
-        self._words = words
-        self._pace = Pace()
+        self._wording = wording
+        self._estimate = TimeEstimate()
 
     def __enter__(self) -> PlainProgress:
         return self
@@ -150,14 +150,14 @@ class PlainProgress:
         return None
 
     def __call__(self, event: Event) -> None:
-        self._pace.take(event)
+        self._estimate.take(event)
         if event.kind == "planned":
             stored = f", {count(event.done)} of them already done" if event.done else ""
             self._print(f"{count(event.planned)} runs planned{stored}")
         elif event.kind == "finished" and event.record is not None:
-            left = self._pace.seconds_left
+            left = self._estimate.seconds_left
             about = f", {time_left(left)}" if left and event.done < event.planned else ""
-            self._print(f"{count(event.done)}/{count(event.planned)} runs{about} · {outcome(event, self._words)}")
+            self._print(f"{count(event.done)}/{count(event.planned)} runs{about} · {outcome(event, self._wording)}")
 
     def _print(self, line: str) -> None:
         self._console.say(line)
@@ -166,26 +166,26 @@ class PlainProgress:
 class _TimeLeft(ProgressColumn):
     """Time left, on the line of the whole study only."""
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, estimate: TimeEstimate) -> None:
         super().__init__()
-        self._pace = pace
+        self._estimate = estimate
 
     def render(self, task: Task) -> Text:
-        left = self._pace.seconds_left if task.fields.get("overall") else None
+        left = self._estimate.seconds_left if task.fields.get("overall") else None
         return Text(time_left(left) if left else "", style="cyan")
 
 
 class BarProgress:
     """A bar over all optimizer steps of the study, and one line for each run under way."""
 
-    def __init__(self, console: Console, words: Words) -> None:
-        self._words = words
-        self._pace = Pace()
+    def __init__(self, console: Console, wording: Wording) -> None:
+        self._wording = wording
+        self._estimate = TimeEstimate()
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}", markup=False),
-            _TimeLeft(self._pace),
+            _TimeLeft(self._estimate),
             console=console,
             transient=True,
         )
@@ -200,20 +200,20 @@ class BarProgress:
         self._bars.stop()
 
     def __call__(self, event: Event) -> None:
-        self._pace.take(event)
+        self._estimate.take(event)
         if event.trial is not None:
             self._show_run(event, event.trial)
         self._bars.update(
             self._overall,
-            total=self._pace.total_steps or None,
-            completed=self._pace.steps,
+            total=self._estimate.total_steps or None,
+            completed=self._estimate.steps,
             count=f"{count(event.done)}/{count(event.planned)} runs",
         )
 
     def _show_run(self, event: Event, trial: Any) -> None:
         if event.kind == "started":
             self._runs[trial.key] = self._bars.add_task(
-                self._words.describe(trial), total=None, count="loading", overall=False
+                self._wording.describe(trial), total=None, count="loading", overall=False
             )
         elif event.kind == "step" and trial.key in self._runs:
             self._bars.update(
@@ -225,4 +225,4 @@ class BarProgress:
         elif event.kind == "finished" and event.record is not None:
             if trial.key in self._runs:
                 self._bars.remove_task(self._runs.pop(trial.key))
-            self._bars.console.print(outcome(event, self._words))
+            self._bars.console.print(outcome(event, self._wording))

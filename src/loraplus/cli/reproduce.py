@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
+from loraplus.cli import flags
 from loraplus.cli.app import app
-from loraplus.cli.terminal import Console, print_json
+from loraplus.cli.terminal import Console, plain_table, print_json
 from loraplus.errors import InputError
 
 DEFAULT_OUTPUT = "runs/reproduce"
@@ -37,11 +37,11 @@ def run(
         str | None,
         typer.Option(metavar="FOLDER", help="Train nothing: figures, plots and page from the runs.csv in FOLDER."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    overwrite: flags.Overwrite = False,
+    resume: flags.Resume = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and write nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")] = False,
+    json: flags.Json = False,
+    plain: flags.Plain = False,
 ) -> None:
     """Reproduce an experiment of the LoRA+ paper: data, plots and a page; resumable, in several processes if wanted."""
     from loraplus.reproduce.registry import EXPERIMENTS, check_name
@@ -89,18 +89,12 @@ def _run(console: Console, options: Any, *, overwrite: bool, resume: bool, plain
     from loraplus.cli.progress import study_progress
     from loraplus.reproduce.command import reproduce
 
-    words = _Words(options.experiment)
-    with study_progress(console, plain=plain, words=words) as progress:
-        return reproduce(
-            options,
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-            say=console.say,
-        )
+    wording = _ExperimentWording(options.experiment)
+    with study_progress(console, plain=plain, wording=wording) as progress:
+        return reproduce(options, overwrite=overwrite, resume=resume, progress=progress, say=console.say)
 
 
-class _Words:
+class _ExperimentWording:
     """How the progress display calls a run and its result."""
 
     def __init__(self, experiment: Any) -> None:
@@ -119,18 +113,16 @@ class _Words:
 def _list(console: Console, json: bool) -> None:
     from loraplus.reproduce.registry import EXPERIMENTS, experiment_class
 
-    found = [(name, experiment_class(name)) for name in EXPERIMENTS]
+    experiments = [(name, experiment_class(name)) for name in EXPERIMENTS]
     if json:
         rows = [
             {"name": name, "title": kind.title, "scales": list(kind.scales), "claims": list(kind.claims)}
-            for name, kind in found
+            for name, kind in experiments
         ]
         print_json(rows)
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("name", "scales", "what it shows"):
-        table.add_column(column)
-    for name, kind in found:
+    table = plain_table("name", "scales", "what it shows", left=3)
+    for name, kind in experiments:
         table.add_row(name, ", ".join(kind.scales), f"{kind.title}: {' '.join(kind.claims)}")
     console.print(table)
 

@@ -1,4 +1,4 @@
-"""What reaches the terminal: text is shown as it stands, never read as markup or obeyed as an escape code.
+"""Prints to the terminal: text is shown as it is, never read as markup or obeyed as an escape code.
 
 Everything that the commands print goes through here, so that no label, path, tensor name or error has to be escaped
 where it is printed.
@@ -6,17 +6,19 @@ where it is printed.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import rich.console
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 
 from loraplus.errors import visible
 
@@ -24,7 +26,7 @@ _NOT_IN_JSON = re.compile(r"[\x7f-\x9f\u200e\u200f\u061c\u2028-\u202e\u2060-\u20
 
 
 class Console(rich.console.Console):
-    """rich's console without markup, emoji codes and guessed highlights, which spells out what would be obeyed."""
+    """rich's console without markup, emoji codes and guessed highlights. It spells out escape codes."""
 
     def __init__(self, *, plain: bool = False, **options: Any) -> None:
         super().__init__(no_color=plain or None, markup=False, emoji=False, highlight=False, **options)
@@ -38,6 +40,20 @@ class Console(rich.console.Console):
         """Prints text that may be longer than a line and is to be copied: nothing is wrapped."""
         self.print(str(text), soft_wrap=True)
 
+    def widened(self, width: int = 120) -> Console:
+        """This console, as wide as tables need where it is a file or pipe and has no width of its own."""
+        if not self.is_terminal:
+            self.width = width
+        return self
+
+
+def plain_table(*titles: str, left: int = 0) -> Table:
+    """A table without lines that fits 80 columns, its first columns aligned left and the others right."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="left" if place < left else "right")
+    return table
+
 
 def is_speaker() -> bool:
     """Whether this process is the one of several (torchrun, accelerate launch) that says what they all would say."""
@@ -49,6 +65,11 @@ def print_json(data: Any) -> None:
     from loraplus.files.output import json_text
 
     sys.stdout.write(json_for_terminal(json_text(data)) + "\n")
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON Lines."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def json_for_terminal(text: str) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.cli.terminal import Console, narrated, print_json
+from loraplus.cli.terminal import Console, narrated, plain_table, print_json
 from loraplus.tasks.config import TuneConfig
 
 
@@ -47,9 +47,7 @@ def trials_table(result: dict[str, Any]) -> Table:
     """
     from loraplus.cli.progress import rate
 
-    table = Table(box=None, pad_edge=False, collapse_padding=True)  # fits 80 columns
-    for title in ("steps", "√(η_A·η_B)", "λ", "η_A", "η_B", "eval loss", ""):
-        table.add_column(title, justify="right")
+    table = plain_table("steps", "√(η_A·η_B)", "λ", "η_A", "η_B", "eval loss", "")
     earlier = None
     for row in result["trials"]:
         first_of_rung, earlier = row["steps"] != earlier, row["steps"]

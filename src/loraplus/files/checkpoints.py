@@ -1,4 +1,4 @@
-"""Which of a run's checkpoints are whole: those that a manifest vouches for, and older ones whose files can be read."""
+"""Tells which of a run's checkpoints are whole, by their manifests, or by their files where they have none."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def step_of_checkpoint(checkpoint: Path) -> int:
     """The step that a checkpoint's name says; −1 if it says none."""
-    found = NAME.fullmatch(checkpoint.name)
-    return int(found[1]) if found else -1
+    match = NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -55,7 +55,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def check_places(folder: Path) -> None:
-    """Makes sure that no file has the name of a checkpoint, which may have to be written.
+    """Makes sure that no file stands where a checkpoint may have to be written.
 
     Raises:
         CheckpointError: names it.
@@ -87,7 +87,7 @@ def checkpoint_fault(checkpoint: Path, *, ours: bool = False) -> str | None:
 
 
 def model_fault(checkpoint: Path) -> str | None:
-    """What is wrong with the weights in a checkpoint, or None; all else does not matter where only these are loaded."""
+    """What is wrong with the weights in a checkpoint, or None. For loading weights alone nothing else matters."""
     try:
         if manifest.is_sealed(checkpoint):
             return _first(manifest.faults(checkpoint, lambda name: name.startswith(("adapter_", "model", "pytorch_"))))
@@ -158,10 +158,10 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 
 def names_written(checkpoint: Path) -> set[str]:
-    """Names in a checkpoint's folder that are a checkpoint's own; others are the user's, and stay."""
-    own = {entry.name for pattern in (*_MARKS, *_READ) for entry in checkpoint.glob(pattern)}
-    return own | {"README.md", "training_args.bin", "chat_template.jinja"} | {
-        entry.name for entry in checkpoint.glob("tokenizer*")}  # fmt: skip
+    """Names in a checkpoint's folder that belong to the checkpoint. All others are the user's, and stay."""
+    patterns = (*_MARKS, *_READ, "tokenizer*")
+    own = {entry.name for pattern in patterns for entry in checkpoint.glob(pattern)}
+    return own | {"README.md", "training_args.bin", "chat_template.jinja"}
 
 
 def rotate(folder: Path, limit: int | None, keep: Iterable[Path], worthless: Collection[Path] = ()) -> None:
@@ -176,8 +176,8 @@ def rotate(folder: Path, limit: int | None, keep: Iterable[Path], worthless: Col
     if not limit:
         return
     kept = {path.resolve() for path in keep}
-    found = checkpoints(folder)
-    by_age = sorted(found, key=lambda path: (path not in worthless, path.stat().st_mtime, step_of_checkpoint(path)))
+    there = checkpoints(folder)
+    by_age = sorted(there, key=lambda path: (path not in worthless, path.stat().st_mtime, step_of_checkpoint(path)))
     others = [path for path in by_age if path.resolve() not in kept]
     for path in others[: max(0, len(by_age) - max(limit, len(kept)))]:
         leaving = temporary_path(path)  # so that none that is half deleted has a checkpoint's name
@@ -217,8 +217,8 @@ def _unsealed_fault(checkpoint: Path) -> str | None:
         return f"{STATE_FILE} is damaged"
     if step >= 0 and state["global_step"] != step:
         return f"{STATE_FILE} is of step {state['global_step']}"
-    found = sorted({path for pattern in _READ for path in checkpoint.glob(pattern) if path.is_file()})
-    return next((f"{path.name} is damaged" for path in found if not can_be_read(path)), None)
+    there = sorted({path for pattern in _READ for path in checkpoint.glob(pattern) if path.is_file()})
+    return next((f"{path.name} is damaged" for path in there if not can_be_read(path)), None)
 
 
 def _is_trainer_state(state: Any) -> bool:

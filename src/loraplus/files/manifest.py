@@ -16,7 +16,7 @@ _LARGEST = 2**24
 
 
 def seal(folder: Path, files: Iterable[Path]) -> None:
-    """Writes down the size and the SHA-256 of files in a folder, or in folders of its.
+    """Writes a manifest: the size and the SHA-256 of files in a folder or below it.
 
     Raises:
         OSError: a file cannot be read, or the manifest not written.
@@ -64,8 +64,8 @@ def faults(folder: Path, of: Callable[[str], bool] = lambda name: True) -> dict[
     listed = _read(folder)
     if listed is None:
         return {MANIFEST_FILE: "is damaged"}
-    found = {name: _fault(folder / name, facts) for name, facts in listed.items() if of(name)}
-    return {name: fault for name, fault in found.items() if fault is not None}
+    fault_of = {name: _fault(folder / name, facts) for name, facts in listed.items() if of(name)}
+    return {name: fault for name, fault in fault_of.items() if fault is not None}
 
 
 def _fault(path: Path, facts: dict[str, Any]) -> str | None:

@@ -15,45 +15,18 @@ import yaml
 
 from loraplus.errors import InputError
 from loraplus.files.checkpoints import checkpoints
-from loraplus.files.earlier import LATER_SETTINGS
-from loraplus.files.manifest import MANIFEST_FILE, is_sealed
+from loraplus.files.commands import CONFIG_FILE, LATER_SETTINGS, NOT_COMPARED, TRAIN, command_of, names_of_all
+from loraplus.files.commands import PLOTS_FOLDER as PLOTS_FOLDER
+from loraplus.files.manifest import is_sealed
 from loraplus.files.parsing import LONGEST_YAML, parse_yaml
-from loraplus.files.single import (
-    check_file,
-    check_takes_files,
-    json_text,
-    read_json,
-    write_atomically,
-    write_csv,
-    write_json,
-    write_yaml,
-)
-from loraplus.files.whole import TEMPORARY, hold, remove_leftovers
+from loraplus.files.single import check_file as check_file
+from loraplus.files.single import check_takes_files, read_json, write_json, write_yaml
+from loraplus.files.single import json_text as json_text
+from loraplus.files.single import write_atomically as write_atomically
+from loraplus.files.single import write_csv as write_csv
+from loraplus.files.whole import TEMPORARY, held, remove_leftovers
 
-__all__ = [
-    "check_file", "check_output", "check_unicode", "check_writable", "data_changes", "hold_output", "json_text",
-    "note_data", "prepare_output", "read_json", "saved_config", "write_atomically", "write_csv", "write_json",
-    "write_yaml",
-]  # fmt: skip
-
-CONFIG_FILE = "config.yaml"
-PLOTS_FOLDER = "plots"
 _EARLIER_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
-# Where to write and how many processes to use do not change what is computed.
-NOT_COMPARED = ("workers", "output")
-# All that `--overwrite` may delete, by the command that wrote it; anything else in the folder is the user's.
-_OF_TRAIN = (  # which tokenizer files there are depends on the model
-    "data_facts.json", "metrics.json", "curves.csv", "adapter_config.json", "adapter_model.safetensors",
-    "loraplus.json", MANIFEST_FILE, "config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
-    "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
-_OF_LANGUAGE_MODELS = ("samples.json", "report.html")
-_OF_STUDY = (
-    "study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv", "report.html",
-    "tune.json", "trials.csv", "best.yaml",
-)  # fmt: skip
-_OF_REPRODUCE = ("study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv", "index.html")
 
 
 def check_output(
@@ -82,7 +55,7 @@ def check_output(
         raise InputError("--overwrite and --resume exclude each other: start again, or go on")
     check_unicode(config)
     check_writable(folder)
-    if _is_empty(folder):
+    if is_empty(folder):
         return
     saved = saved_config(folder)
     if saved is None and _is_finished_or_begun(folder):
@@ -96,10 +69,7 @@ def check_output(
         _check_same(folder, saved, config, ignore)
     elif overwrite:
         if saved is None:
-            raise InputError(
-                f"--overwrite: {folder} holds files but no {CONFIG_FILE} of a loraplus run, so it is not replaced; "
-                "choose another --output"
-            )
+            raise not_ours(folder, f"{CONFIG_FILE} of a loraplus run")
     else:
         raise InputError(
             f"{folder} is not empty: --resume goes on with the run in it, --overwrite replaces it, "
@@ -141,7 +111,7 @@ def prepare_output(
 
 @contextlib.contextmanager
 def hold_output(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
-    """Keeps other loraplus commands out of a folder, creating it if need be; ends with the process at the latest.
+    """Keeps other loraplus commands out of a folder, which is made if need be. Ends with the process at the latest.
 
     Args:
         path: The folder.
@@ -155,17 +125,11 @@ def hold_output(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
-    if os.name == "nt":  # where folders cannot be opened
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if not hold(handle, wait=wait):
+    with held(folder, wait=wait) as is_ours:
+        if not is_ours:
             raise InputError(f"another loraplus command is writing to {folder}; wait for it to end")
         remove_leftovers(folder)
         yield
-    finally:
-        os.close(handle)
 
 
 def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -199,7 +163,7 @@ def note_data(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
 
 
 def check_unicode(config: Mapping[str, Any]) -> None:
-    """Settings are written down, so names that are not UTF-8 end a run before it begins.
+    """Refuses settings that are not UTF-8 text, since they could not be written to a file.
 
     Raises:
         InputError: names the setting.
@@ -214,7 +178,7 @@ def check_unicode(config: Mapping[str, Any]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes sure that a folder takes files, or that it can be made where it is to be.
+    """Makes sure that files can be written to a folder, or that the folder can be made.
 
     Raises:
         InputError: it does not, or the disk is full.
@@ -234,7 +198,15 @@ def check_writable(folder: Path) -> None:
     check_takes_files(nearest, folder)
 
 
-def _is_empty(folder: Path) -> bool:
+def not_ours(folder: Path, sign: str) -> InputError:
+    """What `--overwrite` says of a folder that holds files, but not the one that tells whose they are."""
+    return InputError(
+        f"--overwrite: {folder} holds files but no {sign}, so it is not replaced; choose another --output"
+    )
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder is not there, or holds nothing but what killed commands left."""
     if not folder.exists():
         return True
     names = [entry.name for entry in folder.iterdir()]
@@ -253,13 +225,7 @@ def saved_config(folder: Path) -> dict[str, Any] | None:
             data = parse_yaml(file.read(LONGEST_YAML + 1))
     except (OSError, ValueError):
         return None
-    return data if isinstance(data, dict) and _is_ours(set(data)) else None
-
-
-def _is_ours(keys: set[str]) -> bool:
-    """Whether the keys of a configuration are those of a run, or of an experiment of the paper."""
-    is_run = {"model", "data", "output"} <= keys and not {"lr_ratio", "tuning_runs"}.isdisjoint(keys)
-    return is_run or {"experiment", "scale", "seeds"} <= keys
+    return data if isinstance(data, dict) and command_of(data) else None
 
 
 def _check_same(folder: Path, saved: Mapping[str, Any], config: Mapping[str, Any], ignore: Sequence[str]) -> None:
@@ -276,21 +242,12 @@ def _check_same(folder: Path, saved: Mapping[str, Any], config: Mapping[str, Any
 
 def _remove_written(folder: Path) -> None:
     """All but the configuration: while it is there, an interrupted clearing can be repeated."""
-    for entry in _written(folder, saved_config(folder) or {}):
+    config = saved_config(folder) or {}
+    for entry in (command_of(config) or TRAIN).written(folder, config):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
-
-
-def _written(folder: Path, config: Mapping[str, Any]) -> list[Path]:
-    """What the command of a configuration has written to its folder."""
-    if "experiment" in config:
-        return [folder / name for name in _OF_REPRODUCE] + sorted((folder / PLOTS_FOLDER).glob("*.png"))
-    if "tuning_runs" in config:
-        return [folder / name for name in _OF_STUDY]
-    names = _OF_TRAIN if config.get("task", "classification") == "classification" else _OF_TRAIN + _OF_LANGUAGE_MODELS
-    return [folder / name for name in names] + checkpoints(folder)
 
 
 def _remove_earlier_temporaries(folder: Path) -> None:
@@ -301,5 +258,5 @@ def _remove_earlier_temporaries(folder: Path) -> None:
 
 
 def _is_earlier_temporary(name: str) -> bool:
-    found = _EARLIER_TEMPORARY.fullmatch(name)
-    return found is not None and found[1] in (CONFIG_FILE, *_OF_TRAIN, *_OF_LANGUAGE_MODELS, *_OF_STUDY, *_OF_REPRODUCE)
+    match = _EARLIER_TEMPORARY.fullmatch(name)
+    return match is not None and match[1] in names_of_all()

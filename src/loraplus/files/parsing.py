@@ -139,8 +139,8 @@ class _Plain(yaml.SafeLoader):
 
 
 def _resolvers(keep: Any) -> dict[Any, Any]:
-    found = yaml.SafeLoader.yaml_implicit_resolvers.items()
-    return {first: [(tag, pattern) for tag, pattern in tags if keep(tag)] for first, tags in found}
+    resolvers = yaml.SafeLoader.yaml_implicit_resolvers.items()
+    return {first: [(tag, pattern) for tag, pattern in tags if keep(tag)] for first, tags in resolvers}
 
 
 for _tag in (_INT, _FLOAT):

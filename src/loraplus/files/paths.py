@@ -61,7 +61,7 @@ def _mode(path: Path) -> int:
 
 
 def folder_unless_hub_name(name: str) -> Path | None:
-    """The folder of a name; None if it can be no folder's, and so may be a hub repository's.
+    """The folder of a name. None if there is no such folder and the name may be a hub repository's.
 
     Raises:
         InputError: a file's, or that of a folder which is not there.
@@ -77,7 +77,7 @@ def folder_unless_hub_name(name: str) -> Path | None:
 
 
 def is_inside(name: object) -> bool:
-    """Whether a file name that a file tells leads to a place below its own folder.
+    """Whether a file name that stands in a file leads to a place below that file's folder.
 
     Example:
         >>> is_inside("model-00001.safetensors"), is_inside("../../etc/passwd")

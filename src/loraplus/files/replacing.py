@@ -21,7 +21,7 @@ _EARLIER = "earlier"
 
 
 def replace_folder(new: Path, target: Path, written: set[str]) -> None:
-    """Renames `new` to `target`; afterwards the old folder, if there was one, has the name of the new one.
+    """Renames `new` to `target`. An old folder at `target` then has the name that `new` had.
 
     Args:
         new: on the same disk.
@@ -61,7 +61,7 @@ def put_all_back(folder: Path, name: re.Pattern[str]) -> None:
 
 
 def put_back(target: Path) -> None:
-    """Gives an old folder its name again that a killed `replace_folder` left without; removes what it left besides."""
+    """Undoes a killed `replace_folder`: gives the old folder its name back and removes what else was left."""
     parent, earlier = target.parent, _earlier(target)
     if not os.path.lexists(target) and parent.is_dir():
         for path in parent.glob("." + earlier.name[:40].replace("[", "[[]") + ".*"):
@@ -77,7 +77,7 @@ def _earlier(target: Path) -> Path:
 
 
 def _link(source: Path, target: Path, disk: int) -> None:
-    """The same files under a second name, so that neither way they are lost; a disk of its own cannot be taken over."""
+    """Gives files a second name, so that they are lost in neither case. A mounted disk is refused."""
     status = source.lstat()
     if status.st_dev != disk:
         raise InputError(f"{source} is a disk of its own; unmount it, or name another --output")
@@ -96,7 +96,7 @@ def _link(source: Path, target: Path, disk: int) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Has two folders change places in one step; False where the system or the disk cannot."""
+    """Swaps two folders in one step. False where the system or the disk cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     return rename is not None and (
         rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0

@@ -1,4 +1,4 @@
-"""Folders for a while, each held by the process that made it: what a killed one leaves is removed by the next."""
+"""Temporary folders, each locked by the process that made it. The next process removes what a killed one left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraplus.files.whole import hold, remove_dead, remove_leftovers, temporary_path
+from loraplus.files.whole import held, remove_dead, remove_leftovers, temporary_path
 
 _SCRATCH = re.compile(r"loraplus-[0-9a-f]{16}")
 
@@ -40,13 +40,7 @@ def folder_beside(target: Path) -> Iterator[Path]:
 def made_folder(folder: Path, mode: int = 0o777) -> Iterator[Path]:
     """A new folder, held; whatever has its name at the end is removed."""
     os.mkdir(folder, mode)
-    handle = None
-    try:
-        if os.name != "nt":
-            handle = os.open(folder, os.O_RDONLY)
-            hold(handle)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(held(folder))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)  # while it is held
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)

@@ -46,7 +46,7 @@ def check_file(output: str, suffixes: Sequence[str], *, overwrite: bool) -> Path
 
 
 def check_takes_files(folder: Path, target: Path) -> None:
-    """Writes a little and removes it: the only way to know of full disks, read-only ones, and those that hold no files.
+    """Writes a little and removes it: nothing else shows that a disk is full, read-only or no place for files.
 
     Raises:
         InputError: names the target.
@@ -72,13 +72,28 @@ def read_template(path: str) -> str:
     Raises:
         InputError: the file cannot be read, or is not UTF-8.
     """
+    return read_text(path, _LONGEST_TEMPLATE, "--chat-template: ")
+
+
+def read_text(path: str | os.PathLike[str], most: int, option: str = "", what: str = "UTF-8 text") -> str:
+    """The first `most` characters of a file.
+
+    Args:
+        path: of the file, `~` included.
+        most: characters; one more than a text may have tells one that is too long.
+        option: begins the message.
+        what: the file should be, if it is not UTF-8.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
     try:
         with user_path(path).open(encoding="utf-8") as file:
-            return file.read(_LONGEST_TEMPLATE)
+            return file.read(most)
     except OSError as error:
-        raise InputError(f"--chat-template: cannot read {path}: {error.strerror}") from None
+        raise InputError(f"{option}cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"--chat-template: {path} is not UTF-8 text") from None
+        raise InputError(f"{option}{path} is not {what}") from None
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
@@ -108,7 +123,7 @@ def write_json(path: str | os.PathLike[str], data: Any) -> Path:
 
 
 def json_text(data: Any) -> str:
-    """JSON text of `data`; NaN and infinity become null, and what JSON has no form for its text."""
+    """JSON text of `data`. NaN and infinity become null; objects that JSON does not know become their text."""
     return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str)
 
 
@@ -118,18 +133,13 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         InputError: the file cannot be read or is not JSON.
     """
+    text = read_text(path, _LARGEST_JSON + 1, what="valid JSON")
+    if len(text) > _LARGEST_JSON:
+        raise InputError(f"{path} is too large for a JSON file of settings or facts")
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            text = file.read(_LARGEST_JSON + 1)
-        if len(text) > _LARGEST_JSON:
-            raise InputError(f"{path} is too large for a JSON file of settings or facts")
         return parse_json(text)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
     except ParseError as error:
         raise InputError(f"{path} is {error}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not valid JSON") from None
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Path:

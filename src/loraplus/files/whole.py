@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whatever ends the process that writes them.
+"""Writes files and folders that are whole or absent, whatever ends the process.
 
 They are written beside their place, under a name that nobody can guess, and renamed. What is in the making is held by
 its process with the kernel's lock, so that what a killed process left is told from what another one is writing.
@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def temporary_path(target: Path) -> Path:
-    """A name beside the target that nobody can guess, so that no link waits there; see `TEMPORARY`."""
+    """A random name beside the target, so that nobody can have put a link there; see `TEMPORARY`."""
     return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
 
 
 def new_file(path: Path) -> Any:
-    """A file that was not there and is no link, held, open for bytes, with the permissions that the umask leaves.
+    """Makes a new file, locked and open for bytes, with the permissions that the umask leaves. Links are not followed.
 
     Raises:
         OSError: it is there, or cannot be made.
@@ -63,7 +64,7 @@ def write_whole(target: Path, content: bytes) -> None:
 
 
 def hold(handle: int, *, wait: bool = False) -> bool:
-    """Takes the kernel's lock on an open file or folder, which ends with this process.
+    """Takes the kernel's lock on an open file or folder. The lock ends with this process.
 
     Args:
         handle: of the file or folder.
@@ -82,8 +83,30 @@ def hold(handle: int, *, wait: bool = False) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def held(path: Path, *, wait: bool = False, flags: int = os.O_RDONLY) -> Iterator[bool]:
+    """Locks a folder or file while the block lasts. Yields False if another process has the lock.
+
+    Args:
+        path: of the folder or file.
+        wait: until it is free.
+        flags: that it is opened with.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if os.name == "nt":  # where folders cannot be opened
+        yield True
+        return
+    handle = os.open(path, flags)
+    try:
+        yield hold(handle, wait=wait)
+    finally:
+        os.close(handle)
+
+
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Removes what killed processes left in a folder under temporary names; what is held has an owner and stays.
+    """Removes what killed processes left in a folder under temporary names. What is locked has an owner and stays.
 
     Args:
         folder: where to look.
@@ -97,19 +120,16 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def remove_dead(path: Path) -> None:
-    """Removes a file or folder that its maker holds, unless the maker is still there."""
+    """Removes a file or folder unless the process that made it still has it locked."""
     if fcntl is None:
         return
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            if os.fstat(handle).st_uid == os.geteuid() and hold(handle):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
-        finally:
-            os.close(handle)
+    as_it_is = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    with contextlib.suppress(OSError), held(path, flags=as_it_is) as is_ours:
+        if is_ours and path.lstat().st_uid == os.geteuid():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -149,8 +169,8 @@ def follow_umask(folder: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     """Of a folder and those in it; links are not followed."""
-    found = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+    paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return sorted(path for path in paths if path.is_file() and not path.is_symlink())
 
 
 def _sync(path: Path) -> None:

@@ -18,7 +18,7 @@ from loraplus.inspection.tensors import TensorFiles
 from loraplus.layouts import recognise
 from loraplus.partners import partner_names
 from loraplus.parts import Role
-from loraplus.tasks.limited import check_patterns
+from loraplus.tasks.sandbox import check_patterns
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")

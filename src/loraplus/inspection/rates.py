@@ -21,8 +21,8 @@ from loraplus.integrations.checkpoints import OF_PARAMETERS_SHAPE
 from loraplus.notices import told_once
 from loraplus.rates import SETTINGS, Rates, as_number
 from loraplus.roles import Role
-from loraplus.tasks.limited import check_patterns
 from loraplus.tasks.pickles import load_pickle
+from loraplus.tasks.sandbox import check_patterns
 
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 STATE_FILE, METRICS_FILE = "trainer_state.json", "metrics.json"

@@ -247,6 +247,8 @@ def _best_and_fault(resumed: Path) -> tuple[str | None, str | None]:
     place = resumed.with_name(Path(saved).name)
     if not place.is_dir():  # resumed into another folder
         place = Path(saved)
+    if place == resumed:  # its files were checked when it was chosen
+        return str(place), None
     return str(place), model_fault(place) if place.is_dir() else "it is not there"
 
 

@@ -17,10 +17,11 @@ from loraplus.files.scratch import scratch_folder
 from loraplus.rates import Rates
 from loraplus.study.records import CurvePoint, Record, Run
 from loraplus.study.worker import OnStep
+from loraplus.tasks.callbacks import DivergenceGuard, StepClock
 from loraplus.tasks.classification import ClassificationData
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.model import load_classifier
-from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, total_steps, train_and_evaluate
+from loraplus.tasks.training import build_trainer, total_steps, train_and_evaluate
 
 
 @dataclass(frozen=True)

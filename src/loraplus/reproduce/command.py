@@ -23,6 +23,7 @@ from loraplus.files.output import (
     write_json,
 )
 from loraplus.reproduce import png
+from loraplus.reproduce.assets import obtain
 from loraplus.reproduce.experiment import Experiment, Record, Records
 from loraplus.reproduce.files import RUNS_FILE, SUMMARY_FILE, columns_of, read_runs, write_runs
 from loraplus.reproduce.page import PAGE_FILE, render
@@ -31,7 +32,6 @@ from loraplus.reproduce.report import Report
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, OnEvent, default_workers, has_begun, run_all
 from loraplus.study.storage import without_password
 from loraplus.study.store import StudyStore
-from loraplus.tasks.assets import obtain
 
 SCHEMA_VERSION = 1
 # Processes of one study may differ in these: where each of them works and writes.

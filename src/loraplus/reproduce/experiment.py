@@ -45,7 +45,7 @@ class Experiment(StudyPlan):
     """What of the paper it tests, a sentence each."""
     scales: ClassVar[tuple[str, ...]] = ("cpu",)
     assets: ClassVar[tuple[str, ...]] = ()
-    """Names in `tasks.assets`; obtained, and checked by hash, before the first run."""
+    """Names in `reproduce.assets`; obtained, and checked by hash, before the first run."""
     packages: ClassVar[tuple[str, ...]] = ("matplotlib",)
     """What has to be installed besides `loraplus[cli]`."""
     main_value: ClassVar[str] = ""

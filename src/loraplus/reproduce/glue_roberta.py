@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplus.reproduce import assets
 from loraplus.reproduce.glue_arms import GlueArms
-from loraplus.tasks import assets
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from loraplus.reproduce.llama_mnli import MODEL
 from loraplus.reproduce.rate_grid import RateGrid
 from loraplus.study.records import CurvePoint, Record, Run
 from loraplus.study.worker import OnStep
+from loraplus.tasks.callbacks import DivergenceGuard, StepClock
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.pretrained import load_decoder, load_tokenizer
 from loraplus.tasks.table import read_table
-from loraplus.tasks.training import DivergenceGuard, StepClock
 
 _COLUMNS = (("prompt", "completion"), ("inputs", "targets"))
 FLAN = "flan-v2"

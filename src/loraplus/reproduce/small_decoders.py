@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import math
 import sys
-import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loraplus.files.output import hold_output
-from loraplus.tasks import assets
-from loraplus.tasks.decoder.build import build
+from loraplus.reproduce import assets
+from loraplus.reproduce.pretraining import ProgressLines, pretrain_into
+from loraplus.reproduce.verse_decoder import build
 
 VOCABULARY = 2048
 LAYERS = 4
@@ -124,26 +124,37 @@ def _pretrain(data: Path, width: int, folder: Path) -> None:
     torch.manual_seed(0)
     model = _fresh(width)
     rows = token_ids(tok, texts(data), LENGTH)
-    steps = STEPS
+    order = torch.randint(len(rows), (STEPS * BATCH,)).tolist()  # drawn with replacement
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR[width], weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer, lambda step: min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
     )
-    started, average = time.monotonic(), 0.0
-    for step in range(steps):
-        ids, mask = padded([rows[i] for i in torch.randint(len(rows), (BATCH,)).tolist()], _id(tok.pad_token_id))
-        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
-        if (step + 1) % 500 == 0:
-            print(f"width {width} step {step + 1} loss {average:.3f} {time.monotonic() - started:.0f} s", flush=True)
-    partial = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(partial)
-    tok.save_pretrained(partial)
-    partial.rename(folder)
+
+    def batch_of(chosen: list[list[int]]) -> dict[str, torch.Tensor]:
+        ids, mask = padded(chosen, _id(tok.pad_token_id))
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    pretrain_into(
+        folder,
+        {"width": width, "steps": STEPS, "batch": BATCH, "lr": LR[width]},
+        model,
+        tok,
+        [rows[index] for index in order],
+        {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": BATCH,
+            "train_sampling_strategy": "sequential",
+            "max_grad_norm": 0.0,
+            "logging_steps": 500,
+            "save_steps": 500,
+            "use_cpu": True,
+            "remove_unused_columns": False,
+        },
+        callbacks=[ProgressLines()],
+        mean_of_batch=True,
+        data_collator=batch_of,
+        optimizers=(optimizer, schedule),
+    )
 
 
 if __name__ == "__main__":

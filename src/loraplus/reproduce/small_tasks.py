@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from loraplus.reproduce import small_decoders
-from loraplus.tasks import assets
+from loraplus.reproduce import assets, small_decoders
 
 BOOK = "book"
 LENGTH = 32

@@ -16,19 +16,14 @@ from loraplus.files.scratch import scratch_folder
 from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.study.arms import ALL, REFERENCE, Arm
 from loraplus.study.records import CurvePoint, Record, Trial
+from loraplus.tasks.callbacks import DivergenceGuard, StepClock
 from loraplus.tasks.checks import rates_of
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.lengths import steps_between_evaluations
 from loraplus.tasks.measures import ACCURACY, MEASURES
 from loraplus.tasks.methods import Method, rates_arrived_at
 from loraplus.tasks.task import task_of
-from loraplus.tasks.training import (
-    DivergenceGuard,
-    StepClock,
-    build_trainer,
-    total_steps,
-    train_and_evaluate,
-)
+from loraplus.tasks.training import build_trainer, total_steps, train_and_evaluate
 
 
 @functools.lru_cache(maxsize=1)

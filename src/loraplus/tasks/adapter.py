@@ -7,6 +7,7 @@ both are errors.
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from transformers.models.auto.modeling_auto import (
 from loraplus.errors import InputError
 from loraplus.files.output import read_json
 from loraplus.files.paths import is_file, resolve_model, user_path
-from loraplus.tasks.limited import check_patterns
 from loraplus.tasks.loading import first_line, from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.pretrained import load_decoder
-from loraplus.tasks.saved_adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_settings
+from loraplus.tasks.sandbox import check_patterns
+from loraplus.tasks.saved_adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_settings, loading_base_of
 
 _MOST_COPIES = 1000
 _TOKENIZER_FILE = "tokenizer_config.json"
@@ -84,13 +85,10 @@ def load_causal(
     name = model or settings["base_model_name_or_path"]
     if is_file(user_path(name) / CONFIG_FILE) and not is_file(user_path(name) / "config.json"):
         raise InputError(f"{name} is an adapter, not a model; name it with --adapter")
-    try:
-        remote = {"trust_remote_code": trust_remote_code}
+    remote = {"trust_remote_code": trust_remote_code}
+    with loading_base_of(adapter) if adapter and not model else nullcontext():
         _check_causal(name, from_pretrained(AutoConfig, resolve_model(name), **remote))
         base = load_decoder(name, **remote, **options)
-    except InputError as error:
-        hint = f"{adapter}: {error}; name the base model that it was trained on with --model"
-        raise InputError(hint if adapter and not model else str(error)) from None
     folder = None if adapter is None else user_path(adapter)
     own_tokenizer = folder is not None and is_file(folder / _TOKENIZER_FILE)
     tokenizer = load_any_tokenizer(str(folder) if own_tokenizer else resolve_model(name), **remote)
@@ -105,7 +103,7 @@ def load_causal(
 
 @torch.inference_mode()
 def _try(model: PeftModel, adapter: str, base_name: str) -> None:
-    """Lets the model take one step: some of an adapter's settings are used, and found to be nonsense, only then."""
+    """Lets the model generate one token: some of an adapter's settings are not used before, and may be nonsense."""
     with loading(f"cannot use {adapter} on {base_name}", "; its settings are damaged"):
         token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
         settings = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0)
@@ -122,7 +120,7 @@ def _check_causal(name: str, config: Any) -> None:
 
 
 def _check_size(folder: Path, settings: Any) -> None:
-    """Refuses settings by which PEFT would make, or count to, far more than the adapter's file holds."""
+    """Refuses settings that would have PEFT make far larger factors than the adapter's file holds."""
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         sizes = [size for name in file.keys() for size in file.get_slice(name).get_shape()]  # noqa: SIM118
     ranks = [settings.get("r"), *_numbers_in(settings.get("rank_pattern"))]

@@ -1,4 +1,4 @@
-"""Conversations to tokens by a chat template, as transformers' `apply_chat_template` makes them, within limits."""
+"""Turns conversations into tokens by a chat template, as transformers' `apply_chat_template` does, within limits."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraplus.tasks.limited import RefusedError, render_chat
+from loraplus.tasks.sandbox import RefusedError, render_chat
 
 
 class ChatTemplateError(ValueError):
-    """Why a chat template makes nothing of a conversation; `line` of a template that is not valid."""
+    """Why a chat template refuses a conversation. `line` is set where the template itself is not valid."""
 
     def __init__(self, reason: str, line: int | None = None) -> None:
         super().__init__(reason)
@@ -66,12 +66,12 @@ class Chats:
             return_assistant_tokens_mask=return_assistant_tokens_mask,
         )
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
-        found = {"input_ids": encoded["input_ids"]}
+        tokens = {"input_ids": encoded["input_ids"]}
         if return_assistant_tokens_mask:
             if not encoded.encodings:
                 raise ChatTemplateError("its tokenizer does not say where in the text a token stands")
-            found["assistant_masks"] = _marked(encoded.encodings[0].offsets, spans)
-        return found
+            tokens["assistant_masks"] = _marked(encoded.encodings[0].offsets, spans)
+        return tokens
 
     def _rendered(
         self, messages: Sequence[Any], *, chat_template: str | None = None, tools: Any = None, **options: Any

@@ -1,14 +1,15 @@
-"""What is wrong with a run and shows before data and model are loaded; nothing heavy is imported for it."""
+"""Finds mistakes in a run before its data and model are loaded, and imports nothing heavy for that."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
 from loraplus.errors import InputError
-from loraplus.files.earlier import LATER_SETTINGS
+from loraplus.files.commands import LATER_SETTINGS
 from loraplus.files.output import check_output
 from loraplus.files.paths import resolve_model
 from loraplus.files.single import read_template
@@ -37,11 +38,25 @@ from loraplus.tasks.table import check_source
 
 _LARGEST_DECAY = 1e3
 _LARGEST_RANK = 2**16  # wider than any layer that is adapted
+Bound = tuple[tuple[str, ...], str, Callable[[float], bool]]
+"""(settings, what a value must do, whether it does)"""
+_NUMBERS: tuple[Bound, ...] = (
+    (
+        ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "rank", "alpha", "epochs"),
+        "be positive and finite",
+        lambda value: math.isfinite(value) and value > 0,
+    ),
+    (("rank",), f"be at most {_LARGEST_RANK}", lambda value: value <= _LARGEST_RANK),
+    (("weight_decay",), f"lie between 0 and {_LARGEST_DECAY:g}", lambda value: 0 <= value <= _LARGEST_DECAY),
+    (("max_steps", "eval_steps", "max_eval_samples"), "be 1 or more", lambda value: value >= 1),
+    (("lora_dropout", "warmup_ratio"), "be at least 0 and below 1", lambda value: 0 <= value < 1),
+)
+_OF_COMPARISONS: tuple[Bound, ...] = ((("tuning_runs", "seeds", "workers"), "be at least 1", lambda value: value >= 1),)
 _OF_LANGUAGE_MODELS = ("loss_on", "packing", "long_examples", "chat_template", "load_in_4bit")
 
 
 def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
-    """All that can be said of a run by looking at its settings, its folders and the beginnings of its files.
+    """Checks all of a run that its settings, its folders and the beginnings of its files can tell.
 
     Args:
         config: of the run.
@@ -64,7 +79,7 @@ def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
 
 
 def check_settings(config: TaskConfig) -> None:
-    """The settings of a run but its rates.
+    """Checks the settings of a run, except its rates.
 
     Raises:
         InputError: one that no run can have, or that another task has.
@@ -96,7 +111,7 @@ def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float = 1.0) -> Rate
 
 
 def check_task(config: TaskConfig) -> None:
-    """The task, the packages that it needs, and the settings that only some tasks have.
+    """Checks the task, the packages that it needs, and the settings that only some tasks have.
 
     Raises:
         InputError: there is no such task, a package is not installed, or a setting is another task's.
@@ -131,30 +146,25 @@ def check_task(config: TaskConfig) -> None:
 
 
 def check_numbers(config: TaskConfig) -> None:
-    """Sizes, lengths and parts.
+    """Checks sizes, lengths and shares.
 
     Raises:
         InputError: names the flag.
     """
-    for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "rank", "alpha", "epochs"):
-        if not (math.isfinite(getattr(config, name)) and getattr(config, name) > 0):
-            raise InputError(f"--{_flag(name)} must be positive and finite, got {getattr(config, name)}")
-    if config.rank > _LARGEST_RANK:
-        raise InputError(f"--rank must be at most {_LARGEST_RANK}, got {config.rank}")
-    if not 0 <= config.weight_decay <= _LARGEST_DECAY:
-        raise InputError(f"--weight-decay must lie between 0 and {_LARGEST_DECAY:g}, got {config.weight_decay:g}")
-    for name in ("max_steps", "eval_steps", "max_eval_samples"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{_flag(name)} must be 1 or more, got {value}")
-    for name in ("lora_dropout", "warmup_ratio"):
-        if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"--{_flag(name)} must be at least 0 and below 1, got {getattr(config, name)}")
+    _check_each(config, _NUMBERS)
     check_parts(config, 1)
 
 
+def _check_each(config: TaskConfig, bounds: Iterable[Bound]) -> None:
+    for names, must, is_met in bounds:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not is_met(value):
+                raise InputError(f"--{_flag(name)} must {must}, got {value}")
+
+
 def check_parts(config: TaskConfig, processes: int) -> None:
-    """Whether a batch can be shared out.
+    """Checks that a batch can be cut into equal parts.
 
     Raises:
         InputError: it cannot.
@@ -168,10 +178,7 @@ def check_parts(config: TaskConfig, processes: int) -> None:
 
 
 def _check_comparison(config: CompareConfig) -> None:
-    for name in ("tuning_runs", "seeds", "workers"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{_flag(name)} must be at least 1, got {value}")
+    _check_each(config, _OF_COMPARISONS)
     if config.test_data is None:
         check_fraction(config.test_fraction)
     if not (math.isfinite(config.lr_ratio) and config.lr_ratio > 1):

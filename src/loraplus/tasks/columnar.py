@@ -1,5 +1,7 @@
-"""Tables of columnar files: Parquet, folders that `datasets` saved, and the hub. Read in batches, so that what a small
-file unpacks to is seen before it fills the memory."""
+"""Reads columnar files: Parquet, folders that `datasets` saved, and the hub.
+
+They are read in batches, so that a small file that unpacks to a huge one is noticed before it fills the memory.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from typing import Any
 from loraplus.errors import InputError
 from loraplus.files.paths import is_inside
 from loraplus.files.single import read_json
-from loraplus.tasks.limited import TooMuchError, parquet_facts
+from loraplus.tasks.progress_log import ProgressLog
+from loraplus.tasks.sandbox import TooMuchError, parquet_facts
 from loraplus.tasks.stored import TableWriter
 from loraplus.tasks.tabular import Table, check_size
-from loraplus.tasks.telling import Telling
 
 _ROWS_AT_ONCE = 8192
 _BYTES_AT_ONCE = 2**29
@@ -45,7 +47,7 @@ def read_parquet(source: str, path: Path) -> Table:
 
 
 def check_datasets_folder(source: str, path: Path) -> None:
-    """Makes sure that a folder may be one that `datasets` wrote.
+    """Makes sure that a folder looks like one that `datasets` wrote.
 
     Raises:
         InputError: it holds no description.
@@ -100,7 +102,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_names(path: Path) -> None:
-    """Refuses a folder whose own files name others outside of it."""
+    """Refuses a folder whose files name files outside of it."""
     if (path / "dataset_dict.json").is_file():
         splits = read_json(path / "dataset_dict.json")["splits"]
         folders = [path / name for name in splits if _checked(path, name)]
@@ -142,7 +144,7 @@ def _from_batches(
 ) -> Table:
     if len(set(names)) < len(names):
         raise InputError(f"{source} has two columns of one name")
-    telling = Telling(f"reading {source}, rows", total)
+    progress = ProgressLog(f"reading {source}, rows", total)
     writer = TableWriter(source)
     rows = cells = size = 0
     for batch in batches:
@@ -158,7 +160,7 @@ def _from_batches(
         ]
         writer.add_batch(names, columns, batch.num_rows, size - earlier)
         rows += batch.num_rows
-        telling.advance(batch.num_rows)
+        progress.advance(batch.num_rows)
     return writer.table()
 
 

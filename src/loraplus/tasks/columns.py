@@ -24,15 +24,22 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Texts and their labels as strings."""
+class LabelledTexts:
+    """Texts and their labels as strings, one of each a row."""
 
     texts: Texts
     labels: Labels
     text_column: str
     label_column: str
 
-    def take(self, rows: np.ndarray) -> Examples:
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def contents(self) -> Texts:
+        """The texts."""
+        return self.texts
+
+    def take(self, rows: np.ndarray) -> LabelledTexts:
         """Some of them, in their order."""
         return replace(self, texts=self.texts.take(rows), labels=self.labels.take(rows))
 
@@ -42,7 +49,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _named(table: Table, column: str | None, option: str, usual: tuple[str, ...], taken: str | None) -> str | None:
-    """The column asked for, else one with a usual name that is not `taken` by the other part."""
+    """The column asked for, else one with a usual name. `taken` is the name that the other column has already."""
     if column is not None:
         if column not in table.columns:
             raise InputError(f"{table.source} has no column {column!r} ({option}); it has {_listed(table.columns)}")
@@ -59,9 +66,9 @@ def choose_text_column(
     Raises:
         InputError: the named column is missing, or none holds text.
     """
-    found = _named(table, text_column, option, TEXT_NAMES, label_column)
-    if found is not None:
-        return found
+    column = _named(table, text_column, option, TEXT_NAMES, label_column)
+    if column is not None:
+        return column
     lengths = _mean_lengths(table, label_column)
     if not lengths:
         raise InputError(f"{table.source}: no column holds text; name it with {option} ({_listed(table.columns)})")
@@ -87,15 +94,15 @@ def _mean_lengths(table: Table, leave_out: str | None) -> dict[str, float]:
 
 
 def _columns_of_few(table: Table, leave_out: str) -> list[str]:
-    """Columns of so few distinct values that they may be labels."""
+    """Columns with few distinct values, which may be labels."""
     most = min(_MOST_CLASSES_GUESSED, max(2, len(table) // 2))
-    found: dict[str, set[str | bytes]] = {name: set() for name in table.columns if name != leave_out}
-    for row in zip(*(table.columns[name] for name in found), strict=True):
-        for values, value in zip(found.values(), row, strict=True):
+    distinct: dict[str, set[str | bytes]] = {name: set() for name in table.columns if name != leave_out}
+    for row in zip(*(table.columns[name] for name in distinct), strict=True):
+        for values, value in zip(distinct.values(), row, strict=True):
             if len(values) <= most:
                 text = str(value)
                 values.add(text if len(text) < _SHORT else digest(text))
-    return [name for name, values in found.items() if 2 <= len(values) <= most]
+    return [name for name, values in distinct.items() if 2 <= len(values) <= most]
 
 
 def choose_columns(table: Table, text_column: str | None = None, label_column: str | None = None) -> tuple[str, str]:
@@ -147,10 +154,10 @@ def _labels(table: Table, column: str) -> Labels:
     firsts: list[int] = []
 
     def code(index: int, value: Any) -> int:
-        found = distinct.setdefault((isinstance(value, float), str(value).strip()), len(distinct))
-        if found == len(firsts):
+        number = distinct.setdefault((isinstance(value, float), str(value).strip()), len(distinct))
+        if number == len(firsts):
             firsts.append(index)
-        return found
+        return number
 
     codes = np.fromiter(map(code, itertools.count(), table.columns[column]), np.int32)
     all_numbers = all(_NUMBER.fullmatch(label) for _, label in distinct)
@@ -170,9 +177,9 @@ def _labels(table: Table, column: str) -> Labels:
     return Labels(merged.distinct, merged.codes[codes])
 
 
-def examples(
+def labelled_texts(
     table: Table, text_column: str | None = None, label_column: str | None = None, held_out: str | None = None
-) -> Examples:
+) -> LabelledTexts:
     """Texts and labels of a table, checked.
 
     Args:
@@ -200,7 +207,7 @@ def examples(
         raise InputError(
             f"{table.source}: column {label_column!r} has one class only ({labels[0]!r}); classification needs two"
         )
-    return Examples(texts, labels, text_column, label_column)
+    return LabelledTexts(texts, labels, text_column, label_column)
 
 
 def label_names(labels: Iterable[str]) -> list[str]:

@@ -45,7 +45,7 @@ def learning_rate(text: str) -> float | str:
 
 
 def check_held(option: str, value: float, lowest: float, highest: float) -> None:
-    """Refuses a rate or ratio that the study of a comparison or search does not hold, or soon would not.
+    """Refuses a rate or ratio outside the range that a search starts from.
 
     Raises:
         InvalidRateError: names the option.

@@ -1,4 +1,4 @@
-"""From a table to conversations, prompts with completions, or texts: which of them it holds, and whether each is whole.
+"""Turns a table into conversations, prompts with completions, or texts, and checks that each is complete.
 
 The columns are those of TRL: `messages`, a list of {"role", "content"}; `prompt` and `completion`, both strings or both
 lists of messages; or a text. `conversations`, with "from" and "value" too, is read as `messages`.
@@ -6,15 +6,17 @@ lists of messages; or a text. `conversations`, with "from" and "value" too, is r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from loraplus.errors import InputError
 from loraplus.files.parsing import ParseError, parse_json
 from loraplus.tasks.columns import TEXT_NAMES, choose_text_column, strings
-from loraplus.tasks.streamed import Made
+from loraplus.tasks.streamed import Labels, Made
 from loraplus.tasks.table import Table
 
 CONVERSATION, COMPLETION, TEXT = "conversation", "prompt and completion", "text"
@@ -57,15 +59,31 @@ def _content(part: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Examples:
+class LanguageExamples:
     """Examples of one kind, made of the table when they are looked at; `are_chats` if any needs a chat template."""
 
     kind: str
     rows: Made[Example]
     are_chats: bool = False
 
+    def __len__(self) -> int:
+        return len(self.rows)
 
-def read_examples(table: Table, task: str, text_column: str | None = None) -> Examples:
+    @property
+    def labels(self) -> Labels:
+        """One for all: there are no classes."""
+        return Labels([""], np.zeros(len(self), np.int32))
+
+    def contents(self) -> Iterator[str]:
+        """The text of each."""
+        return (row.content for row in self.rows)
+
+    def take(self, rows: np.ndarray) -> LanguageExamples:
+        """Some of them, in their order."""
+        return replace(self, rows=self.rows.take(rows))
+
+
+def read_examples(table: Table, task: str, text_column: str | None = None) -> LanguageExamples:
     """The examples of a table, checked one by one.
 
     Args:
@@ -84,12 +102,16 @@ def read_examples(table: Table, task: str, text_column: str | None = None) -> Ex
     kind = TEXT if task == "lm" or text_column is not None else _kind(table)
     if kind == TEXT:
         texts = strings(table, "text", choose_text_column(table, text_column))
-        return Examples(kind, Made(lambda i, text: Example(table.place(i), text=text), (range(len(table)), texts)))
+        return LanguageExamples(
+            kind, Made(lambda i, text: Example(table.place(i), text=text), (range(len(table)), texts))
+        )
     names = _PAIR if kind == COMPLETION else (_messages_column(table) or MESSAGES_NAMES[0],)
     make = _pair if kind == COMPLETION else partial(_conversation, *names)
     columns = [table.columns[name] for name in (*names, "tools") if name in table.columns]
     rows = Made(lambda i, *cells: make(table.place(i), *cells), (range(len(table)), *columns))
-    return Examples(kind, rows, are_chats=sum(row.is_chat for row in rows) > 0)  # looks at all, which checks all
+    return LanguageExamples(
+        kind, rows, are_chats=sum(row.is_chat for row in rows) > 0
+    )  # looks at all, which checks all
 
 
 def _messages_column(table: Table) -> str | None:
@@ -137,7 +159,7 @@ def _tools(value: Any, where: str) -> Any:
 
 
 def _without_none(value: Any) -> Any:
-    """Without the empty fields, however deep, that columnar files fill in."""
+    """Leaves out empty fields at any depth: columnar files fill them in."""
     if isinstance(value, Mapping):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Several processes that train one adapter, as one process would with the same batches (torchrun, accelerate launch).
+"""Trains one adapter in several processes (torchrun, accelerate launch), as one process would with the same batches.
 
 Each batch of the run is cut into one part a process. The loss of a process is weighted by the size of its part,
 
@@ -39,7 +39,7 @@ def is_main_process() -> bool:
 
 
 def wait_for_all() -> None:
-    """Returns once every process has come here; at once if there is one only."""
+    """Waits until every process has come here. With one process it returns at once."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -154,7 +154,7 @@ class DataParallelTrainer(LoraPlusTrainer):
         return DataLoader(_Weighted(rows), batch_sampler=parts, collate_fn=collate)
 
     def order(self, rows: Any, batch_size: int) -> OrderByPass:
-        """An order for each pass by the seed alone, so that a run that goes on within a pass finds it again."""
+        """The order of a pass, from its number and the seed alone, so that a run resumed within it finds it again."""
         return OrderByPass(
             self.lengths(rows), batch_size, lambda: self.args.seed + int((self.state.epoch or 0.0) + _SAME_PASS)
         )
@@ -172,7 +172,7 @@ class DataParallelTrainer(LoraPlusTrainer):
         return {**part, _WEIGHT: weight}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """All of the validation data in every process: Trainer's mean over uneven shares is not that of one process."""
+        """All of the validation data, in every process: a mean over uneven shares is not one process's."""
         if self.args.world_size == 1:
             return super().get_eval_dataloader(eval_dataset)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -186,6 +186,7 @@ class DataParallelTrainer(LoraPlusTrainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def _own_results(self, values: torch.Tensor, **_: Any) -> torch.Tensor:
+        """This process's results (batch, …), without the rows that only fill a last batch up."""
         state = self.accelerator.gradient_state  # as in one process: a last batch counts by its own size
         return values[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else values
 
@@ -194,7 +195,7 @@ class DataParallelTrainer(LoraPlusTrainer):
     ) -> Any:
         """Trainer's loss, weighted in training."""
         weight = inputs.pop(_WEIGHT, None)
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if weight is None:
-            return found
-        return (found[0] * weight, found[1]) if return_outputs else found * weight
+            return loss
+        return (loss[0] * weight, loss[1]) if return_outputs else loss * weight

@@ -1,4 +1,4 @@
-"""From examples to token ids and which are learnt, as TRL's SFTTrainer makes them; errors name the example's line."""
+"""Turns examples into token ids and marks those to learn, as TRL's SFTTrainer does. Errors name the example's line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl.chat_template_utils import (
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.tasks.chat import Chats, ChatTemplateError
 from loraplus.tasks.config import ON_ALL, ON_ASSISTANT, ON_COMPLETION
-from loraplus.tasks.conversations import COMPLETION, CONVERSATION, Example, Examples
+from loraplus.tasks.conversations import COMPLETION, CONVERSATION, Example, LanguageExamples
 from loraplus.tasks.generate import ONLY_IDS, ends_texts, text_ids, texts_ids
 from loraplus.tasks.target_rows import Encoded
 
@@ -52,7 +52,7 @@ class Encoder:
             asked for and that TRL does not know how to mark.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str, examples: Examples, on: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str, examples: LanguageExamples, on: str) -> None:
         self._tokenizer, self._chats, self._on, self._template = tokenizer, Chats(tokenizer), on, None
         self._end: Any = None if ends_texts(tokenizer) else tokenizer.eos_token
         if examples.are_chats:
@@ -71,8 +71,8 @@ class Encoder:
             InputError: the chat template refuses a conversation or marks none of its turns; names the line.
         """
         plain = [row for row in rows if not row.is_chat]
-        found = iter(self._of_plain(plain) if plain else ())
-        return [self._of_chat(row) if row.is_chat else next(found) for row in rows]
+        encoded = iter(self._of_plain(plain) if plain else ())
+        return [self._of_chat(row) if row.is_chat else next(encoded) for row in rows]
 
     def prompt(self, example: Example) -> tuple[list[int], list[int]]:
         """(what a model is given, how the example goes on).
@@ -131,13 +131,13 @@ class Encoder:
 
 
 def _behind(prompt: Sequence[int], whole: Sequence[int]) -> Encoded:
-    """All that stands behind the prompt is learnt."""
+    """Marks everything after the prompt as tokens to learn."""
     start = _shared(prompt, whole)
     return Encoded(whole, [0] * start + [1] * (len(whole) - start))
 
 
 def _shared(prompt: Sequence[int], whole: Sequence[int]) -> int:
-    """Where a completion starts: where its prompt, and prompt with completion, first differ."""
+    """The index at which a completion starts: the first where prompt and prompt with completion differ."""
     pairs = enumerate(zip(prompt, whole, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
 

@@ -9,10 +9,11 @@ from typing import Any
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.files import manifest
 from loraplus.files.checkpoints import can_be_read, newest_whole
-from loraplus.files.output import read_json
+from loraplus.files.single import read_json
+from loraplus.tasks.saved_adapter import CONFIG_FILE, WEIGHTS_FILE
 
 METRICS_FILE = "metrics.json"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 
 def finished_run(folder: Path) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ def generate(
     on_text: Callable[[str], None] | None = None, on_batch: Callable[[int], None] | None = None,
     places: Sequence[str] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Continues each prompt; the model, its mode and the random state are afterwards as they were.
+    """Continues each prompt. The model's mode and the random state are restored afterwards.
 
     What a prompt is continued with does not depend on the other prompts if the temperature is 0: shorter ones are
     padded on the left and not attended to there.
@@ -121,7 +121,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool | None = None, syst
 
 
 def text_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
-    """The tokens of a text that is to go on: without the end that some tokenizers put behind every text.
+    """The tokens of a text to continue, without the end-of-text token that some tokenizers add to every text.
 
     Args:
         tokenizer: of the model.
@@ -179,7 +179,7 @@ def _rooms(model: Any, rows: list[list[int]], wanted: int, places: Sequence[str]
 
 
 def _batches(rows: list[list[int]], rooms: list[int], size: int) -> Iterator[list[int]]:
-    """Prompts of like length together, and only those with equally much room: a batch stops as one."""
+    """Batches of prompts of similar length and with equally much room, since a batch stops as one."""
     order = sorted(range(len(rows)), key=lambda i: (rooms[i], len(rows[i])))
     for _, group in groupby(order, key=lambda i: rooms[i]):
         same = list(group)
@@ -187,7 +187,7 @@ def _batches(rows: list[list[int]], rooms: list[int], size: int) -> Iterator[lis
 
 
 def _settings(model: Any, tokenizer: Any, room: int, temperature: float, top_p: float) -> GenerationConfig:
-    """All that shapes the output is set here, so that nothing of the model's own generation settings comes in."""
+    """Sets everything that shapes the output, so that none of the model's own generation settings is used."""
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     if not all(isinstance(end, int) and 0 <= end <= _LARGEST_TOKEN for end in ends):
@@ -207,7 +207,10 @@ def continue_ids(
     model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], room: int, temperature: float = 0.0, top_p: float = 1.0,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Continues token ids, padded on the left, by at most `room` tokens each; see `generate`."""
+    """Continues token ids by at most `room` tokens each; see `generate`.
+
+    They become one tensor (rows, longest row), padded on the left, so that every answer starts in the same column.
+    """
     settings = _settings(model, tokenizer, room, temperature, top_p)
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), int(settings.pad_token_id))  # type: ignore[arg-type]
@@ -224,7 +227,7 @@ def continue_ids(
 
 
 class _Pieces(BaseStreamer):
-    """Hands text on as soon as its last character is whole."""
+    """Passes text on as soon as its last character is complete."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         self._tokenizer, self._on_text = tokenizer, on_text

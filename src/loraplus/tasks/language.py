@@ -6,8 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,19 +18,19 @@ from loraplus.errors import InputError
 from loraplus.files.single import read_template
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.tasks.checks import check_task
-from loraplus.tasks.config import CompareConfig, TaskConfig
-from loraplus.tasks.conversations import Example, Examples, read_examples
+from loraplus.tasks.config import TaskConfig
+from loraplus.tasks.conversations import Example, LanguageExamples, read_examples
 from loraplus.tasks.encoding import Encoder, loss_on
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
-from loraplus.tasks.lengths import most_validation_examples
 from loraplus.tasks.model import load_language_model
 from loraplus.tasks.packing import PackingCollator, keeps_apart
 from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.samples import answers
-from loraplus.tasks.splits import check_seed, stratified_sample, stratified_split, without_duplicates
-from loraplus.tasks.streamed import Labels, Made, in_parts
+from loraplus.tasks.splits import split
+from loraplus.tasks.streamed import Made, in_parts
 from loraplus.tasks.table import read_table
 from loraplus.tasks.target_rows import Encoded, TargetRows, fit, how_to_fit
+from loraplus.tasks.task import Task
 from loraplus.tasks.token_rows import AT_ONCE
 
 _LENGTH_CAP = 1024  # TRL's default
@@ -70,46 +68,39 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         InputError: data that cannot be used; the message names the file, column or line.
     """
     check_task(config)
-    check_seed(config)
-    train = read_examples(read_table(config.data), config.task, config.text_column)
-    on = loss_on(config.loss_on, train.kind)
-    how = how_to_fit(config.long_examples, config.task, train.kind)
-    encoder = Encoder(tokenizer, config.model, train, on)
+    data = read_examples(read_table(config.data), config.task, config.text_column)
+    on = loss_on(config.loss_on, data.kind)
+    how = how_to_fit(config.long_examples, config.task, data.kind)
+    encoder = Encoder(tokenizer, config.model, data, on)
 
-    rows = train.rows
-    test = rows.take(np.arange(0))
-    if isinstance(config, CompareConfig):
-        rows, test = _hold_out(
-            rows, train.kind, config.test_data, config.test_fraction, config.max_test_samples, config
-        )  # fmt: skip
-    most = most_validation_examples(config, len(rows))
-    rows, validation = _hold_out(rows, train.kind, config.eval_data, config.eval_fraction, most, config)
-    rows, removed = _without_duplicates(rows, validation, test)
-    validation, removed_validation = _without_duplicates(validation, test)
-    if not rows or not validation:
-        raise InputError(f"{config.data}: nothing is left to train on after examples of the held-out data were removed")
+    def read(source: str, option: str) -> LanguageExamples:
+        aside = read_examples(read_table(source), config.task, config.text_column)
+        if aside.kind != data.kind:
+            raise InputError(f"{source} is of the kind {aside.kind}, but {config.data} is of the kind {data.kind}")
+        return aside
 
-    encoded, fingerprint = _encoded((rows, validation, test), encoder)
+    train, validation, test, removed = split(data, config, read)
+    encoded, fingerprint = _encoded((train.rows, validation.rows, test.rows), encoder)
     max_length = checked_length(config, _max_length(int(encoded[0].lengths.max()), tokenizer), tokenizer)
-    fitted = [fit(split, max_length, how) for split in encoded]
-    for name, split in zip(("training", "validation", "test"), fitted, strict=True):
-        if not split.rows and (name != "test" or test):
+    fitted = [fit(rows, max_length, how) for rows in encoded]
+    for name, part in zip(("training", "validation", "test"), fitted, strict=True):
+        if not part.rows and (name != "test" or len(test)):
             raise InputError(
                 f"{config.data}: no {name} example has a token to learn within {max_length} tokens; raise --max-length"
             )
     facts = {
         "source": config.data,
-        "format": train.kind,
+        "format": data.kind,
         "loss_on": on,
-        "train_examples": len(rows),
+        "train_examples": len(train),
         "validation_examples": len(validation),
         "test_examples": len(test),
-        "duplicates_removed": removed + removed_validation,
+        "duplicates_removed": removed,
         "max_length": max_length,
-        "longer_than_context": sum(split.longer for split in fitted),
+        "longer_than_context": sum(part.longer for part in fitted),
         "long_examples": how,
-        "tokens_cut": sum(split.cut for split in fitted),
-        "examples_dropped": sum(split.dropped for split in fitted),
+        "tokens_cut": sum(part.cut for part in fitted),
+        "examples_dropped": sum(part.dropped for part in fitted),
         "train_rows": len(fitted[0].rows),
         "train_tokens": int(fitted[0].rows.lengths.sum(dtype=np.int64)),
         "train_target_tokens": fitted[0].targets,
@@ -122,7 +113,7 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         train=fitted[0].rows,
         validation=fitted[1].rows.by_length(),
         test=fitted[2].rows.by_length(),
-        held_out=validation,
+        held_out=validation.rows,
         encoder=encoder,
         max_length=max_length,
         facts=facts,
@@ -130,42 +121,8 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
     )
 
 
-def _hold_out(
-    rows: Made[Example], kind: str, source: str | None, fraction: float, at_most: int | None, config: TaskConfig
-) -> tuple[Made[Example], Made[Example]]:
-    """(rest, held out): from a file of its own, or a part of `rows`."""
-    if source is not None:
-        found = read_examples(read_table(source), config.task, config.text_column)
-        _check_kind(found, kind, source, config.data)
-        rest, held_out = rows, found.rows
-    elif len(rows) < 2:
-        raise InputError(f"{config.data}: one example is too few to keep any aside; add some, or name held-out data")
-    else:
-        kept, held = stratified_split(_of_one_class(rows), fraction, config.seed)
-        rest, held_out = rows.take(kept), rows.take(held)
-    if at_most is not None and at_most < len(held_out):
-        held_out = held_out.take(stratified_sample(_of_one_class(held_out), at_most, config.seed))
-    return rest, held_out
-
-
-def _of_one_class(rows: Sequence[Example]) -> Labels:
-    return Labels([""], np.zeros(len(rows), np.int32))
-
-
-def _check_kind(found: Examples, kind: str, source: str, data: str) -> None:
-    if found.kind != kind:
-        raise InputError(f"{source} is of the kind {found.kind}, but {data} is of the kind {kind}")
-
-
-def _without_duplicates(rows: Made[Example], *held_out: Made[Example]) -> tuple[Made[Example], int]:
-    kept, removed = without_duplicates(
-        (row.content for row in rows), (row.content for row in chain.from_iterable(held_out))
-    )
-    return rows.take(kept), removed
-
-
 def _max_length(longest: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Takes in the longest example, within what TRL and the model take."""
+    """The length of the longest example, within what TRL and the model take."""
     return max(2, min(longest, _LENGTH_CAP, tokenizer.model_max_length))
 
 
@@ -174,25 +131,25 @@ def _encoded(splits: Sequence[Made[Example]], encoder: Encoder) -> tuple[list[Ta
 
     The hash tells edited data, and another template, when a run is resumed.
     """
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
 
     def parts(rows: Made[Example]) -> Iterator[list[Encoded]]:
         for number, part in enumerate(in_parts(rows, AT_ONCE, lambda row: len(row.content))):
             encoded = encoder(part)
             text = json.dumps([[row.ids, row.labels] for row in encoded])
-            found.update(((", " if number else "") + text[1:-1]).encode())
+            hashed.update(((", " if number else "") + text[1:-1]).encode())
             yield encoded
 
     encoded = []
     for place, rows in enumerate(splits):
-        found.update(b", [" if place else b"[[")
+        hashed.update(b", [" if place else b"[[")
         encoded.append(TargetRows.of(parts(rows), len(rows)))
-        found.update(b"]")
-    found.update(b"]")
-    return encoded, found.hexdigest()
+        hashed.update(b"]")
+    hashed.update(b"]")
+    return encoded, hashed.hexdigest()
 
 
-class LanguageModelling:
+class LanguageModelling(Task):
     """The tasks sft and lm."""
 
     metrics: tuple[str, ...] = ("eval_perplexity",)
@@ -267,9 +224,3 @@ class LanguageModelling:
     ) -> list[dict[str, str]]:
         """As `answers`, for the first validation examples."""
         return answers(model, tokenizer, data.encoder, data.held_out, count)
-
-    def save_beside_adapter(
-        self, model: PeftModel, data: LanguageData, tokenizer: PreTrainedTokenizerBase, folder: Path
-    ) -> None:
-        """The tokenizer with its chat template."""
-        tokenizer.save_pretrained(str(folder))

@@ -22,14 +22,15 @@ from loraplus.tasks.target_rows import IGNORED, TargetRows
 
 @dataclass
 class LanguageTrainingArguments(LoraPlusTrainingArguments, SFTConfig):
-    """SFTConfig with the rates of LoRA+; what both have and nobody sets is as in TrainingArguments."""
+    """SFTConfig with the rates of LoRA+. Defaults of settings that both classes have are those of TrainingArguments."""
 
 
 def token_metrics(prediction: Any) -> dict[str, float]:
     """Mean loss over all target tokens, and its perplexity.
 
     Args:
-        prediction: EvalPrediction with each example's summed loss, and as label its number of target tokens.
+        prediction: EvalPrediction with each example's summed loss (examples,), and as label its number of target
+            tokens (examples,).
     """
     loss = float(np.sum(prediction.predictions, dtype=np.float64) / np.sum(prediction.label_ids))
     return {"loss": loss, "perplexity": perplexity(loss)}
@@ -67,7 +68,7 @@ class LanguageTrainer(DataParallelTrainer, SFTTrainer):  # type: ignore[misc]
             self.data_collator = padding
 
     def weighted(self, part: dict[str, Any], weight: float) -> dict[str, Any]:
-        """A part counts by its target tokens; one that only fills a process's place has none."""
+        """A part counts by its target tokens. One of weight 0 only keeps its process busy and loses its targets."""
         return part if weight else {**part, "labels": torch.full_like(part["labels"], IGNORED)}
 
     def compute_loss(
@@ -90,7 +91,7 @@ class LanguageTrainer(DataParallelTrainer, SFTTrainer):  # type: ignore[misc]
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Each example's summed loss, and its number of target tokens."""
+        """Each example's summed loss (batch,), and its number of target tokens (batch,)."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)

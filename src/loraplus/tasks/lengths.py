@@ -24,7 +24,7 @@ def steps_of(config: TaskConfig, train_examples: int) -> int:
 
 
 def steps_between_evaluations(steps: int, batch_size: int, validation_examples: int) -> int:
-    """How often a run is evaluated if nobody says otherwise: ten times, or as often as a fifth of its time allows.
+    """The default distance of evaluations: ten in a run, or as many as a fifth of its time allows.
 
     A curve has at least three points, whatever they take. The last is the end of the run.
 
@@ -63,5 +63,5 @@ def most_validation_examples(config: TaskConfig, train_examples: int) -> int | N
 
 
 def _affordable(trained: int) -> float:
-    """Examples that can be evaluated beside so many that are trained on."""
+    """How many examples can be evaluated in a run that trains on so many."""
     return trained * LARGEST_SHARE / (1 - LARGEST_SHARE) / COST

@@ -27,7 +27,7 @@ _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line; with its name where it would say little without."""
+    """The first line of a library's error, with the error's name where the line alone says little."""
     lines = str(error).strip().splitlines()
     line = lines[0].strip() if lines else ""
     if isinstance(error, MemoryError):
@@ -39,7 +39,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def loading(what: str, advice: str = "") -> Iterator[None]:
-    """Makes one line of whatever a library raises for files that are missing, damaged, or of another model.
+    """Turns whatever a library raises into one line: files may be missing, damaged, or of another model.
 
     Args:
         what: begins the line.
@@ -111,7 +111,7 @@ def _needs_code(model: str) -> InputError:
 
 
 def _check_folder(folder: Path, trust_remote_code: bool) -> None:
-    """Looks at what transformers would follow without looking: names of files and of kernels, sizes of archives."""
+    """Checks what transformers would follow unchecked: names of files and of kernels, sizes of archives."""
     if is_file(folder / "config.json"):
         config = _settings(folder, folder / "config.json")
         if not trust_remote_code and _names_kernel(config):
@@ -144,7 +144,7 @@ def _settings(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def check_fits(loader: Any, model: str, *, config: Any = None, trust_remote_code: bool = False, **options: Any) -> None:
-    """Refuses a configuration of a far larger model than its weights: what they lack would fill the memory.
+    """Refuses a configuration of a far larger model than its weights: the rest would fill the memory.
 
     Args:
         loader: a model class of transformers.

@@ -15,16 +15,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loraplus.errors import InputError, MergeMismatchError
-from loraplus.files.output import check_unicode, check_writable
+from loraplus.files.output import check_unicode, check_writable, is_empty, not_ours
 from loraplus.files.paths import resolve_model, user_path
 from loraplus.files.replacing import put_back, replace_folder
 from loraplus.files.scratch import folder_beside
 from loraplus.files.single import read_json, write_json
-from loraplus.files.whole import TEMPORARY, follow_umask
+from loraplus.files.whole import follow_umask
 from loraplus.tasks.adapter import load_causal
 from loraplus.tasks.loading import first_line, from_pretrained, loading
 from loraplus.tasks.predict import load_adapter
-from loraplus.tasks.saved_adapter import adapter_settings
+from loraplus.tasks.saved_adapter import adapter_settings, loading_base_of
 
 RECORD_FILE = "merge.json"
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -34,9 +34,14 @@ _CHECKED_TEXTS, _CHECKED_TOKENS = 4, 16
 
 
 def merge(
-    adapter: str, output: str | os.PathLike[str], *, model: str | None = None, dtype: str | None = None,
-    overwrite: bool = False, trust_remote_code: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    adapter: str,
+    output: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Writes base model and adapter as one model that needs neither PEFT nor loraplus.
 
     Args:
@@ -64,7 +69,6 @@ def merge(
     base = model or settings["base_model_name_or_path"]
     target = Path(output).resolve()  # a link stays one
     _check_output(target, {"the adapter": adapter, "the base model": base}, overwrite)
-    check_writable(Path(output))
     loader, adapted, tokenizer = _load(adapter, model, settings.get("task_type"), base, trust_remote_code)
     dtype = dtype or str(adapted.dtype).removeprefix("torch.")
     if dtype not in TOLERANCES:
@@ -105,14 +109,11 @@ def _check_output(target: Path, sources: dict[str, str], overwrite: bool) -> Non
         raise InputError(f"--output {target} is a file; name a folder")
     check_writable(target)
     put_back(target)
-    if target.is_dir() and not all(TEMPORARY.fullmatch(path.name) for path in target.iterdir()):
+    if not is_empty(target):
         if not overwrite:
             raise InputError(f"{target} is not empty: --overwrite replaces an earlier merge, or name another --output")
         if _files_of_merge(target) is None:
-            raise InputError(
-                f"--overwrite: {target} holds files but no {RECORD_FILE} of an earlier merge, so it is not replaced; "
-                "name another --output"
-            )
+            raise not_ours(target, f"{RECORD_FILE} of an earlier merge")
 
 
 def _files_of_merge(folder: Path) -> set[str] | None:
@@ -128,10 +129,8 @@ def _load(
     """(auto class that reads the merged model, model with adapter, tokenizer)."""
     if task not in (_CLASSIFIER, "CAUSAL_LM", None):
         raise InputError(f"{adapter} is an adapter for {task}; merge takes classifiers and causal language models")
-    try:
+    with loading_base_of(adapter):
         config = from_pretrained(AutoConfig, resolve_model(base), trust_remote_code=trust_remote_code)
-    except InputError as error:
-        raise InputError(f"{adapter}: {error}; name the base model that it was trained on with --model") from None
     if getattr(config, "quantization_config", None):
         raise InputError(
             f"{base} is quantized, and merging would round the adapter with it; name the base model in full precision "
@@ -144,7 +143,7 @@ def _load(
 
 
 def _fixed_inputs(model: Any) -> torch.Tensor:
-    """The same tokens every time, from the whole vocabulary; padding means other things than a token."""
+    """Fixed token ids (texts, tokens) from the whole vocabulary, without padding, which models treat apart."""
     config = model.config.get_text_config()
     drawn = torch.Generator().manual_seed(0)
     rows = torch.randint(config.vocab_size, (_CHECKED_TEXTS, _CHECKED_TOKENS), generator=drawn)
@@ -185,14 +184,14 @@ def _untie(model: Any) -> bool:
 
 
 def _inner(layer: Any) -> Any:
-    """The base model's own layer, out of PEFT's."""
+    """The base model's layer inside of PEFT's."""
     for name in ("base_layer", "original_module"):
         layer = getattr(layer, name, layer)
     return layer
 
 
 def _tie_again(model: Any) -> None:
-    """Where the two are still equal one is written; else both are, and the configuration says so."""
+    """Ties the two again if they are still equal. If not, both are written, and the configuration says so."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     equal = torch.equal(embedding.weight, head.weight)
     if equal:
@@ -207,9 +206,9 @@ def _save(model: Any, tokenizer: Any, folder: Path, target: Path) -> None:
         follow_umask(folder)
 
 
-def _compare(expected: torch.Tensor, found: torch.Tensor, dtype: str, target: Path) -> dict[str, float]:
+def _compare(expected: torch.Tensor, written: torch.Tensor, dtype: str, target: Path) -> dict[str, float]:
     largest = float(expected.abs().max())
-    difference = float((found - expected).abs().max())
+    difference = float((written - expected).abs().max())
     relative = difference / largest if largest else difference
     if not relative <= TOLERANCES[dtype]:  # also if it is no number
         raise MergeMismatchError(

@@ -107,12 +107,12 @@ def tied_rate(model: nn.Module) -> float:
 
 
 def rates_arrived_at(optimizer: torch.optim.Optimizer) -> tuple[float, float] | None:
-    """(η_A, η_B) that an optimizer has come to, without the schedule; None if they are no numbers."""
+    """(η_A, η_B) of an optimizer by now, without the schedule. None if they are no numbers."""
     from loraplus.groups import rate_of_group
 
-    found = {}
+    rates = {}
     for group in optimizer.param_groups:
         rate = rate_of_group(optimizer, group, base=True) or 0.0
-        found[group["name"].removesuffix("_no_decay")] = rate * group.get("d", 1.0)  # d is Prodigy's estimate
-    lr_a, lr_b = float(found.get(Role.A.value, math.nan)), float(found.get(Role.B.value, math.nan))
+        rates[group["name"].removesuffix("_no_decay")] = rate * group.get("d", 1.0)  # d is Prodigy's estimate
+    lr_a, lr_b = float(rates.get(Role.A.value, math.nan)), float(rates.get(Role.B.value, math.nan))
     return (lr_a, lr_b) if math.isfinite(lr_a) and math.isfinite(lr_b) else None

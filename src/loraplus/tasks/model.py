@@ -93,7 +93,7 @@ def load_language_model(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, 
 
 
 def keep_differentiable(model: Any) -> None:
-    """Keeps bitsandbytes from laying 4-bit weights out anew for a CPU's inference kernels.
+    """Keeps bitsandbytes from converting 4-bit weights for a CPU's inference kernels.
 
     It does so at the first evaluation, for good, and no gradient passes through such a layer: training would go on and
     learn nothing.
@@ -105,7 +105,7 @@ def keep_differentiable(model: Any) -> None:
 
 @torch.no_grad()
 def _check_runs(config: TaskConfig, model: PeftModel) -> None:
-    """4-bit kernels ask for certain widths, which shows at the first step only."""
+    """Runs the model once: 4-bit kernels take certain widths only, which shows at the first step."""
     try:
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""Several examples in one row, each as if it stood alone: positions start anew, and attention stays within an example.
+"""Puts several examples into one row, each as if alone: its positions start at 0, and attention stays within it.
 
 TRL packs the whole data set and lays a batch out as one row, which only attention kernels for rows of unequal length
 take at linear cost. Here the examples of a batch are packed, into rows of at most the longest length: a step has the
@@ -49,7 +49,7 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 class PackingCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, given rows of several examples; tells them apart by positions that start anew.
+    """TRL's collator for rows of several examples. Their positions start at 0, which keeps them apart.
 
     Args:
         room: tokens of a row.
@@ -62,7 +62,14 @@ class PackingCollator(DataCollatorForLanguageModeling):
         self.room = room
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of packed rows; padding stands at position 0, so it is a sequence of its own."""
+        """A batch of packed rows; padding stands at position 0, so it is a sequence of its own.
+
+        Args:
+            examples: {"input_ids", "labels"}, lists of token ids of one length.
+
+        Returns:
+            {"input_ids", "labels", "position_ids"}, each (rows, longest row).
+        """
         rows = []
         for row in best_fit([len(example["input_ids"]) for example in examples], self.room):
             chosen = [examples[i] for i in row]
@@ -78,7 +85,7 @@ class PackingCollator(DataCollatorForLanguageModeling):
 
 @torch.no_grad()
 def keeps_apart(model: Any) -> bool:
-    """Whether a model keeps the examples of a packed row apart, found out by trying.
+    """Tries whether a model keeps the examples of a packed row apart.
 
     Not every model does: some attention layers and all recurrent ones look at the row as a whole.
 
@@ -107,7 +114,15 @@ def keeps_apart(model: Any) -> bool:
 
 
 def _after(model: Any, before: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
-    """What the model makes of an example that stands behind another in its row."""
+    """What the model makes of examples that stand behind others in their rows.
+
+    Args:
+        model: causal language model.
+        before, example: token ids (rows, checked tokens).
+
+    Returns:
+        Logits of `example` (rows, checked tokens, vocabulary).
+    """
     positions = torch.arange(_CHECKED).repeat(2).expand(len(before), -1)
     row = torch.cat([before, example], dim=1)
     logits = model(input_ids=row.to(model.device), position_ids=positions.to(model.device), use_cache=False).logits

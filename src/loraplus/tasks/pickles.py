@@ -29,7 +29,7 @@ def load_pickle(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> None:
-    """Refuses a file that unpacks to more than it is: torch stores and never compresses.
+    """Refuses a compressed archive: torch never writes one, and a small one may unpack to far more than memory holds.
 
     Raises:
         InputError: it does.
@@ -44,5 +44,5 @@ def check_archive(path: Path) -> None:
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has as many numbers as it says, none of them counted twice by its strides."""
+    """Whether a tensor's memory holds as many numbers as its shape says: strides may count one twice."""
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

@@ -13,7 +13,7 @@ from loraplus.files.paths import is_file, user_path
 from loraplus.tasks.adapter import put_adapter
 from loraplus.tasks.loading import from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.pretrained import load_base
-from loraplus.tasks.saved_adapter import adapter_settings
+from loraplus.tasks.saved_adapter import adapter_settings, loading_base_of
 
 
 def load_adapter(adapter: str, base_model: str | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -39,10 +39,8 @@ def load_adapter(adapter: str, base_model: str | None = None, *, trust_remote_co
     name = base_model or str(settings["base_model_name_or_path"])
     config = from_pretrained(AutoConfig, str(folder), trust_remote_code=trust_remote_code)
     _check_labels(adapter, config)
-    try:
+    with loading_base_of(adapter):
         base, fresh = load_base(name, config=config, trust_remote_code=trust_remote_code)
-    except InputError as error:
-        raise InputError(f"{adapter}: {error}; name the base model that it was trained on with --model") from None
     unsaved = [head for head in fresh if not head.endswith(tuple(settings.get("modules_to_save") or ()))]
     if unsaved:
         raise InputError(
@@ -84,6 +82,7 @@ def predict(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer([texts[i] for i in chosen], truncation=True, padding=True, return_tensors="pt")
+        # (texts, classes); in single precision, since half cannot tell a probability of 0.9999 from 1
         probabilities = model(**batch.to(model.device)).logits.float().softmax(dim=-1)
         top, label = probabilities.max(dim=-1)
         for i, value, index in zip(chosen, top.tolist(), label.tolist(), strict=True):

@@ -113,7 +113,7 @@ def _load(loader: Any, model: str, **options: Any) -> tuple[Any, set[str], set[s
 
 @torch.no_grad()
 def _check_finite(model: str, loaded: Any, unset: set[str]) -> None:
-    """Refuses weights that are NaN or infinite: training on them would blame the rates."""
+    """Refuses weights that are NaN or infinite: training would diverge, and the rates would be blamed."""
     for name, weight in loaded.named_parameters():
         # A sum is much faster than looking at each, and NaN or infinite if one of them is.
         if name in unset or weight.dtype not in _SUMMED or math.isfinite(float(weight.sum(dtype=torch.float32))):
@@ -126,7 +126,7 @@ def _check_finite(model: str, loaded: Any, unset: set[str]) -> None:
 
 
 def check_tokens(model: Any, largest: int, name: str) -> None:
-    """Refuses token ids that a model has no embedding of: its tokenizer is another's.
+    """Refuses token ids that a model has no embedding of: the tokenizer is another model's.
 
     Args:
         model: with an embedding of tokens.

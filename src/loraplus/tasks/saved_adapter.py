@@ -1,7 +1,9 @@
-"""What stands in an adapter's folder, read without torch, so that a wrong one is refused at once."""
+"""Reads an adapter's settings without torch, so that a wrong folder is refused at once."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from loraplus.errors import InputError
@@ -27,3 +29,16 @@ def adapter_settings(adapter: str) -> dict[str, Any]:
     if not isinstance(settings, dict) or not isinstance(settings.get("base_model_name_or_path"), str):
         raise InputError(f"{folder / CONFIG_FILE} does not name a base model; the adapter is damaged")
     return settings
+
+
+@contextmanager
+def loading_base_of(adapter: str) -> Iterator[None]:
+    """Adds to the error of a base model that cannot be loaded which adapter needs it, and how to name another.
+
+    Raises:
+        InputError: as the block, with that.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{adapter}: {error}; name the base model that it was trained on with --model") from None

@@ -1,4 +1,4 @@
-"""Tables whose rows are separated values: CSV, and TSV quoted or not."""
+"""Reads tables of separated values: CSV, and TSV with quotes or without."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def read_tabs(source: str, path: Path) -> Table:
     Raises:
         InputError: as for CSV.
     """
-    found: list[Table] = []
+    readings: list[Table] = []
     errors: list[LineError] = []
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
         reading = _Reading(source, path, "\t", quoting)
         try:
-            found.append(reading.table())
+            readings.append(reading.table())
         except LineError as error:
             errors.append(error)
         if not reading.has_quotes:
             break
-    if not found:
+    if not readings:
         raise max(errors, key=lambda error: error.line)
-    return max(found, key=len)
+    return max(readings, key=len)
 
 
 class _Reading:
-    """One pass over a file; keeps the lines of the row under way, to say what is wrong with it."""
+    """One pass over a file. Keeps the lines of the current row, to say what is wrong with it."""
 
     def __init__(self, source: str, path: Path, delimiter: str, quoting: Any) -> None:
         self._source, self._path, self._delimiter, self._quoting = source, path, delimiter, quoting
@@ -108,7 +108,7 @@ class _Reading:
             yield line
 
     def _open_quote(self, rest: Iterator[str]) -> int | None:
-        """The line of the quote that is still open at the end of the row under way and what is looked at behind it."""
+        """The line of the quote that is still open at the end of the current row and of some lines behind it."""
         text = "".join(self._row)
         for line in rest:
             text += line

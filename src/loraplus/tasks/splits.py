@@ -1,13 +1,16 @@
-"""Splits that keep the proportions of the classes, are fixed by a seed, and share no text."""
+"""Training, validation and test data: fixed by a seed, each with its share of every class, no text in two of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
 from loraplus.errors import InputError
 from loraplus.tasks.config import CompareConfig, TaskConfig
+from loraplus.tasks.lengths import most_validation_examples
 from loraplus.tasks.streamed import Labels, digest
 
 _LARGEST_SEED = 2**32 - 1  # numpy's
@@ -32,7 +35,7 @@ def _shuffled_classes(labels: Sequence[str], seed: int) -> list[np.ndarray]:
 
 
 def _quotas(sizes: Sequence[int], total: int, least: Sequence[int], most: Sequence[int]) -> list[int]:
-    """Whole shares of `total` in proportion to `sizes`, within bounds, by largest remainder."""
+    """Splits `total` into integers in proportion to `sizes`, within bounds, by largest remainder."""
     exact = [total * size / sum(sizes) for size in sizes]
     quotas = [min(max(int(share), low), high) for share, low, high in zip(exact, least, most, strict=True)]
     by_remainder = sorted(range(len(sizes)), key=lambda i: int(exact[i]) - exact[i])
@@ -142,3 +145,83 @@ def without_duplicates(texts: Iterable[str], held_out_texts: Iterable[str]) -> t
     stays = np.fromiter((digest(_canonical(text)) not in aside for text in texts), bool)
     kept = np.flatnonzero(stays)
     return kept, len(stays) - len(kept)
+
+
+class Splittable(Protocol):
+    """Examples of any kind, not in memory."""
+
+    @property
+    def labels(self) -> Labels:
+        """One label an example; each part gets its share of each. One label for all where there are no classes."""
+        ...
+
+    def contents(self) -> Iterable[str]:
+        """The text of each example, by which one that stands in the data twice is found."""
+        ...
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Some of them, by their indices (int, ascending)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+D = TypeVar("D", bound=Splittable)
+Reader = Callable[[str, str], D]
+"""Takes (source, the option that names it) of held-out data with a file of its own; returns its examples, checked."""
+
+
+class Splits(NamedTuple, Generic[D]):
+    """The parts, and how many examples were removed because a part that is held out has them, too."""
+
+    train: D
+    validation: D
+    test: D
+    duplicates_removed: int
+
+
+def split(data: D, config: TaskConfig, read: Reader[D]) -> Splits[D]:
+    """Keeps validation and, for a comparison, test examples aside, and removes what stands on both sides.
+
+    Args:
+        data: all of --data.
+        config: whose seed fixes the split; only a `CompareConfig` gets test examples.
+        read: reads --eval-data and --test-data.
+
+    Raises:
+        InputError: too few examples, or none left to train or validate on.
+    """
+    check_seed(config)
+    train, test = data, data.take(np.arange(0))
+    if isinstance(config, CompareConfig):
+        options = config.test_data, "--test-data", config.test_fraction, config.max_test_samples
+        train, test = _hold_out(train, config, read, *options)
+    most = most_validation_examples(config, len(train))
+    train, validation = _hold_out(train, config, read, config.eval_data, "--eval-data", config.eval_fraction, most)
+    kept, removed = without_duplicates(train.contents(), chain(validation.contents(), test.contents()))
+    kept_validation, removed_validation = without_duplicates(validation.contents(), test.contents())
+    if not len(kept) or not len(kept_validation):
+        raise InputError(f"{config.data}: nothing is left to train on after examples of the held-out data were removed")
+    return Splits(train.take(kept), validation.take(kept_validation), test, removed + removed_validation)
+
+
+def _hold_out(
+    data: D,
+    config: TaskConfig,
+    read: Reader[D],
+    source: str | None,
+    option: str,
+    fraction: float,
+    at_most: int | None,
+) -> tuple[D, D]:
+    """(rest, held out): from a file of its own, or a stratified part of `data`."""
+    if source is not None:
+        rest, held_out = data, read(source, option)
+    elif len(data) < 2:
+        raise InputError(f"{config.data}: one example is too few to keep any aside; add some, or name held-out data")
+    else:
+        kept, aside = stratified_split(data.labels, fraction, config.seed)
+        rest, held_out = data.take(kept), data.take(aside)
+    if at_most is not None and at_most < len(held_out):
+        held_out = held_out.take(stratified_sample(held_out.labels, at_most, config.seed))
+    return rest, held_out

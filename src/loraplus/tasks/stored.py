@@ -1,4 +1,4 @@
-"""Rows in a temporary file: written in blocks, read a block at a time, so that memory holds one block of a table."""
+"""Tables in temporary files, written and read in blocks, so that memory holds one block of a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from loraplus.tasks.scratch_file import ScratchFile
+from loraplus.files.scratch_file import ScratchFile
 from loraplus.tasks.streamed import Streamed
 from loraplus.tasks.tabular import Table, check_size
 
@@ -20,7 +20,7 @@ _TEXT, _JSON = {b"kind": b"text"}, {b"kind": b"json"}  # of the cells of a block
 
 
 class _Blocks:
-    """Blocks of rows, each Arrow's stream of one batch: its columns, or the cells of all columns one behind the other.
+    """Blocks of rows. Each is an Arrow stream of one batch: its columns, or all of its cells as one long column.
 
     The latter, for rows of text and JSON, is quick however many columns there are; a block may lack the last of them.
     """
@@ -29,7 +29,7 @@ class _Blocks:
         self._file = ScratchFile(f"the rows of {source}")
         self._places: list[tuple[int, int]] = []
         self.starts = [0]  # the first row of every block, and of the next
-        self._held: tuple[int, Any] | None = None
+        self._cached: tuple[int, Any] | None = None
 
     def add_columns(self, columns: Sequence[Any], rows: int) -> None:
         """Arrays of Arrow."""
@@ -54,10 +54,10 @@ class _Blocks:
 
     def read(self, block: int, place: int) -> list[Any]:
         """The values of a column in a block; None in each row where it lacks the column."""
-        if self._held is None or self._held[0] != block:
+        if self._cached is None or self._cached[0] != block:
             content = pa.py_buffer(self._file.read(*self._places[block]))
-            self._held = block, pa.ipc.open_stream(content).read_next_batch()
-        batch = self._held[1]
+            self._cached = block, pa.ipc.open_stream(content).read_next_batch()
+        batch = self._cached[1]
         kind = batch.schema.metadata
         if kind is None:
             return batch.column(place).to_pylist()
@@ -77,7 +77,7 @@ class Column(Streamed[Any]):
 
     def __init__(self, blocks: _Blocks, place: int, kind: Callable[[Any], Any] | None = None) -> None:
         self._blocks, self._place, self._kind = blocks, place, kind
-        self._held: tuple[int, list[Any]] = -1, []
+        self._cached: tuple[int, list[Any]] = -1, []
 
     def __len__(self) -> int:
         return self._blocks.starts[-1]
@@ -91,11 +91,11 @@ class Column(Streamed[Any]):
         return values if self._kind is None else list(map(self._kind, values))
 
     def value(self, index: int) -> Any:
-        """Quick for a row that is in the block of the one before."""
+        """The value of a row; quick if the row is in the same block as the one before."""
         block = bisect_right(self._blocks.starts, index) - 1
-        if self._held[0] != block:
-            self._held = block, self._read(block)
-        return self._held[1][index - self._blocks.starts[block]]
+        if self._cached[0] != block:
+            self._cached = block, self._read(block)
+        return self._cached[1][index - self._blocks.starts[block]]
 
 
 class TableWriter:
@@ -160,7 +160,7 @@ class TableWriter:
 
 
 def _plain(column: Any) -> Any:
-    """Without a dictionary; what Python cannot hold is found here, while it is known where it stands."""
+    """A column without its dictionary. Values that Python cannot hold raise here, where the file is known."""
     plain = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     plain = plain.dictionary_decode() if isinstance(plain, pa.DictionaryArray) else plain
     if not (pa.types.is_string(plain.type) or pa.types.is_large_string(plain.type)):

@@ -1,4 +1,4 @@
-"""Sequences that are read a part at a time: any, what is made of columns, their texts, and labels by their numbers."""
+"""Sequences that are not in memory: what is computed from columns, their texts, and labels kept as numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ V = TypeVar("V")
 
 
 class Streamed(Sequence[T]):
-    """A sequence that is not in memory; it equals any sequence of the same values."""
+    """A sequence that is not in memory. It equals any sequence of the same values."""
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -42,7 +42,7 @@ class Streamed(Sequence[T]):
 
 
 class Made(Streamed[T]):
-    """What is made of the values that stand side by side in columns, in all rows or in some; nothing of it is kept.
+    """What a function makes of each row of some columns, computed when it is looked at and not kept.
 
     Args:
         make: takes one value of each column.
@@ -93,7 +93,7 @@ class Texts(Made[str]):
 
 
 class Labels(Streamed[str]):
-    """Labels by their places in a list of the distinct ones.
+    """Labels, kept as indices into a list of the distinct ones.
 
     Args:
         distinct: labels; some need not occur.
@@ -109,8 +109,8 @@ class Labels(Streamed[str]):
         if isinstance(labels, Labels):
             return labels
         codes: dict[str, int] = {}
-        found = np.fromiter((codes.setdefault(label, len(codes)) for label in labels), np.int32)
-        return cls(list(codes), found)
+        rows = np.fromiter((codes.setdefault(label, len(codes)) for label in labels), np.int32)
+        return cls(list(codes), rows)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -128,8 +128,8 @@ class Labels(Streamed[str]):
 
     def counts(self) -> Counter[str]:
         """How often each occurs."""
-        found = np.bincount(self.codes, minlength=len(self.distinct)).tolist()
-        return Counter({label: count for label, count in zip(self.distinct, found, strict=True) if count})
+        counts = np.bincount(self.codes, minlength=len(self.distinct)).tolist()
+        return Counter({label: count for label, count in zip(self.distinct, counts, strict=True) if count})
 
     def classes(self) -> list[np.ndarray]:
         """The rows of each label that occurs, by alphabet."""
@@ -140,11 +140,11 @@ class Labels(Streamed[str]):
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that stand for a text: no other has them."""
+    """A hash of 16 bytes: no two texts will have the same."""
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def in_parts(values: Iterable[V], most: int, size: Callable[[V], int] = len) -> Iterator[list[V]]:  # type: ignore[assignment]
+def in_parts(values: Iterable[V], most: int, size: Callable[[Any], int] = len) -> Iterator[list[V]]:
     """Lists of so many texts, or fewer where texts are long.
 
     Args:

@@ -7,6 +7,7 @@ is limited, so that a damaged or hostile one is refused before it fills the memo
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from loraplus.errors import InputError
@@ -18,8 +19,15 @@ from loraplus.tasks.text_files import check_not_blank, read_json_rows, read_line
 
 __all__ = ["Table", "check_source", "read_table"]
 
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_FILE_SUFFIXES = (*_JSON_SUFFIXES, ".csv", ".tsv", ".parquet", ".txt", ".xls", ".xlsx", ".arrow", ".gz", ".zip")
+_READERS: dict[str, Callable[[str, Path], Table]] = {
+    ".csv": read_commas,
+    ".tsv": read_tabs,
+    ".txt": read_lines,
+    ".parquet": read_parquet,
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), read_json_rows),
+}
+_FILE_SUFFIXES = (*_READERS, ".xls", ".xlsx", ".arrow", ".gz", ".zip")
+"""Names that end so are files', not a hub dataset's."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -47,7 +55,7 @@ def read_table(source: str, split: str = "train") -> Table:
     if is_folder(path):
         table = read_datasets_folder(source, path, split)
     elif is_file(path):
-        table = _read_file(source, path)
+        table = _READERS[path.suffix.lower()](source, path)
     else:
         table = read_hub(source, split)
     if len(table) == 0:
@@ -56,7 +64,7 @@ def read_table(source: str, split: str = "train") -> Table:
 
 
 def check_source(source: str) -> None:
-    """What can be said of a file or folder without reading it; hub names are not looked for.
+    """Checks what can be said of a file or folder without reading it. Hub names are not looked for.
 
     Raises:
         InputError: it is missing, empty, too large or of an unknown format.
@@ -66,7 +74,7 @@ def check_source(source: str) -> None:
         check_datasets_folder(source, path)
     elif is_file(path):
         suffix = path.suffix.lower()
-        if suffix not in (".csv", ".tsv", ".txt", ".parquet", *_JSON_SUFFIXES):
+        if suffix not in _READERS:
             raise InputError(
                 f"{source}: unknown format {suffix or '(no extension)'}; use .csv, .tsv, .jsonl, .parquet or .txt"
             )
@@ -75,14 +83,3 @@ def check_source(source: str) -> None:
             check_not_blank(source, path)
     elif path.suffix.lower() in _FILE_SUFFIXES or not _HUB_NAME.fullmatch(source):
         raise InputError(f"there is no file or folder {source}")
-
-
-def _read_file(source: str, path: Path) -> Table:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return read_parquet(source, path)
-    if suffix == ".csv":
-        return read_commas(source, path)
-    if suffix == ".tsv":
-        return read_tabs(source, path)
-    return read_lines(source, path) if suffix == ".txt" else read_json_rows(source, path)

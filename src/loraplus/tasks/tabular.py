@@ -1,4 +1,4 @@
-"""A table and what it may hold: the readers of every format make one and keep to the same limits."""
+"""What every reader makes, a table, and the limits that all of them keep."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Table:
 
 
 def check_size(source: str, rows: int = 0, cells: int = 0, size: int = 0) -> None:
-    """Refuses what no memory would hold.
+    """Refuses a table that is too large.
 
     Args:
         source: name of the table.

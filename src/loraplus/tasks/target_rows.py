@@ -1,4 +1,4 @@
-"""Tokenised examples and the tokens to learn of each, held to a length; on disk, as all tokenised rows are.
+"""Tokenised examples with the tokens to learn, cut to a length; on disk, as all tokenised rows are.
 
 A token that is not to be learnt stands in the file as its complement, so a row needs no second list of labels, and a
 part of an example is a place within it.
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from loraplus.errors import InputError
-from loraplus.tasks.config import CUT, DROP, LONG_EXAMPLES, SPLIT
+from loraplus.files.scratch_file import ScratchFile
+from loraplus.tasks.config import CUT, DROP, SPLIT
 from loraplus.tasks.conversations import TEXT
-from loraplus.tasks.scratch_file import ScratchFile
 from loraplus.tasks.token_rows import TOKEN, TokenRows, write
 
 IGNORED = -100
@@ -109,7 +109,7 @@ class Fitted:
 
 
 def fit(examples: TargetRows, length: int, how: str) -> Fitted:
-    """Holds examples to a length; their tokens stay where they are.
+    """Cuts examples to a length. Their tokens stay where they are in the file.
 
     Args:
         examples: of any length, in the order that they were written in.
@@ -157,12 +157,10 @@ def how_to_fit(asked: str | None, task: str, kind: str) -> str:
     """What is done with longer examples: what was asked for, else lm splits and sft cuts.
 
     Raises:
-        InputError: not one of `LONG_EXAMPLES`, or a split of something other than text.
+        InputError: a split of something other than text.
     """
     if asked is None:
         return SPLIT if task == "lm" else CUT
-    if asked not in LONG_EXAMPLES:
-        raise InputError(f"--long-examples must be one of {', '.join(LONG_EXAMPLES)}, got {asked!r}")
     if asked == SPLIT and kind != TEXT:
         raise InputError(f"--long-examples split is for texts, but the data is of the kind {kind}")
     return asked

@@ -1,4 +1,4 @@
-"""What training, tuning and comparing need to know of a task; all else is the same for every task."""
+"""What differs from task to task: data, model, trainer, test. Training, tuning and comparing share the rest."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.tasks.checks import check_task
 from loraplus.tasks.config import CLASSIFICATION, TaskConfig
+from loraplus.tasks.pretrained import load_tokenizer
 
 
 class TaskData(Protocol):
@@ -25,7 +26,7 @@ class TaskData(Protocol):
     def facts(self) -> dict[str, Any]: ...
 
 
-class Task(Protocol):
+class Task:
     """One kind of data and model. Every method raises `InputError` for what cannot be used."""
 
     metrics: tuple[str, ...]
@@ -33,43 +34,43 @@ class Task(Protocol):
 
     def load_tokenizer(self, config: TaskConfig) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with all that the data needs."""
-        ...
+        return load_tokenizer(config)
 
     def load_data(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
         """`TaskData`, read, checked, split and tokenised."""
-        ...
+        raise NotImplementedError
 
     def load_model(self, config: TaskConfig, data: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> PeftModel:
         """The base model with a fresh adapter."""
-        ...
+        raise NotImplementedError
 
     def arguments(self, **options: Any) -> LoraPlusTrainingArguments:
         """The trainer's arguments, from those that every task has."""
-        ...
+        return LoraPlusTrainingArguments(**options)
 
     def trainer(
         self, config: TaskConfig, data: Any, model: PeftModel, tokenizer: PreTrainedTokenizerBase, **options: Any
     ) -> LoraPlusTrainer:
         """A trainer of the data; `options` are its arguments, callbacks and optimizer."""
-        ...
+        raise NotImplementedError
 
     def facts_of_run(self, trainer: Any) -> dict[str, Any]:
         """What was decided for this model, for the metrics."""
-        ...
+        return {}
 
     def test(self, trainer: Any, data: Any) -> tuple[tuple[float, ...], tuple[bool, ...]]:
         """Loss of every test example, and whether it was answered rightly if that can be said."""
-        ...
+        raise NotImplementedError
 
     def samples(
         self, count: int, model: PeftModel, data: Any, tokenizer: PreTrainedTokenizerBase
     ) -> list[dict[str, str]]:
         """What base and adapted model answer to so many validation prompts; empty if they do not answer in words."""
-        ...
+        return []
 
     def save_beside_adapter(self, model: PeftModel, data: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Any:
         """Writes what else is needed to use the adapter."""
-        ...
+        tokenizer.save_pretrained(str(folder))
 
 
 def task_of(config: TaskConfig) -> Task:

@@ -13,9 +13,9 @@ from typing import Any, TextIO
 
 from loraplus.errors import InputError
 from loraplus.files.parsing import ParseError, parse_json, values_in
+from loraplus.tasks.progress_log import ProgressLog
 from loraplus.tasks.stored import TableWriter
 from loraplus.tasks.tabular import LONGEST_ROW, LineError, Table, check_size
-from loraplus.tasks.telling import Telling
 
 _LARGEST_ARRAY = 2**28
 _CHUNK = 2**20
@@ -58,14 +58,14 @@ def lines_of(source: str, path: Path, *, newline: str | None) -> Iterator[str]:
     Raises:
         LineError: not UTF-8, or a line of more than `LONGEST_ROW` characters.
     """
-    telling = Telling(f"reading {source}, lines")
+    progress = ProgressLog(f"reading {source}, lines")
     with _opened(source, path, newline) as file:
         for number in itertools.count(1):
             line = file.readline(LONGEST_ROW + 1)
             if len(line) > LONGEST_ROW:
                 raise LineError(source, number, f"longer than {LONGEST_ROW:,} characters; break it into rows")
             if number % _TELL_EVERY == 0:
-                telling.advance(_TELL_EVERY)
+                progress.advance(_TELL_EVERY)
             if not line:
                 return
             yield line

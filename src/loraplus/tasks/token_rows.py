@@ -1,4 +1,4 @@
-"""Tokenised rows: the tokens stand in a temporary file, a row is a place in it, and memory holds the places."""
+"""Tokenised rows. The tokens are in a temporary file; memory holds where each row starts and ends."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Self
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from loraplus.tasks.scratch_file import ScratchFile
+from loraplus.files.scratch_file import ScratchFile
+from loraplus.tasks.progress_log import ProgressLog
 from loraplus.tasks.streamed import Texts, in_parts
-from loraplus.tasks.telling import Telling
 
 AT_ONCE = 1000
 """Rows that are tokenised at once."""
@@ -80,7 +80,7 @@ class LabelledRows(TokenRows):
         return taken
 
     def cut(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> LabelledRows:
-        """With the rows that are longer than `max_length` tokenised again, so that the tokens of their end stay."""
+        """Tokenises rows longer than `max_length` again, cut so that the tokenizer's closing token stays."""
         long = np.flatnonzero(self.lengths > max_length)
         if not len(long):
             return self
@@ -135,7 +135,7 @@ def write(
     Returns:
         (starts, lengths, largest token).
     """
-    telling = Telling("tokenising, texts", count)
+    progress = ProgressLog("tokenising, texts", count)
     begin = file.size // TOKEN.itemsize
     lengths = np.empty(count, np.int32)
     done = largest = 0
@@ -144,6 +144,6 @@ def write(
         largest = max(largest, int(tokens.max(initial=0)))
         lengths[done : done + len(sizes)] = sizes
         done += len(sizes)
-        telling.advance(len(sizes))
+        progress.advance(len(sizes))
     ends = np.cumsum(lengths, dtype=np.int64)
     return begin + ends - lengths, lengths, largest

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,61 +20,23 @@ from loraplus.integrations.checkpoints import rates_record, write_rates
 from loraplus.integrations.trainer_checkpoints import CARD_FILE, saved_whole
 from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.speed.fast import Fast
+from loraplus.tasks.callbacks import DivergenceGuard, RunTotals, StepClock, StopOnSignal
 from loraplus.tasks.checks import check_settings, rates_of
 from loraplus.tasks.config import AUTO, TrainConfig
 from loraplus.tasks.data_parallel import (
-    any_process,
     is_lost_process,
     is_main_process,
     processes,
     wait_for_all,
 )
 from loraplus.tasks.finished import METRICS_FILE, finished_run
-from loraplus.tasks.run_totals import RunTotals
 from loraplus.tasks.task import Task, task_of
-from loraplus.tasks.training import DivergenceGuard, StepClock, build_trainer, total_steps
+from loraplus.tasks.training import build_trainer, total_steps
 
 DATA_FILE = "data_facts.json"
 CURVES_FILE = "curves.csv"
 SAMPLES_FILE = "samples.json"
 _COLUMNS = ("step", "epoch", "train_loss", "grad_norm")
-
-
-class StopOnSignal(TrainerCallback):
-    """Ends the run after the step in progress and has it saved, once a signal came."""
-
-    def __init__(self) -> None:
-        self.stopped = threading.Event()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        # A launcher's signal reaches its processes at different steps; all stop at the same one.
-        if any_process(self.stopped.is_set(), args) and state.global_step < state.max_steps:
-            self.stopped.set()
-            control.should_log = True  # before it saves, so that a loss that is NaN is seen
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handles SIGINT and SIGTERM while the run lasts; a second one ends the process at once."""
-        signals = (signal.SIGINT, signal.SIGTERM)
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        earlier = {number: signal.getsignal(number) for number in signals}
-
-        def handle(number: int, _: Any) -> None:
-            self.stopped.set()
-            signal.signal(number, earlier[signal.Signals(number)])
-
-        for number in signals:
-            signal.signal(number, handle)
-        try:
-            yield
-        finally:
-            for number in signals:
-                signal.signal(number, earlier[number])
 
 
 def train(
@@ -121,10 +81,17 @@ def train(
     clock, stop = StepClock(), StopOnSignal()
     totals = RunTotals(clock)
     trainer = build_trainer(
-        config, rates, data, model, tokenizer, seed=config.seed, output=config.output, checkpoints=True,
+        config,
+        rates,
+        data,
+        model,
+        tokenizer,
+        seed=config.seed,
+        output=config.output,
+        checkpoints=True,
         auto=config.lr == AUTO,
         callbacks=[clock, totals, stop, DivergenceGuard(rates), *callbacks],
-    )  # fmt: skip
+    )
     totals.trainer, main = trainer, is_main_process()
     with hold_output(config.output) if main else nullcontext():
         output = Path(config.output)

@@ -1,10 +1,9 @@
-"""One training run on transformers' Trainer: arguments, the callbacks that watch it, and what it measured."""
+"""Builds the Trainer of a run from its configuration."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.optimization import get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from loraplus.errors import DivergedError, InputError
+from loraplus.errors import InputError
 from loraplus.integrations.trainer_settings import PREFIX
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.rate_keywords import fields_of
@@ -24,7 +23,6 @@ from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.data_parallel import processes
 from loraplus.tasks.lengths import steps_between_evaluations, steps_of
 from loraplus.tasks.task import TaskData, task_of
-from loraplus.wrappers import unwrapped
 
 _LOGS_PER_EVALUATION = 2
 
@@ -41,85 +39,8 @@ def total_steps(config: TaskConfig, train_examples: int) -> int:
 
 
 def _steps_between_logs(eval_steps: int) -> int:
-    """A divisor, so that a run that goes on from a checkpoint logs at the steps at which it would have."""
+    """Half of `eval_steps` if that is a whole number: a resumed run then logs at the same steps."""
     return eval_steps // _LOGS_PER_EVALUATION if eval_steps % _LOGS_PER_EVALUATION == 0 else eval_steps
-
-
-class DivergenceGuard(TrainerCallback):
-    """Stops a run whose loss, gradients or weights are no longer numbers, before the broken weights are saved.
-
-    On a CPU the gradients of every step are looked at before the optimizer takes them; elsewhere that would make each
-    step wait for the device, and what is logged and saved is looked at. Stand it behind every callback that asks for a
-    checkpoint.
-    """
-
-    def __init__(self, rates: Rates) -> None:
-        self.rates = rates
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        if args.device.type == "cpu":
-            learnt = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-            self._check_tensors("gradient", learnt, state.global_step + 1, more.get("optimizer"))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        if control.should_save:
-            self._check_weights(model, state.global_step, more.get("optimizer"))
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **more: Any
-    ) -> None:
-        for name, what in (("loss", "training loss"), ("eval_loss", "validation loss")):
-            value = (logs or {}).get(name)
-            if value is not None and not math.isfinite(value):
-                self._check_weights(model, state.global_step, more.get("optimizer"))
-                self._stop(f"the {what} became {value}", state.global_step, more.get("optimizer"))
-
-    def _check_weights(self, model: Any, step: int, optimizer: Any) -> None:
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._check_tensors("weight", trained, step, optimizer)
-
-    def _check_tensors(self, what: str, named: Sequence[tuple[str, torch.Tensor]], step: int, optimizer: Any) -> None:
-        if not named or torch.stack([tensor.detach().float().sum() for _, tensor in named]).sum().isfinite():
-            return
-        for name, tensor in named:
-            if not tensor.isfinite().all():
-                value = tensor.detach()[~tensor.isfinite()].flatten()[0].item()
-                self._stop(f"the {what} of {name} became {value}", step, optimizer)
-
-    def _stop(self, what: str, step: int, optimizer: Any) -> None:
-        auto = getattr(unwrapped(optimizer), "loraplus_auto", None)
-        a, b = (auto.lr_a, auto.lr_b) if auto else (self.rates.lr_a, self.rates.lr_a * self.rates.lr_ratio)
-        advice = (
-            "give --lr and --lr-ratio as numbers, or a smaller --lr-head"
-            if auto
-            else "take a smaller --lr or --lr-ratio"
-        )
-        raise DivergedError(f"{what} at step {step} with η_A = {a:g}, η_B = {b:g}; {advice}")
-
-
-class StepClock(TrainerCallback):
-    """Adds up the time inside optimizer steps, without evaluation, and tells a listener of every step."""
-
-    def __init__(self, on_step: Callable[[int, int], None] | None = None) -> None:
-        self.seconds = 0.0
-        self.steps = 0
-        self._started: float | None = None
-        self._on_step = on_step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._started is not None:
-            self.seconds += time.perf_counter() - self._started
-            self.steps += 1
-        if self._on_step:
-            self._on_step(state.global_step, state.max_steps)
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Mean time of a step; 0 if none ran."""
-        return self.seconds / self.steps if self.steps else 0.0
 
 
 def build_trainer(
@@ -218,7 +139,7 @@ def train_and_evaluate(trainer: LoraPlusTrainer) -> None:
 
 
 def _check_schedule(args: LoraPlusTrainingArguments, steps: int) -> None:
-    """Builds the schedule once for nothing: some need settings of their own, and in `.train()` that is found too late.
+    """Tries the schedule: some need settings of their own, and `.train()` would say so too late.
 
     Raises:
         InputError: names the schedule.

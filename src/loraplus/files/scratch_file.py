@@ -1,4 +1,4 @@
-"""Bytes that need not be in memory: in a temporary file that nothing has to remove."""
+"""Bytes kept out of memory, in a temporary file that nobody has to remove."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loraplus.errors import InputError
 
 
 class ScratchFile:
-    """Bytes in a temporary file without a name, which goes with the process, whatever ends that.
+    """Bytes in a temporary file without a name. It is gone when the process is, whatever ends that.
 
     Args:
         holding: what, for the message.
@@ -50,7 +50,7 @@ class ScratchFile:
         return content
 
     def array(self, dtype: Any) -> np.ndarray:
-        """All of the content; what is looked at comes into memory, and leaves it again when that is needed."""
+        """All of the content, mapped: only what is looked at is in memory, and the system can drop it again."""
         return np.memmap(self._file, dtype, "r") if self.size else np.empty(0, dtype)
 
     def _no_room(self, error: OSError) -> InputError:

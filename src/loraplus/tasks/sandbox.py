@@ -18,10 +18,10 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from loraplus.errors import InputError
-from loraplus.tasks import limited_process
+from loraplus.tasks import sandbox_process
 
 _PROGRAM = "import json, runpy, sys; sys.path = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], {}, '__main__')"
 _MEASURES_ITSELF = hasattr(signal, "setitimer")
@@ -39,7 +39,7 @@ class TooMuchError(Exception):
 
 
 class RefusedError(Exception):
-    """What a request ended with, and the line of the template if that is known."""
+    """Why a request was refused, and the line of the template if that is known."""
 
     def __init__(self, reason: str, line: int | None) -> None:
         super().__init__(reason)
@@ -47,7 +47,7 @@ class RefusedError(Exception):
 
 
 class _Process:
-    """Starts at the first request, and again after one that it did not survive."""
+    """The process that answers. It is started at the first request, and again after one that ended it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -60,17 +60,18 @@ class _Process:
         Raises:
             TooMuchError, RefusedError.
         """
-        body = pickle.dumps((kind, arguments, limited_process.SECONDS))
+        body = pickle.dumps((kind, arguments, sandbox_process.SECONDS))
         with self._lock:
             process = self._started()
+            requests, answers = cast(BinaryIO, process.stdin), cast(BinaryIO, process.stdout)
             guard = None if _MEASURES_ITSELF else threading.Timer(_WALL_SECONDS, process.kill)
             try:
                 if guard:
                     guard.start()
-                process.stdin.write(struct.pack("<Q", len(body)) + body)  # type: ignore[union-attr]
-                process.stdin.flush()  # type: ignore[union-attr]
-                head = process.stdout.read(8)  # type: ignore[union-attr]
-                answer = process.stdout.read(*struct.unpack("<Q", head)) if len(head) == 8 else b""  # type: ignore[union-attr]
+                requests.write(struct.pack("<Q", len(body)) + body)
+                requests.flush()
+                head = answers.read(8)
+                answer = answers.read(*struct.unpack("<Q", head)) if len(head) == 8 else b""
             except OSError:
                 answer = b""
             except BaseException:  # interrupted: the next request would get this one's answer
@@ -82,16 +83,16 @@ class _Process:
             if not answer:
                 self._end()
                 raise TooMuchError
-        found = json.loads(answer)
-        if "error" in found:
-            raise RefusedError(found["error"], found["line"])
-        return found["result"]
+        reply = json.loads(answer)
+        if "error" in reply:
+            raise RefusedError(reply["error"], reply["line"])
+        return reply["result"]
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._running is None or self._owner != os.getpid() or self._running.poll() is not None:
             self._owner = os.getpid()
             self._running = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(Path(limited_process.__file__))],
+                [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(Path(sandbox_process.__file__))],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, **_ENVIRONMENT},
             )  # fmt: skip
@@ -144,7 +145,7 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def parquet_facts(path: str) -> dict[str, Any]:
-    """What `limited_process.parquet` finds.
+    """What `sandbox_process.parquet` finds.
 
     Raises:
         TooMuchError: what the file says of its columns is so damaged that Arrow does not survive it.
@@ -167,5 +168,5 @@ def render_chat(template: str, messages: Sequence[Any], **options: Any) -> tuple
     try:
         return _PROCESS.ask("chat", {"conversations": [list(messages)], "chat_template": template, **options})
     except TooMuchError:
-        seconds = limited_process.SECONDS
+        seconds = sandbox_process.SECONDS
         raise RefusedError(f"it takes more than {seconds:g} seconds, or too much memory", None) from None

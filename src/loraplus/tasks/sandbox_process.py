@@ -1,4 +1,4 @@
-"""The program of `limited`: answers requests one at a time, each within limits on time and memory.
+"""The program of `sandbox`: answers requests one at a time, each within limits on time and memory.
 
 It imports nothing of loraplus, so that it starts fast. A request that takes too long ends the process, whatever it is
 in the middle of: a pattern and a power of two numbers are single calls that no exception interrupts. Native code that
@@ -48,7 +48,7 @@ def chat(options: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
 
 
 def parquet(path: str) -> dict[str, Any]:
-    """What Arrow must be asked of a Parquet file with care: it ends the process that asks a damaged file for it.
+    """Facts of a Parquet file. Arrow ends the process that asks a damaged file for them, so this one asks.
 
     Returns:
         "values": in all columns. "dictionaries": the columns of text that can be read as dictionaries, by name.

@@ -1,4 +1,4 @@
-"""Says how far long work on data has come: nothing for what takes seconds, a line now and then for the rest."""
+"""Reports how far long work on data has come. Work of a few seconds is not reported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _LOG = logging.getLogger(__name__)
 _FIRST, _BETWEEN = 3.0, 10.0
 
 
-class Telling:
+class ProgressLog:
     """Logs "what: 200,000 of 1,000,000" at level INFO, at most every ten seconds; the command line shows it.
 
     Args:
@@ -22,7 +22,7 @@ class Telling:
         self._next = time.monotonic() + _FIRST
 
     def advance(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Counts so many more as done."""
         self._done += count
         if time.monotonic() >= self._next and self._done != self._total:
             self._next = time.monotonic() + _BETWEEN

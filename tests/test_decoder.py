@@ -9,16 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tasks.causal import SENTENCES, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from loraplus.errors import InputError
-from loraplus.tasks.decoder.__main__ import main
-from loraplus.tasks.decoder.build import build
-from loraplus.tasks.decoder.pretrain import Recipe, held_out_loss
-from loraplus.tasks.decoder.text import conversation, pack, passage, read_chapters, training_texts
+from loraplus.reproduce import verse_decoder
+from loraplus.reproduce.verse_decoder import Recipe
+from loraplus.reproduce.verses import conversation, pack, passage, read_chapters, training_texts
 from loraplus.tasks.generate import generate
 
-from .causal import SENTENCES, tiny_tokenizer
+ROOT = Path(__file__).resolve().parent.parent
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(ROOT / "examples" / "making"))
+    import decoder as decoder_script
+    from decoder import held_out_loss, main, make
 
 RECIPE = Recipe(
     vocabulary=300, hidden=16, layers=1, heads=2, intermediate=16, context=64, batch=2, steps=12, warmup=2,
@@ -38,7 +43,7 @@ def verses(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(verses, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built") / "decoder"
-    return folder, build(verses, folder, RECIPE)
+    return folder, make(verses, folder, RECIPE)
 
 
 def test_held_out_chapters_are_never_trained_on(verses):
@@ -116,15 +121,15 @@ class _StopAt(TrainerCallback):
 
 def test_interrupted_it_goes_on_to_the_same_weights(built, verses, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        build(verses, tmp_path / "decoder", RECIPE, [_StopAt()])
+        make(verses, tmp_path / "decoder", RECIPE, [_StopAt()])
     assert not (tmp_path / "decoder").exists()
     with pytest.raises(InputError, match=r"another recipe \(lr was 0\.002, now 0\.1\); delete it"):
-        build(verses, tmp_path / "decoder", replace(RECIPE, lr=0.1))
-    again = build(verses, tmp_path / "decoder", RECIPE)
+        make(verses, tmp_path / "decoder", replace(RECIPE, lr=0.1))
+    again = make(verses, tmp_path / "decoder", RECIPE)
     assert again["held_out_loss"] == built[1]["held_out_loss"]
     assert (tmp_path / "decoder" / "model.safetensors").read_bytes() == (built[0] / "model.safetensors").read_bytes()
     with pytest.raises(InputError, match="exists; delete it"):
-        build(verses, tmp_path / "decoder", RECIPE)
+        make(verses, tmp_path / "decoder", RECIPE)
 
 
 def test_interrupted_after_the_last_step_it_trains_no_further(built, verses, tmp_path, monkeypatch):
@@ -132,9 +137,9 @@ def test_interrupted_after_the_last_step_it_trains_no_further(built, verses, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("loraplus.tasks.decoder.build._save_in_half", stop)
-        build(verses, tmp_path / "decoder", RECIPE)
-    build(verses, tmp_path / "decoder", RECIPE)
+        patched.setattr(verse_decoder, "_save_in_half", stop)
+        make(verses, tmp_path / "decoder", RECIPE)
+    make(verses, tmp_path / "decoder", RECIPE)
     for name in ("model.safetensors", "curve.csv"):
         assert (tmp_path / "decoder" / name).read_bytes() == (built[0] / name).read_bytes()
 
@@ -147,13 +152,13 @@ def test_what_is_no_book_of_verses_is_refused(reviews_csv, verses):
 
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("loraplus.tasks.decoder.__main__.obtain", lambda *_: str(tmp_path / "none.csv"))
+    monkeypatch.setattr(decoder_script, "obtain", lambda *_: str(tmp_path / "none.csv"))
     assert main(["--output", str(tmp_path / "decoder")]) == 2
     assert capsys.readouterr().err == f"loraplus: there is no file or folder {tmp_path / 'none.csv'}\n"
 
 
 def test_the_decoder_in_the_repository_is_small_and_speaks_in_verses():
-    folder = Path(__file__).resolve().parents[2] / "examples" / "decoder"
+    folder = ROOT / "examples" / "decoder"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 10e6
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     figures = json.loads((folder / "decoder.json").read_text())

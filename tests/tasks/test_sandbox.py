@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from loraplus.errors import InputError
-from loraplus.tasks import limited_process
+from loraplus.tasks import sandbox_process
 from loraplus.tasks.chat import Chats, ChatTemplateError
 from loraplus.tasks.generate import prompt_ids
-from loraplus.tasks.limited import check_patterns
+from loraplus.tasks.sandbox import check_patterns
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hallo é"}]
 NAMES = [f"model.layers.{i}.self_attn.query_projection" for i in range(40)]
@@ -19,7 +19,7 @@ NAMES = [f"model.layers.{i}.self_attn.query_projection" for i in range(40)]
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(limited_process, "SECONDS", 0.5)
+    monkeypatch.setattr(sandbox_process, "SECONDS", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_an_interrupted_request_leaves_no_answer_to_the_next(monkeypatch):
 
     check_patterns("a.json", ["a.*"], NAMES)
     with monkeypatch.context() as during:
-        during.setattr("loraplus.tasks.limited.struct.unpack", interrupted)
+        during.setattr("loraplus.tasks.sandbox.struct.unpack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             check_patterns("a.json", ["b.*"], NAMES)
     with pytest.raises(InputError, match="takes too long"):

@@ -1,0 +1,15 @@
+"""Flags that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+AdapterFolder = Annotated[str, typer.Option(help="Folder that PEFT or `loraplus train` wrote.")]
+BaseModel = Annotated[str | None, typer.Option(help="Base model, if it is no longer where it was.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run in --output stopped.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Plain = Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")]

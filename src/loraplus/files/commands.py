@@ -1,0 +1,88 @@
+"""What each command leaves in its folder: how its configuration is told, all that it writes, what came later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraplus.files.checkpoints import checkpoints
+from loraplus.files.manifest import MANIFEST_FILE
+
+CONFIG_FILE = "config.yaml"
+PLOTS_FOLDER = "plots"
+NOT_COMPARED = ("workers", "output")
+"""Settings that may differ on resuming: they do not change what is computed."""
+LATER_SETTINGS = {
+    "task": "classification",
+    "loss_on": None,
+    "packing": None,
+    "long_examples": None,
+    "chat_template": None,
+    "load_in_4bit": False,
+    "samples": 3,
+    "lr_magnitude": None,
+    "lr_overrides": None,
+    "lr_ratio_overrides": None,
+    "speed_up": True,  # runs before it computed the same, to rounding
+}
+"""Settings that came later, with the value that runs without them had."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """All that `--overwrite` may delete of what a command wrote; anything else in its folder is the user's.
+
+    Args:
+        known_by: keys that a configuration has if it is this command's.
+        files: that it writes, beside the configuration.
+        pattern: of more such files.
+        of_language: files that it writes unless the task is classification.
+        has_checkpoints: whether checkpoints are among what it writes.
+    """
+
+    known_by: frozenset[str]
+    files: tuple[str, ...]
+    pattern: str = ""
+    of_language: tuple[str, ...] = ()
+    has_checkpoints: bool = False
+
+    def written(self, folder: Path, config: Mapping[str, Any]) -> list[Path]:
+        """What it has written, or may have, to a folder with such a configuration."""
+        is_language = config.get("task", LATER_SETTINGS["task"]) != LATER_SETTINGS["task"]
+        paths = [folder / name for name in self.files + (self.of_language if is_language else ())]
+        paths += sorted(folder.glob(self.pattern)) if self.pattern else []
+        return paths + (checkpoints(folder) if self.has_checkpoints else [])
+
+
+_STUDY = ("study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv")
+_RUN = frozenset({"model", "data", "output"})
+TRAIN = Command(
+    _RUN | {"lr_ratio"},
+    (  # which tokenizer files there are depends on the model
+        *("data_facts.json", "metrics.json", "curves.csv", "loraplus.json", MANIFEST_FILE),
+        *("adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model"),
+        *("sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja"),
+    ),
+    of_language=("samples.json", "report.html"),
+    has_checkpoints=True,
+)
+COMMANDS = (
+    Command(frozenset({"experiment", "scale", "seeds"}), (*_STUDY, "index.html"), pattern=f"{PLOTS_FOLDER}/*.png"),
+    Command(_RUN | {"tuning_runs"}, (*_STUDY, "report.html", "tune.json", "trials.csv", "best.yaml")),
+    TRAIN,
+)
+"""The first whose keys a configuration has wrote it: a comparison has a λ, too."""
+
+
+def command_of(config: Iterable[str]) -> Command | None:
+    """The command that a configuration with such keys is of; None if it is no loraplus run's."""
+    keys = set(config)
+    return next((command for command in COMMANDS if command.known_by <= keys), None)
+
+
+def names_of_all() -> set[str]:
+    """Every name of a file that some command writes."""
+    return {CONFIG_FILE}.union(*((*command.files, *command.of_language) for command in COMMANDS))
