@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from older import needs_encoder_decoders
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -55,6 +56,8 @@ FAMILIES = {**CLASSIFIERS, **CAUSAL, **SEQ2SEQ}
 
 def bare(family: str, **options: Any) -> Any:
     """A model with random weights; its norms and biases are not what they start as, either."""
+    if family in SEQ2SEQ:
+        needs_encoder_decoders()
     config, model, settings = FAMILIES[family]
     torch.manual_seed(0)
     found = model(config(**{**settings, **options}))

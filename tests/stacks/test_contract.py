@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from older import skip_before
 
 import loraplus
 from loraplus.errors import RateMismatchError, ResumeMismatchError
@@ -192,4 +193,6 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Stack], Runs]
 @pytest.mark.parametrize("property_", PROPERTIES)
 @pytest.mark.parametrize("stack", STACKS, ids=lambda stack: stack.name)
 def test_stack(stack, property_, runs_of):
+    if property_ == "resume" and stack.name in ("trl-dpo", "trl-kto"):
+        skip_before("transformers", "5.23.0", "does not resume DPO and KTO to the same weights, without LoRA+ either")
     PROPERTIES[property_](runs_of(stack))

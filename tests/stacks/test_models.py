@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_bert
+from older import needs_encoder_decoders
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     BitsAndBytesConfig,
@@ -70,6 +71,7 @@ def decoder(folder):
 
 
 def encoder_decoder(folder):
+    needs_encoder_decoders()
     config = T5Config(
         vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2, dropout_rate=0,
         decoder_start_token_id=0,
