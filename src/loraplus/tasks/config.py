@@ -143,10 +143,16 @@ class TaskConfig(_RateFlags, _RunConfig):
 
 
 @dataclass(kw_only=True)
-class TrainConfig(_RatioFlags, TaskConfig):
-    """One training run."""
+class _LrFlag:
+    """Comes before the ratio, in --help and in commands that are written down."""
 
     lr: float | str = _option(DEFAULT_LR, "η_A, the rate of A, or auto: it sets both rates.", parser=learning_rate)
+
+
+@dataclass(kw_only=True)
+class TrainConfig(_RatioFlags, _LrFlag, TaskConfig):
+    """One training run."""
+
     lr_ratio: float = _option(DEFAULT_LR_RATIO, "λ = η_B / η_A; 1 is plain LoRA. Not used with --lr auto.")
     samples: int = _option(3, "sft and lm: validation prompts that base and adapter answer in the report; 0 for none.")
 

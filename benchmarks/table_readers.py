@@ -1,6 +1,6 @@
 """Our readers of tables beside those of `datasets`: time, memory, and what becomes of files with a defect.
 
-    python benchmarks/readers.py [--rows 500000]
+    python benchmarks/table_readers.py [--rows 500000]
 
 Each way runs in a process of its own, with an empty cache.
 """
