@@ -58,14 +58,14 @@ class Command:
 
 _STUDY = ("study.journal", "study.journal.lock", "workers.log", "summary.json", "runs.csv")
 _RUN = frozenset({"model", "data", "output"})
+_TOKENIZER = (  # which of them there are depends on the model
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json merges.txt "
+    "spiece.model sentencepiece.bpe.model tokenizer.model chat_template.jinja"
+).split()
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "config.json", "loraplus.json", MANIFEST_FILE)
 TRAIN = Command(
     _RUN | {"lr_ratio"},
-    (  # which tokenizer files there are depends on the model
-        *("data_facts.json", "metrics.json", "curves.csv", "loraplus.json", MANIFEST_FILE),
-        *("adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
-        *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model"),
-        *("sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja"),
-    ),
+    ("data_facts.json", "metrics.json", "curves.csv", *_ADAPTER, *_TOKENIZER),
     of_language=("samples.json", "report.html"),
     has_checkpoints=True,
 )
