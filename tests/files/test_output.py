@@ -109,6 +109,10 @@ def test_what_a_killed_command_was_writing_is_removed_by_the_next(tmp_path: Path
     with hold_output(folder):
         prepare(folder)
     assert [entry.name for entry in folder.iterdir()] == ["config.yaml"]
+    (folder / "plots").mkdir()
+    (folder / "plots" / ".curves.png.0123456789abcdef.tmp").touch()
+    with hold_output(folder):
+        assert not list((folder / "plots").iterdir())
 
 
 @pytest.mark.parametrize("config", [None, "theme: dark\n", "- a\n", "a: [\n", b"\xff\xfe\x00"])

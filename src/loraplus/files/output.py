@@ -128,7 +128,8 @@ def hold_output(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator
     with held(folder, wait=wait) as is_ours:
         if not is_ours:
             raise InputError(f"another loraplus command is writing to {folder}; wait for it to end")
-        remove_leftovers(folder)
+        for place in (folder, folder / PLOTS_FOLDER):
+            remove_leftovers(place)
         yield
 
 
