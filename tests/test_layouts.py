@@ -14,6 +14,7 @@ from torch import nn
 
 import loraplus
 from loraplus import NoLoraFactorsError, Role, UnknownAdapterParameterError
+from loraplus.partners import partner_names
 from loraplus.roles import register_layout, trainable_parameters, unregister_layout
 
 IN, OUT, RANK = 12, 20, 3
@@ -298,7 +299,8 @@ def test_loralib_embeddings_are_embedding_factors():
     assert roles(Embedding()) == {"lora_A": Role.EMBEDDING_A, "lora_B": Role.EMBEDDING_B}
 
 
-def test_every_layout_leaves_the_names_of_others_alone():
+def test_every_layout_leaves_the_names_of_others_alone_and_its_pairs_are_known():
+    """A new layout has a name here, and its pair in `partners.py`."""
     layouts = importlib.import_module("loraplus.layouts")
     names = {
         "peft": "q.lora_B.weight",  # without the adapter's name
@@ -311,3 +313,4 @@ def test_every_layout_leaves_the_names_of_others_alone():
     assert set(names) == set(layouts._layouts)
     for layout, recogniser in layouts._layouts.items():
         assert {key for key, name in names.items() if recogniser(name, nn.Linear(1, 1)) is not None} == {layout}
+        assert list(partner_names(names[layout], nn.Linear(1, 1))), f"{layout}: its pair stands in no line of _PAIRS"

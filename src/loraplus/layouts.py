@@ -134,7 +134,7 @@ def recognise_lycoris(name: str, owner: nn.Module) -> Role | None:
     return {"FullModule": Role.OTHER, "NormModule": Role.NORM_BIAS}.get(type(owner).__name__)
 
 
-# The last is asked first, and what was registered before all of these.
+# The last is asked first, so a new one goes to the top; what was registered is asked before all of these.
 _layouts: dict[str, Recogniser] = {
     "lycoris": recognise_lycoris,
     "torchtune": recognise_torchtune,

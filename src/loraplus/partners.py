@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from loraplus.layouts import without_adapter
 
-# Name of A, name of B.
+# What A and B of one layer are called, without `.weight`: a factor counts only beside the other of its pair.
 _PAIRS = tuple(
     tuple(pair.split())
     for pair in (

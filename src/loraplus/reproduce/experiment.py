@@ -55,7 +55,7 @@ class Experiment(StudyPlan):
     def settings(self) -> dict[str, Any]:
         """All that changes what a run computes, JSON-ready; saved with the study and compared on resuming.
 
-        `scale` and `seeds` are added by the framework.
+        `scale` (cpu or paper) and `seeds` are added by the framework, so no setting of your own may be called so.
         """
 
     def next(self, records: Records, running: Iterable[Run]) -> Run | None:
@@ -84,7 +84,17 @@ class Experiment(StudyPlan):
 
     @abstractmethod
     def run(self, run: Run, on_step: OnStep) -> Record:
-        """Does one run, in a worker process; `on_step(step, total_steps, eval_loss=None)` says how far it is."""
+        """Does one run, in a worker process.
+
+        Args:
+            run: one of `next_runs`.
+            on_step: `on_step(step, total_steps, eval_loss=None)` says how far it is.
+
+        Returns:
+            `Record(run, "done", …)` with `values` (one number a name) or `rows` (many points of one run; write `main`, too,
+            since such a run has no value of its own). Their names differ from those in `run.params`. "diverged" is
+            for a run of which nothing can be used; a row that diverged has inf.
+        """
 
     @abstractmethod
     def figures(self, results: Records) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Series:
-    """One line: points, and where `low` and `high` are given their interval as a band.
+    """One line: finite points, and where `low` and `high` are given their interval as a band.
 
     `colour` is a place in the palette; default: the series' own place in the plot.
     """
