@@ -91,9 +91,9 @@ class Experiment(StudyPlan):
             on_step: `on_step(step, total_steps, eval_loss=None)` says how far it is.
 
         Returns:
-            `Record(run, "done", …)` with `values` (one number a name) or `rows` (many points of one run; write `main`, too,
-            since such a run has no value of its own). Their names differ from those in `run.params`. "diverged" is
-            for a run of which nothing can be used; a row that diverged has inf.
+            `Record(run, "done", …)` with `values` (one number a name) or `rows` (many points of one run; then write
+            `main`, too, since such a run has no value of its own). Their names differ from those in `run.params`.
+            "diverged" is for a run of which nothing can be used; a row that diverged has inf.
         """
 
     @abstractmethod
