@@ -11,7 +11,7 @@ from study.test_summary import record, study
 
 from loraplus.report import render
 from loraplus.report.page import p_value
-from loraplus.report.plots import as_json
+from loraplus.report.plots import as_json, look
 from loraplus.study.summary import summarise
 
 EVIL = '</script><script>alert(1)</script><img src="x" onerror="alert(2)">'
@@ -163,3 +163,7 @@ def test_class_counts_stand_beside_their_labels_escaped():
 )
 def test_a_p_value_is_never_told_as_zero(value, words):
     assert p_value(value) == words
+
+
+def test_no_two_arms_look_the_same_however_many_there_are():
+    assert len({look(place) for place in range(36)}) == 36

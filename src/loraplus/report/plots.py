@@ -16,8 +16,21 @@ from loraplus.tasks.measures import ACCURACY
 # Okabe and Ito's palette: told apart with any colour vision, and readable on white and on near black.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("circle", "diamond", "square", "triangle-up", "pentagon", "star")
-COLOURS = {arm: PALETTE[i % len(PALETTE)] for i, arm in enumerate(ALL)}
-SYMBOLS = {arm: _MARKERS[i % len(_MARKERS)] for i, arm in enumerate(ALL)}
+
+
+def look(place: int) -> tuple[str, str]:
+    """Colour and marker of an arm by its place: where the colours come round again, the markers have moved on.
+
+    Example:
+        >>> look(0)[0] == look(6)[0], look(0)[1] == look(6)[1]
+        (True, False)
+    """
+    count = len(PALETTE)
+    return PALETTE[place % count], _MARKERS[(place + place // count) % count]
+
+
+COLOURS = {arm: look(place)[0] for place, arm in enumerate(ALL)}
+SYMBOLS = {arm: look(place)[1] for place, arm in enumerate(ALL)}
 NEUTRAL = "#7f8790"
 _ENDS = ("mean", "low", "high")
 _GRID = "rgba(127,135,144,0.22)"

@@ -22,10 +22,11 @@ class Arm:
         name: in --arms, summary.json and runs.csv.
         title: in tables and sentences.
         about: one line for the report.
-        method: what trains a run, from (config, lr, lr_ratio, model, steps).
+        method: what trains a run, from (config, lr, lr_ratio, model, steps). Arms with the same function are taken for
+            the same training.
         tuned: its η_A is searched with --tuning-runs runs; otherwise it sets its own rates, and its trials carry
             lr = lr_ratio = 1.
-        has_ratio: B learns at λ > 1 times A's rate.
+        has_ratio: B learns at λ > 1 times A's rate; λ is --lr-ratio unless it is searched.
         tunes_ratio: λ is searched, too.
         package: that it needs and that may not be installed.
     """

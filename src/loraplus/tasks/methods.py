@@ -31,7 +31,7 @@ class Method:
     Args:
         rates: that the groups are built with.
         auto: `AutoRates` sets η_A and η_B.
-        optimizer: class and options. Default: AdamW.
+        optimizer: class and further options; lr and weight decay come with the groups. Default: AdamW.
         own_schedule: the optimizer warms up and settles by itself, so the scheduler leaves the rates alone.
     """
 
