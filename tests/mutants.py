@@ -37,6 +37,7 @@ _STORE = [
 NEAREST: dict[str, list[str]] = {
     "layouts": ["tests/test_layouts.py", "tests/test_roles.py"],
     "roles": ["tests/test_roles.py", "tests/test_layouts.py"],
+    "partners": ["tests/test_partners.py", "tests/test_layouts.py"],
     "rates": ["tests/test_rates.py", "tests/test_groups.py"],
     "groups": ["tests/test_groups.py", "tests/test_existing_groups.py"],
     "existing_groups": ["tests/test_existing_groups.py"],
