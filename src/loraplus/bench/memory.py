@@ -58,7 +58,6 @@ def measured(config: TaskConfig, batches: int, arms: list[Arm], seconds: float) 
 
 
 def _main() -> None:
-
     from loraplus.bench.prepared import prepare
     from loraplus.files.scratch import scratch_folder
 

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def drawn(p: float, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of `shape`: 0 where an entry is dropped, else 1 / (1 − p); the generator moves on, as with `F.dropout`."""
+    return torch.nn.functional.dropout(torch.ones(tuple(shape), dtype=dtype, device=device), p, training=True)
+
+
 class Mask:
     """The mask that `F.dropout` draws from the generator's present state.
 
@@ -19,13 +24,12 @@ class Mask:
     """
 
     def __init__(self, p: float, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.p, self._shape, self._dtype, self._device = p, tuple(shape), dtype, device
+        self.p, self._shape, self._dtype, self._device = p, shape, dtype, device
         self._state = self._generator_state()
 
     def draw(self) -> Tensor:
-        """Of `shape`: 0 where an entry is dropped, else 1 / (1 − p); the generator moves on, as with `F.dropout`."""
-        ones = torch.ones(self._shape, dtype=self._dtype, device=self._device)
-        return torch.nn.functional.dropout(ones, self.p, training=True)
+        """The mask, see `drawn`."""
+        return drawn(self.p, self._shape, self._dtype, self._device)
 
     def again(self) -> Tensor:
         """The same mask; the generator stays where it is."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraplus.speed.adapters import whole_weight
-from loraplus.speed.dropout import Mask
+from loraplus.speed.dropout import drawn
 from loraplus.speed.fast import Fast, is_plain
 
 _short: ContextVar[nn.Module | None] = ContextVar("layer that is read at its first position only", default=None)
@@ -182,4 +182,4 @@ def _dropped(dropout: nn.Dropout, x: Tensor, length: int, dim: int = 1) -> Tenso
         return x
     shape = [*x.shape]
     shape[dim] = length
-    return x * Mask(dropout.p, shape, x.dtype, x.device).draw().narrow(dim, 0, 1)
+    return x * drawn(dropout.p, shape, x.dtype, x.device).narrow(dim, 0, 1)

@@ -37,7 +37,7 @@ def lr_of(point: Point) -> float:
 
 def best_of(losses: Losses, ratio: float) -> Point:
     """The best point of a column; of equal losses that with the lowest rate."""
-    return min((point for point in losses if point[0] == ratio), key=lambda point: (losses[point], point[1]))
+    return ratio, best_step(_column(losses, ratio))
 
 
 def best_step(losses: Mapping[int, float]) -> int:
