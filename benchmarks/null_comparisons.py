@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import expit, ndtri
 
-from loraplus.files.output import write_csv
+from loraplus.files.single import write_csv
 from loraplus.study.statistics import LEAST_SEEDS, LEVEL, decisions, t_test
 
 Floats = NDArray[np.float64]

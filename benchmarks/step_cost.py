@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 import loraplus
-from loraplus.files.output import json_text, write_json
+from loraplus.files.single import json_text, write_json
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "data" / "minilm-l6"

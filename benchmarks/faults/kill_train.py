@@ -70,7 +70,7 @@ def digest(folder: Path) -> dict[str, str]:
 def half_written(folder: Path) -> list[str]:
     """Files under their own names that cannot be read; those of temporary names do not count."""
     from loraplus.files.checkpoints import checkpoint_fault, checkpoints
-    from loraplus.files.output import read_json
+    from loraplus.files.single import read_json
 
     bad = [f"{path.name}: {fault}" for path in checkpoints(folder) if (fault := checkpoint_fault(path))]
     for path in folder.glob("*.json"):

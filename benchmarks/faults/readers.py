@@ -90,7 +90,8 @@ def _tables(folder: Path) -> list[Reader]:
 
 def _settings(folder: Path) -> list[Reader]:
     from loraplus.cli.options import load_yaml
-    from loraplus.files.output import check_output, read_json
+    from loraplus.files.output import check_output
+    from loraplus.files.single import read_json
 
     same = yaml.safe_load((folder / "run/config.yaml").read_text())
 
@@ -112,7 +113,7 @@ def _inspected(folder: Path) -> list[Reader]:
     from rich.console import Console
 
     from loraplus.cli.inspect import adapter_parts, model_parts
-    from loraplus.files.output import json_text
+    from loraplus.files.single import json_text
     from loraplus.inspection import inspect_folder
 
     console = Console(file=open("/dev/null", "w"), markup=False)  # noqa: SIM115
@@ -220,7 +221,7 @@ def _make(folder: Path) -> None:
     from pyarrow import parquet
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
-    from loraplus.files.output import write_csv, write_json, write_yaml
+    from loraplus.files.single import write_csv, write_json, write_yaml
     from loraplus.reproduce.verses import train_tokenizer
 
     data = folder / "data"

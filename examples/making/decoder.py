@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 
 from loraplus.errors import LoraPlusError
-from loraplus.files.output import read_json, write_atomically, write_csv, write_json
+from loraplus.files.single import read_json, write_atomically, write_csv, write_json
 from loraplus.reproduce.assets import obtain
 from loraplus.reproduce.pretraining import Pretrained, ProgressLines
 from loraplus.reproduce.verse_decoder import Recipe, build

@@ -11,19 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
-from loraplus.files.commands import LATER_SETTINGS
-from loraplus.files.output import (
-    CONFIG_FILE,
-    NOT_COMPARED,
-    check_output,
-    hold_output,
-    prepare_output,
-    saved_config,
-    write_atomically,
-    write_csv,
-    write_json,
-    write_yaml,
-)
+from loraplus.files.commands import CONFIG_FILE, LATER_SETTINGS, NOT_COMPARED
+from loraplus.files.output import check_output, hold_output, prepare_output, saved_config
+from loraplus.files.single import write_atomically, write_csv, write_json, write_yaml
 from loraplus.report import render
 from loraplus.study.arms import chosen
 from loraplus.study.plan import Plan

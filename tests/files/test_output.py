@@ -13,15 +13,8 @@ import yaml
 
 from loraplus.compare import fingerprint
 from loraplus.errors import InputError
-from loraplus.files.output import (
-    check_output,
-    hold_output,
-    prepare_output,
-    read_json,
-    write_atomically,
-    write_csv,
-    write_json,
-)
+from loraplus.files.output import check_output, hold_output, prepare_output
+from loraplus.files.single import read_json, write_atomically, write_csv, write_json
 
 CONFIG = {"model": "m", "data": "d.csv", "output": "o", "lr_ratio": 16.0, "seeds": 3, "workers": None}
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from loraplus.errors import InputError
-from loraplus.files.output import write_csv, write_json, write_yaml
+from loraplus.files.single import write_csv, write_json, write_yaml
 from loraplus.report.training import write_report
 
 EVIL = "</script><script>alert(1)</script><img src=x>"

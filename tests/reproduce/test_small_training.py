@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraplus.files.output import write_csv
+from loraplus.files.single import write_csv
 from loraplus.movement import adapted_layers
 from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.init import RULES, Init, scale_of

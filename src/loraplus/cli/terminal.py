@@ -62,7 +62,7 @@ def is_speaker() -> bool:
 
 def print_json(data: Any) -> None:
     """Prints JSON on stdout; what a terminal would obey stands there as \\u…, which is the same to a parser."""
-    from loraplus.files.output import json_text
+    from loraplus.files.single import json_text
 
     sys.stdout.write(json_for_terminal(json_text(data)) + "\n")
 

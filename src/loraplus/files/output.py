@@ -15,15 +15,18 @@ import yaml
 
 from loraplus.errors import InputError
 from loraplus.files.checkpoints import checkpoints
-from loraplus.files.commands import CONFIG_FILE, LATER_SETTINGS, NOT_COMPARED, TRAIN, command_of, names_of_all
-from loraplus.files.commands import PLOTS_FOLDER as PLOTS_FOLDER
+from loraplus.files.commands import (
+    CONFIG_FILE,
+    LATER_SETTINGS,
+    NOT_COMPARED,
+    PLOTS_FOLDER,
+    TRAIN,
+    command_of,
+    names_of_all,
+)
 from loraplus.files.manifest import is_sealed
 from loraplus.files.parsing import LONGEST_YAML, parse_yaml
-from loraplus.files.single import check_file as check_file
 from loraplus.files.single import check_takes_files, read_json, write_json, write_yaml
-from loraplus.files.single import json_text as json_text
-from loraplus.files.single import write_atomically as write_atomically
-from loraplus.files.single import write_csv as write_csv
 from loraplus.files.whole import TEMPORARY, held, remove_leftovers
 
 _EARLIER_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")

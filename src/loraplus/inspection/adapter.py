@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from loraplus.errors import InputError
-from loraplus.files.output import read_json
+from loraplus.files.single import read_json
 from loraplus.inspection.tensors import TensorFiles
 from loraplus.layouts import recognise
 from loraplus.partners import partner_names

@@ -14,8 +14,8 @@ import torch
 
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.files import manifest
-from loraplus.files.output import read_json
 from loraplus.files.paths import folder_unless_hub_name, is_folder, user_path
+from loraplus.files.single import read_json
 from loraplus.inspection.adapter import CONFIG_FILE, WEIGHT_FILES, Adapter, Pair
 from loraplus.inspection.base import BaseWeights
 from loraplus.inspection.rates import (

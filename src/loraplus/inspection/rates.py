@@ -15,7 +15,7 @@ from typing import Any
 
 from loraplus.errors import InputError
 from loraplus.files.checkpoints import RATES_FILE
-from loraplus.files.output import read_json
+from loraplus.files.single import read_json
 from loraplus.inspection.adapter import Adapter, saved_name
 from loraplus.integrations.checkpoints import OF_PARAMETERS_SHAPE
 from loraplus.notices import told_once

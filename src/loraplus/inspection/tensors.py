@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loraplus.errors import InputError
-from loraplus.files.output import read_json
 from loraplus.files.paths import is_file, is_inside
+from loraplus.files.single import read_json
 from loraplus.tasks.pickles import is_whole, load_pickle
 
 _MOST_TENSORS, _LONGEST_NAME = 200_000, 500

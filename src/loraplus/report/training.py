@@ -11,7 +11,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from loraplus.errors import InputError
-from loraplus.files.output import read_json, saved_config, write_atomically
+from loraplus.files.output import saved_config
+from loraplus.files.single import read_json, write_atomically
 from loraplus.report import plots
 from loraplus.report.page import template
 from loraplus.tasks.train import CURVES_FILE, METRICS_FILE, SAMPLES_FILE

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplus.errors import InputError
-from loraplus.files.output import write_atomically
 from loraplus.files.scratch import folder_beside, scratch_folder
+from loraplus.files.single import write_atomically
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
-from loraplus.files.output import (
-    PLOTS_FOLDER,
-    check_output,
-    hold_output,
-    prepare_output,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from loraplus.files.commands import PLOTS_FOLDER
+from loraplus.files.output import check_output, hold_output, prepare_output
+from loraplus.files.single import read_json, write_atomically, write_json
 from loraplus.reproduce import png
 from loraplus.reproduce.assets import obtain
 from loraplus.reproduce.experiment import Experiment, Record, Records

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
-from loraplus.files.output import write_csv
+from loraplus.files.single import write_csv
 from loraplus.study.records import CurvePoint, Record, Run, Value, parsed
 
 RUNS_FILE = "runs.csv"

@@ -23,7 +23,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from loraplus.errors import InputError
-from loraplus.files.output import data_changes, hold_output, read_json, write_json
+from loraplus.files.output import data_changes, hold_output
+from loraplus.files.single import read_json, write_json
 
 _RECIPE_FILE = "recipe.json"
 _SECONDS_FILE = "seconds.json"

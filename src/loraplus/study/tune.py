@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import DivergedError
-from loraplus.files.output import check_output, hold_output, prepare_output, write_csv, write_json, write_yaml
+from loraplus.files.output import check_output, hold_output, prepare_output
+from loraplus.files.single import write_csv, write_json, write_yaml
 from loraplus.study.pairs import finite_perplexity
 from loraplus.study.records import Record
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, has_begun, run_all

@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from loraplus.errors import InputError
-from loraplus.files.output import read_json
 from loraplus.files.paths import is_file, resolve_model, user_path
+from loraplus.files.single import read_json
 from loraplus.tasks.loading import first_line, from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.pretrained import load_decoder
 from loraplus.tasks.sandbox import check_patterns

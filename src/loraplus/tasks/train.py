@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from loraplus.errors import DivergedError, InterruptedRun, LostProcessError
 from loraplus.files.checkpoints import check_places, checkpoints, newest_whole
 from loraplus.files.manifest import seal
-from loraplus.files.output import check_output, hold_output, note_data, prepare_output, write_csv, write_json
+from loraplus.files.output import check_output, hold_output, note_data, prepare_output
+from loraplus.files.single import write_csv, write_json
 from loraplus.groups import explain
 from loraplus.integrations.checkpoints import rates_record, write_rates
 from loraplus.integrations.trainer_checkpoints import CARD_FILE, saved_whole
