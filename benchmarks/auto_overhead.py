@@ -13,10 +13,10 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from statistics import median
+from typing import Any
 
-from rates import chosen
+from rates_results import chosen
 
 DEFAULT = ["minilm-products-b8", "lm64-editorials-linear-dropout", "decoder64-book-long"]
 
@@ -24,20 +24,19 @@ DEFAULT = ["minilm-products-b8", "lm64-editorials-linear-dropout", "decoder64-bo
 def one_run(name: str, kind: str, steps: int) -> dict[str, float]:
     """{"seconds": of processor time in the steps, "mib": peak of the process}."""
     import torch
-    from rates_tasks import run
-
-    from loraplus import AutoRates
+    from rates_peers import automatic
+    from rates_training import fixed, run
 
     torch.set_num_threads(1)
     times: list[float] = []
 
-    def prepare(model, optimizer):  # type: ignore[no-untyped-def]
-        if kind == "auto":
-            AutoRates(model, optimizer)
-        optimizer.register_step_post_hook(lambda *_: times.append(time.process_time()))
+    def method(problem: Any, setting: Any) -> Any:
+        optimizers = (automatic() if kind == "auto" else fixed(1e-3, 4.0))(problem, setting)
+        optimizers[0].register_step_post_hook(lambda *_: times.append(time.process_time()))
         times.append(time.process_time())
+        return optimizers
 
-    run(replace(*chosen([name]), steps=steps), 0, 1e-3, 4.0, prepare)
+    run(*chosen([name]), 0, method, steps=steps)
     return {"seconds": times[-1] - times[0], "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 

@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from rates import RESULTS, grid_losses, read, summary
+from rates_results import RESULTS, grid_losses, read, summary
 from rates_settings import SETTINGS, Setting
 
 from loraplus.study.search.grid import lr_of
@@ -62,13 +62,13 @@ def regrets(target: Path) -> None:
         return
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(found) + 1.2))
     for i, (setting, value) in enumerate(found):
-        colour = "tab:blue" if setting.half == "untouched" else "tab:grey"
+        colour = "tab:blue" if setting.part == "untouched" else "tab:grey"
         axes.plot([1, value["to_grid"]], [i, i], color=colour, linewidth=1)
         axes.plot(value["to_grid"], i, "o", color=colour, label="over the grid's best" if i == 0 else None)
         axes.plot(value["to_lora"], i, "x", color=colour, label="over tuned LoRA" if i == 0 else None)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.axvline(1.03, color="tab:red", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(found)), [f"{setting.name} ({setting.half})" for setting, _ in found], fontsize=8)
+    axes.set_yticks(range(len(found)), [f"{setting.name} ({setting.part})" for setting, _ in found], fontsize=8)
     axes.set_xlabel("loss of one automatic run, mean of three seeds, over …")
     axes.invert_yaxis()
     axes.legend(fontsize=8, loc="upper right")

@@ -14,7 +14,7 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-from rates import chosen, grid_losses, read
+from rates_results import chosen, grid_losses, read
 from rates_settings import SETTINGS, Setting
 
 from loraplus.study.search import Point

@@ -52,7 +52,7 @@ def test_a_point_is_named_by_its_geometric_mean():
 
 
 def test_half_of_the_settings_were_set_aside():
-    halves = [setting.half for setting in SETTINGS.values()]
+    halves = [setting.part for setting in SETTINGS.values()]
     assert halves.count("tuned") == halves.count("untouched") == 7
 
 

@@ -121,7 +121,7 @@ def train(
     started = time.perf_counter()
     model.train()
     for step in range(1, steps + 1):
-        loss = _loss(model, task, task.train.chosen(next(order)))[0]
+        loss = loss_of(model, task, task.train.chosen(next(order)))[0]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -165,14 +165,14 @@ def evaluate(model: Any, task: SmallTask, rows: Rows) -> tuple[float, float]:
     with torch.no_grad():
         for start in range(0, len(rows.ids), _EVAL_BATCH):
             part = rows.chosen(range(start, min(start + _EVAL_BATCH, len(rows.ids))))
-            loss, count = _loss(model, task, part)
+            loss, count = loss_of(model, task, part)
             share = sum(len(ids) - 1 for ids in part.ids) if task.kind == "lm" else len(part.ids)
             total, weight, right = total + float(loss) * share, weight + share, right + count
     model.train()
     return total / weight, right / len(rows.ids)
 
 
-def _loss(model: Any, task: SmallTask, rows: Rows) -> tuple[torch.Tensor, float]:
+def loss_of(model: Any, task: SmallTask, rows: Rows) -> tuple[torch.Tensor, float]:
     """(loss, number of right answers)."""
     ids, mask = small_decoders.padded(rows.ids, 0)
     if task.kind == "lm":

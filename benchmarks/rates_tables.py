@@ -1,0 +1,161 @@
+"""The tables of the rates benchmark, from the committed results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from statistics import fmean, median
+
+from rates_results import SEEDS, UNTRAINED, counted, finalists, grid_losses, judged, of_method, read, summary
+from rates_settings import BLOCK, FIRST, LATER, SETTINGS
+
+from loraplus.study.search.grid import HALF_DECADE, Point, lr_of
+from loraplus.study.statistics import t_interval
+
+FIRST_SETTINGS = [setting for setting in SETTINGS.values() if setting.part in FIRST]
+VARIANTS = ("lora-rite-tuned", "riemannian-tuned", "muon-tuned")
+
+
+def table() -> None:
+    """Prints all settings, the first fourteen by halves."""
+    first()
+    later()
+
+
+def first() -> None:
+    """Prints the settings that the constants were chosen on, tuned and untouched half apart."""
+    for half in FIRST:
+        print(f"\n{half} half")
+        print(
+            f"{'setting':40s} {'grid':>8s} {'η_A':>9s} {'λ':>5s} {'LoRA':>8s} {'auto':>8s} {'/grid':>7s} {'/LoRA':>7s}"
+        )
+        found = {s.name: summary(s) for s in SETTINGS.values() if s.part == half}
+        done = [value for value in found.values() if value]
+        for name, v in found.items():
+            if v is None:
+                print(f"{name:40s} runs are missing")
+                continue
+            print(f"{name:40s} {v['grid']:8.4f} {v['best_lr']:9.3g} {v['best_ratio']:5g} {v['lora']:8.4f} "
+                  f"{v['auto']:8.4f} {v['to_grid']:7.3f} {v['to_lora']:7.3f}")  # fmt: skip
+        if done:
+            ratios = [v["to_grid"] for v in done]
+            level = sum(v["to_lora"] <= 1 for v in done)
+            print(f"{half}: auto / grid mean {fmean(ratios):.4f}, worst {max(ratios):.4f}; "
+                  f"auto ≤ LoRA in {level} of {len(done)}")  # fmt: skip
+
+
+def later() -> None:
+    """Prints the settings that were written down before their first run, against the grid, constants and peers."""
+    print(f"\n{'setting':30s} {'untrained':>9s} {'grid':>8s} {'η_A':>9s} {'λ':>5s} {'LoRA':>8s} {'auto':>8s} "
+          f"{'/grid':>7s} {'/LoRA':>7s} {'/search':>8s} {'fails':>5s}")  # fmt: skip
+    known: dict[str, dict[str, float]] = {}
+    for part in LATER:
+        print(part)
+        for setting in (one for one in SETTINGS.values() if one.part == part):
+            rows = read(setting.name)
+            value = summary(setting)
+            if value is None:
+                print(f"{setting.name:30s} runs are missing")
+                continue
+            nothing = of_method(rows, UNTRAINED)[SEEDS[0]]
+            first = grid_losses(rows)
+            searched = judged(rows, min(finalists(rows), key=lambda point: first[point]))
+            auto = of_method(rows, "auto")
+            value["to_search"] = fmean(auto[seed] for seed in SEEDS[1:]) / (searched or math.nan)
+            value["fails"] = sum(not loss < nothing for loss in auto.values())
+            known[setting.name] = value
+            print(f"{setting.name:30s} {nothing:9.4f} {value['grid']:8.4f} {value['best_lr']:9.3g} "
+                  f"{value['best_ratio']:5g} {value['lora']:8.4f} {value['auto']:8.4f} {value['to_grid']:7.3f} "
+                  f"{value['to_lora']:7.3f} {value['to_search']:8.3f} {value['fails']:5.0f}")  # fmt: skip
+    if known:
+        for key, name in (("to_grid", "auto / grid's best"), ("to_lora", "auto / tuned LoRA"),
+                          ("to_search", "auto / a search, judged on other seeds")):  # fmt: skip
+            ratios = [value[key] for value in known.values()]
+            print(f"{name}: mean {fmean(ratios):.4f}, median {median(ratios):.4f}, worst {max(ratios):.4f}")
+        constants(known)
+        peers(known)
+
+
+def constants(known: Collection[str]) -> None:
+    """Prints the constants (η_A, λ) that would have been best over all settings, known only afterwards."""
+    ratios: dict[Point, list[float]] = {}
+    fails: dict[Point, int] = {}
+    for name in known:
+        rows = read(name)
+        losses, nothing = grid_losses(rows), of_method(rows, UNTRAINED)[SEEDS[0]]
+        best = min(losses.values())
+        for point in BLOCK:
+            if point in losses:
+                ratios.setdefault(point, []).append(counted(rows, losses[point]) / best)
+                fails[point] = fails.get(point, 0) + (not losses[point] < nothing)
+    whole = {point: values for point, values in ratios.items() if len(values) == len(known)}
+    for point in sorted(whole, key=lambda point: fmean(whole[point]))[:3]:
+        print(f"constant η_A {lr_of(point):.3g}, λ {point[0]:g} over the grid's best, seed 0: mean "
+              f"{fmean(whole[point]):.4f}, worst {max(whole[point]):.4f}, fails in {fails[point]}")  # fmt: skip
+
+
+def peers(known: Mapping[str, Mapping[str, float]]) -> None:
+    """Prints each method that needs no search over the grid's best, and `auto` over each."""
+    print(
+        f"{'method':22s} {'/grid mean':>10s} {'worst':>7s} {'fails':>5s}   auto over it, geometric mean [95%], ahead in"
+    )
+    methods = sorted({row["method"] for name in known for row in read(name)} - {"grid", UNTRAINED} - set(VARIANTS))
+    for method in methods:
+        over, beside, fails = [], [], 0
+        for name, value in known.items():
+            rows = read(name)
+            losses = of_method(rows, method)
+            if len(losses) == len(SEEDS):
+                mean = fmean(counted(rows, loss) for loss in losses.values())
+                fails += sum(not loss < of_method(rows, UNTRAINED)[SEEDS[0]] for loss in losses.values())
+                over.append(mean / value["grid"])
+                beside.append(math.log(fmean(counted(rows, x) for x in of_method(rows, "auto").values()) / mean))
+        if len(over) > 1:
+            found = t_interval(beside).through(math.exp)
+            print(f"{method:22s} {fmean(over):10.4f} {max(over):7.3f} {fails:5d}   {found.mean:.4f} [{found.low:.4f}, "
+                  f"{found.high:.4f}], {sum(one < 0 for one in beside)} of {len(beside)}")  # fmt: skip
+
+
+def arms() -> None:
+    """Prints LoRA+ over LoRA: the best points of either on the first seed, judged on the others; and at one usual rate.
+
+    The usual rate is η_A = 1e-3 for LoRA and 7.9e-4 with λ = 16 for LoRA+, on the first seed. Last, one λ held and η_A
+    tuned, against λ = 1 tuned, both on the first seed.
+    """
+    tuned: dict[str, float] = {}
+    untuned: dict[str, float] = {}
+    held: dict[float, dict[str, float]] = {4.0: {}, 16.0: {}}
+    print(f"{'setting':40s} {'LoRA':>8s} {'LoRA+':>8s} {'λ':>5s} {'ratio':>7s} {'untuned':>8s}")
+    for setting in FIRST_SETTINGS:
+        rows = read(setting.name)
+        first = grid_losses(rows)
+        known = {point: loss for point in first if (loss := judged(rows, point)) is not None}
+        lora, plus = (
+            min((p for p in known if (p[0] == 1.0) == tied), key=lambda p: first[p]) for tied in (True, False)
+        )
+        tuned[setting.name] = known[plus] / known[lora]
+        untuned[setting.name] = first[16.0, HALF_DECADE] / first[1.0, 0]
+        best_of = {ratio: min(loss for point, loss in first.items() if point[0] == ratio) for ratio in (1.0, *held)}
+        for ratio, found in held.items():
+            found[setting.name] = best_of[ratio] / best_of[1.0]
+        print(f"{setting.name:40s} {known[lora]:8.4f} {known[plus]:8.4f} {plus[0]:5g} {tuned[setting.name]:7.3f} "
+              f"{untuned[setting.name]:8.3f}")  # fmt: skip
+    for name, ratios in {"tuned": tuned, "untuned": untuned, **{f"λ = {r:g}": one for r, one in held.items()}}.items():
+        print_ratios(name, ratios)
+
+
+def print_ratios(name: str, ratios: dict[str, float]) -> None:
+    """Geometric means over the settings with their intervals: of all, of a kind of model, without the farthest off."""
+    farthest = max(ratios, key=lambda setting: abs(math.log(ratios[setting])))
+    kinds = {
+        "all": list(ratios),
+        "MiniLM": [setting for setting in ratios if setting.startswith("minilm")],
+        "decoders": [setting for setting in ratios if not setting.startswith("minilm")],
+        f"all but {farthest}": [setting for setting in ratios if setting != farthest],
+    }
+    for kind, settings in kinds.items():
+        values = [ratios[setting] for setting in settings]
+        found = t_interval([math.log(value) for value in values]).through(math.exp)
+        print(f"{name}, {kind}: LoRA+ / LoRA {found.mean:.4f} [{found.low:.4f}, {found.high:.4f}], median "
+              f"{median(values):.4f}, largest {max(values):.4f}, below 1 in {sum(v < 1 for v in values)} of "
+              f"{len(values)}")  # fmt: skip
