@@ -37,13 +37,16 @@ from loraplus.feature_updates import FeatureUpdates, LayerUpdate
 from loraplus.movement import (
     AdaptedLayer,
     Movement,
+    Size,
     adapted_layers,
     factors,
     gathered,
     is_sharded,
     local_part,
-    movement,
-    rms,
+    movement_of,
+    movement_sizes,
+    read,
+    size_of,
 )
 from loraplus.owned_groups import OwnedGroups
 from loraplus.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
@@ -247,20 +250,15 @@ class AutoRates(StepWatcher):
         """The rates at which the coming step goes as far as Adam's, over all A and over all B."""
         for first, role in enumerate(_ROLES):
             parts = [local_part(step) for step in steps[first::2] if step is not None]
-            squares = sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts)
+            norms = read([Size(torch.linalg.vector_norm(part, dtype=torch.float64), 1.0) for part in parts])
+            squares = sum(norm**2 for norm in norms)
             total, count = self._summed([squares, float(sum(part.numel() for part in parts))], device)
             if 0 < total < math.inf:
                 units[role] = self._size * math.sqrt(count / total)
 
     def _measure(self, steps: Sequence[torch.Tensor | None], terms: float, device: torch.device) -> None:
         rho = self.rule.output_change(terms, len(self._layers)) if math.isfinite(terms) else math.nan
-        moved: dict[str, tuple[Movement, float, float]] = {}
-        for i, entry in enumerate(self._layers):
-            weights = tuple(gathered(weight.detach()).float() for weight in entry.weights)
-            sample = self._recorder.samples.get(entry.name)
-            measured = None if sample is None else _moved(entry, sample, weights, steps[2 * i], steps[2 * i + 1])
-            if measured is not None:
-                moved[entry.name] = measured
+        moved = self._moved(steps)
         asked = {name: self._asked_for(*measured, rho) for name, measured in moved.items()}
         self._pair = _balanced(
             self._mean([rates.lr_a for rates in asked.values()], device) or self._pair[0],
@@ -271,6 +269,34 @@ class AutoRates(StepWatcher):
             in_units = (lr and lr * self._unit(role) for lr, role in zip((rates.lr_a, rates.lr_b), _ROLES, strict=True))
             self.layer_rates[name] = LayerRates(*in_units)
         self._note_updates(moved)
+
+    def _moved(self, steps: Sequence[torch.Tensor | None]) -> dict[str, tuple[Movement, float, float]]:
+        """{layer: (what steps of RMS 1 do, RMS of A's step, RMS of B's)}, without those where any of it is no number.
+
+        Args:
+            steps: of A, B, A, B, …: (rank, inputs), (outputs, rank), …
+        """
+        sizes = read([Size(torch.zeros(()), 1.0) if step is None else size_of(step) for step in steps])
+        seen: list[int] = []
+        waiting: list[Size] = []
+        for i, entry in enumerate(self._layers):
+            weights = [gathered(weight.detach()).float() for weight in entry.weights]  # by every process, seen or not
+            if entry.name not in self._recorder.samples:
+                continue
+            units = []
+            for weight, place in zip(weights, (2 * i, 2 * i + 1), strict=True):
+                step = steps[place]
+                units.append(torch.zeros_like(weight) if step is None or not sizes[place] else step / sizes[place])
+            seen.append(i)
+            waiting += movement_sizes(entry, self._recorder.samples[entry.name], units[0], units[1], weights)
+        values = read(waiting)
+        moved = {}
+        for number, i in enumerate(seen):
+            entry, (size_a, size_b) = self._layers[i], sizes[2 * i : 2 * i + 2]
+            whole = movement_of(entry, values[6 * number : 6 * number + 6])
+            if whole.finite and math.isfinite(size_a) and math.isfinite(size_b):
+                moved[entry.name] = (whole, size_a, size_b)
+        return moved
 
     def _proposed(self) -> list[torch.Tensor | None]:
         weights = factors(self._layers)
@@ -358,19 +384,6 @@ def _register(optimizer: Any, rates: list[AutoRates]) -> None:
     """Keeps them where `explain` and checkpoints find the rates in use; `loraplus_auto` is the first of them."""
     optimizer.loraplus_autos = rates
     optimizer.loraplus_auto = rates[0] if rates else None
-
-
-def _moved(
-    entry: AdaptedLayer, sample: Any, weights: Any, step_a: torch.Tensor | None, step_b: torch.Tensor | None
-) -> tuple[Movement, float, float] | None:
-    """(what steps of RMS 1 do, RMS of A's step, RMS of B's); None where any of it is no number."""
-    units, sizes = [], []
-    for weight, step in zip(weights, (step_a, step_b), strict=True):
-        size = 0.0 if step is None else rms(step)
-        units.append(torch.zeros_like(weight) if step is None or not size else step / size)
-        sizes.append(size)
-    moved = movement(entry, sample, units[0], units[1], weights)
-    return (moved, sizes[0], sizes[1]) if moved.finite and all(map(math.isfinite, sizes)) else None
 
 
 def _balanced(lr_a: float, lr_b: float, rule: Rule) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -54,17 +54,47 @@ class AdaptedLayer:
         return int(getattr(self.layer, "num_experts", 1)) > 1
 
 
+class Size(NamedTuple):
+    """A root mean square that waits on its device: to read each one by itself would stop a GPU each time.
+
+    Args:
+        norm: (), of all entries.
+        root: √(number of entries).
+    """
+
+    norm: torch.Tensor
+    root: float
+
+
+def size_of(tensor: torch.Tensor) -> Size:
+    """The root mean square of a tensor of any shape, not read yet."""
+    tensor = tensor.detach()
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return Size(torch.linalg.vector_norm(tensor, dtype=wide), math.sqrt(max(1, tensor.numel())))
+
+
+def read(sizes: Sequence[Size]) -> list[float]:
+    """The values of sizes, on any devices, in one transfer for each device."""
+    norms: dict[int, float] = {}
+    by_device: dict[torch.device, list[int]] = {}
+    for place, size in enumerate(sizes):
+        by_device.setdefault(size.norm.device, []).append(place)
+    for places in by_device.values():
+        norms |= zip(places, torch.stack([sizes[place].norm for place in places]).tolist(), strict=True)
+    return [norms[place] / size.root for place, size in enumerate(sizes)]
+
+
 @dataclass(frozen=True)
 class Sample:
-    """What a forward pass left for a measurement: some rows of the input, and the RMS of the output.
+    """What a forward pass left for a measurement: some rows of the input, and the size of the output.
 
     Args:
         inputs: (tokens, inputs of the layer); of a convolution (examples, channels, …).
-        output_rms: root mean square over tokens and outputs.
+        output: root mean square over tokens and outputs.
     """
 
     inputs: torch.Tensor
-    output_rms: float
+    output: Size
 
 
 def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
@@ -96,9 +126,7 @@ def factors(layers: Sequence[AdaptedLayer]) -> list[nn.Parameter]:
 
 def rms(tensor: torch.Tensor) -> float:
     """Root of the mean square."""
-    tensor = tensor.detach()
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(tensor, dtype=wide)) / math.sqrt(max(1, tensor.numel()))
+    return read([size_of(tensor)])[0]
 
 
 def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
@@ -144,9 +172,27 @@ def movement(
     sample: Sample,
     delta_a: torch.Tensor,
     delta_b: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+    weights: Sequence[torch.Tensor] | None = None,
 ) -> Movement:
-    """Measures steps of any size on a recorded sample.
+    """Measures steps of any size on a recorded sample: `movement_sizes`, read."""
+    return movement_of(layer, read(movement_sizes(layer, sample, delta_a, delta_b, weights)))
+
+
+def movement_of(layer: AdaptedLayer, values: Sequence[float]) -> Movement:
+    """A layer's movement from what `movement_sizes` gave, read."""
+    s = abs(layer.scaling)
+    output, inner, delta1, delta2, delta3, inner_change = values
+    return Movement(output, inner, s * delta1, s * delta2, s * delta3, inner_change)
+
+
+def movement_sizes(
+    layer: AdaptedLayer,
+    sample: Sample,
+    delta_a: torch.Tensor,
+    delta_b: torch.Tensor,
+    weights: Sequence[torch.Tensor] | None = None,
+) -> list[Size]:
+    """What steps of any size do to a recorded sample: y, A x, B ΔA x, ΔB A x, ΔB ΔA x and ΔA x, without the scaling s.
 
     Args:
         layer: the layer.
@@ -157,17 +203,11 @@ def movement(
     """
     weight_a, weight_b = (gathered(weight.detach()) for weight in (layer.weights if weights is None else weights))
     x = sample.inputs.to(weight_a.dtype)
-    s = abs(layer.scaling)
     with torch.no_grad():
         z, dz = (_through(layer.a, weight, x) for weight in (weight_a, delta_a))
-        return Movement(
-            output=sample.output_rms,
-            inner=rms(z),
-            delta1=s * rms(_through(layer.b, weight_b, dz)),
-            delta2=s * rms(_through(layer.b, delta_b, z)),
-            delta3=s * rms(_through(layer.b, delta_b, dz)),
-            inner_change=rms(dz),
-        )
+        through_b = ((weight_b, dz), (delta_b, z), (delta_b, dz))
+        moved = [size_of(_through(layer.b, weight, inner)) for weight, inner in through_b]
+    return [sample.output, size_of(z), *moved, size_of(dz)]
 
 
 def _through(module: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loraplus.movement import TOKENS, AdaptedLayer, Sample, factors, local_part, rms
+from loraplus.movement import TOKENS, AdaptedLayer, Sample, factors, local_part, size_of
 
 _REMEMBERED = 64  # calls of one layer without gradients within one pass; checkpointing makes one
 
@@ -35,6 +35,7 @@ class _Pass:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     decoder: str | None = None  # path of the module that is given the encoder's output
     encoded: int = 0  # address of that output
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)  # rows of a mask, by its id
 
     def mask_of(self, path: str, x: torch.Tensor) -> torch.Tensor | None:
         """The mask of the rows that the layer at `path` reads."""
@@ -215,10 +216,10 @@ class Recorder:
         if isinstance(entry.base, nn.modules.conv._ConvNd) and x.dim() == a.dim():
             # The first dimension counts examples, which are few.
             chosen = _evenly(len(x), x.device, max(1, self._tokens // 16))
-            return Sample(x[chosen], rms(y[chosen]))
+            return Sample(x[chosen], size_of(y[chosen]))
         if a.dim() != 2 or x.shape[-1] != a.shape[1]:
             return None
-        chosen = self._chosen(x, current.mask_of(entry.path, x))
+        chosen = self._chosen(x, current.mask_of(entry.path, x), current.chosen)
         rows = x.reshape(-1, x.shape[-1])[chosen]
         if isinstance(entry.base, nn.MultiheadAttention):  # A and B adapt its projection of query, key and value
             if any(value is not inputs for value in given[:3]):
@@ -227,19 +228,27 @@ class Recorder:
                 projected = nn.functional.linear(rows.to(a.dtype), a.detach())
                 change = entry.scaling * nn.functional.linear(projected, b.detach())
                 weight, bias = entry.base.in_proj_weight, entry.base.in_proj_bias
-                return Sample(rows, rms(nn.functional.linear(rows, weight, bias) + change))
+                return Sample(rows, size_of(nn.functional.linear(rows, weight, bias) + change))
         outputs = y.reshape(-1, y.shape[-1])
         if y.shape[-1] != b.shape[0] or len(outputs) != x.numel() // x.shape[-1]:
             return None
-        return Sample(rows, rms(outputs[chosen]))
+        return Sample(rows, size_of(outputs[chosen]))
 
-    def _chosen(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Indices of evenly spaced rows that are no padding; of all rows where the mask is of another shape."""
+    def _chosen(self, x: torch.Tensor, mask: torch.Tensor | None, known: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Indices of evenly spaced rows that are no padding; of all rows where the mask is of another shape.
+
+        Args:
+            x: (examples, positions, inputs), or (rows, inputs).
+            mask: (examples, positions).
+            known: the rows of masks that were looked at in this pass; to find them stops a GPU.
+        """
         count = x.numel() // x.shape[-1]
         if mask is not None and mask.numel() == count and (x.dim() != 3 or mask.shape == x.shape[:2]):
-            real = mask.reshape(-1).nonzero().squeeze(1)
-            if len(real):
-                return real.to(x.device)[_evenly(len(real), x.device, self._tokens)]
+            if id(mask) not in known:
+                real = mask.reshape(-1).nonzero().squeeze(1)
+                known[id(mask)] = real[_evenly(len(real), real.device, self._tokens)]
+            if len(known[id(mask)]):
+                return known[id(mask)].to(x.device)
         return _evenly(count, x.device, self._tokens)
 
 

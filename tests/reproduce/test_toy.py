@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss, silu
 
-from loraplus.movement import TOKENS, AdaptedLayer, Sample, movement, rms
+from loraplus.movement import TOKENS, AdaptedLayer, Sample, Size, movement, rms
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.coordinates import DELTAS, Coordinates, measure, rates_tried
 from loraplus.reproduce.png import draw
@@ -108,7 +108,7 @@ def test_the_deltas_sum_to_the_whole_change_and_are_those_of_movement(model: Fro
     layer = AdaptedLayer("toy", nn.Identity(), a, b, toy_model.SCALING)
     for weight, value in zip(layer.weights, (before.a[1], before.b[1]), strict=True):
         weight.data = value
-    sample = Sample(model.test_features[:TOKENS], 1.0)
+    sample = Sample(model.test_features[:TOKENS], Size(torch.tensor(1.0), 1.0))
     moved = movement(layer, sample, after.a[1] - before.a[1], after.b[1] - before.b[1])
     measured = measure(model, before, after)[1]
     assert [measured[delta] for delta in DELTAS] == pytest.approx([moved.delta1, moved.delta2, moved.delta3], rel=1e-3)
