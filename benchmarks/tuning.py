@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-from dataclasses import replace
 from pathlib import Path
 
 from rates_results import chosen, grid_losses, read
@@ -40,11 +39,12 @@ def found() -> dict[str, dict[Candidate, float]]:
 
 def search(setting: Setting, losses: dict[Candidate, float]) -> None:
     """Runs what is missing, one after the other, and writes each down."""
-    from rates_tasks import run
+    from rates_training import fixed, run
 
     while runs := Halving(setting.steps, BUDGET).next(losses):
         candidate = runs[0]
-        outcome = run(replace(setting, steps=candidate.steps), SEED, candidate.point.lr, candidate.point.lr_ratio)
+        method = fixed(candidate.point.lr, candidate.point.lr_ratio)
+        outcome = run(setting, SEED, method, steps=candidate.steps)
         losses[candidate] = outcome.values["eval_loss"]
         new = not RESULTS.exists()
         with RESULTS.open("a", newline="") as file:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import loraplus
 from loraplus.auto import AutoRates, Rule
-from loraplus.errors import LoraPlusWarning, TrainerSetupError
+from loraplus.errors import InvalidRateError, LoraPlusWarning, TrainerSetupError
 from loraplus.groups import rate_of_group
 from loraplus.movement import adapted_layers, factors
 
@@ -403,12 +403,60 @@ def test_overrides_hold_on_top_of_the_automatic_pair(lr_ratio, overrides):
         assert row.lr == pytest.approx(factor * (rates.lr_a if "lora_A" in row.name else rates.lr_b))
 
 
-def test_a_head_left_at_the_rate_that_stands_for_automatic_is_warned_of():
-    with pytest.warns(LoraPlusWarning, match="head is trained with lr = 1; .*lr_head"):
+def test_a_head_left_at_the_rate_that_stands_for_automatic_is_refused():
+    with pytest.raises(TrainerSetupError, match="head would be trained with lr = 1; .*lr_head"):
         automatic(adapted())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", LoraPlusWarning)
-        automatic(adapted(), lr_head=1e-3)
+    automatic(adapted(), lr_head=1e-3)
+
+
+@pytest.mark.parametrize("own", [{}, {"lr_head": 0.5, "lr_magnitude": 0.25}])
+def test_an_optimizer_with_automatic_rates_gives_all_others_a_safe_one(own):
+    model = adapted(use_dora=True)
+    optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr="auto", **own)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates["head"] == own.get("lr_head", 2e-3) and rates["magnitude"] == own.get("lr_magnitude", 3e-4)
+    assert isinstance(optimizer.loraplus_auto, AutoRates)
+
+
+def test_automatic_rates_are_the_same_however_they_are_asked_for():
+    first, second = (decoder(), decoder())
+    asked = loraplus.create_optimizer(first, torch.optim.AdamW, lr="auto")
+    _, installed, _ = automatic(second)
+    for seed in range(3):
+        step(first, asked, seed)
+        step(second, installed, seed)
+    assert all(torch.equal(one, other) for one, other in zip(weights_of(first), weights_of(second), strict=True))
+
+
+def test_no_rate_of_a_head_is_known_for_steps_of_another_size():
+    with pytest.raises(TrainerSetupError, match=r'lr="auto" knows no rate of SGD for .*classifier.*lr_head'):
+        loraplus.create_optimizer(adapted(), torch.optim.SGD, lr="auto")
+    loraplus.create_optimizer(adapted(), torch.optim.SGD, lr="auto", lr_head=0.1)
+    loraplus.create_optimizer(decoder(), torch.optim.SGD, lr="auto")
+
+
+def test_a_ratio_beside_automatic_rates_is_refused():
+    with pytest.raises(InvalidRateError, match="lr_ratio is not used with automatic rates"):
+        loraplus.create_optimizer(decoder(), torch.optim.AdamW, lr="auto", lr_ratio=4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        (Rule(least_ratio=1e-9, most_ratio=1e9), "as measured"),
+        (Rule(least_ratio=1e-9, most_ratio=1e-8), "B held at 1e-08×"),
+        (Rule(least_ratio=1e8, most_ratio=1e9), "B kept at 1e+08×, their product as measured"),
+    ],
+)
+def test_it_says_in_one_line_what_it_chose_and_why(rule, why):
+    model, optimizer, rates = automatic(rule=rule)
+    assert str(rates).endswith("not measured yet")
+    for seed in range(3):
+        step(model, optimizer, seed)
+    assert str(rates) == f"A {rates.lr_a:.2g}, B {rates.lr_b:.2g}: {why}" and rates.summary()["why"] == why
+    again = AutoRates(model, optimizer)
+    again.load_state_dict(rates.state_dict())
+    assert str(again) == str(rates)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ from loraplus.movement import (
 )
 from loraplus.owned_groups import OwnedGroups
 from loraplus.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
-from loraplus.roles import Role
+from loraplus.rates import SETTING_OF_ROLE, Rates
+from loraplus.roles import Role, trainable_parameters
 from loraplus.step_watcher import StepWatcher, torch_optimizer
 from loraplus.wrappers import unwrapped
 
@@ -104,7 +105,8 @@ class AutoRates(StepWatcher):
 
     Raises:
         NoLoraFactorsError: no layer to measure.
-        TrainerSetupError: A and B share a group, the optimizer's steps do not scale with its rate (Prodigy,
+        TrainerSetupError: A and B share a group, another one has a rate that was meant to be replaced (of a tenth or
+            more, the same as A's or B's), the optimizer's steps do not scale with its rate (Prodigy,
             schedule-free, Adafactor, …), no layer can be measured (experts), or the factors are flattened (FSDP1) or
             sharded away (ZeRO-3). At the first measured step: the optimizer does not hold the factors themselves
             (DeepSpeed), or the model that was called is another one.
@@ -123,7 +125,7 @@ class AutoRates(StepWatcher):
         groups = OwnedGroups(model, optimizer)
         size = _check_steps(optimizer, groups)
         if size is None:
-            groups.warn_of_dummies(model)
+            groups.check_others(model)
         for other in installed(optimizer):
             if other.is_for(model):  # a notebook's cell run again
                 other.remove()
@@ -133,6 +135,7 @@ class AutoRates(StepWatcher):
         self.layer_rates: dict[str, LayerRates] = {}
         self.updates: FeatureUpdates | None = None
         self.lr_a = self.lr_b = 0.0  # without the schedule
+        self.why = "not measured yet"
         self._groups, self._process_group = groups, process_group
         self._pair = (0.0, 0.0)  # for steps of Adam's size
         self._size = size or 1.0
@@ -157,7 +160,7 @@ class AutoRates(StepWatcher):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold."""
-        pair = {"lr_a": self.lr_a, "lr_b": self.lr_b, "pair": list(self._pair)}
+        pair = {"lr_a": self.lr_a, "lr_b": self.lr_b, "pair": list(self._pair), "why": self.why}
         layers = {name: [rates.lr_a, rates.lr_b] for name, rates in self.layer_rates.items()}
         updates = None if self.updates is None else [asdict(layer) for layer in self.updates.layers]
         measured = {"steps": self.steps, "layers": layers, "updates": updates}
@@ -172,12 +175,17 @@ class AutoRates(StepWatcher):
             self.updates = FeatureUpdates(tuple(LayerUpdate(**layer) for layer in updates))
         self._groups.load_state_dict(state)
         self._pair = tuple(state.get("pair", (self.lr_a, self.lr_b)))
+        self.why = state.get("why", "as an earlier version measured")
         self._look()
 
     def summary(self) -> dict[str, Any]:
         """The rates without the schedule, and what each layer asks for."""
         layers = {name: {"lora_A": rates.lr_a, "lora_B": rates.lr_b} for name, rates in self.layer_rates.items()}
-        return {"lr_a": self.lr_a, "lr_b": self.lr_b, "steps": self.steps, "layers": layers}
+        return {"lr_a": self.lr_a, "lr_b": self.lr_b, "why": self.why, "steps": self.steps, "layers": layers}
+
+    def __str__(self) -> str:
+        """What it chose and why, in one line: "A 4.1e-04, B 1.6e-03: B held at 4×"."""
+        return f"A {self.lr_a:.2g}, B {self.lr_b:.2g}: {self.why}"
 
     def is_for(self, model: nn.Module) -> bool:
         """Whether it sets rates of this model's factors."""
@@ -260,11 +268,12 @@ class AutoRates(StepWatcher):
         rho = self.rule.output_change(terms, len(self._layers)) if math.isfinite(terms) else math.nan
         moved = self._moved(steps)
         asked = {name: self._asked_for(*measured, rho) for name, measured in moved.items()}
-        self._pair = _balanced(
-            self._mean([rates.lr_a for rates in asked.values()], device) or self._pair[0],
-            self._mean([rates.lr_b for rates in asked.values()], device) or self._pair[1],
-            self.rule,
+        lr_a, lr_b = (
+            self._mean([getattr(rates, name) for rates in asked.values()], device) or before
+            for name, before in zip(("lr_a", "lr_b"), self._pair, strict=True)
         )
+        *pair, self.why = _balanced(lr_a, lr_b, self.rule)
+        self._pair = (pair[0], pair[1])
         for name, rates in asked.items():
             in_units = (lr and lr * self._unit(role) for lr, role in zip((rates.lr_a, rates.lr_b), _ROLES, strict=True))
             self.layer_rates[name] = LayerRates(*in_units)
@@ -375,6 +384,29 @@ class AutoRates(StepWatcher):
         return values
 
 
+def install(model: nn.Module, optimizer: torch.optim.Optimizer, asked: Rates) -> None:
+    """`AutoRates` over an optimizer whose other rates were chosen for the user, as `create_optimizer` does.
+
+    Args:
+        model: a PEFT model.
+        optimizer: over its trainable parameters.
+        asked: by the user.
+
+    Raises:
+        TrainerSetupError: what is no factor has no rate of the user's, and the optimizer's steps are not of Adam's
+            size, so that no rate is known to be safe; or as `AutoRates`.
+    """
+    if AutoRates(model, optimizer)._units is None:
+        return
+    for entry in trainable_parameters(model):
+        setting = SETTING_OF_ROLE.get(entry.role)
+        if entry.role not in _ROLES and (setting is None or getattr(asked, setting) is None):
+            raise TrainerSetupError(
+                f'lr="auto" knows no rate of {type(optimizer).__name__} for {entry.name}, which is no factor; give it '
+                "one (lr_head=…, lr_embedding=…, lr_magnitude=…), freeze it, or use AdamW"
+            )
+
+
 def installed(optimizer: Any) -> list[AutoRates]:
     """All that set rates in an optimizer, wrapped or not: one for each model that it trains."""
     return list(getattr(unwrapped(optimizer), "loraplus_autos", ()))
@@ -386,18 +418,20 @@ def _register(optimizer: Any, rates: list[AutoRates]) -> None:
     optimizer.loraplus_auto = rates[0] if rates else None
 
 
-def _balanced(lr_a: float, lr_b: float, rule: Rule) -> tuple[float, float]:
-    """The pair (η_A, η_B) with λ = η_B / η_A brought between the rule's limits.
+def _balanced(lr_a: float, lr_b: float, rule: Rule) -> tuple[float, float, str]:
+    """The pair (η_A, η_B) with λ = η_B / η_A brought between the rule's limits, and in words what held it.
 
     Below the least λ both move: B up and A down, at the same product η_A·η_B. Above the largest λ only B moves, down.
     While one of the two has no rate yet (0), the other stays as it is.
     """
     if not (lr_a and lr_b):
-        return lr_a, lr_b
+        return lr_a, lr_b, "only one of them has a rate yet"
     if lr_b < rule.least_ratio * lr_a:
         lr_a = math.sqrt(lr_a * lr_b / rule.least_ratio)
-        return lr_a, rule.least_ratio * lr_a
-    return lr_a, min(lr_b, rule.most_ratio * lr_a)
+        return lr_a, rule.least_ratio * lr_a, f"B kept at {rule.least_ratio:g}×, their product as measured"
+    if lr_b > rule.most_ratio * lr_a:
+        return lr_a, rule.most_ratio * lr_a, f"B held at {rule.most_ratio:g}×"
+    return lr_a, lr_b, "as measured"
 
 
 def _check_layers(layers: list[AdaptedLayer]) -> None:

@@ -39,6 +39,9 @@ def create_optimizer(
     With lr_ratio = 1 and no other rate it is plain `optimizer_cls`, bit for bit. bitsandbytes' 8-bit optimizers keep
     the states of embeddings in 32 bits, as bitsandbytes advises.
 
+    With lr = "auto" the optimizer comes with `AutoRates`, which sets η_A and η_B while the model trains; it is the
+    optimizer's `loraplus_auto`. A head then learns at 2e-3 and all else that is no factor at 3e-4, unless given a rate.
+
     Args:
         model: a model with LoRA factors.
         optimizer_cls: any optimizer class that takes parameter groups with an `lr`.
@@ -55,7 +58,7 @@ def create_optimizer(
     Raises:
         OptimizerSetupError: the class takes one group only (LBFGS), its step does not follow the rates of its groups
             (Prodigy, D-Adaptation), or it cannot train some parameter (Muon).
-        The errors of `param_groups`, and of `split_groups` with groups.
+        The errors of `param_groups`, of `split_groups` with groups, and of `AutoRates` with lr = "auto".
 
     Example:
         >>> optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=2e-4, lr_ratio=16.0)  # doctest: +SKIP
@@ -64,6 +67,9 @@ def create_optimizer(
 
     Source: Hayou, Ghosh, Yu, arXiv 2402.12354.
     """
+    asked = rates
+    if asked.auto:
+        rates = asked.beside_automatic({entry.role for entry in trainable_parameters(model)})
     lr = in_form_of(rates.tensor, rates.lr_a)
     if groups is None:
         split = param_groups(model, rates, weight_decay, prefix=prefix)
@@ -71,7 +77,12 @@ def create_optimizer(
         split = split_groups(model, groups, rates, prefix=prefix)
         if weight_decay is not None:
             optimizer_kwargs["weight_decay"] = weight_decay
-    return build(model, optimizer_cls, split, lr=lr, **optimizer_kwargs)
+    optimizer = build(model, optimizer_cls, split, lr=lr, **optimizer_kwargs)
+    if asked.auto:
+        from loraplus.auto import install  # it measures with optimizers that are built here
+
+        install(model, optimizer, asked)
+    return optimizer
 
 
 def build(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraplus.errors import LoraPlusError, LoraPlusWarning, TrainerSetupError
+from loraplus.errors import LoraPlusError, TrainerSetupError
 from loraplus.group_rates import in_form_of
 from loraplus.notices import told_once
 from loraplus.roles import Role, clean_name, trainable_parameters
@@ -193,18 +192,21 @@ class OwnedGroups:
         base = float(group.get("max_lr") or group.get("initial_lr") or owned.base or own)
         return float(own) / base if base else 0.0
 
-    def warn_of_dummies(self, model: nn.Module) -> None:
-        """Warns of what would be trained with a rate that was given for A and B, to be replaced."""
-        mine = {id(entry.parameter) for entry in trainable_parameters(model)}
+    def check_others(self, model: nn.Module) -> None:
+        """Refuses to train a head, say, with a rate that was given for A and B, to be replaced.
+
+        Raises:
+            TrainerSetupError: names the group and what to give it.
+        """
+        trainable = {id(entry.parameter) for entry in trainable_parameters(model)}
         for index, group in enumerate(self._optimizer.param_groups):
             rate = _base(group)
-            dummy = self.of(group) is None and rate >= _DUMMY and rate in [owned.base for owned in self._all]
-            if dummy and any(id(parameter) in mine for parameter in group["params"]):
-                warnings.warn(
-                    f"automatic rates set those of A and B only: {group.get('name', f'group {index}')} is trained with "
-                    f"lr = {rate:g}; give it a rate of its own (lr_head=…, lr_embedding=…, lr_magnitude=…)",
-                    LoraPlusWarning,
-                    stacklevel=3,
+            stands_in = self.of(group) is None and rate >= _DUMMY and rate in [owned.base for owned in self._all]
+            if stands_in and any(id(parameter) in trainable for parameter in group["params"]):
+                raise TrainerSetupError(
+                    f"automatic rates set those of A and B only, and {group.get('name', f'group {index}')} would be "
+                    f"trained with lr = {rate:g}; give it a rate of its own (lr_head=…, lr_embedding=…, "
+                    'lr_magnitude=…), or let lr="auto" of create_optimizer choose one'
                 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +28,13 @@ DEFAULT_LR_RATIO = 16.0
 
 AUTO = "auto"
 """Instead of a number for `lr`: `AutoRates` sets η_A and η_B."""
+
+# PEFT's examples train classifiers with 3e-4 or so. With automatic rates it is what norms, magnitudes and embeddings
+# learn at: a rate that hurts none of them.
+DEFAULT_LR = 3e-4
+# A new head starts from nothing and learns at its own pace, the same whatever the adapter's rates are: otherwise a
+# search over η_A and λ would be a search over the head's rate, too.
+DEFAULT_LR_HEAD = 2e-3
 
 
 def as_number(name: str, value: Any) -> float:
@@ -97,7 +104,7 @@ class Rates:
 
     Args:
         lr: η_A, in the optimizer's own unit. None where there is one already: `attach` takes the trainer's, `verify`
-            the optimizer's. "auto" in `attach`: `AutoRates` sets η_A and η_B.
+            the optimizer's. "auto" in `attach` and `create_optimizer`: `AutoRates` sets η_A and η_B.
         lr_ratio: λ = η_B / η_A; 1 is plain LoRA.
         lr_embedding: rate of both embedding factors, of trainable token rows and of whole embedding tables; and of what
             shares memory with one of them.
@@ -182,6 +189,20 @@ class Rates:
             if setting.metadata.get("sets_ratio") and getattr(self, name) != getattr(_NOTHING_ASKED, name):
                 raise InvalidRateError(f"{name} is not used with automatic rates, which set the ratio; leave it out")
         return dataclasses.replace(self, lr=lr, lr_ratio=1.0)
+
+    def beside_automatic(self, roles: Collection[Role]) -> Rates:
+        """What an optimizer is built with where A and B are set automatically and no trainer has a rate for the others.
+
+        A head learns at 2e-3, all else that is no factor at 3e-4, unless it has a rate of its own.
+
+        Args:
+            roles: of all that trains.
+
+        Raises:
+            InvalidRateError: a ratio beside automatic rates.
+        """
+        head = DEFAULT_LR_HEAD if self.lr_head is None and Role.HEAD in roles else self.lr_head
+        return dataclasses.replace(self, lr_head=head).resolved(DEFAULT_LR)
 
     def ratio(self, name: str) -> float:
         """λ of the B factor of this name: `lr_ratio`, unless an override matches."""

@@ -43,15 +43,23 @@ def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> Non
         f"eval_loss {metrics['eval_loss']:.4f} · {measure} {metrics[measure]:.4f} after "
         f"{metrics['steps']} steps (best at {metrics['best_step']}), {metrics['seconds_per_step']:.3g} s a step"
     )
-    ratio = metrics["lr_ratio"] or 0.0
-    how = "; automatic, as last measured" if metrics["auto"] else ""
-    console.say(f"rates: η_A {metrics['lr']:.3g} · η_B {metrics['lr'] * ratio:.3g} (λ = {ratio:.3g}{how})")
+    console.say(_about_rates(metrics))
     data = metrics["data"]
     about = _about_classes(data) if "labels" in data else _about_tokens(data, metrics["packing"])
     console.say(
         f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, {about}"
     )
     console.say(f"adapter: {Path(output)}")
+
+
+def _about_rates(metrics: dict[str, Any]) -> str:
+    """The rates, and of automatic ones what held them and how to have the same without."""
+    lr, ratio = metrics["lr"], metrics["lr_ratio"] or 0.0
+    rates = f"rates: η_A {lr:.3g} · η_B {lr * ratio:.3g} (λ = {ratio:.3g})"
+    if not metrics["auto"]:
+        return rates
+    why = f": {metrics['auto_why']}" if "auto_why" in metrics else ""
+    return f"{rates}, set automatically{why}; to fix them next time: --lr {lr:.3g} --lr-ratio {ratio:.3g}"
 
 
 def _about_classes(data: dict[str, Any]) -> str:

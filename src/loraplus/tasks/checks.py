@@ -8,14 +8,14 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
-from loraplus.errors import InputError
+from loraplus.errors import InputError, InvalidRateError
 from loraplus.files.commands import LATER_SETTINGS
 from loraplus.files.output import check_output
 from loraplus.files.paths import resolve_model
 from loraplus.files.single import read_template
 from loraplus.notices import told_once
 from loraplus.rate_keywords import rates_from
-from loraplus.rates import DEFAULT_LR_RATIO, Rates
+from loraplus.rates import AUTO, DEFAULT_LR_RATIO, Rates
 from loraplus.tasks.config import (
     CLASSIFICATION,
     DEFAULT_LR,
@@ -206,6 +206,11 @@ def _check_budget(config: TuneConfig) -> None:
 def _check_rates(config: TaskConfig) -> None:
     if isinstance(config, TrainConfig):
         rates_of(config, config.lr, config.lr_ratio)
+        if config.lr == AUTO and config.lr_ratio != DEFAULT_LR_RATIO:  # the default is written down in automatic runs
+            raise InvalidRateError(
+                f"--lr-ratio {config.lr_ratio:g} is not used with --lr auto, which sets the ratio; leave it out, or "
+                "give --lr a number"
+            )
     elif isinstance(config, CompareConfig):
         rates_of(config, config.untuned_lr, config.lr_ratio)
     else:  # a search sets those of A and B

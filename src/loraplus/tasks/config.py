@@ -8,13 +8,8 @@ from typing import Any
 
 from loraplus.errors import InvalidRateError
 from loraplus.rate_keywords import rate_fields
-from loraplus.rates import AUTO, DEFAULT_LR_RATIO
+from loraplus.rates import AUTO, DEFAULT_LR, DEFAULT_LR_HEAD, DEFAULT_LR_RATIO
 
-# PEFT's examples train classifiers with 3e-4 or so; LoRA+ keeps that rate for A and gives B 16 times it.
-DEFAULT_LR = 3e-4
-# A new head starts from nothing and learns at its own pace, the same whatever the adapter's rates are: otherwise a
-# search over η_A and λ would be a search over the head's rate, too.
-DEFAULT_LR_HEAD = 2e-3
 DEFAULT_TUNING_RUNS = 4
 # What a study keeps is wider, so that a search that begins within these has room to move.
 LOWEST_LR, HIGHEST_LR, HIGHEST_LR_RATIO = 1e-10, 1e3, 1e6
@@ -146,15 +141,28 @@ class TaskConfig(_RateFlags, _RunConfig):
 class _LrFlag:
     """Comes before the ratio, in --help and in commands that are written down."""
 
-    lr: float | str = _option(DEFAULT_LR, "η_A, the rate of A, or auto: it sets both rates.", parser=learning_rate)
+    lr: float | str = _option(
+        None,  # until a configuration is made, which fills it in
+        f"η_A, the rate of A, or auto: both rates are set while training. Default: auto, or {DEFAULT_LR:g} with "
+        "--lr-ratio.",
+        parser=learning_rate,
+    )
 
 
 @dataclass(kw_only=True)
 class TrainConfig(_RatioFlags, _LrFlag, TaskConfig):
-    """One training run."""
+    """One training run; rates that are not given are filled in when it is made."""
 
-    lr_ratio: float = _option(DEFAULT_LR_RATIO, "λ = η_B / η_A; 1 is plain LoRA. Not used with --lr auto.")
+    lr_ratio: float = _option(
+        None, f"λ = η_B / η_A of rates that are numbers; 1 is plain LoRA. Default: {DEFAULT_LR_RATIO:g}."
+    )
     samples: int = _option(3, "sft and lm: validation prompts that base and adapter answer in the report; 0 for none.")
+
+    def __post_init__(self) -> None:
+        if self.lr is None:
+            self.lr = AUTO if self.lr_ratio is None else DEFAULT_LR
+        if self.lr_ratio is None:
+            self.lr_ratio = DEFAULT_LR_RATIO
 
 
 @dataclass(kw_only=True)

@@ -174,7 +174,8 @@ def _rates_in_use(trainer: LoraPlusTrainer) -> dict[str, Any]:
     auto, rates = trainer.loraplus_auto, trainer.loraplus_rates
     if auto is None:
         return {"lr": rates.lr, "lr_ratio": rates.lr_ratio, "auto": False}
-    return {"lr": auto.lr_a, "lr_ratio": auto.lr_b / auto.lr_a if auto.lr_a else None, "auto": True}
+    ratio = auto.lr_b / auto.lr_a if auto.lr_a else None
+    return {"lr": auto.lr_a, "lr_ratio": ratio, "auto": True, "auto_why": auto.why}
 
 
 def _save_adapter(
