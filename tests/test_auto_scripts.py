@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import warnings
 
 import peft
 import pytest
@@ -15,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import loraplus
 from loraplus.auto import AutoRates, Rule
-from loraplus.errors import InvalidRateError, LoraPlusWarning, TrainerSetupError
+from loraplus.errors import InvalidRateError, TrainerSetupError
 from loraplus.groups import rate_of_group
 from loraplus.movement import adapted_layers, factors
 
