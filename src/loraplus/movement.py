@@ -95,25 +95,25 @@ def factors(layers: Sequence[AdaptedLayer]) -> list[nn.Parameter]:
 
 
 def rms(tensor: torch.Tensor) -> float:
-    """Root of the mean square."""
+    """Root of the mean square over all elements of a tensor of any shape (…)."""
     tensor = tensor.detach()
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return float(torch.linalg.vector_norm(tensor, dtype=wide)) / math.sqrt(max(1, tensor.numel()))
 
 
 def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether FSDP2 has sharded a tensor."""
+    """Whether FSDP2 has sharded a tensor: it says its whole shape (d, …), and one process has (d / processes, …)."""
     module = sys.modules.get("torch.distributed.tensor")  # to import it takes half as long as torch
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that FSDP2 has sharded; any other as it is."""
+    """The whole (d, …) of a tensor that FSDP2 has sharded; any other as it is. All processes must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that FSDP2 has sharded; any other as it is."""
+    """This process's part (d / processes, …) of a tensor that FSDP2 has sharded; any other as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 

@@ -37,7 +37,7 @@ class _Pass:
     encoded: int = 0  # address of that output
 
     def mask_of(self, path: str, x: torch.Tensor) -> torch.Tensor | None:
-        """The mask of the rows that the layer at `path` reads."""
+        """The mask (examples, positions) of what the layer at `path` reads: x (examples, positions, d_in)."""
         decodes = self.decoder is not None and _inside(path, self.decoder) and x.data_ptr() != self.encoded
         return self.masks.get("decoder" if decodes else "encoder")
 
@@ -178,7 +178,7 @@ class Recorder:
         sample = None if inputs is None else self._sample(entry, inputs, tensor, current, (*args, *kwargs.values()))
         transposed = not getattr(entry.base, "batch_first", True)  # nn.MultiheadAttention's (positions, examples, …)
 
-        def arrived(gradient: torch.Tensor) -> None:
+        def arrived(gradient: torch.Tensor) -> None:  # of the shape of the output, (…, d_out)
             self._arrived(current, gradient.transpose(0, 1) if transposed and gradient.dim() == 3 else gradient)
             if sample is not None:
                 self.samples[entry.name] = sample
@@ -186,7 +186,7 @@ class Recorder:
         tensor.register_hook(arrived)
 
     def _arrived(self, current: _Pass, gradient: torch.Tensor) -> None:
-        """Counts a pass once: the layer nearest to the loss is the first that its gradient reaches."""
+        """Counts a pass once: the layer nearest to the loss is the first whose output's gradient (…, d_out) arrives."""
         if current in self._counted:
             return
         task = torch._C._current_graph_task_id()
@@ -207,7 +207,10 @@ class Recorder:
     def _sample(
         self, entry: AdaptedLayer, inputs: torch.Tensor, output: torch.Tensor, current: _Pass, given: Sequence[Any]
     ) -> Sample | None:
-        """None where input and output are not what A reads and B writes."""
+        """Some rows of x (…, d_in), and the size of y (…, d_out); None where these are not what A reads and B writes.
+
+        A convolution's are (examples, channels, …), and whole examples are taken.
+        """
         x, y = inputs.detach(), output.detach()
         if entry.experts or not x.is_floating_point():
             return None
@@ -234,7 +237,7 @@ class Recorder:
         return Sample(rows, rms(outputs[chosen]))
 
     def _chosen(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Indices of evenly spaced rows that are no padding; of all rows where the mask is of another shape."""
+        """Indices (rows,) of evenly spaced rows of x (…, d_in) that are no padding; any where the mask does not fit."""
         count = x.numel() // x.shape[-1]
         if mask is not None and mask.numel() == count and (x.dim() != 3 or mask.shape == x.shape[:2]):
             real = mask.reshape(-1).nonzero().squeeze(1)
@@ -244,9 +247,9 @@ class Recorder:
 
 
 def _masks(kwargs: Mapping[str, Any], two_sided: bool) -> dict[str, torch.Tensor]:
-    """Which positions are no padding, as the model was told: one mask, or the encoder's and the decoder's."""
+    """Which (examples, positions) are no padding, as the model was told: of the input, or of encoder and decoder."""
 
-    def given(name: str) -> torch.Tensor | None:
+    def given(name: str) -> torch.Tensor | None:  # (examples, positions)
         value = kwargs.get(name)
         return value if isinstance(value, torch.Tensor) and value.dim() == 2 else None
 
@@ -259,7 +262,7 @@ def _masks(kwargs: Mapping[str, Any], two_sided: bool) -> dict[str, torch.Tensor
 
 
 def _first_tensor(output: Any) -> torch.Tensor | None:
-    """What a layer puts out, be it a tensor or the first one in a tuple, a mapping or a data class."""
+    """What a layer puts out, (…, d_out): a tensor, or the first one in a tuple, a mapping or a data class."""
     if isinstance(output, torch.Tensor):
         return output if output.is_floating_point() else None
     if isinstance(output, Mapping):
@@ -280,6 +283,7 @@ def _in_backward() -> bool:
 
 
 def _evenly(count: int, device: torch.device, wanted: int) -> torch.Tensor:
+    """Indices (wanted,) of rows that lie evenly among `count`; (count,) if there are no more."""
     return torch.linspace(0, count - 1, min(count, wanted), device=device).long()
 
 

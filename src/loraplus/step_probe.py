@@ -286,7 +286,7 @@ def _is_rate(group: Mapping[str, Any], key: str) -> bool:
 
 
 def _step(twin: torch.optim.Optimizer, stand_ins: list[nn.Parameter], step: int, closure: bool) -> None:
-    def differentiate() -> torch.Tensor:
+    def differentiate() -> torch.Tensor:  # a loss (), as a closure gives it
         for tensor in stand_ins:
             tensor.grad = _gradient(step, tensor)
         return torch.ones((), device=stand_ins[0].device)
@@ -296,7 +296,7 @@ def _step(twin: torch.optim.Optimizer, stand_ins: list[nn.Parameter], step: int,
 
 
 def _gradient(step: int, like: torch.Tensor) -> torch.Tensor:
-    """Of full rank, of changing size and constant sign, so that no sum over steps cancels."""
+    """Of the shape of `like` (…), of full rank, changing size and constant sign, so that no sum over steps cancels."""
     entries = torch.arange(like.numel(), device="cpu", dtype=torch.float32)
     values = torch.cos(1.7 * entries) * (1 + 0.5 * torch.cos(step + 0.9 * entries))
     return values.reshape(like.shape).to(like.device, like.dtype)

@@ -112,7 +112,7 @@ def training_texts(
 
 
 def pack(texts: Iterable[list[int]], length: int) -> torch.Tensor:
-    """Texts one after the other, cut into rows of one length; what is left at the end is dropped.
+    """Texts one after the other, cut into rows (sequences, length); what is left at the end is dropped.
 
     Raises:
         InputError: not enough text for one row.
