@@ -136,8 +136,8 @@ def changed(axes: Axes, by: str, given: Sequence[Any], named: Mapping[str, Any])
     """
 
     def argument(place: int, *names: str, otherwise: Any = None) -> Any:
-        found = [named[name] for name in names if name in named]
-        return found[0] if found else given[place] if place < len(given) else otherwise
+        values = [named[name] for name in names if name in named]
+        return values[0] if values else given[place] if place < len(given) else otherwise
 
     flat = list(given[0]) if len(given) == 1 and isinstance(given[0], list) else list(given)
     if by in _TURNS:

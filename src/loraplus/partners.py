@@ -85,8 +85,8 @@ def fit(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
 
 def _width(module: nn.Module, way: str) -> int:
     """Inputs or outputs of a linear layer or convolution: known even where its weight is flattened or packed."""
-    found = getattr(module, f"{way}_features", None) or getattr(module, f"{way}_channels", None)
-    return found if isinstance(found, int) else 0
+    width = getattr(module, f"{way}_features", None) or getattr(module, f"{way}_channels", None)
+    return width if isinstance(width, int) else 0
 
 
 def whole_shape(tensor: Any) -> tuple[int, ...] | None:

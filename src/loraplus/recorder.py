@@ -253,12 +253,12 @@ def _masks(kwargs: Mapping[str, Any], two_sided: bool) -> dict[str, torch.Tensor
         value = kwargs.get(name)
         return value if isinstance(value, torch.Tensor) and value.dim() == 2 else None
 
-    found = {"encoder": given("attention_mask")}
+    masks = {"encoder": given("attention_mask")}
     if two_sided:
         labels = given("labels")
         mask = given("decoder_attention_mask")
-        found["decoder"] = labels != -100 if mask is None and labels is not None else mask
-    return {side: mask != 0 for side, mask in found.items() if mask is not None}
+        masks["decoder"] = labels != -100 if mask is None and labels is not None else mask
+    return {side: mask != 0 for side, mask in masks.items() if mask is not None}
 
 
 def _first_tensor(output: Any) -> torch.Tensor | None:

@@ -62,20 +62,20 @@ def refusal(optimizer: Any, trial: Trial) -> str:
             "decay) is far too large"
         )
     if trial.moved is None:
-        found = f"{name} takes a step at one rate for all groups but not at two ({trial.reason})"
+        what = f"{name} takes a step at one rate for all groups but not at two ({trial.reason})"
     else:
-        found = (
+        what = (
             f"{name} does not follow the rates of its groups: in trial steps at rates {trial.asked:g} times apart the "
             f"faster of two equal matrices moved {trial.moved:.3g} times as far"
         )
     if any(group.get("relative_step") for group in optimizer.param_groups):
-        return f"{found}; give it relative_step=False, or use torch.optim.AdamW, say"
+        return f"{what}; give it relative_step=False, or use torch.optim.AdamW, say"
     if any(part in name.lower() for part in ("prodigy", "adapt")):
         return (
-            f"{found}; use torch.optim.AdamW, say, or loraplus.tasks.prodigy.SplitProdigy with lr=1 and lr_ratio=1, "
+            f"{what}; use torch.optim.AdamW, say, or loraplus.tasks.prodigy.SplitProdigy with lr=1 and lr_ratio=1, "
             "which estimates a rate for A and one for B"
         )
-    return f"{found}; use an optimizer that reads every group's lr, such as torch.optim.AdamW, or lr_ratio=1"
+    return f"{what}; use an optimizer that reads every group's lr, such as torch.optim.AdamW, or lr_ratio=1"
 
 
 _warned: WeakSet[Any] = WeakSet()
@@ -144,17 +144,17 @@ def _that_steps(optimizer: Any) -> Any:
 def _pairs(optimizer: Any, rates: Mapping[int, float]) -> list[_Slots]:
     """For each set of options that groups have, two groups at different rates; none if all have one rate."""
     known = {index: rate for index, rate in rates.items() if rate > 0 and math.isfinite(rate)}
-    found: dict[str, _Slots] = {}
+    pairs: dict[str, _Slots] = {}
     for index, rate in known.items():
         others = [other for other in known if abs(math.log(known[other] / rate)) > _ALIKE]
         signature = repr(_options(optimizer.param_groups[index]))
-        if others and signature not in found and len(found) < _SIGNATURES:
+        if others and signature not in pairs and len(pairs) < _SIGNATURES:
             # Groups with other options may be another optimizer's, where two are in one.
             alike = [o for o in others if optimizer.param_groups[o].keys() == optimizer.param_groups[index].keys()]
             other = max(alike or others, key=lambda other: abs(math.log(known[other] / rate)))
             slow, fast = sorted((index, other), key=known.__getitem__)
-            found[signature] = _Slots(slow, fast, index)
-    return list(found.values())
+            pairs[signature] = _Slots(slow, fast, index)
+    return list(pairs.values())
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

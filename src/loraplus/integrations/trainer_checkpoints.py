@@ -204,8 +204,8 @@ class WholeCheckpoints:
                 return str(asked), (), None
             if not folder.is_dir() or not checkpoints(folder):
                 return True, (), None  # for Trainer to say
-            found, passed = checkpoint_to_resume(folder, self._anew, ours=self._only_ours)
-            return None if found is None else str(found), tuple(passed), None
+            checkpoint, passed = checkpoint_to_resume(folder, self._anew, ours=self._only_ours)
+            return None if checkpoint is None else str(checkpoint), tuple(passed), None
         except DamagedCheckpointError as error:
             return None, (), str(error)
 

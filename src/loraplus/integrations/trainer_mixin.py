@@ -147,10 +147,10 @@ class LoraPlusMixin(WholeCheckpoints):
         return self.optimizer
 
     def _is_ours(self) -> bool:
-        found, ours = self.optimizer, None if self._made is None else self._made.split.optimizer
-        while found is not None and found is not ours:  # in Accelerate's and DeepSpeed's wrappers
-            found = getattr(found, "optimizer", None)
-        return found is not None
+        optimizer, ours = self.optimizer, None if self._made is None else self._made.split.optimizer
+        while optimizer is not None and optimizer is not ours:  # in Accelerate's and DeepSpeed's wrappers
+            optimizer = getattr(optimizer, "optimizer", None)
+        return optimizer is not None
 
     def _check_ours(self) -> None:
         if not self._is_ours():

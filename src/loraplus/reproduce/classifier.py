@@ -67,8 +67,8 @@ def encode(
 
     def rows(part: LabelledTexts) -> list[dict[str, Any]]:
         pairs = None if part.pairs is None else list(part.pairs)
-        found = tokenizer(list(part.texts), pairs, truncation=True, max_length=max_length)["input_ids"]
-        return [{"input_ids": ids, "labels": label} for ids, label in zip(found, part.labels, strict=True)]
+        token_ids = tokenizer(list(part.texts), pairs, truncation=True, max_length=max_length)["input_ids"]
+        return [{"input_ids": ids, "labels": label} for ids, label in zip(token_ids, part.labels, strict=True)]
 
     def by_length(part: LabelledTexts) -> list[dict[str, Any]]:
         return sorted(rows(part), key=lambda row: len(row["input_ids"]))
