@@ -291,14 +291,14 @@ class _Parts:
         groups[:] = [part for _, part in sorted(parts, key=lambda item: item[0])]
 
     def _of(self, index: int, group: Group) -> list[tuple[int, Group]]:
-        nothing = len(self._entries) + index, None  # behind the model's
+        def of(parameter: Any) -> tuple[int, TrainableParameter | None]:
+            return self._entries.get(id(parameter), (len(self._entries) + index, None))  # behind the model's
+
         parts: dict[str, tuple[int, Group]] = {}
         names = group.get("param_names") or [None] * len(group["params"])
-        members: list[tuple[int, TrainableParameter | None, Any, str | None]] = [
-            (*self._entries.get(id(parameter), nothing), parameter, name)  # type: ignore[misc]
-            for parameter, name in zip(group["params"], names, strict=True)
-        ]
-        for place, entry, parameter, name in sorted(members, key=lambda member: member[0]):
+        members = zip(group["params"], names, strict=True)
+        for parameter, name in sorted(members, key=lambda member: of(member[0])[0]):
+            place, entry = of(parameter)
             label = _REST if entry is None else self._rates.group_name(entry.role, entry.rate_name)
             if label not in parts:
                 parts[label] = place, _empty(group, None if entry is None else self._asked[id(parameter)])
