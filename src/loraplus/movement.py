@@ -109,12 +109,12 @@ def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole (d, …) of a tensor that FSDP2 has sharded; any other as it is. All processes must call it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part (d / processes, …) of a tensor that FSDP2 has sharded; any other as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @dataclass(frozen=True)

@@ -204,8 +204,7 @@ def _counted(optimizer: Any, slots: _Slots, asked: float) -> dict[str, Any]:
     stand_in = nn.Parameter(torch.full(_SHAPE, 0.5, device="cpu" if parameter.is_meta else parameter.device))
     twin = twin_over(optimizer, {parameter: stand_in}, with_state=False)
     (group,) = twin.param_groups
-    if callable(getattr(twin, "train", None)):
-        twin.train()  # type: ignore[attr-defined]
+    _train_mode(twin)
     before = copy.deepcopy(_options(group))
     _step(twin, [stand_in], 0, closure=False)
     return {key: twin.defaults[key] for key, value in before.items() if key in twin.defaults and group[key] != value}
@@ -276,8 +275,13 @@ def _set_up(twin: torch.optim.Optimizer, slots: _Slots, asked: float) -> None:
     for group, rate in ((first, _LR), (second, _LR * asked)):
         group.update(copy.deepcopy(options) | dict.fromkeys(rates, rate))
         group["lr"] = in_form_of(group["lr"], rate)
-    if callable(getattr(twin, "train", None)):  # schedule-free optimizers step in training mode only
-        twin.train()  # type: ignore[attr-defined]
+    _train_mode(twin)
+
+
+def _train_mode(twin: Any) -> None:
+    """Schedule-free optimizers step in training mode only."""
+    if callable(getattr(twin, "train", None)):
+        twin.train()
 
 
 def _is_rate(group: Mapping[str, Any], key: str) -> bool:

@@ -143,7 +143,7 @@ def config_command(
             for flag, (annotation, default) in _OWN_FLAGS.items()
             if flag == "config" or flag in own
         ]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature(parameters)
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         command.__doc__ = run.__doc__
         return app.command(name)(command)

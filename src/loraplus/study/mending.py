@@ -211,7 +211,7 @@ class _Lines(BaseJournalBackend):
     def read_logs(self, log_number_from: int) -> Iterable[Operation]:
         return iter(self.lines[log_number_from:])
 
-    def append_logs(self, logs: Sequence[Operation]) -> None:  # type: ignore[override]
+    def append_logs(self, logs: Sequence[Operation]) -> None:
         self.lines += logs
 
 
