@@ -58,6 +58,11 @@ class Recipe:
     head_at_lr: bool = False
     half: bool = False
 
+    def settings(self, *names: str) -> dict[str, Any]:
+        """Some of the configuration by name, and what Adam and the head have."""
+        own = {name: getattr(self.config, name) for name in names}
+        return own | {"beta2": self.beta2, "lr_head": "η_A" if self.head_at_lr else self.config.lr_head}
+
 
 def encode(
     names: Sequence[str], parts: Parts, tokenizer: PreTrainedTokenizerBase, max_length: int

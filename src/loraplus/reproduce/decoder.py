@@ -52,10 +52,9 @@ class Decoder(TunedArms):
         return [{"domain": domain, "width": width} for domain in self.domains for width in self.widths]
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "widths": self.widths, "domains": self.domains, "steps": self.steps, "batch": self.batch,
-            "rank": self.rank, "alpha": self.alpha, "targets": ["q_proj", "v_proj"], "schedule": "linear",
-            "warmup": WARMUP, "max_length": small_tasks.LENGTH, "held_out": small_tasks.HELD_OUT,
+        return super().settings() | {
+            "targets": ["q_proj", "v_proj"], "schedule": "linear", "warmup": WARMUP,
+            "max_length": small_tasks.LENGTH, "held_out": small_tasks.HELD_OUT,
         }  # fmt: skip
 
     def needs(self) -> list[str]:

@@ -89,9 +89,10 @@ class Init(Experiment):
         return list(columns)
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "model": f"decoder of width {self.width}", "task": small_tasks.BOOK, "ranks": self.ranks,
-            "lr_ratio": self.lr_ratio, "steps": self.steps, "batch": self.batch, "targets": ["q_proj", "v_proj"],
+        own = super().settings()
+        width = own.pop("width")  # it says which model
+        return own | {
+            "model": f"decoder of width {width}", "task": small_tasks.BOOK, "targets": ["q_proj", "v_proj"],
             "schedule": "linear", "warmup": WARMUP,
         }  # fmt: skip
 

@@ -99,11 +99,10 @@ class Toy(Experiment):
     )
 
     def settings(self) -> dict[str, Any]:
-        return {
+        return super().settings() | {
             "inputs": toy_model.INPUTS, "rank": toy_model.RANK, "scaling": toy_model.SCALING, "activation": "silu",
             "noise": toy_model.NOISE, "train_points": toy_model.TRAIN_POINTS, "test_points": toy_model.TEST_POINTS,
-            "betas": list(toy_model.BETAS), "steps": self.steps, "batch": BATCH, "schedule": "linear decay to 0",
-            "widths": list(self.widths), "map_width": self.map_width, "within": WITHIN,
+            "betas": toy_model.BETAS, "batch": BATCH, "schedule": "linear decay to 0", "within": WITHIN,
             "families": [f"{family.optimizer}/{family.readout}" for family in FAMILIES],
         }  # fmt: skip
 
