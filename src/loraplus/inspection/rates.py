@@ -135,7 +135,7 @@ def _of_roles(adapter: Adapter, saved: Mapping[str, Any] | None) -> list[Row]:
 
 def _with_adapter(name: str, saved: Mapping[str, Any] | None) -> str:
     """The parameter's name in training, which patterns of lr_overrides were matched against."""
-    return next((full for full in (saved or {}).get("roles", {}) if saved_name(full) == name), name)
+    return next((known for known in (saved or {}).get("roles", {}) if saved_name(known) == name), name)
 
 
 def _rates(saved: Mapping[str, Any] | None) -> Rates | None:
