@@ -283,6 +283,41 @@ def test_an_output_layer_that_is_the_embedding_too_is_an_embedding():
     assert roles["wte.weight"] is Role.EMBEDDING and Role.HEAD not in roles.values()
 
 
+class ScaledLinear(nn.Linear):
+    """An output layer with factors and a trainable scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 3)
+        self.weight.requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 16)), nn.Parameter(torch.zeros(3, 2))
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class WithOutput(nn.Sequential):
+    def get_output_embeddings(self) -> nn.Module:
+        return self[-1]
+
+
+@pytest.mark.parametrize("trains", ["nothing", "the bias", "the weight"])
+def test_what_a_layout_knows_on_the_output_layer_is_no_head(trains):
+    """The layer's own parameters are a head where its weight trains; the adapter's are none."""
+    output = ScaledLinear()
+    output.bias.requires_grad_(trains != "nothing")
+    output.weight.requires_grad_(trains == "the weight")
+    model = WithOutput(nn.Linear(4, 16).requires_grad_(False), nn.ReLU(), output)
+    register_layout("scaled", lambda name, owner: Role.OTHER if name.endswith(".scale") else None)
+    try:
+        roles = {entry.name.removeprefix("2."): entry.role for entry in trainable_parameters(model)}
+    finally:
+        unregister_layout("scaled")
+    expected = {"lora_A": Role.A, "lora_B": Role.B, "scale": Role.OTHER}
+    if trains == "the bias":
+        expected["bias"] = Role.NORM_BIAS
+    if trains == "the weight":
+        expected |= {"bias": Role.HEAD, "weight": Role.HEAD}
+    assert roles == expected
+
+
 def test_compiled_and_wrapped_models_keep_their_roles():
     model = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules=["query"]))
     compiled = torch.compile(model)

@@ -80,12 +80,15 @@ class Axes:
         sources, targets = ([ends] if isinstance(ends, int) else ends for ends in (source, target))
         if not (isinstance(sources, list) and isinstance(targets, list) and len(sources) == len(targets)):
             return None
-        places = {self.place(to): self.place(at) for at, to in zip(sources, targets, strict=True)}
-        if None in places or None in places.values():
-            return None
+        places: dict[int, int] = {}  # {where it goes: where it is}
+        for start, end in zip(sources, targets, strict=True):
+            at, to = self.place(start), self.place(end)
+            if at is None or to is None:
+                return None
+            places[to] = at
         rest = iter([place for place in range(len(self.labels)) if place not in places.values()])
         order = [places[to] if to in places else next(rest) for to in range(len(self.labels))]
-        return replace(self, labels=tuple(self.labels[place] for place in order))  # type: ignore[index]
+        return replace(self, labels=tuple(self.labels[place] for place in order))
 
     def without(self, dimension: Any = 0) -> Axes | None:
         """A dimension is gone: one entry of it was picked."""
@@ -136,8 +139,8 @@ def changed(axes: Axes, by: str, given: Sequence[Any], named: Mapping[str, Any])
     """
 
     def argument(place: int, *names: str, otherwise: Any = None) -> Any:
-        found = [named[name] for name in names if name in named]
-        return found[0] if found else given[place] if place < len(given) else otherwise
+        values = [named[name] for name in names if name in named]
+        return values[0] if values else given[place] if place < len(given) else otherwise
 
     flat = list(given[0]) if len(given) == 1 and isinstance(given[0], list) else list(given)
     if by in _TURNS:

@@ -53,7 +53,7 @@ def one_line(text: object, longest: int = LONGEST_MESSAGE) -> str:
     for word in _LONG_WORDS:
         if len(line) <= longest:
             break
-        line = re.sub(rf"\S{{{word + 1},}}", lambda found, most=word: _without_middle(found[0], most), line)
+        line = re.sub(rf"\S{{{word + 1},}}", lambda match, most=word: _without_middle(match[0], most), line)
     return _without_middle(line, longest)
 
 

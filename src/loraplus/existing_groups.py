@@ -153,7 +153,7 @@ def _check_memory(groups: Iterable[Mapping[str, Any]], listed: Sequence[Trainabl
     for entry in listed:
         if entry.shares is None:
             continue
-        (name, one), (other_name, other) = (places[id(found.parameter)] for found in (by_name[entry.shares], entry))
+        (name, one), (other_name, other) = (places[id(shared.parameter)] for shared in (by_name[entry.shares], entry))
         rates = [float(rate_of(group, label, lr)) for label, group in ((name, one), (other_name, other))]
         if not math.isclose(*rates):
             raise ParameterGroupError(

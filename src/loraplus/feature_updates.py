@@ -64,10 +64,10 @@ class FeatureUpdates:
     layers: tuple[LayerUpdate, ...]
 
     @classmethod
-    def from_movements(cls, layers: Sequence[AdaptedLayer], found: Mapping[str, Movement]) -> FeatureUpdates:
+    def from_movements(cls, layers: Sequence[AdaptedLayer], moved: Mapping[str, Movement]) -> FeatureUpdates:
         """Of the layers that were measured, by name."""
         return cls(
-            tuple(LayerUpdate.from_movement(layer, found[layer.name]) for layer in layers if layer.name in found)
+            tuple(LayerUpdate.from_movement(layer, moved[layer.name]) for layer in layers if layer.name in moved)
         )
 
     @property
@@ -179,10 +179,10 @@ def feature_updates(
                         raise InputError("the model gives no loss for this batch; add its labels, or pass loss=")
                     value.backward()
                 step_of(twin)
-            found = movements(layers, recorder.samples, before)
+            moved = movements(layers, recorder.samples, before)
         finally:
             recorder.remove()
-    return FeatureUpdates.from_movements(layers, found)
+    return FeatureUpdates.from_movements(layers, moved)
 
 
 class UpdateMonitor(StepWatcher):
@@ -213,9 +213,9 @@ class UpdateMonitor(StepWatcher):
 
     def _after_step(self) -> None:
         if self._before:
-            found = movements(self._layers, self._recorder.samples, self._before)
-            if found:
-                self.updates = FeatureUpdates.from_movements(self._layers, found)
+            moved = movements(self._layers, self._recorder.samples, self._before)
+            if moved:
+                self.updates = FeatureUpdates.from_movements(self._layers, moved)
         self._before = []
         self._recorder.forget()
         self._steps += 1

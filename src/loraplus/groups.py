@@ -164,9 +164,9 @@ def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *,
     """The rate of a group at this moment; with `base`, the one that a scheduler multiplies. Reads `AutoRates`' too."""
     optimizer = unwrapped(optimizer)
     auto = getattr(optimizer, "loraplus_auto", None)
-    found = auto.rates_of(group) if auto is not None else None
-    if found is not None and (found[1] or not base):  # before the first measured step there is none yet
-        return found[1] if base else found[0]
+    own_rates = auto.rates_of(group) if auto is not None else None
+    if own_rates is not None and (own_rates[1] or not base):  # before the first measured step there is none yet
+        return own_rates[1] if base else own_rates[0]
     return _own_rate(optimizer, group, base=base)
 
 

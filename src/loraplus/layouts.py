@@ -10,15 +10,16 @@ the priors of MonteCLoRA's sampler read no layer's input and write no layer's ou
 does not reach them, and they keep lr (`Role.OTHER`). So do the core of a Tucker product (`lora_mid`, `hada_t1`), scalar
 factors, and a matrix that is not factored at all (LoKr's `lokr_w1`): it reads and writes at once.
 
-Each layout is one recogniser; `register_layout` adds another. They look at names and at the module that owns the
-parameter, never at shapes, and import none of the libraries. That a name is a factor's is not all: `partners` asks for
-the other of the pair.
+Each layout is a recogniser and the names of its pairs; `register_layout` adds another. Recognisers look at names and at
+the module that owns the parameter, never at shapes, and import none of the libraries. That a name is a factor's is not
+all: `partners` asks for the other of the pair.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import nn
 
@@ -134,15 +135,32 @@ def recognise_lycoris(name: str, owner: nn.Module) -> Role | None:
     return {"FullModule": Role.OTHER, "NormModule": Role.NORM_BIAS}.get(type(owner).__name__)
 
 
+class Layout(NamedTuple):
+    """How one library names what it trains.
+
+    Args:
+        recognise: tells the role of a parameter.
+        pairs: what A and B of one layer are called, without `.weight`, as "A B"; several with commas between them.
+            A factor counts only beside the other of its pair.
+    """
+
+    recognise: Recogniser
+    pairs: str
+
+
 # The last is asked first, so a new one goes to the top; what was registered is asked before all of these.
-_layouts: dict[str, Recogniser] = {
-    "lycoris": recognise_lycoris,
-    "torchtune": recognise_torchtune,
-    "litgpt": recognise_litgpt,
-    "kohya": recognise_kohya,
-    "diffusers": recognise_diffusers,
-    "peft": recognise_peft,
+_layouts = {
+    "lycoris": Layout(
+        recognise_lycoris,
+        "hada_w1_b hada_w1_a, hada_w2_b hada_w2_a, lokr_w1_b lokr_w1_a, lokr_w2_b lokr_w2_a, down_list up_list",
+    ),
+    "torchtune": Layout(recognise_torchtune, "lora_a lora_b"),
+    "litgpt": Layout(recognise_litgpt, "lora_A lora_B"),
+    "kohya": Layout(recognise_kohya, "lora_down lora_up"),
+    "diffusers": Layout(recognise_diffusers, "down up"),
+    "peft": Layout(recognise_peft, "lora_A lora_B, lora_embedding_A lora_embedding_B"),
 }
+PAIRS = frozenset((a, b) for layout in _layouts.values() for a, b in map(str.split, layout.pairs.split(",")))
 _registered: dict[str, Recogniser] = {}
 
 
@@ -196,7 +214,7 @@ def recognise(name: str, owner: nn.Module, holder: nn.Module | None = None) -> R
     short = without_adapter(name, owner, holder)
     for form in (short,) if short == name else (short, name):
         for layout in reversed(list(_layouts.values())):
-            if (role := layout(form, owner)) is not None:
+            if (role := layout.recognise(form, owner)) is not None:
                 return role
     return None
 

@@ -54,6 +54,7 @@ def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
 
 
 def _span(place: int, tensor: torch.Tensor) -> _Span | None:
+    """The bytes that a tensor of any shape (…) reaches over in its storage; None if it has no memory of its own."""
     local = getattr(tensor, "_local_tensor", tensor)
     try:
         if local.is_meta or not local.numel() or not local.untyped_storage().data_ptr():
@@ -75,7 +76,7 @@ def _overlap(one: _Span, other: _Span) -> bool:
     first = min(one.first, other.first)
     mask = torch.zeros((max(one.last, other.last) - first) // size, dtype=torch.bool)
 
-    def elements(span: _Span) -> torch.Tensor:
+    def elements(span: _Span) -> torch.Tensor:  # of the span's own shape (…)
         return mask.as_strided(span.tensor.shape, span.tensor.stride(), (span.first - first) // size)
 
     elements(one).fill_(True)

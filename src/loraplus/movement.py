@@ -125,24 +125,24 @@ def factors(layers: Sequence[AdaptedLayer]) -> list[nn.Parameter]:
 
 
 def rms(tensor: torch.Tensor) -> float:
-    """Root of the mean square."""
+    """Root of the mean square over all elements of a tensor of any shape (…)."""
     return read([size_of(tensor)])[0]
 
 
 def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether FSDP2 has sharded a tensor."""
+    """Whether FSDP2 has sharded a tensor: it says its whole shape (d, …), and one process has (d / processes, …)."""
     module = sys.modules.get("torch.distributed.tensor")  # to import it takes half as long as torch
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that FSDP2 has sharded; any other as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+    """The whole (d, …) of a tensor that FSDP2 has sharded; any other as it is. All processes must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that FSDP2 has sharded; any other as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+    """This process's part (d / processes, …) of a tensor that FSDP2 has sharded; any other as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @dataclass(frozen=True)

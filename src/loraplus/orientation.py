@@ -27,7 +27,7 @@ def wrapped_roles(modules: Iterable[nn.Module]) -> dict[int, Role]:
 
     Warns once for each class of layers whose code does not tell; PEFT's names are taken there.
     """
-    found: dict[int, Role] = {}
+    role_of: dict[int, Role] = {}
     for module in modules:
         name = vars(module).get("parameter_name")
         if not isinstance(name, str) or not hasattr(module, "get_param") or not hasattr(module, "lora_A"):
@@ -41,8 +41,8 @@ def wrapped_roles(modules: Iterable[nn.Module]) -> dict[int, Role]:
         else:
             roles = (Role.B, Role.A)
         for factors, role in zip((wrapper.lora_A, wrapper.lora_B), roles, strict=True):
-            found |= {id(part): role for factor in factors.values() for part in factor.modules()}
-    return found
+            role_of |= {id(part): role for factor in factors.values() for part in factor.modules()}
+    return role_of
 
 
 def _meets_input(wrapper: Any, layer: nn.Module, name: str) -> bool:

@@ -73,11 +73,11 @@ def paper_groups(
 
 def _outside_layer_norms(module: nn.Module) -> list[str]:
     """Names of parameters that no LayerNorm holds; transformers' get_parameter_names."""
-    found = list(module._parameters)
+    names = list(module._parameters)
     for name, child in module.named_children():
         if not isinstance(child, nn.LayerNorm):
-            found += [f"{name}.{inner}" for inner in _outside_layer_norms(child)]
-    return found
+            names += [f"{name}.{inner}" for inner in _outside_layer_norms(child)]
+    return names
 
 
 def _is_adapted_embedding(model: nn.Module, name: str) -> bool:

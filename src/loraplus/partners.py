@@ -14,18 +14,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from loraplus.layouts import without_adapter
+from loraplus.layouts import PAIRS, without_adapter
 
-# What A and B of one layer are called, without `.weight`: a factor counts only beside the other of its pair.
-_PAIRS = tuple(
-    tuple(pair.split())
-    for pair in (
-        "lora_A lora_B, lora_embedding_A lora_embedding_B, lora_a lora_b, lora_down lora_up, down up, "
-        "down_list up_list, hada_w1_b hada_w1_a, hada_w2_b hada_w2_a, lokr_w1_b lokr_w1_a, lokr_w2_b lokr_w2_a"
-    ).split(", ")
-)
 PARTNERS: dict[str, tuple[str, ...]] = {"lora_magnitude_vector": ("lora_A", "lora_embedding_A")}
-PARTNERS |= {a: (b,) for a, b in _PAIRS} | {b: (a,) for a, b in _PAIRS}
+PARTNERS |= {a: (b,) for a, b in PAIRS} | {b: (a,) for a, b in PAIRS}
 
 
 def partner_names(name: str, owner: nn.Module, holder: nn.Module | None = None) -> Iterator[str]:
@@ -62,7 +54,7 @@ def has_pair(layer: nn.Module) -> bool:
         part = parts[name]
         return (part, getattr(part, "weight", None)) if isinstance(part, nn.Module) else (layer, part)
 
-    return any(fit(of(a), of(b)) for a, b in _PAIRS if parts.get(a) is not None and parts.get(b) is not None)
+    return any(fit(of(a), of(b)) for a, b in PAIRS if parts.get(a) is not None and parts.get(b) is not None)
 
 
 def fit(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
@@ -93,8 +85,8 @@ def fit(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
 
 def _width(module: nn.Module, way: str) -> int:
     """Inputs or outputs of a linear layer or convolution: known even where its weight is flattened or packed."""
-    found = getattr(module, f"{way}_features", None) or getattr(module, f"{way}_channels", None)
-    return found if isinstance(found, int) else 0
+    width = getattr(module, f"{way}_features", None) or getattr(module, f"{way}_channels", None)
+    return width if isinstance(width, int) else 0
 
 
 def whole_shape(tensor: Any) -> tuple[int, ...] | None:

@@ -38,7 +38,7 @@ class _Pass:
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)  # rows of a mask, by its id
 
     def mask_of(self, path: str, x: torch.Tensor) -> torch.Tensor | None:
-        """The mask of the rows that the layer at `path` reads."""
+        """The mask (examples, positions) of what the layer at `path` reads: x (examples, positions, d_in)."""
         decodes = self.decoder is not None and _inside(path, self.decoder) and x.data_ptr() != self.encoded
         return self.masks.get("decoder" if decodes else "encoder")
 
@@ -179,7 +179,7 @@ class Recorder:
         sample = None if inputs is None else self._sample(entry, inputs, tensor, current, (*args, *kwargs.values()))
         transposed = not getattr(entry.base, "batch_first", True)  # nn.MultiheadAttention's (positions, examples, …)
 
-        def arrived(gradient: torch.Tensor) -> None:
+        def arrived(gradient: torch.Tensor) -> None:  # of the shape of the output, (…, d_out)
             self._arrived(current, gradient.transpose(0, 1) if transposed and gradient.dim() == 3 else gradient)
             if sample is not None:
                 self.samples[entry.name] = sample
@@ -187,7 +187,7 @@ class Recorder:
         tensor.register_hook(arrived)
 
     def _arrived(self, current: _Pass, gradient: torch.Tensor) -> None:
-        """Counts a pass once: the layer nearest to the loss is the first that its gradient reaches."""
+        """Counts a pass once: the layer nearest to the loss is the first whose output's gradient (…, d_out) arrives."""
         if current in self._counted:
             return
         task = torch._C._current_graph_task_id()
@@ -208,7 +208,10 @@ class Recorder:
     def _sample(
         self, entry: AdaptedLayer, inputs: torch.Tensor, output: torch.Tensor, current: _Pass, given: Sequence[Any]
     ) -> Sample | None:
-        """None where input and output are not what A reads and B writes."""
+        """Some rows of x (…, d_in), and the size of y (…, d_out); None where these are not what A reads and B writes.
+
+        A convolution's are (examples, channels, …), and whole examples are taken.
+        """
         x, y = inputs.detach(), output.detach()
         if entry.experts or not x.is_floating_point():
             return None
@@ -253,22 +256,22 @@ class Recorder:
 
 
 def _masks(kwargs: Mapping[str, Any], two_sided: bool) -> dict[str, torch.Tensor]:
-    """Which positions are no padding, as the model was told: one mask, or the encoder's and the decoder's."""
+    """Which (examples, positions) are no padding, as the model was told: of the input, or of encoder and decoder."""
 
-    def given(name: str) -> torch.Tensor | None:
+    def given(name: str) -> torch.Tensor | None:  # (examples, positions)
         value = kwargs.get(name)
         return value if isinstance(value, torch.Tensor) and value.dim() == 2 else None
 
-    found = {"encoder": given("attention_mask")}
+    masks = {"encoder": given("attention_mask")}
     if two_sided:
         labels = given("labels")
         mask = given("decoder_attention_mask")
-        found["decoder"] = labels != -100 if mask is None and labels is not None else mask
-    return {side: mask != 0 for side, mask in found.items() if mask is not None}
+        masks["decoder"] = labels != -100 if mask is None and labels is not None else mask
+    return {side: mask != 0 for side, mask in masks.items() if mask is not None}
 
 
 def _first_tensor(output: Any) -> torch.Tensor | None:
-    """What a layer puts out, be it a tensor or the first one in a tuple, a mapping or a data class."""
+    """What a layer puts out, (…, d_out): a tensor, or the first one in a tuple, a mapping or a data class."""
     if isinstance(output, torch.Tensor):
         return output if output.is_floating_point() else None
     if isinstance(output, Mapping):
@@ -289,6 +292,7 @@ def _in_backward() -> bool:
 
 
 def _evenly(count: int, device: torch.device, wanted: int) -> torch.Tensor:
+    """Indices (wanted,) of rows that lie evenly among `count`; (count,) if there are no more."""
     return torch.linspace(0, count - 1, min(count, wanted), device=device).long()
 
 

@@ -88,6 +88,7 @@ class _Reading:
         self.structure = Structure(model)
         self.unknown: list[str] = []
         self.factor_owners: list[nn.Module] = []
+        self.in_a_layout: set[int] = set()  # ids of the parameters whose role a layout gave
 
     def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
         role = self.recognised(name, parameter, owner)
@@ -96,6 +97,7 @@ class _Reading:
         if role in FACTORS:
             self.factor_owners.append(owner)
         if role is not None:
+            self.in_a_layout.add(id(parameter))
             return role
         if self.structure.is_factor(name, parameter, owner):
             self.unknown.append(f"{name} (of {type(owner).__name__})")
@@ -216,7 +218,7 @@ def _read(model: nn.Module) -> list[TrainableParameter]:
     if reading.unknown:
         raise _unknown(reading.unknown[0])
     heads = reading.structure.heads(reading.factor_owners)
-    return _one_role_a_memory([_as_head(entry, owner, heads) for entry, owner in read])
+    return _one_role_a_memory([_as_head(entry, owner, heads, reading.in_a_layout) for entry, owner in read])
 
 
 def _unknown(name: str) -> UnknownAdapterParameterError:
@@ -226,12 +228,16 @@ def _unknown(name: str) -> UnknownAdapterParameterError:
     )
 
 
-def _as_head(entry: TrainableParameter, owner: nn.Module, heads: set[int]) -> TrainableParameter:
-    """A layer of the output whose weight trains is a head, whoever unfroze it."""
-    is_plain = entry.role in (Role.OTHER, Role.NORM_BIAS) and not _NORM_MODULE.search(type(owner).__name__)
-    own = owner.named_parameters(recurse=False)
-    more_than_bias = any(parameter.requires_grad for name, parameter in own if name != "bias")
-    return entry._replace(role=Role.HEAD) if is_plain and more_than_bias and id(owner) in heads else entry
+def _as_head(entry: TrainableParameter, owner: nn.Module, heads: set[int], in_a_layout: set[int]) -> TrainableParameter:
+    """A layer of the output whose weight trains is a head, whoever unfroze it.
+
+    What a layout knows keeps its role: a scalar of an adapter on the output layer is the adapter's, not the layer's.
+    """
+    own = {name: p for name, p in owner.named_parameters(recurse=False) if id(p) not in in_a_layout}
+    is_plain = entry.role in (Role.OTHER, Role.NORM_BIAS) and id(entry.parameter) not in in_a_layout
+    weight_trains = any(parameter.requires_grad for name, parameter in own.items() if name != "bias")
+    is_head = is_plain and weight_trains and id(owner) in heads and not _NORM_MODULE.search(type(owner).__name__)
+    return entry._replace(role=Role.HEAD) if is_head else entry
 
 
 def _one_role_a_memory(entries: list[TrainableParameter]) -> list[TrainableParameter]:

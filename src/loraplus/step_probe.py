@@ -62,20 +62,20 @@ def refusal(optimizer: Any, trial: Trial) -> str:
             "decay) is far too large"
         )
     if trial.moved is None:
-        found = f"{name} takes a step at one rate for all groups but not at two ({trial.reason})"
+        what = f"{name} takes a step at one rate for all groups but not at two ({trial.reason})"
     else:
-        found = (
+        what = (
             f"{name} does not follow the rates of its groups: in trial steps at rates {trial.asked:g} times apart the "
             f"faster of two equal matrices moved {trial.moved:.3g} times as far"
         )
     if any(group.get("relative_step") for group in optimizer.param_groups):
-        return f"{found}; give it relative_step=False, or use torch.optim.AdamW, say"
+        return f"{what}; give it relative_step=False, or use torch.optim.AdamW, say"
     if any(part in name.lower() for part in ("prodigy", "adapt")):
         return (
-            f"{found}; use torch.optim.AdamW, say, or loraplus.tasks.prodigy.SplitProdigy with lr=1 and lr_ratio=1, "
+            f"{what}; use torch.optim.AdamW, say, or loraplus.tasks.prodigy.SplitProdigy with lr=1 and lr_ratio=1, "
             "which estimates a rate for A and one for B"
         )
-    return f"{found}; use an optimizer that reads every group's lr, such as torch.optim.AdamW, or lr_ratio=1"
+    return f"{what}; use an optimizer that reads every group's lr, such as torch.optim.AdamW, or lr_ratio=1"
 
 
 _warned: WeakSet[Any] = WeakSet()
@@ -144,17 +144,17 @@ def _that_steps(optimizer: Any) -> Any:
 def _pairs(optimizer: Any, rates: Mapping[int, float]) -> list[_Slots]:
     """For each set of options that groups have, two groups at different rates; none if all have one rate."""
     known = {index: rate for index, rate in rates.items() if rate > 0 and math.isfinite(rate)}
-    found: dict[str, _Slots] = {}
+    pairs: dict[str, _Slots] = {}
     for index, rate in known.items():
         others = [other for other in known if abs(math.log(known[other] / rate)) > _ALIKE]
         signature = repr(_options(optimizer.param_groups[index]))
-        if others and signature not in found and len(found) < _SIGNATURES:
+        if others and signature not in pairs and len(pairs) < _SIGNATURES:
             # Groups with other options may be another optimizer's, where two are in one.
             alike = [o for o in others if optimizer.param_groups[o].keys() == optimizer.param_groups[index].keys()]
             other = max(alike or others, key=lambda other: abs(math.log(known[other] / rate)))
             slow, fast = sorted((index, other), key=known.__getitem__)
-            found[signature] = _Slots(slow, fast, index)
-    return list(found.values())
+            pairs[signature] = _Slots(slow, fast, index)
+    return list(pairs.values())
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,8 +204,7 @@ def _counted(optimizer: Any, slots: _Slots, asked: float) -> dict[str, Any]:
     stand_in = nn.Parameter(torch.full(_SHAPE, 0.5, device="cpu" if parameter.is_meta else parameter.device))
     twin = twin_over(optimizer, {parameter: stand_in}, with_state=False)
     (group,) = twin.param_groups
-    if callable(getattr(twin, "train", None)):
-        twin.train()  # type: ignore[attr-defined]
+    _train_mode(twin)
     before = copy.deepcopy(_options(group))
     _step(twin, [stand_in], 0, closure=False)
     return {key: twin.defaults[key] for key, value in before.items() if key in twin.defaults and group[key] != value}
@@ -276,8 +275,13 @@ def _set_up(twin: torch.optim.Optimizer, slots: _Slots, asked: float) -> None:
     for group, rate in ((first, _LR), (second, _LR * asked)):
         group.update(copy.deepcopy(options) | dict.fromkeys(rates, rate))
         group["lr"] = in_form_of(group["lr"], rate)
-    if callable(getattr(twin, "train", None)):  # schedule-free optimizers step in training mode only
-        twin.train()  # type: ignore[attr-defined]
+    _train_mode(twin)
+
+
+def _train_mode(twin: Any) -> None:
+    """Schedule-free optimizers step in training mode only."""
+    if callable(getattr(twin, "train", None)):
+        twin.train()
 
 
 def _is_rate(group: Mapping[str, Any], key: str) -> bool:
@@ -286,7 +290,7 @@ def _is_rate(group: Mapping[str, Any], key: str) -> bool:
 
 
 def _step(twin: torch.optim.Optimizer, stand_ins: list[nn.Parameter], step: int, closure: bool) -> None:
-    def differentiate() -> torch.Tensor:
+    def differentiate() -> torch.Tensor:  # a loss (), as a closure gives it
         for tensor in stand_ins:
             tensor.grad = _gradient(step, tensor)
         return torch.ones((), device=stand_ins[0].device)
@@ -296,7 +300,7 @@ def _step(twin: torch.optim.Optimizer, stand_ins: list[nn.Parameter], step: int,
 
 
 def _gradient(step: int, like: torch.Tensor) -> torch.Tensor:
-    """Of full rank, of changing size and constant sign, so that no sum over steps cancels."""
+    """Of the shape of `like` (…), of full rank, changing size and constant sign, so that no sum over steps cancels."""
     entries = torch.arange(like.numel(), device="cpu", dtype=torch.float32)
     values = torch.cos(1.7 * entries) * (1 + 0.5 * torch.cos(step + 0.9 * entries))
     return values.reshape(like.shape).to(like.device, like.dtype)

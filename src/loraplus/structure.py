@@ -72,12 +72,12 @@ class Structure:
                 continue
             this, that = (owner, parameter), (beside, beside._parameters.get(last))
             if role is Role.MAGNITUDE:
-                found = self.has_partner(other, that[1], beside, Role.A)
+                makes_pair = self.has_partner(other, that[1], beside, Role.A)
             elif role in (Role.A, Role.EMBEDDING_A):
-                found = fit(this, that)
+                makes_pair = fit(this, that)
             else:
-                found = role is Role.NORM_BIAS or fit(that, this)
-            if found:
+                makes_pair = role is Role.NORM_BIAS or fit(that, this)
+            if makes_pair:
                 return True
         return not others  # its layout knows it by more than a name
 
@@ -105,12 +105,12 @@ class Structure:
     def heads(self, factor_owners: Iterable[nn.Module]) -> set[int]:
         """ids of the modules that make the model's output: its output layers, and what stands behind all adapters."""
         adapted = {id(owner) for owner in factor_owners}
-        found = list(_behind(self.model, adapted))
+        outputs = list(_behind(self.model, adapted))
         for module in self.owners.values():
             if hasattr(type(module), "get_output_embeddings"):
                 output = _output_layer(module)
-                found += [output] if isinstance(output, nn.Module) else []
-        return {id(part) for module in found for part in module.modules() if id(part) not in self._in_adapter}
+                outputs += [output] if isinstance(output, nn.Module) else []
+        return {id(part) for module in outputs for part in module.modules() if id(part) not in self._in_adapter}
 
 
 def _containers(module: nn.Module) -> Iterator[nn.Module]:

@@ -89,6 +89,7 @@ def _no_global_hooks() -> Iterator[None]:
 
 
 def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], sources: Mapping[torch.Tensor, torch.Tensor]) -> Any:
+    """A copy whose groups have stand-ins only; `sources` says whose state (…) each stand-in (…) starts with."""
     # Not copy.copy: Optimizer.__getstate__ drops the attributes that subclasses have of their own.
     twin = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin

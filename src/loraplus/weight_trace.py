@@ -71,7 +71,7 @@ class Trace:
 
     def run(self, method: str) -> None:
         """Runs a method of the layer in every way that it may go: with and without what need not be given."""
-        function: Any = inspect.unwrap(inspect.getattr_static(self._layer, method, None))  # type: ignore[arg-type]
+        function: Any = inspect.unwrap(inspect.getattr_static(self._layer, method, None))
         if not inspect.isfunction(function):
             return
         places = list(inspect.signature(function).parameters.values())[1:]
@@ -110,7 +110,7 @@ class Trace:
     def stand_in(self, axes: Axes | None = None) -> StandIn:
         """For the weight, if its axes are given, else for anything."""
         # An integer of no dimensions: torch takes it for a number, too, where an argument must be one.
-        made: Any = torch.Tensor._make_wrapper_subclass(StandIn, (), dtype=torch.int64)  # type: ignore[attr-defined]
+        made: Any = torch.Tensor._make_wrapper_subclass(StandIn, (), dtype=torch.int64)
         vars(made).update(_trace=self, _axes=axes)
         return made
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 
 import pytest
+import typer
 import yaml
 
 from loraplus.study.arms import ALL
@@ -35,6 +36,16 @@ def added_to(run, tmp_path_factory, model_folder, reviews_csv):
     second = run(*flags(model_folder, reviews_csv, output, "--arms", EVERY, "--resume", "--json"))
     assert second.returncode == 0, second.stderr
     return output, first, before, second
+
+
+def test_the_help_names_every_arm():
+    from loraplus.cli.main import app
+
+    compare = typer.main.get_command(app).commands["compare"]
+    texts = {option.name: option.help for option in compare.params}
+    assert texts["arms"].endswith(f": {', '.join(name for name in ALL if name != 'lora')}.")
+    assert texts["lr_ratio"].endswith(" schedulefree.")  # the arm that takes λ and does not search it
+    assert not any("$" in text for text in texts.values())
 
 
 def test_two_arms_without_loraplus_are_a_comparison(added_to):

@@ -10,12 +10,17 @@ from rich.table import Table
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
-from loraplus.study.arms import ALL, chosen
+from loraplus.study.arms import ALL, REFERENCE, chosen
 from loraplus.tasks.config import CompareConfig
 from loraplus.tasks.measures import ACCURACY, LOSS, measures_of
 
+_NAMES = {
+    "arms": ", ".join(name for name in ALL if name != REFERENCE),
+    "arms_at_ratio": ", ".join(arm.name for arm in ALL.values() if arm.has_ratio and not arm.tunes_ratio),
+}
 
-@config_command(app, "compare", CompareConfig, check=lambda config: chosen(config.arms))
+
+@config_command(app, "compare", CompareConfig, check=lambda config: chosen(config.arms), names=_NAMES)
 def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Compare LoRA with LoRA+ (and others: --arms) on your task: tuned with equal budgets, tested on fresh seeds."""
     from loraplus.cli.console import quiet_libraries

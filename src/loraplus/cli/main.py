@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,8 +30,8 @@ from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning, Lost
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Exit codes: 0 done, 2 the user's mistake, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal or pipe that is not UTF-8 has no η, λ or ·
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 has no η, λ or ·
+            stream.reconfigure(errors="replace")
     try:
         with _plain_warnings():
             code = app(args=arguments, standalone_mode=False)

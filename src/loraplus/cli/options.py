@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from string import Template
+from types import MappingProxyType
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -60,15 +62,16 @@ def _fill_default_map(context: typer.Context, path: str | None) -> str | None:
     return path
 
 
-def _parameter(spec: Field[Any], annotation: Any) -> inspect.Parameter:
+def _parameter(spec: Field[Any], annotation: Any, names: Mapping[str, str]) -> inspect.Parameter:
     name = spec.name.replace("_", "-")
     # The negative form lets a flag win over `true` in the file.
     flags = spec.metadata.get("flags") or (
         f"--{name}/--no-{name}" if annotation in (bool, bool | None) else f"--{name}",
     )
     parser = spec.metadata.get("parser")
+    help = Template(spec.metadata["help"]).safe_substitute(names)
     option = typer.Option(
-        *flags, help=spec.metadata["help"], show_default=spec.default not in ("", None), parser=parser,
+        *flags, help=help, show_default=spec.default not in ("", None), parser=parser,
         metavar="NUMBER|auto" if parser else None,
     )  # fmt: skip
     default = inspect.Parameter.empty if spec.default is MISSING else spec.default
@@ -99,6 +102,7 @@ def config_command(
     check: Callable[[Any], object] = lambda config: None,
     required: Sequence[str] = ("model", "data", "output"),
     own: Sequence[str] = ("overwrite", "resume", "json", "plain"),
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Callable[..., None]], Any]:
     """Registers `run(config, overwrite, resume, json, plain)` as a command with one flag a field of the class.
 
@@ -109,6 +113,7 @@ def config_command(
         check: of the command's own settings; what all runs have is checked here, before `run` imports anything heavy.
         required: fields that must be given.
         own: the command's own flags, which `run` takes beside the configuration.
+        names: what stands for $… in the help of the configuration's flags: lists that are made further right.
     """
 
     def register(run: Callable[..., None]) -> Any:
@@ -132,13 +137,13 @@ def config_command(
                     console.say(f"{name}: {config.task} on {config.data} with {config.model}, into {config.output}")
             run(config, **extra)
 
-        parameters = [_parameter(spec, hints[spec.name]) for spec in specs]
+        parameters = [_parameter(spec, hints[spec.name], names) for spec in specs]
         parameters += [
             inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             for flag, (annotation, default) in _OWN_FLAGS.items()
             if flag == "config" or flag in own
         ]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature(parameters)
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         command.__doc__ = run.__doc__
         return app.command(name)(command)

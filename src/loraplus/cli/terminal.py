@@ -79,7 +79,7 @@ def json_for_terminal(text: str) -> str:
         >>> json_for_terminal('"\x9b31m"')
         '"\\u009b31m"'
     """
-    return _NOT_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _NOT_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from loraplus.files.commands import (
 from loraplus.files.manifest import is_sealed
 from loraplus.files.parsing import LONGEST_YAML, parse_yaml
 from loraplus.files.single import check_takes_files, read_json, write_json, write_yaml
-from loraplus.files.whole import TEMPORARY, held, remove_leftovers
+from loraplus.files.whole import TEMPORARY, locked, remove_leftovers
 
 _EARLIER_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
 
@@ -128,7 +128,7 @@ def hold_output(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
-    with held(folder, wait=wait) as is_ours:
+    with locked(folder, wait=wait) as is_ours:
         if not is_ours:
             raise InputError(f"another loraplus command is writing to {folder}; wait for it to end")
         for place in (folder, folder / PLOTS_FOLDER):

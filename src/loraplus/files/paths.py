@@ -96,7 +96,7 @@ def resolve_model(model: str) -> str:
     if is_folder(path):
         if not is_file(path / "config.json"):
             raise InputError(f"model folder {model} has no config.json; it is not a transformers model")
-        if not any(found for pattern in _WEIGHT_FILES for found in path.glob(pattern)):
+        if not any(file for pattern in _WEIGHT_FILES for file in path.glob(pattern)):
             raise InputError(f"model folder {model} has no weights (model.safetensors or pytorch_model.bin)")
         return str(path.resolve())
     if os.path.lexists(path) or not _HUB_NAME.fullmatch(model):

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraplus.files.whole import held, remove_dead, remove_leftovers, temporary_path
+from loraplus.files.whole import locked, remove_dead, remove_leftovers, temporary_path
 
 _SCRATCH = re.compile(r"loraplus-[0-9a-f]{16}")
 
@@ -41,6 +41,6 @@ def made_folder(folder: Path, mode: int = 0o777) -> Iterator[Path]:
     """A new folder, held; whatever has its name at the end is removed."""
     os.mkdir(folder, mode)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(held(folder))
+        stack.enter_context(locked(folder))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)  # while it is held
         yield folder

@@ -84,7 +84,7 @@ def hold(handle: int, *, wait: bool = False) -> bool:
 
 
 @contextlib.contextmanager
-def held(path: Path, *, wait: bool = False, flags: int = os.O_RDONLY) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = False, flags: int = os.O_RDONLY) -> Iterator[bool]:
     """Locks a folder or file while the block lasts. Yields False if another process has the lock.
 
     Args:
@@ -124,7 +124,7 @@ def remove_dead(path: Path) -> None:
     if fcntl is None:
         return
     as_it_is = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    with contextlib.suppress(OSError), held(path, flags=as_it_is) as is_ours:
+    with contextlib.suppress(OSError), locked(path, flags=as_it_is) as is_ours:
         if is_ours and path.lstat().st_uid == os.geteuid():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -93,39 +93,41 @@ class Adapter:
         return roles
 
     def _find_pairs(self, path: Path) -> list[Pair]:
-        found: dict[tuple[str, Role], str] = {}
+        tensor_of: dict[tuple[str, Role], str] = {}
         for name, role in self.trained().items():
             if role in (Role.A, Role.B, Role.EMBEDDING_A, Role.EMBEDDING_B, Role.MAGNITUDE):
-                found[layer_of(name), role] = name
+                tensor_of[layer_of(name), role] = name
             elif ".lora_diag" in name:
-                found[layer_of(name), Role.OTHER] = name
+                tensor_of[layer_of(name), Role.OTHER] = name
         pairs = []
         check_patterns(
             str(path.with_name(CONFIG_FILE)),
             [self.config["rank_pattern"], self.config["alpha_pattern"]],
-            dict.fromkeys(layer for layer, _ in found),
+            dict.fromkeys(layer for layer, _ in tensor_of),
         )
         for first, second in _PAIRS:
-            for layer in {layer: None for layer, role in found if role in (first, second)}:
+            for layer in {layer: None for layer, role in tensor_of if role in (first, second)}:
                 for role in (first, second):
-                    if (layer, role) not in found:
+                    if (layer, role) not in tensor_of:
                         raise InputError(f"{path} has no {role} for {layer}; the adapter is not whole")
-                pairs.append(self._pair(layer, first, second, found, path))
+                pairs.append(self._pair(layer, first, second, tensor_of, path))
         if not pairs:
             raise InputError(f"{path} holds no LoRA factor")
         return sorted(pairs, key=lambda pair: _natural_order(pair.name))
 
-    def _pair(self, layer: str, first: Role, second: Role, found: Mapping[tuple[str, Role], str], path: Path) -> Pair:
+    def _pair(
+        self, layer: str, first: Role, second: Role, tensor_of: Mapping[tuple[str, Role], str], path: Path
+    ) -> Pair:
         key = layer.removesuffix(".base_layer.out_proj")  # inside torch's attention, which PEFT adapts as one
         rank = _by_pattern(self.config["rank_pattern"], key, self.config["r"])
         alpha = _by_pattern(self.config["alpha_pattern"], key, self.config["lora_alpha"])
-        a = found[layer, first]
-        for name in (a, found[layer, second]):
+        a = tensor_of[layer, first]
+        for name in (a, tensor_of[layer, second]):
             if len(self.tensors.shapes[name]) < 2 or not self.tensors.numel(name):
                 raise InputError(
                     f"{path}: {name} is flattened or sharded away (FSDP, ZeRO-3); save the adapter gathered"
                 )
-        diagonal = found.get((layer, Role.OTHER))
+        diagonal = tensor_of.get((layer, Role.OTHER))
         if diagonal is not None and self.tensors.numel(diagonal) != self.tensors.shapes[a][0]:
             raise InputError(f"{path}: {diagonal} has not one number for each rank of {layer}")
         rows = self.tensors.shapes[a][0]
@@ -134,8 +136,8 @@ class Adapter:
                 f"{path}: {layer} has rank {rows}, but {CONFIG_FILE} says {rank}; they do not belong together"
             )
         scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        magnitude, is_embedding = found.get((layer, Role.MAGNITUDE)), first is Role.EMBEDDING_A
-        return Pair(layer, a, found[layer, second], rank, alpha, scaling, is_embedding, magnitude, diagonal)
+        magnitude, is_embedding = tensor_of.get((layer, Role.MAGNITUDE)), first is Role.EMBEDDING_A
+        return Pair(layer, a, tensor_of[layer, second], rank, alpha, scaling, is_embedding, magnitude, diagonal)
 
 
 def role_of(name: str, config: Mapping[str, Any], names: Container[str]) -> Role | None:

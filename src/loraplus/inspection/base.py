@@ -57,11 +57,11 @@ class BaseWeights:
         for ending in ("weight", "in_proj_weight"):
             for start in range(last_start + 1):
                 tail = ".".join([*parts[start:], ending])
-                found = self._by_tail.get(tail, [])
-                if tail in found:
+                names = self._by_tail.get(tail, [])
+                if tail in names:
                     return tail
-                if found:
-                    return found[0] if len(found) == 1 else None
+                if names:
+                    return names[0] if len(names) == 1 else None
         return None
 
     def _check(self, folder: Path, pair: Pair, name: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
@@ -81,9 +81,9 @@ class BaseWeights:
 
 def _by_tail(names: Iterable[str]) -> dict[str, list[str]]:
     """{what a name ends with after a dot, or all of it: the names}"""
-    found: dict[str, list[str]] = {}
+    by_tail: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")
         for start in range(len(parts)):
-            found.setdefault(".".join(parts[start:]), []).append(name)
-    return found
+            by_tail.setdefault(".".join(parts[start:]), []).append(name)
+    return by_tail

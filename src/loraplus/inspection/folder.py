@@ -88,7 +88,7 @@ def inspect_folder(path: str, model: str | None = None) -> dict[str, Any]:
     weights, base = _base_weights(adapter, model)
     automatic = (saved or {}).get("auto", {})
     layers = [vars(_layer(pair, adapter, weights, automatic.get("layers", {}))) for pair in adapter.pairs]
-    found = {
+    description = {
         "path": path,
         "kind": _kind(folder),
         "adapter": _header(adapter),
@@ -98,7 +98,7 @@ def inspect_folder(path: str, model: str | None = None) -> dict[str, Any]:
         "layers": layers,
     }
     _tell_of_changes(folder)
-    return found
+    return description
 
 
 def _tell_of_changes(folder: Path) -> None:
@@ -196,10 +196,10 @@ def _training(folder: Path, saved: Mapping[str, Any] | None) -> dict[str, Any]:
         if (folder / name).is_file():
             content = read_json(folder / name)
             known = content if isinstance(content, dict) else {}
-            found = {ours: known.get(theirs) for theirs, ours in keys.items()}
-            if known is not content or not all(type(value) in (int, float, NoneType) for value in found.values()):
+            of_training = {ours: known.get(theirs) for theirs, ours in keys.items()}
+            if known is not content or not all(type(value) in (int, float, NoneType) for value in of_training.values()):
                 raise InputError(f"{folder / name} is damaged: it does not hold the facts of a run")
-            facts |= {name: value for name, value in found.items() if value is not None}
+            facts |= {name: value for name, value in of_training.items() if value is not None}
     return facts
 
 

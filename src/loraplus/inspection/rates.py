@@ -60,16 +60,16 @@ def read_rates_file(folder: Path) -> dict[str, Any] | None:
 
 def _numbers(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The content of loraplus.json with every rate a float or None, and roles and automatic rates as they are read."""
-    found = {**saved, **{name: _as_float(saved[name]) for name in _NUMBERS if name in saved}}
-    found["roles"] = {**saved.get("roles", {})}
-    automatic = found.pop("auto", None)
+    numbers = {**saved, **{name: _as_float(saved[name]) for name in _NUMBERS if name in saved}}
+    numbers["roles"] = {**saved.get("roles", {})}
+    automatic = numbers.pop("auto", None)
     if automatic:
         layers = {name: {**rates} for name, rates in automatic.get("layers", {}).items()}
-        found["auto"] = {
+        numbers["auto"] = {
             **{name: _as_float(automatic.get(name)) for name in ("lr_a", "lr_b")},
             "layers": {name: {key: _as_float(rate) for key, rate in rates.items()} for name, rates in layers.items()},
         }
-    return found
+    return numbers
 
 
 def learn_roles(adapter: Adapter, saved: Mapping[str, Any] | None) -> None:
@@ -135,7 +135,7 @@ def _of_roles(adapter: Adapter, saved: Mapping[str, Any] | None) -> list[Row]:
 
 def _with_adapter(name: str, saved: Mapping[str, Any] | None) -> str:
     """The parameter's name in training, which patterns of lr_overrides were matched against."""
-    return next((full for full in (saved or {}).get("roles", {}) if saved_name(full) == name), name)
+    return next((known for known in (saved or {}).get("roles", {}) if saved_name(known) == name), name)
 
 
 def _rates(saved: Mapping[str, Any] | None) -> Rates | None:
@@ -171,13 +171,13 @@ def _of_optimizer(folder: Path, adapter: Adapter, saved: Mapping[str, Any] | Non
 
 def _bases(folder: Path, groups: list[Mapping[str, Any]]) -> list[float | None]:
     """What the scheduler multiplies: as the groups say, else as scheduler.pt does."""
-    found = [group.get("initial_lr") for group in groups]
-    if None in found and (folder / SCHEDULER_FILE).is_file():
+    rates = [group.get("initial_lr") for group in groups]
+    if None in rates and (folder / SCHEDULER_FILE).is_file():
         scheduler = load_pickle(folder / SCHEDULER_FILE)
         bases = scheduler.get("base_lrs") if isinstance(scheduler, dict) else None
         if isinstance(bases, list) and len(bases) == len(groups):
-            found = bases
-    return [_as_float(value) for value in found]
+            rates = bases
+    return [_as_float(value) for value in rates]
 
 
 def _automatic(row: Row, saved: Mapping[str, Any] | None) -> Row:
@@ -213,15 +213,15 @@ def _split(
         return [(named[1], len(here), sum(sizes) if len(sizes) == len(here) else None)]
     if None in here:
         return [(None, len(here), None)]
-    found: dict[str | None, tuple[int, int]] = {}
+    counts: dict[str | None, tuple[int, int]] = {}
     for shape, number in Counter(here).items():
         roles = roles_of.get(shape, Counter())
         whole = sum(group.count(shape) for group in shapes) == number == roles.total()
         parts = roles.items() if whole else [(" or ".join(sorted(roles)) or None, number)]
         for role, part in parts:
-            tensors, count = found.get(role, (0, 0))
-            found[role] = tensors + part, count + part * math.prod(shape or ())
-    return [(role, *found[role]) for role in sorted(found, key=_order)]
+            tensors, count = counts.get(role, (0, 0))
+            counts[role] = tensors + part, count + part * math.prod(shape or ())
+    return [(role, *counts[role]) for role in sorted(counts, key=_order)]
 
 
 def _order(role: str | None) -> int:

@@ -41,7 +41,7 @@ class TensorFiles:
                 )
 
     def get(self, name: str) -> torch.Tensor:
-        """The values, in double precision."""
+        """The values, in double precision, of the shape in `shapes`: A (r, d_in), B (d_out, r)."""
         tensor = self._loaded.get(name)
         if tensor is not None:
             return tensor.double()

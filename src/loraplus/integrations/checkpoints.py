@@ -304,18 +304,20 @@ def refuse_other_parameters(saved: Mapping[str, str], roles: Mapping[str, str], 
     """
     gone, new = [name for name in saved if name not in roles], [name for name in roles if name not in saved]
     changed = [name for name in saved if saved[name] != roles.get(name, saved[name])]
-    found = []
+    differences = []
     if gone:
-        found.append(f"{len(gone)} of its {len(saved)} are not trained by this run (first: {gone[0]})")
+        differences.append(f"{len(gone)} of its {len(saved)} are not trained by this run (first: {gone[0]})")
     if new:
-        found.append(f"{len(new)} of this run's {len(roles)} are not among them (first: {new[0]})")
+        differences.append(f"{len(new)} of this run's {len(roles)} are not among them (first: {new[0]})")
     if changed:
         name = changed[0]
-        found.append(f"{len(changed)} have another place (first: {name}, {saved[name]} there and {roles[name]} here)")
-    if found:
+        differences.append(
+            f"{len(changed)} have another place (first: {name}, {saved[name]} there and {roles[name]} here)"
+        )
+    if differences:
         raise ResumeMismatchError(
-            f"{where} was trained with other parameters: {', '.join(found)}; resume with the adapter, target modules "
-            f"and frozen parameters that it was trained with, {instead}"
+            f"{where} was trained with other parameters: {', '.join(differences)}; resume with the adapter, target "
+            f"modules and frozen parameters that it was trained with, {instead}"
         )
 
 

@@ -97,8 +97,8 @@ def guard_resume(optimizer: torch.optim.Optimizer, model: nn.Module | None = Non
 
 def _names(groups: Groups, names: Mapping[int, str]) -> list[Any]:
     """The parameters' names, group by group; None for a group with one that is not known."""
-    found = [group.get("param_names") or [names.get(id(member)) for member in group["params"]] for group in groups]
-    return [None if None in members else members for members in found]
+    by_group = [group.get("param_names") or [names.get(id(member)) for member in group["params"]] for group in groups]
+    return [None if None in members else members for members in by_group]
 
 
 def _places(members: Sequence[Sequence[str] | None], groups: Groups) -> dict[str, str] | None:

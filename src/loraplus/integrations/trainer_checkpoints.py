@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 
@@ -41,7 +41,13 @@ _LONGEST_QUOTE = 200
 _OF_WRITING = ("PytorchStreamWriter", "unexpected pos", "file write failed")
 
 
-class WholeCheckpoints:
+if TYPE_CHECKING:  # what is mixed into a Trainer has what a Trainer has
+    from transformers import Trainer as _MixedInto
+else:
+    _MixedInto = object
+
+
+class WholeCheckpoints(_MixedInto):
     """Gives any Trainer class checkpoints that are there whole or not at all."""
 
     _staging: Path | None = None
@@ -50,18 +56,16 @@ class WholeCheckpoints:
     _anew = "train without resume_from_checkpoint"
     _only_ours = False
 
-    # What the Trainer that this is mixed into provides.
-    accelerator: Any
+    # A Trainer's, which says that there may be none.
     args: Any
-    control: Any
     model: Any
-    state: Any
+    optimizer: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = vars(cls).get("_get_output_dir")
         if own is not None:  # a subclass's: while a checkpoint is written it is elsewhere, too
-            cls._get_output_dir = functools.wraps(own)(  # type: ignore[method-assign]
+            cls._get_output_dir = functools.wraps(own)(
                 lambda self, trial: own(self, trial) if self._staging is None else str(self._staging)
             )
 
@@ -72,7 +76,7 @@ class WholeCheckpoints:
             new = staging / target.name
             self._staging = staging
             try:
-                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
             best = self.state.best_model_checkpoint
@@ -119,41 +123,41 @@ class WholeCheckpoints:
             yield staging
 
     def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)  # type: ignore[misc]
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # once it is in its place
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self._staging is not None or not self.args.should_save:
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            super()._save(output_dir, state_dict)
             return
         with saved_whole(Path(output_dir or self.args.output_dir), Path(self.args.output_dir)) as folder:
-            super()._save(str(folder), state_dict)  # type: ignore[misc]
+            super()._save(str(folder), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> None:
         with _reading(resume_from_checkpoint):
             _check_names(Path(resume_from_checkpoint), args[0] if args else kwargs.get("model") or self.model)
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         with _reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: Any) -> None:
         with _reading(checkpoint):
-            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+            super()._load_rng_state(checkpoint)
 
     def _load_callback_state(self) -> None:
         with _reading(self._resumed_from):
-            super()._load_callback_state()  # type: ignore[misc]
+            super()._load_callback_state()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one more step
             self.control.should_training_stop = True
             return None
-        return super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+        return super()._run_epoch(*args, **kwargs)
 
     def _wait(self) -> None:
         if self.args.world_size > 1:
@@ -204,8 +208,8 @@ class WholeCheckpoints:
                 return str(asked), (), None
             if not folder.is_dir() or not checkpoints(folder):
                 return True, (), None  # for Trainer to say
-            found, passed = checkpoint_to_resume(folder, self._anew, ours=self._only_ours)
-            return None if found is None else str(found), tuple(passed), None
+            checkpoint, passed = checkpoint_to_resume(folder, self._anew, ours=self._only_ours)
+            return None if checkpoint is None else str(checkpoint), tuple(passed), None
         except DamagedCheckpointError as error:
             return None, (), str(error)
 

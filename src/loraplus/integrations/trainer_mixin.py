@@ -71,19 +71,11 @@ class LoraPlusMixin(WholeCheckpoints):
     _monitor: UpdateMonitor | None = None
     _group_rates: Mapping[str, float] = MappingProxyType({})
 
-    # What the Trainer that this is mixed into provides.
-    args: Any
-    model: Any
-    model_init: Any
-    optimizer: Any
-    optimizer_cls_and_kwargs: Any
-    is_fsdp_enabled: bool
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         build = cls.create_optimizer
         if not hasattr(build, "splits"):  # a subclass's own, or that of a class mixed in before this one
-            cls.create_optimizer = _splitting(build)  # type: ignore[method-assign]
+            cls.create_optimizer = _splitting(build)
 
     @property
     def loraplus_settings(self) -> RateSettings:
@@ -116,7 +108,7 @@ class LoraPlusMixin(WholeCheckpoints):
     @_splitting
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Has the trainer build the optimizer that its hooks and arguments say, and splits its groups by role."""
-        return super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
+        return super().create_optimizer(*([] if model is None else [model]))
 
     def _make(self, build: Callable[..., Any], *given: Any) -> Any:
         """Calls a `create_optimizer`, and splits what it has built unless another one is waiting to do so."""
@@ -125,7 +117,7 @@ class LoraPlusMixin(WholeCheckpoints):
         model = given[0] if given and given[0] is not None else self.model
         if self.optimizer is not None:  # of an earlier run, which most hooks keep
             self._check_ours()
-        check_plugin(self.accelerator)  # type: ignore[attr-defined]
+        check_plugin(self.accelerator)
         settings, asked = self.loraplus_settings, self._asked()
         self._making = True
         try:
@@ -147,10 +139,10 @@ class LoraPlusMixin(WholeCheckpoints):
         return self.optimizer
 
     def _is_ours(self) -> bool:
-        found, ours = self.optimizer, None if self._made is None else self._made.split.optimizer
-        while found is not None and found is not ours:  # in Accelerate's and DeepSpeed's wrappers
-            found = getattr(found, "optimizer", None)
-        return found is not None
+        optimizer, ours = self.optimizer, None if self._made is None else self._made.split.optimizer
+        while optimizer is not None and optimizer is not ours:  # in Accelerate's and DeepSpeed's wrappers
+            optimizer = getattr(optimizer, "optimizer", None)
+        return optimizer is not None
 
     def _check_ours(self) -> None:
         if not self._is_ours():
@@ -194,7 +186,7 @@ class LoraPlusMixin(WholeCheckpoints):
             self._group_rates = rates_for_log(self.optimizer)
             if self.loraplus_auto is not None:
                 return next(iter(self._group_rates.values()))
-        return super()._get_learning_rate()  # type: ignore[misc]
+        return super()._get_learning_rate()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds `lr/<group>` for every group, and `updates/…` if measured, where the trainer logs its learning rate."""
@@ -210,7 +202,7 @@ class LoraPlusMixin(WholeCheckpoints):
                     for role, lr in ((Role.A, rates.lr_a), (Role.B, rates.lr_b))
                     if lr is not None
                 }
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Refuses to resume from a checkpoint that is damaged or trained at other rates, then trains.
@@ -228,7 +220,7 @@ class LoraPlusMixin(WholeCheckpoints):
             if self._made is not None or _builds_as_trainer(self):
                 self._check_resumed()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._unhook()
 
@@ -260,11 +252,11 @@ class LoraPlusMixin(WholeCheckpoints):
             hp_space = functools.partial(checked_space, self, hp_space)
         elif hp_space is None:  # Trainer's own spaces all hold it
             check_searched(self, "learning_rate")
-        return super().hyperparameter_search(hp_space, *args, **kwargs)  # type: ignore[misc]
+        return super().hyperparameter_search(hp_space, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Saves the model, and beside it the rates and roles that the optimizer was made with."""
-        super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
+        super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save and self._staging is None:
             folder = Path(output_dir or self.args.output_dir)
             sealed = is_sealed(folder)

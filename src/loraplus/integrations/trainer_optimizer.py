@@ -171,13 +171,13 @@ def _home(who: str, listed: list[TrainableParameter], optimizer: torch.optim.Opt
 
 def _rates_of(home: Mapping[int, Group], listed: list[TrainableParameter]) -> list[float]:
     """The different rates that the trainer's own groups have, those with factors first."""
-    found: dict[float, None] = {}
+    rates: dict[float, None] = {}
     for entry in sorted(listed, key=lambda entry: entry.role not in FACTORS):
         group = home.get(id(entry.parameter))
         if group is not None:
             factor = entry.role in FACTORS
-            found[float(rate_of(group, f"of {entry.name}", None) if factor else group["lr"])] = None
-    return list(found)
+            rates[float(rate_of(group, f"of {entry.name}", None) if factor else group["lr"])] = None
+    return list(rates)
 
 
 def _refuse_twice(who: str, home: Mapping[int, Group], listed: list[TrainableParameter]) -> None:
@@ -197,13 +197,13 @@ def _asked(
 ) -> dict[int, float]:
     """{id of a parameter: its rate}; without one rate for all, each group's own, times λ for B."""
     unit = rates.at(1.0)
-    found = {}
+    asked = {}
     for entry in listed:
         group = home.get(id(entry.parameter))
         if group is not None:
             own = (rates, 1.0) if one_rate else (unit, float(group["lr"]))
-            found[id(entry.parameter)] = own[0].of(entry.role, entry.rate_name) * own[1]
-    return found
+            asked[id(entry.parameter)] = own[0].of(entry.role, entry.rate_name) * own[1]
+    return asked
 
 
 def _decaying(trainer: Any, model: nn.Module) -> set[int]:
@@ -247,15 +247,15 @@ def _with_inner(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimi
     seen: dict[int, Any] = {}
     waiting: list[Any] = [optimizer]
     while waiting:
-        found = waiting.pop(0)
-        if isinstance(found, (list, tuple)):
-            waiting += found
-        elif isinstance(found, dict):
-            waiting += found.values()
-        elif isinstance(found, torch.optim.Optimizer) and id(found) not in seen:
-            seen[id(found)] = found
-            yield found
-            inner = {key: value for key, value in vars(found).items() if key not in ("param_groups", "state")}
+        item = waiting.pop(0)
+        if isinstance(item, (list, tuple)):
+            waiting += item
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, torch.optim.Optimizer) and id(item) not in seen:
+            seen[id(item)] = item
+            yield item
+            inner = {key: value for key, value in vars(item).items() if key not in ("param_groups", "state")}
             waiting += [
                 value for value in inner.values() if isinstance(value, (list, tuple, dict, torch.optim.Optimizer))
             ]
@@ -283,22 +283,22 @@ class _Parts:
 
         So a checkpoint's states are those of the same parameters, whatever groups a trainer makes.
         """
-        found = []
+        parts = []
         for index, group in enumerate(groups):
             if id(group) not in self._done:
                 self._done[id(group)] = group, self._of(index, group)
-            found += self._done[id(group)][1]
-        groups[:] = [part for _, part in sorted(found, key=lambda item: item[0])]
+            parts += self._done[id(group)][1]
+        groups[:] = [part for _, part in sorted(parts, key=lambda item: item[0])]
 
     def _of(self, index: int, group: Group) -> list[tuple[int, Group]]:
-        nothing = len(self._entries) + index, None  # behind the model's
+        def of(parameter: Any) -> tuple[int, TrainableParameter | None]:
+            return self._entries.get(id(parameter), (len(self._entries) + index, None))  # behind the model's
+
         parts: dict[str, tuple[int, Group]] = {}
         names = group.get("param_names") or [None] * len(group["params"])
-        members: list[tuple[int, TrainableParameter | None, Any, str | None]] = [
-            (*self._entries.get(id(parameter), nothing), parameter, name)  # type: ignore[misc]
-            for parameter, name in zip(group["params"], names, strict=True)
-        ]
-        for place, entry, parameter, name in sorted(members, key=lambda member: member[0]):
+        members = zip(group["params"], names, strict=True)
+        for parameter, name in sorted(members, key=lambda member: of(member[0])[0]):
+            place, entry = of(parameter)
             label = _REST if entry is None else self._rates.group_name(entry.role, entry.rate_name)
             if label not in parts:
                 parts[label] = place, _empty(group, None if entry is None else self._asked[id(parameter)])

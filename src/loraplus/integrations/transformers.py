@@ -51,7 +51,7 @@ class _AtStart(TrainerCallback):
         self.trainer._check_ours()  # a callback may put another one there at any time
 
 
-class LoraPlusTrainer(LoraPlusMixin, Trainer):  # type: ignore[misc]
+class LoraPlusTrainer(LoraPlusMixin, Trainer):
     """transformers' Trainer with LoRA+; takes `LoraPlusTrainingArguments` and what else Trainer takes, in its order.
 
     Example:

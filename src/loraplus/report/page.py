@@ -72,12 +72,12 @@ def environment(*packages: str) -> Environment:
 
 def _pairs(summary: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Every comparison with LoRA that has seeds: {title: (arm, its part of the summary)}."""
-    found = {
+    by_title = {
         ALL[_MAIN].title: (_MAIN, summary["paired"]),
         **{ALL[arm].title: (arm, pair) for arm, pair in summary.get("paired_with_lora", {}).items()},
         f"{ALL[_MAIN].title}, untuned": (_MAIN, summary["untuned"] or {}),
     }
-    return {title: (arm, pair) for title, (arm, pair) in found.items() if pair.get("by_seed")}
+    return {title: (arm, pair) for title, (arm, pair) in by_title.items() if pair.get("by_seed")}
 
 
 def _classes(data: dict[str, Any]) -> list[str]:

@@ -58,6 +58,11 @@ class Recipe:
     head_at_lr: bool = False
     half: bool = False
 
+    def settings(self, *names: str) -> dict[str, Any]:
+        """Some of the configuration by name, and what Adam and the head have."""
+        own = {name: getattr(self.config, name) for name in names}
+        return own | {"beta2": self.beta2, "lr_head": "η_A" if self.head_at_lr else self.config.lr_head}
+
 
 def encode(
     names: Sequence[str], parts: Parts, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -67,8 +72,8 @@ def encode(
 
     def rows(part: LabelledTexts) -> list[dict[str, Any]]:
         pairs = None if part.pairs is None else list(part.pairs)
-        found = tokenizer(list(part.texts), pairs, truncation=True, max_length=max_length)["input_ids"]
-        return [{"input_ids": ids, "labels": label} for ids, label in zip(found, part.labels, strict=True)]
+        token_ids = tokenizer(list(part.texts), pairs, truncation=True, max_length=max_length)["input_ids"]
+        return [{"input_ids": ids, "labels": label} for ids, label in zip(token_ids, part.labels, strict=True)]
 
     def by_length(part: LabelledTexts) -> list[dict[str, Any]]:
         return sorted(rows(part), key=lambda row: len(row["input_ids"]))

@@ -66,11 +66,10 @@ class Coordinates(Experiment):
     )
 
     def settings(self) -> dict[str, Any]:
-        return {
+        return super().settings() | {
             "optimizer": "adam", "readout_power": READOUT_POWER, "inputs": toy_model.INPUTS, "rank": toy_model.RANK,
-            "noise": toy_model.NOISE, "steps": self.steps, "batch": BATCH, "widths": list(self.widths),
-            "measured_at": list(MEASURED_AT), "measured_points": TOKENS, "c": C, "c_prime": C_PRIME,
-            "tied_half_decades": list(TIED_HALF_DECADES),
+            "noise": toy_model.NOISE, "batch": BATCH, "measured_at": MEASURED_AT, "measured_points": TOKENS, "c": C,
+            "c_prime": C_PRIME, "tied_half_decades": TIED_HALF_DECADES,
         }  # fmt: skip
 
     def needs(self) -> list[str]:

@@ -52,10 +52,9 @@ class Decoder(TunedArms):
         return [{"domain": domain, "width": width} for domain in self.domains for width in self.widths]
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "widths": self.widths, "domains": self.domains, "steps": self.steps, "batch": self.batch,
-            "rank": self.rank, "alpha": self.alpha, "targets": ["q_proj", "v_proj"], "schedule": "linear",
-            "warmup": WARMUP, "max_length": small_tasks.LENGTH, "held_out": small_tasks.HELD_OUT,
+        return super().settings() | {
+            "targets": ["q_proj", "v_proj"], "schedule": "linear", "warmup": WARMUP,
+            "max_length": small_tasks.LENGTH, "held_out": small_tasks.HELD_OUT,
         }  # fmt: skip
 
     def needs(self) -> list[str]:
@@ -114,28 +113,28 @@ class Decoder(TunedArms):
         return sentences
 
     def _by_ratio(self, results: Records) -> ByRatio:
-        found: ByRatio = {}
+        by_ratio: ByRatio = {}
         for case in self.cases():
             if not self.is_finished(case, results):
                 continue
             for point in sorted(self.finalists(case, results).values()):
                 estimate = finite_t_interval([result.values[LOSS] for result in self.finals(case, point, results)])
                 if estimate is not None:
-                    found.setdefault(title(case), {})[point[0]] = estimate, lr_of(point)
-        return found
+                    by_ratio.setdefault(title(case), {})[point[0]] = estimate, lr_of(point)
+        return by_ratio
 
     def _table_of_ratios(self, by_ratio: ByRatio) -> Table:
         rows = [
             [case, ratio, lr, interval(estimate.to_dict(), 4)]
-            for case, found in by_ratio.items()
-            for ratio, (estimate, lr) in found.items()
+            for case, ratios in by_ratio.items()
+            for ratio, (estimate, lr) in ratios.items()
         ]
         return Table("The best rate of every λ", ["case", "λ", "η_A", "validation loss"], rows)
 
     def _plot_of_ratios(self, by_ratio: ByRatio) -> list[Figure]:
         series = []
-        for case, found in by_ratio.items():
-            means = [estimate.mean for estimate, _ in found.values()]
-            series.append(Series(case, list(found), [mean / min(means) for mean in means]))
+        for case, ratios in by_ratio.items():
+            means = [estimate.mean for estimate, _ in ratios.values()]
+            series.append(Series(case, list(ratios), [mean / min(means) for mean in means]))
         plot = LinePlot("", "λ = η_B/η_A", "validation loss over the best", series, log_x=True)
         return [Figure("ratio-by-width", "Loss at the best rate of every λ, by width", [plot])] if series else []

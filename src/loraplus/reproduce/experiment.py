@@ -12,7 +12,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from loraplus.errors import InputError
@@ -51,12 +51,14 @@ class Experiment(StudyPlan):
     main_value: ClassVar[str] = ""
     """The value that a progress line and a dashboard show of a result; default: the first."""
 
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """All that changes what a run computes, JSON-ready; saved with the study and compared on resuming.
 
-        `scale` (cpu or paper) and `seeds` are added by the framework, so no setting of your own may be called so.
+        These are the experiment's own fields, to which it adds what its code fixes. `scale` (cpu or paper) and `seeds`
+        are added by the framework, so no setting of your own may be called so.
         """
+        of_all = {spec.name for spec in fields(Experiment)}
+        return {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name not in of_all}
 
     def next(self, records: Records, running: Iterable[Run]) -> Run | None:
         """The first of `next_runs` that is not under way."""

@@ -22,16 +22,16 @@ def columns_of(results: Iterable[Record]) -> dict[str, list[str]]:
     Raises:
         ValueError: one name is two of these.
     """
-    found: dict[str, dict[str, None]] = {"params": {}, "values": {}, "rows": {}}
+    names_of: dict[str, dict[str, None]] = {"params": {}, "values": {}, "rows": {}}
     for result in results:
-        found["params"] |= dict.fromkeys(result.trial.params)
-        found["values"] |= dict.fromkeys(result.values)
+        names_of["params"] |= dict.fromkeys(result.trial.params)
+        names_of["values"] |= dict.fromkeys(result.values)
         for row in result.rows:
-            found["rows"] |= dict.fromkeys(row)
-    names = [*_OWN, *found["params"], *found["values"], *found["rows"]]
+            names_of["rows"] |= dict.fromkeys(row)
+    names = [*_OWN, *names_of["params"], *names_of["values"], *names_of["rows"]]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"names used twice in one experiment: {', '.join(sorted(twice))}")
-    return {kind: list(names) for kind, names in found.items()}
+    return {kind: list(names) for kind, names in names_of.items()}
 
 
 def write_runs(path: Path, results: Sequence[Record]) -> None:

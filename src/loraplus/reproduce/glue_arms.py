@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,14 +94,10 @@ class GlueArms(TunedArms):
 
     def settings(self) -> dict[str, Any]:
         one = self.recipe(self.cases()[0])
-        shown = {
-            key: value for key, value in asdict(one.config).items()
-            if key in ("rank", "alpha", "target_modules", "lr_scheduler_type", "warmup_ratio", "weight_decay",
-                       "max_length", "max_steps", "batch_size")
-        }  # fmt: skip
         model = self.published_model if self.scale == "paper" else Path(one.config.model).name
-        return {"model": model, "cases": [next(iter(case.values())) for case in self.cases()], **shown,
-                "beta2": one.beta2, "lr_head": "η_A" if one.head_at_lr else one.config.lr_head}  # fmt: skip
+        cases = [next(iter(case.values())) for case in self.cases()]
+        shown = "rank alpha target_modules lr_scheduler_type warmup_ratio weight_decay max_length max_steps batch_size"
+        return {"model": model, "cases": cases, **one.settings(*shown.split())}
 
     def needs(self) -> list[str]:
         if self.scale == "cpu":

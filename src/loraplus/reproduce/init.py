@@ -80,18 +80,19 @@ class Init(Experiment):
 
     def columns(self) -> list[Column]:
         """λ = 1 for every scale that a rule gives; λ > 1 for α = 2r."""
-        found: dict[Column, None] = {}
+        columns: dict[Column, None] = {}
         for start in STARTS:
             for rank in self.ranks:
                 for rule in RULES:
-                    found[Column(start, rank, scale_of(rule, rank), 1.0)] = None
-                found[Column(start, rank, scale_of("α = 2r", rank), self.lr_ratio)] = None
-        return list(found)
+                    columns[Column(start, rank, scale_of(rule, rank), 1.0)] = None
+                columns[Column(start, rank, scale_of("α = 2r", rank), self.lr_ratio)] = None
+        return list(columns)
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "model": f"decoder of width {self.width}", "task": small_tasks.BOOK, "ranks": self.ranks,
-            "lr_ratio": self.lr_ratio, "steps": self.steps, "batch": self.batch, "targets": ["q_proj", "v_proj"],
+        own = super().settings()
+        width = own.pop("width")  # it says which model
+        return own | {
+            "model": f"decoder of width {width}", "task": small_tasks.BOOK, "targets": ["q_proj", "v_proj"],
             "schedule": "linear", "warmup": WARMUP,
         }  # fmt: skip
 
@@ -106,10 +107,10 @@ class Init(Experiment):
 
     def _groups(self) -> list[list[Column]]:
         """Columns of one start, rank and λ, which differ in the rule for α only."""
-        found: dict[tuple[Start, int, float], list[Column]] = {}
+        groups: dict[tuple[Start, int, float], list[Column]] = {}
         for column in self.columns():
-            found.setdefault((column.start, column.rank, column.lr_ratio), []).append(column)
-        return list(found.values())
+            groups.setdefault((column.start, column.rank, column.lr_ratio), []).append(column)
+        return list(groups.values())
 
     def _winner(self, columns: Sequence[Column], results: Records) -> Column:
         """The column of the lowest loss on the tuning seed."""
@@ -132,11 +133,11 @@ class Init(Experiment):
         adapter = SmallAdapter(run["rank"], run["scale"] * run["rank"], run["start"])
         model = build(small_decoders.obtain(data, self.width), task, adapter, run["seed"])
         order = batches(task.train.ids, self.batch, run["seed"])
-        found = train(
+        result = train(
             model, task, run["lr"], run["lr_ratio"], steps=self.steps, order=order,
             evaluations=_EVALUATIONS[run["phase"]], on_step=on_step,
         )  # fmt: skip
-        return replace(found, trial=run)
+        return replace(result, trial=run)
 
     def describe(self, run: Run) -> str:
         """Such as "A-random, rank 8, s 2, tuning: λ 1, η_A 0.003162, seed 0"."""
@@ -228,7 +229,7 @@ class Init(Experiment):
 
     def _gaps(self, best: Sequence[Mapping[str, Any]]) -> list[str]:
         """What λ > 1 gains over λ = 1 with either start, and what one start over the other, on fresh seeds."""
-        found = {(row["start"], row["rank"], row["lr_ratio"]): row[BY_SEED] for row in best}
+        losses_of = {(row["start"], row["rank"], row["lr_ratio"]): row[BY_SEED] for row in best}
         kinds = {
             f"{start}: test loss at λ = {self.lr_ratio:g} minus that at λ = 1": ((start, 1.0), (start, self.lr_ratio))
             for start in STARTS
@@ -240,7 +241,7 @@ class Init(Experiment):
         for kind, ((start, ratio), (other, other_ratio)) in kinds.items():
             parts = []
             for rank in self.ranks:
-                one, two = found.get((start, rank, ratio)), found.get((other, rank, other_ratio))
+                one, two = losses_of.get((start, rank, ratio)), losses_of.get((other, rank, other_ratio))
                 gap = finite_t_interval([b - a for a, b in zip(one, two, strict=True)]) if one and two else None
                 if gap is not None:
                     parts.append(f"rank {rank}: {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]")

@@ -60,11 +60,9 @@ class LlamaFlan(RateGrid):
     )
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "model": MODEL, "task": FLAN, "lr_a": self.lr_a, "lr_b": self.lr_b, "rank": self.rank, "alpha": self.alpha,
-            "target_modules": "all-linear", "batch_size": 32, "gradient_accumulation_steps": 4, "epochs": 1,
-            "max_steps": self.max_steps, "max_length": self.max_length, "lr_scheduler_type": "constant",
-            "weight_decay": 0.0, "beta2": 0.999, "shots": self.shots,
+        return super().settings() | {
+            "model": MODEL, "task": FLAN, "target_modules": "all-linear", "batch_size": 32, "epochs": 1,
+            "gradient_accumulation_steps": 4, "lr_scheduler_type": "constant", "weight_decay": 0.0, "beta2": 0.999,
         }  # fmt: skip
 
     def sources(self) -> list[str]:

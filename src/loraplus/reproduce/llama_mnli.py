@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,11 +50,8 @@ class LlamaMnli(RateGrid):
         return Recipe(config, beta2=0.999, head_at_lr=True)
 
     def settings(self) -> dict[str, Any]:
-        own = asdict(self.recipe.config)
-        shown = ("rank", "alpha", "target_modules", "batch_size", "gradient_accumulation_steps", "epochs", "max_steps",
-                 "max_length", "lr_scheduler_type", "weight_decay")  # fmt: skip
-        return {"model": MODEL, "task": "mnli", "lr_a": self.lr_a, "lr_b": self.lr_b,
-                **{name: own[name] for name in shown}, "beta2": self.recipe.beta2, "lr_head": "η_A"}  # fmt: skip
+        shown = "target_modules batch_size gradient_accumulation_steps epochs max_length lr_scheduler_type weight_decay"
+        return super().settings() | {"model": MODEL, "task": "mnli", **self.recipe.settings(*shown.split())}
 
     def sources(self) -> list[str]:
         return [f"{MODEL}: in {self.data}/llama-7b, else from the hub",

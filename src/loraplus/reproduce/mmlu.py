@@ -41,12 +41,12 @@ def questions(source: str, split: str) -> list[Question]:
     names = ("subject", "question", "choices", "answer")
     if missing := [name for name in names if name not in columns]:
         raise InputError(f"{source}: MMLU's {split} has no column {missing[0]!r}; it has {', '.join(columns)}")
-    found = []
+    read = []
     for place, (subject, text, choices, answer) in enumerate(zip(*(columns[name] for name in names), strict=True), 1):
         if not isinstance(choices, (list, tuple)) or len(choices) != len(LETTERS) or answer not in range(len(LETTERS)):
             raise InputError(f"{source}: row {place} of MMLU's {split} needs four choices and an answer from 0 to 3")
-        found.append(Question(str(subject), str(text), tuple(map(str, choices)), int(answer)))
-    return found
+        read.append(Question(str(subject), str(text), tuple(map(str, choices)), int(answer)))
+    return read
 
 
 def prompt(question: Question, examples: list[Question]) -> str:

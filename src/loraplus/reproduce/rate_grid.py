@@ -51,8 +51,8 @@ class RateGrid(Experiment):
         return [run for run in wanted if run.key not in results]
 
     def run(self, run: Run, on_step: OnStep) -> Record:
-        found = self.train(run["lr_a"], float(f"{run['lr_b'] / run['lr_a']:.9g}"), run["seed"], on_step)
-        return replace(found, trial=run)
+        result = self.train(run["lr_a"], float(f"{run['lr_b'] / run['lr_a']:.9g}"), run["seed"], on_step)
+        return replace(result, trial=run)
 
     def needs(self) -> list[str]:
         count = f"{len(self.pairs)} pairs × {self.seeds} seeds (published: {PUBLISHED_SEEDS})"
@@ -86,8 +86,8 @@ class RateGrid(Experiment):
         return {"lr_a": pair[0], "lr_b": pair[1], "test_accuracy": estimate and estimate.to_dict()}
 
     def _accuracies(self, pair: Pair, results: Records) -> list[float]:
-        found = [results[_run(pair, seed).key] for seed in range(self.seeds)]
-        return [result.values["test_accuracy"] if result.status == "done" else math.inf for result in found]
+        of_seeds = [results[_run(pair, seed).key] for seed in range(self.seeds)]
+        return [result.values["test_accuracy"] if result.status == "done" else math.inf for result in of_seeds]
 
     def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         best, tied = figures["best"], figures["best_tied"]

@@ -44,5 +44,5 @@ def experiment_class(name: str) -> type[Experiment]:
     """
     check_name(name)
     module, attribute = EXPERIMENTS[name].split(":")
-    found: type[Experiment] = getattr(import_module(module), attribute)
-    return found
+    experiment: type[Experiment] = getattr(import_module(module), attribute)
+    return experiment

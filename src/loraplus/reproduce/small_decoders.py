@@ -130,7 +130,7 @@ def _pretrain(data: Path, width: int, folder: Path) -> None:
         optimizer, lambda step: min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
     )
 
-    def batch_of(chosen: list[list[int]]) -> dict[str, torch.Tensor]:
+    def batch_of(chosen: list[list[int]]) -> dict[str, torch.Tensor]:  # each (examples, longest)
         ids, mask = padded(chosen, _id(tok.pad_token_id))
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 

@@ -119,8 +119,8 @@ def load(data: Path, name: str, width: int) -> SmallTask:
         return Rows(ids, [target for _, target in part])
 
     def by_length(part: list[Text]) -> Rows:
-        found = rows(part)
-        return found.chosen(sorted(range(len(part)), key=lambda i: len(found.ids[i])))
+        encoded = rows(part)
+        return encoded.chosen(sorted(range(len(part)), key=lambda i: len(encoded.ids[i])))
 
     kind = "classes" if name == BOOK else "lm"
     return SmallTask(kind, texts.classes, rows(texts.train), by_length(texts.validation), by_length(texts.test))

@@ -140,9 +140,9 @@ def train(
     return Record(Run({}), "done", curve=tuple(curve), seconds=seconds, values=values)
 
 
-def _values(task: SmallTask, part: str, found: tuple[float, float]) -> dict[str, float]:
+def _values(task: SmallTask, part: str, measured: tuple[float, float]) -> dict[str, float]:
     """Loss and, of classes, accuracy under their names."""
-    return {f"{part}_{name}": value for name, value in zip(("loss", "accuracy"), found, strict=True)
+    return {f"{part}_{name}": value for name, value in zip(("loss", "accuracy"), measured, strict=True)
             if name == "loss" or task.kind == "classes"}  # fmt: skip
 
 
@@ -153,9 +153,9 @@ def batches(rows: list[list[int]], batch: int, seed: int) -> Iterator[list[int]]
         order = torch.randperm(len(rows), generator=generator).tolist()
         size = batch * _MEGABATCH
         parts = [sorted(order[i : i + size], key=lambda i: len(rows[i])) for i in range(0, len(order), size)]
-        found = [part[i : i + batch] for part in parts for i in range(0, len(part) - batch + 1, batch)]
-        for i in torch.randperm(len(found), generator=generator).tolist():
-            yield found[i]
+        whole = [part[i : i + batch] for part in parts for i in range(0, len(part) - batch + 1, batch)]
+        for i in torch.randperm(len(whole), generator=generator).tolist():
+            yield whole[i]
 
 
 def evaluate(model: Any, task: SmallTask, rows: Rows) -> tuple[float, float]:

@@ -20,12 +20,12 @@ def tfidf(texts: Texts) -> dict[str, float]:
     vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
     train = vectors.fit_transform([text for text, _ in texts.train])
     labels = [label for _, label in texts.train]
-    found = []
+    by_strength = []
     for strength in _STRENGTHS:
         model = LogisticRegression(C=strength, max_iter=1000).fit(train, labels)
-        found.append({**_measured(model, vectors, texts.validation, "eval"),
+        by_strength.append({**_measured(model, vectors, texts.validation, "eval"),
                       **_measured(model, vectors, texts.test, "test")})  # fmt: skip
-    return min(found, key=lambda values: values["eval_loss"])
+    return min(by_strength, key=lambda values: values["eval_loss"])
 
 
 def _measured(model: LogisticRegression, vectors: TfidfVectorizer, part: list[Text], name: str) -> dict[str, float]:

@@ -99,11 +99,10 @@ class Toy(Experiment):
     )
 
     def settings(self) -> dict[str, Any]:
-        return {
+        return super().settings() | {
             "inputs": toy_model.INPUTS, "rank": toy_model.RANK, "scaling": toy_model.SCALING, "activation": "silu",
             "noise": toy_model.NOISE, "train_points": toy_model.TRAIN_POINTS, "test_points": toy_model.TEST_POINTS,
-            "betas": list(toy_model.BETAS), "steps": self.steps, "batch": BATCH, "schedule": "linear decay to 0",
-            "widths": list(self.widths), "map_width": self.map_width, "within": WITHIN,
+            "betas": toy_model.BETAS, "batch": BATCH, "schedule": "linear decay to 0", "within": WITHIN,
             "families": [f"{family.optimizer}/{family.readout}" for family in FAMILIES],
         }  # fmt: skip
 
@@ -221,12 +220,12 @@ def _tables(results: Records) -> Tables:
 def _blocks(family: Family, width: int, results: Records, seeds: int) -> list[Block]:
     """The blocks that have been trained with all seeds."""
     own = {"optimizer": family.optimizer, "readout": family.readout, "width": width}
-    found: Counter[Block] = Counter()
+    runs_of: Counter[Block] = Counter()
     for result in results.values():
         params = result.trial.params
         if own.items() <= params.items() and params["seed"] < seeds:
-            found[Block(*(params[name] for name in ("shape", "a_from", "a_to", "b_from", "b_to")))] += 1
-    return [block for block, count in found.items() if count == seeds]
+            runs_of[Block(*(params[name] for name in ("shape", "a_from", "a_to", "b_from", "b_to")))] += 1
+    return [block for block, count in runs_of.items() if count == seeds]
 
 
 def _run(family: Family, width: int, seed: int, block: Block) -> Run:
@@ -282,17 +281,17 @@ def _tied_over_best(per_seed: Sequence[Mapping[Point, float]]) -> dict[str, Any]
             diverged[name] += not math.isfinite(loss)
         if all(map(math.isfinite, losses.values())):
             logs.append(_log(losses["tied"]) - _log(losses["pair"]))
-    found = t_interval(logs).through(math.exp).to_dict() if logs else {}
-    return {**found, "seeds": len(logs), "diverged": diverged}
+    estimate = t_interval(logs).through(math.exp).to_dict() if logs else {}
+    return {**estimate, "seeds": len(logs), "diverged": diverged}
 
 
-def _factor(found: Mapping[str, Any]) -> str:
+def _factor(figures: Mapping[str, Any]) -> str:
     """How many times the loss, in words, and on how many seeds where a choice diverged on some."""
-    away = [f"the {what} on {count}" for what, count in found["diverged"].items() if count]
-    if not found["seeds"]:
+    away = [f"the {what} on {count}" for what, count in figures["diverged"].items() if count]
+    if not figures["seeds"]:
         return "has no figure (a choice diverged on every seed)"
-    text = f"has {interval(found)} times the loss of the best pair, both chosen on other seeds"
-    return text + (f" ({found['seeds']} seeds; the choice diverged for {' and '.join(away)} more)" if away else "")
+    text = f"has {interval(figures)} times the loss of the best pair, both chosen on other seeds"
+    return text + (f" ({figures['seeds']} seeds; the choice diverged for {' and '.join(away)} more)" if away else "")
 
 
 def _heat_map(family: Family, joint: Mapping[Point, float]) -> HeatMap:

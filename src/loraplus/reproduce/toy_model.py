@@ -61,7 +61,7 @@ class Frozen:
 
 
 def target(x: Tensor) -> Tensor:
-    """The smooth function to learn: a sine along the diagonal of the inputs."""
+    """The smooth function to learn, (points, d) → (points,): a sine along the diagonal of the inputs."""
     return torch.sin(x.sum(-1) / math.sqrt(x.shape[-1]))
 
 
@@ -76,7 +76,7 @@ def frozen(width: int, seed: int, readout_power: float, train_points: int = TRAI
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:  # of that shape (…)
         return torch.randn(*shape, generator=generator)
 
     x, test_x = normal(train_points, INPUTS), normal(TEST_POINTS, INPUTS)
@@ -158,7 +158,7 @@ class Stepper:
         self._moments = [(torch.zeros_like(f), torch.zeros_like(f)) for f in self._factors] if self._adam else []
 
     def step(self, grads: Sequence[Tensor], schedule: float = 1.0) -> None:
-        """Moves both factors; `grads` may be overwritten."""
+        """Moves both factors by `grads`, A's (pairs, r, n) and B's (pairs, n, r), which may be overwritten."""
         self._steps += 1
         if not self._adam:
             for factor, rate, grad in zip(self._factors, self._rates, grads, strict=True):
@@ -226,16 +226,18 @@ def train(
 
 
 def _splits(model: Frozen) -> list[tuple[Tensor, Tensor]]:
+    """Features (points, n) and targets (points,) of training and test."""
     return [(model.features, model.targets), (model.test_features, model.test_targets)]
 
 
 def _loss(model: Frozen, factors: Factors, features: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared errors (pairs,) over features (points, n) and targets (points,); infinite where it diverged."""
     loss = (outputs(model, factors, features) - targets).square().mean(1)
     return torch.where(loss.isfinite(), loss, math.inf)
 
 
 def _batches(points: int, batch: int, steps: int, seed: int) -> Iterator[Tensor | slice]:
-    """Points of each step; every point once before any comes again."""
+    """Indices (batch,) of each step's points, or all of them; every point once before any comes again."""
     if batch >= points:
         for _ in range(steps):
             yield slice(None)

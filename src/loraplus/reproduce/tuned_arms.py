@@ -94,8 +94,8 @@ class TunedArms(Experiment):
         if run["phase"] == BASELINE:
             return Record(run, "done", values=self.baseline(case))
         evaluations = EVALUATIONS if run["phase"] == FINAL else 1
-        found = self.train(Job(case, run["lr"], run["lr_ratio"], run["seed"], evaluations), on_step)
-        return replace(found, trial=run)
+        result = self.train(Job(case, run["lr"], run["lr_ratio"], run["seed"], evaluations), on_step)
+        return replace(result, trial=run)
 
     def describe(self, run: Run) -> str:
         """Such as "movies, tuning: λ 4, η_A 0.001581, seed 0"."""
@@ -132,8 +132,10 @@ class TunedArms(Experiment):
 
     def figures(self, results: Records) -> dict[str, Any]:
         """By case: both arms, their difference, steps to target, the best of every λ; unfinished cases by name."""
-        found = {title(case): self._figures(case, results) for case in self.cases() if self.is_finished(case, results)}
-        return {"cases": found, "unfinished": [title(c) for c in self.cases() if not self.is_finished(c, results)]}
+        finished = {
+            title(case): self._figures(case, results) for case in self.cases() if self.is_finished(case, results)
+        }
+        return {"cases": finished, "unfinished": [title(c) for c in self.cases() if not self.is_finished(c, results)]}
 
     def _figures(self, case: Case, results: Records) -> dict[str, Any]:
         points, losses = self.finalists(case, results), self.losses(case, results)
@@ -169,13 +171,13 @@ class TunedArms(Experiment):
         """A line a case and arm."""
         measure = TEST_ACCURACY if self.has_accuracy else TEST_LOSS
         rows = []
-        for case, found in figures["cases"].items():
+        for case, of_case in figures["cases"].items():
             for arm, name in (("lora", "LoRA"), ("loraplus", "LoRA+")):
-                own = found["arms"][arm]
+                own = of_case["arms"][arm]
                 rows.append([case, name, own["lr"], own["lr_ratio"], own["tuning_runs"], _text(own[LOSS]),
                              _text(own[TEST_LOSS]), *([_text(own[measure])] if self.has_accuracy else [])])  # fmt: skip
-            if "baseline" in found:
-                own = found["baseline"]
+            if "baseline" in of_case:
+                own = of_case["baseline"]
                 rows.append([case, "TF-IDF + logistic regression", None, None, None, _number(own[LOSS]),
                              _number(own[TEST_LOSS]), _number(own[TEST_ACCURACY])])  # fmt: skip
         columns = ["case", "method", "η_A", "λ", "tuning runs", "validation loss", "test loss"]
@@ -190,11 +192,11 @@ class TunedArms(Experiment):
         """LoRA+ minus LoRA, and the steps that LoRA+ needs."""
         names = [LOSS, TEST_LOSS, *([TEST_ACCURACY] if self.has_accuracy else [])]
         rows = []
-        for case, found in figures["cases"].items():
-            speed = found["steps_to_target"]
+        for case, of_case in figures["cases"].items():
+            speed = of_case["steps_to_target"]
             reached = f"{speed['reached']} of {speed['seeds']}"
             factor = "not reached" if speed["speed_up"] is None else speed["speed_up"]
-            rows.append([case, *(_text(found["difference"][name]) for name in names), reached, factor])
+            rows.append([case, *(_text(of_case["difference"][name]) for name in names), reached, factor])
         return Table(
             "LoRA+ minus LoRA, paired by seed",
             ["case", *(name.replace("eval", "validation").replace("_", " ") for name in names),
@@ -271,19 +273,19 @@ def title(case: Mapping[str, Value]) -> str:
 
 def verdicts(figures: Mapping[str, Any], measure: str, unit: str, lower_is_better: bool) -> list[str]:
     """A sentence a case on what LoRA+ gains; "no difference found" where the interval holds 0."""
-    found = []
+    sentences = []
     for case, own in figures["cases"].items():
         difference = own["difference"][measure]
         if difference is None:
-            found.append(f"{case}: a final run diverged.")
+            sentences.append(f"{case}: a final run diverged.")
             continue
         span = f"{difference['mean']:+.4f} {unit} (95% interval {difference['low']:+.4f} to {difference['high']:+.4f})"
         if difference["low"] <= 0 <= difference["high"]:
-            found.append(f"{case}: no difference found; LoRA+ minus LoRA {span}.")
+            sentences.append(f"{case}: no difference found; LoRA+ minus LoRA {span}.")
         else:
             better = (difference["mean"] < 0) == lower_is_better
-            found.append(f"{case}: LoRA+ is {'better' if better else 'worse'}; LoRA+ minus LoRA {span}.")
-    return found
+            sentences.append(f"{case}: LoRA+ is {'better' if better else 'worse'}; LoRA+ minus LoRA {span}.")
+    return sentences
 
 
 def _run(case: Case, phase: str, point: Point, seed: int) -> Run:

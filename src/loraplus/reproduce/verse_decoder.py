@@ -142,6 +142,7 @@ def _arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def _rows(rows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Examples (length,) of token rows (sequences, length)."""
     return [{"input_ids": row, "labels": row} for row in rows]
 
 

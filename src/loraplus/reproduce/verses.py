@@ -93,12 +93,12 @@ def passage(tokenizer: Any, chapter: Chapter) -> list[int]:
     return [*tokenizer("\n".join(chapter), verbose=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def conversation(tokenizer: PreTrainedTokenizerFast, chapter: Chapter, *, system: bool) -> list[int]:
+def conversation(tokenizer: Any, chapter: Chapter, *, system: bool) -> list[int]:
     """A chapter as turns, each answered with the next verse: so the tokens of the template get a meaning."""
     turns = [{"role": "assistant" if i % 2 else "user", "content": verse} for i, verse in enumerate(chapter)]
     opening = [{"role": "system", "content": SYSTEM}] if system else []
     text = tokenizer.apply_chat_template([*opening, *turns], tokenize=False)
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[return-value]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def training_texts(
@@ -112,7 +112,7 @@ def training_texts(
 
 
 def pack(texts: Iterable[list[int]], length: int) -> torch.Tensor:
-    """Texts one after the other, cut into rows of one length; what is left at the end is dropped.
+    """Texts one after the other, cut into rows (sequences, length); what is left at the end is dropped.
 
     Raises:
         InputError: not enough text for one row.

@@ -52,23 +52,23 @@ class Mended:
 def operation(line: bytes) -> Operation | str:
     """The operation that a line holds, or what is wrong with it."""
     try:
-        found = parse_json(line.decode())
+        op = parse_json(line.decode())
     except UnicodeDecodeError:
         return "not UTF-8"
     except ParseError as error:
         return one_line(error, _LONGEST_REASON)
-    if not isinstance(found, dict):
+    if not isinstance(op, dict):
         return "not an operation"
-    code = found.get("op_code")
+    code = op.get("op_code")
     if not _is_number(code) or code not in _CODES:
         return "not an operation that there is"
-    whole = isinstance(found.get("worker_id"), str)
-    whole &= code != JournalOperation.CREATE_STUDY or {"study_name", "directions"} <= found.keys()
-    whole &= code not in _OF_STUDY or _is_number(found.get("study_id"))
-    whole &= code not in _OF_TRIAL or _is_number(found.get("trial_id"))
+    whole = isinstance(op.get("worker_id"), str)
+    whole &= code != JournalOperation.CREATE_STUDY or {"study_name", "directions"} <= op.keys()
+    whole &= code not in _OF_STUDY or _is_number(op.get("study_id"))
+    whole &= code not in _OF_TRIAL or _is_number(op.get("trial_id"))
     for name in ("user_attr", "system_attr", "user_attrs"):
-        whole &= isinstance(found.get(name, {}), dict)
-    return found if whole else "an operation that lacks something"
+        whole &= isinstance(op.get(name, {}), dict)
+    return op if whole else "an operation that lacks something"
 
 
 def mended(path: Path, content: bytes, study: str) -> Mended | None:
@@ -123,7 +123,7 @@ def _outcome(op: Mapping[str, Any]) -> Any:
 
 def _astray(ops: Mapping[int, Operation], outcomes: Mapping[int, Record]) -> dict[int, str]:
     """Lines that cannot be carried out after those before them, or that hold the outcome of another trial's run."""
-    replay, found = JournalStorageReplayResult(""), {}
+    replay, reasons = JournalStorageReplayResult(""), {}
     for number, op in ops.items():
         try:
             if op["op_code"] in _OF_TRIAL and op["trial_id"] not in replay._trials:
@@ -137,8 +137,8 @@ def _astray(ops: Mapping[int, Operation], outcomes: Mapping[int, Record]) -> dic
             replay.apply_logs([op])
         except Exception as error:  # whatever Optuna meets with in a line that is not one of its own
             said = error if isinstance(error, ValueError) else f"not an operation that fits here: {error!r}"
-            found[number] = one_line(said, _LONGEST_REASON)
-    return found
+            reasons[number] = one_line(said, _LONGEST_REASON)
+    return reasons
 
 
 def _process(op: Operation) -> str:
@@ -173,17 +173,17 @@ def _studies(path: Path, ops: Mapping[int, Operation], bad: dict[int, str], want
     Raises:
         InputError: several lines that name studies are lost.
     """
-    found: dict[int, _Study] = {}
+    studies: dict[int, _Study] = {}
     for op in ops.values():
         if op["op_code"] == JournalOperation.CREATE_STUDY:
-            if op["study_name"] not in {known.name for known in found.values() if not known.deleted}:
-                found[len(found)] = _Study(op["study_name"], op["directions"])
-        elif op["op_code"] == JournalOperation.DELETE_STUDY and op["study_id"] in found:
-            found[op["study_id"]].deleted = True
+            if op["study_name"] not in {known.name for known in studies.values() if not known.deleted}:
+                studies[len(studies)] = _Study(op["study_name"], op["directions"])
+        elif op["op_code"] == JournalOperation.DELETE_STUDY and op["study_id"] in studies:
+            studies[op["study_id"]].deleted = True
     used = {number: op for number, op in ops.items() if op["op_code"] in _OF_STUDY}
-    if not found and {op["study_id"] for op in used.values()} <= {0}:
-        found[0] = _Study(wanted, [StudyDirection.MINIMIZE])
-    unknown = [number for number, op in used.items() if op["study_id"] not in found]
+    if not studies and {op["study_id"] for op in used.values()} <= {0}:
+        studies[0] = _Study(wanted, [StudyDirection.MINIMIZE])
+    unknown = [number for number, op in used.items() if op["study_id"] not in studies]
     if len(unknown) > 1:
         raise InputError(
             f"{path} is damaged: lines that name its studies are lost (such as line {min(bad, default=1)}), so its "
@@ -193,13 +193,13 @@ def _studies(path: Path, ops: Mapping[int, Operation], bad: dict[int, str], want
     for number, op in used.items():
         if number in unknown:
             continue
-        study = found[op["study_id"]]
+        study = studies[op["study_id"]]
         if op["op_code"] == JournalOperation.CREATE_TRIAL:
             study.trials += 1
             study.ours |= not _OURS.isdisjoint(op.get("user_attrs", {}))
         else:
             study.attributes.append(op)
-    return found
+    return studies
 
 
 class _Lines(BaseJournalBackend):
@@ -211,7 +211,7 @@ class _Lines(BaseJournalBackend):
     def read_logs(self, log_number_from: int) -> Iterable[Operation]:
         return iter(self.lines[log_number_from:])
 
-    def append_logs(self, logs: Sequence[Operation]) -> None:  # type: ignore[override]
+    def append_logs(self, logs: Sequence[Operation]) -> None:
         self.lines += logs
 
 

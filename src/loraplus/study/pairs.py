@@ -30,8 +30,8 @@ _DIFFERENCES = {ACCURACY: (-1.0, 1.0), LOSS: (-math.inf, math.inf)}
 
 def runs_of(records: Sequence[Record], phase: Phase, arm: str) -> list[Record]:
     """The runs of an arm in a phase, by seed."""
-    found = [record for record in records if record.trial.phase == phase and record.trial.arm == arm]
-    return sorted(found, key=lambda record: record.trial.seed)
+    runs = [record for record in records if record.trial.phase == phase and record.trial.arm == arm]
+    return sorted(runs, key=lambda record: record.trial.seed)
 
 
 def finished(record: Record) -> bool:
@@ -46,14 +46,14 @@ def diverged(records: Sequence[Record], phase: Phase, arm: str) -> set[int]:
 
 def estimates(runs: Sequence[Record], measures: Sequence[str]) -> dict[str, Any]:
     """The measures on the test split, with intervals over seeds and examples; perplexity is that of the mean loss."""
-    found: dict[str, Any] = {
+    by_measure: dict[str, Any] = {
         kind: _bounded(two_way_interval(_scores(runs, kind)), _RANGES[kind]) for kind in measures if kind != PERPLEXITY
     }
     if PERPLEXITY in measures:
-        found[PERPLEXITY] = {
-            name: None if value is None else finite_perplexity(value) for name, value in found[LOSS].items()
+        by_measure[PERPLEXITY] = {
+            name: None if value is None else finite_perplexity(value) for name, value in by_measure[LOSS].items()
         }
-    return found
+    return by_measure
 
 
 def _bounded(estimate: Estimate, possible: tuple[float, float]) -> dict[str, float | None]:

@@ -83,7 +83,7 @@ class Patient:
         deadline = None
         while True:
             try:
-                found = call(*arguments, **options)
+                answer = call(*arguments, **options)
             except Exception as error:
                 now = time.monotonic()
                 deadline = deadline or now + WAIT_SECONDS
@@ -93,7 +93,7 @@ class Patient:
                 continue
             if deadline is not None:
                 self._on_return()
-            return found
+            return answer
 
 
 def _is_away(error: BaseException | None) -> bool:
@@ -133,8 +133,8 @@ def without_password(location: str) -> str:
 def _secrets(location: str) -> list[str]:
     if "://" not in location:
         return []
-    found = re.findall(r"://[^/:@]*:(.+)@", location) + re.findall(r"[?&](?:password|passwd)=([^&]+)", location)
-    return [secret for secret in found if secret]
+    passwords = re.findall(r"://[^/:@]*:(.+)@", location) + re.findall(r"[?&](?:password|passwd)=([^&]+)", location)
+    return [secret for secret in passwords if secret]
 
 
 def _create_study(location: str, name: str, begun: bool) -> optuna.Study:

@@ -142,10 +142,10 @@ def _on_validation(runs: Sequence[Record], measure: str) -> float | None:
 
 def _rates_found(runs: Sequence[Record]) -> dict[str, float | None]:
     """Geometric means over the final runs of the rates that a method arrived at by itself."""
-    found = [record.rates_reached for record in runs if record.rates_reached and min(record.rates_reached) > 0]
-    if not found:
+    rates = [record.rates_reached for record in runs if record.rates_reached and min(record.rates_reached) > 0]
+    if not rates:
         return {"lr": None, "lr_ratio": None}
-    lr, lr_b = (geometric_mean(values) for values in zip(*found, strict=True))
+    lr, lr_b = (geometric_mean(values) for values in zip(*rates, strict=True))
     return {"lr": lr, "lr_ratio": lr_b / lr}
 
 

@@ -169,9 +169,7 @@ class TrainConfig(_RatioFlags, _LrFlag, TaskConfig):
 class CompareConfig(TaskConfig):
     """LoRA against LoRA+ and other methods; what has rates to tune is tuned with the same number of runs."""
 
-    arms: str = _option(
-        DEFAULT_ARMS, "What to compare with LoRA, comma-separated: loraplus, auto, mua, prodigy, schedulefree."
-    )
+    arms: str = _option(DEFAULT_ARMS, "What to compare with LoRA, comma-separated: $arms.")  # the command fills in
     test_data: str | None = _option(None, "Test data; without it a stratified part of --data is kept aside.")
     test_fraction: float = _option(0.2, "Part of --data kept for the test when --test-data is not given.")
     max_test_samples: int | None = _option(None, "Use at most so many test examples (stratified, by seed).")
@@ -180,7 +178,7 @@ class CompareConfig(TaskConfig):
         5, "Fresh seeds on which each arm's winner is trained and tested. Fewer than 3 give no verdict."
     )
     lr_ratio: float = _option(
-        DEFAULT_LR_RATIO, "λ at which tuning of LoRA+ starts, of its untuned run, and of schedulefree."
+        DEFAULT_LR_RATIO, "λ at which tuning of LoRA+ starts, of its untuned run, and of $arms_at_ratio."
     )
     untuned_lr: float = _option(DEFAULT_LR, "Rate η_A of both arms in the untuned picture.")
     workers: int | None = _option(None, "Runs side by side. Default: one a core up to 2 on a CPU, one on a GPU.")
