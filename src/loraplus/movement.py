@@ -221,6 +221,8 @@ def _through(module: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.
     Returns:
         (tokens, outputs); of a convolution (examples, channels, …).
     """
+    if type(module) is nn.Linear:  # a tenth of the time of a functional call
+        return nn.functional.linear(x, weight)
     bias = getattr(module, "bias", None)
     offset = {} if bias is None else {"bias": torch.zeros_like(bias, dtype=weight.dtype)}
     return functional_call(module, {"weight": weight, **offset}, (x,))

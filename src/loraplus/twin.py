@@ -97,10 +97,10 @@ def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], sources: Mapp
         if isinstance(value, torch.optim.Optimizer) and id(value) not in memo:
             _copied(value, owned, memo, sources)
     state = memo[id(optimizer.state)] = defaultdict(dict)
+    several = len(set(map(id, sources.values()))) < len(sources)  # start with one state, and need a copy each
     for parameter, source in sources.items():
         if source in optimizer.state:
-            values = optimizer.state[source]
-            state[memo[id(parameter)]] = copy.deepcopy(values, dict(memo))  # two may start with one state
+            state[memo[id(parameter)]] = _state_copied(optimizer.state[source], dict(memo) if several else memo)
     for name, value in vars(optimizer).items():
         if name in _HOOKS:
             vars(twin)[name] = OrderedDict()
@@ -113,6 +113,16 @@ def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], sources: Mapp
             group["capturable"] = False  # a compiled step sets it; on a CPU torch refuses it in one that is not
     twin.param_groups[:] = [group for group in twin.param_groups if group["params"]]
     return twin
+
+
+def _state_copied(state: Any, memo: dict[int, Any]) -> Any:
+    """A copy of one parameter's state; of whole tensors (…), such as Adam keeps, without deepcopy's many questions."""
+    if type(state) is dict and all(
+        type(value) is torch.Tensor and not value.requires_grad and value.untyped_storage().nbytes() == value.nbytes
+        for value in state.values()
+    ):
+        return {name: value.clone() for name, value in state.items()}
+    return copy.deepcopy(state, memo)
 
 
 def _values(attributes: Mapping[str, Any]) -> Iterable[Any]:
