@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ import pytest
 from older import skip_before
 
 import loraplus
+from loraplus.tasks.checks import SCHEDULES
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "bitsandbytes", "deepspeed")
 
@@ -59,12 +61,16 @@ def test_help_imports_nothing_heavy(name):
     assert imported_by(command(*([name] if name else []), "--help")) == []
 
 
-def test_bad_input_is_refused_before_anything_heavy_is_imported(tmp_path):
+def test_bad_input_is_refused_before_anything_heavy_is_imported(tmp_path, model_folder):
     data = tmp_path / "d.csv"
     data.write_text("text,label\na b,x\nc d,y\n")
     (tmp_path / "empty.csv").write_text("\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "bad.yaml").write_text("lr: [1\n")
+    adapter = tmp_path / "adapter"  # whose base model is gone
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
     good = ["--model", "m", "--data", data, "--output", tmp_path / "out"]
     tried = [
         ["train", *good, "--data", tmp_path / "nope.csv"],
@@ -77,6 +83,10 @@ def test_bad_input_is_refused_before_anything_heavy_is_imported(tmp_path):
         ["train", *good, "--rank", "0"],
         ["train", *good, "--rnk", "1"],
         ["train", *good, "--task", "sft", "--loss-on", "nothing"],
+        ["train", *good, "--lr-scheduler-type", "cosin"],
+        ["compare", *good, "--lr-scheduler-type", "nothing"],
+        ["train", *good, "--max-length", "1"],
+        ["tune", *good, "--model", model_folder, "--max-length", "33"],
         ["train", "--config", tmp_path / "bad.yaml"],
         ["compare", *good, "--arms", "lora,nothing"],
         ["compare", *good, "--test-data", tmp_path / "nope.csv"],
@@ -84,6 +94,17 @@ def test_bad_input_is_refused_before_anything_heavy_is_imported(tmp_path):
         ["predict", "--adapter", tmp_path / "folder", "--data", data, "--output", tmp_path / "p.csv"],
         ["merge", "--adapter", tmp_path / "folder", "--output", tmp_path / "merged"],
         ["generate", "--adapter", tmp_path / "folder", "--prompt", "x"],
+        ["generate", "--prompt", "x"],
+        *(
+            [*command, "--adapter", adapter, "--model", model]
+            for command in (
+                ["predict", "--data", data, "--output", tmp_path / "p.csv"],
+                ["merge", "--output", tmp_path / "merged"],
+                ["generate", "--prompt", "x"],
+            )
+            for model in (tmp_path / "nope", tmp_path / "folder", data, adapter)
+        ),
+        ["merge", "--adapter", adapter, "--output", tmp_path / "merged"],
         ["inspect", tmp_path / "nope"],
         ["reproduce", "nothing"],
     ]
@@ -94,11 +115,22 @@ def test_bad_input_is_refused_before_anything_heavy_is_imported(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_every_schedule_of_transformers_is_known_without_it():
+    from transformers import SchedulerType
+
+    assert {schedule.value for schedule in SchedulerType} <= set(SCHEDULES)
+
+
+def test_experiments_are_listed_without_what_they_run_with():
+    assert imported_by(command("reproduce", "--list"), "scipy", "optuna", "matplotlib") == []
+    assert imported_by(command("reproduce", "--list", "--json"), "scipy", "optuna", "matplotlib") == []
+
+
 def test_a_classifier_is_trained_without_packages_that_it_has_no_use_for(tmp_path, model_folder, reviews_csv):
     skip_before("transformers", "5.21.0", "imports scikit-learn by itself")
     run = ["train", "--model", model_folder, "--data", reviews_csv, "--output", tmp_path / "out", "--max-steps", 1]
     code = f"{command(*run)}\nassert not sys_code"
-    assert not {"sklearn", "deepspeed"} & set(imported_by(code))
+    assert not {"sklearn", "deepspeed", "scipy.stats", "plotly"} & set(imported_by(code, "scipy.stats", "plotly"))
 
 
 def test_an_error_can_be_named_at_the_root_and_is_not_listed_there():

@@ -44,6 +44,37 @@ def test_a_marked_tensor_is_not_kept_and_made_again():
     assert torch.allclose(source.grad, source * 4)
 
 
+def test_a_marked_tensor_is_made_once_for_all_that_read_it_and_then_let_go():
+    source, made = torch.randn(5, requires_grad=True), []
+
+    def make(value):
+        made.append(value * 2)
+        return made[-1]
+
+    x = source * 2
+    mark(x, make, source)
+    y = sum(Square.apply(x, torch.ones(1)) for _ in range(3))
+    y.backward(retain_graph=True)
+    assert torch.allclose(source.grad, source * 12)
+    assert len(made) == 1
+    seen = weakref.ref(made.pop())
+    gc.collect()
+    assert seen() is None
+    source.grad = None
+    y.backward()
+    assert torch.allclose(source.grad, source * 12)
+
+
+def test_a_reader_whose_gradient_nobody_asks_for_changes_nothing():
+    source = torch.randn(5, requires_grad=True)
+    x = marked(source)
+    first, second = (Square.apply(x, torch.ones(1)) for _ in range(2))
+    for loss in (first, first, second):
+        source.grad = None
+        loss.backward(retain_graph=True)
+        assert torch.allclose(source.grad, source * 4)
+
+
 def test_a_marked_tensor_that_was_changed_in_place_is_kept_as_it_is():
     source = torch.randn(5, requires_grad=True)
     x = marked(source * 1).mul_(3)

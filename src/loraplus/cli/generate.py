@@ -48,7 +48,7 @@ def run(
 ) -> None:
     """Let a causal language model go on from a prompt, or from each prompt of a file."""
     from loraplus.files.single import check_file, write_atomically
-    from loraplus.tasks.saved_adapter import adapter_settings
+    from loraplus.tasks.saved_adapter import base_of
     from loraplus.tasks.table import check_source
 
     if num_samples > 1 and temperature == 0:
@@ -58,8 +58,7 @@ def run(
         raise InputError("--prompt and --prompts exclude each other")
     if prompts is not None:
         check_source(prompts)
-    if adapter is not None:
-        adapter_settings(adapter)
+    base_of(adapter, model)
 
     from loraplus.cli.console import counting_bar, quiet_libraries
 

@@ -25,9 +25,9 @@ def run(
     plain: flags.Plain = False,
 ) -> None:
     """Write base model and adapter as one plain model, checked to give the same logits."""
-    from loraplus.tasks.saved_adapter import adapter_settings
+    from loraplus.tasks.saved_adapter import base_of
 
-    adapter_settings(adapter)
+    base_of(adapter, model)
 
     from loraplus.cli.console import quiet_libraries
 

@@ -33,11 +33,11 @@ def run(
     """Label the texts of a file with a trained adapter."""
     from loraplus.files.single import check_file, write_atomically
     from loraplus.tasks.columns import choose_text_column
-    from loraplus.tasks.saved_adapter import adapter_settings
+    from loraplus.tasks.saved_adapter import base_of
     from loraplus.tasks.table import read_table
 
     target = check_file(output, _FORMATS, overwrite=overwrite)
-    adapter_settings(adapter)
+    base_of(adapter, model)
     console = Console(stderr=json, plain=plain)
     with narrated(console):
         table = read_table(data)

@@ -111,19 +111,19 @@ class _ExperimentWording:
 
 
 def _list(console: Console, json: bool) -> None:
-    from loraplus.reproduce.registry import EXPERIMENTS, experiment_class
+    from loraplus.reproduce.registry import EXPERIMENTS, described
 
-    experiments = [(name, experiment_class(name)) for name in EXPERIMENTS]
+    experiments = [(name, described(name)) for name in EXPERIMENTS]
     if json:
         rows = [
-            {"name": name, "title": kind.title, "scales": list(kind.scales), "claims": list(kind.claims)}
-            for name, kind in experiments
+            {"name": name, "title": one.title, "scales": list(one.scales), "claims": list(one.claims)}
+            for name, one in experiments
         ]
         print_json(rows)
         return
     table = plain_table("name", "scales", "what it shows", left=3)
-    for name, kind in experiments:
-        table.add_row(name, ", ".join(kind.scales), f"{kind.title}: {' '.join(kind.claims)}")
+    for name, one in experiments:
+        table.add_row(name, ", ".join(one.scales), f"{one.title}: {' '.join(one.claims)}")
     console.print(table)
 
 

@@ -23,12 +23,14 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
     if not is_main_process():
         train(config, overwrite=overwrite, resume=resume)
         return
-    from loraplus.report.training import write_report
-
     console = Console(stderr=json, plain=plain)
     with narrated(console), TrainingProgress(console, plain=plain) as progress:
         metrics = train(config, overwrite=overwrite, resume=resume, callbacks=[progress])
-    report = write_report(config.output) if config.task != CLASSIFICATION else None
+    report = None
+    if config.task != CLASSIFICATION:
+        from loraplus.report.training import write_report
+
+        report = write_report(config.output)
     if json:
         print_json(metrics)
     else:

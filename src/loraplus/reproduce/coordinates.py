@@ -24,6 +24,7 @@ import torch
 
 from loraplus.movement import TOKENS, rms
 from loraplus.reproduce import toy_model
+from loraplus.reproduce.descriptions import DESCRIPTIONS
 from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
 from loraplus.reproduce.report import Figure, LinePlot, Report, Table, banded, interval
 from loraplus.study.statistics import exponent, t_interval
@@ -59,11 +60,7 @@ class Coordinates(Experiment):
     steps: int = STEPS
 
     name = "coordinates"
-    title = "δ1 and δ2 over the width: the condition for efficient feature learning, measured"
-    claims = (
-        "With one rate for A and B, δ1 and δ2 cannot both stay of order 1 as the width grows.",
-        "With η_A = Θ(1/n) and η_B = Θ(1) they do.",
-    )
+    title, claims, scales = DESCRIPTIONS[name]
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {

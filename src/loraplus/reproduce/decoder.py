@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.reproduce import small_decoders, small_tasks
+from loraplus.reproduce.descriptions import DESCRIPTIONS
 from loraplus.reproduce.experiment import Record, Records
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, batches, build, train
@@ -37,12 +38,7 @@ class Decoder(TunedArms):
     alpha: float = 16.0
 
     name = "decoder"
-    title = "Small decoders moved to another domain"
-    claims = (
-        "The best (η_A, η_B) lies above the diagonal, the more so the wider the model.",
-        "LoRA+ ends better than tuned LoRA.",
-        "LoRA+ needs up to two times fewer steps to the same quality.",
-    )
+    title, claims, scales = DESCRIPTIONS[name]
     assets = ("rated-snippets", "verses")
     every_ratio = True
     has_accuracy = False

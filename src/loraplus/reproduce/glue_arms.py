@@ -42,12 +42,6 @@ class GlueArms(TunedArms):
     glue: tuple[str, ...] = tuple(TASKS)
     max_steps: int | None = None
 
-    claims = (
-        "The best (η_A, η_B) lies above the diagonal.",
-        "LoRA+ is 1–2% better than tuned LoRA.",
-        "LoRA+ needs up to two times fewer steps to the same quality.",
-    )
-    scales = ("cpu", "paper")
     packages = ("matplotlib", "sklearn")
     baseline_scales = ("cpu",)
     small_steps: ClassVar[int]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplus.reproduce import small_decoders
+from loraplus.reproduce.descriptions import DESCRIPTIONS
 from loraplus.reproduce.glue_arms import GlueArms
 from loraplus.reproduce.small_tasks import BOOK
 
@@ -19,7 +20,7 @@ class GlueGpt2(GlueArms):
     domains: tuple[str, ...] = ("tweets", "movies", BOOK, "products", "editorials")
 
     name = "glue-gpt2"
-    title = "GPT-2 on GLUE"
+    title, claims, scales = DESCRIPTIONS[name]
     assets = ("rated-snippets", "verses")
     published_model = "openai-community/gpt2"
     published_targets = "c_attn,c_proj,c_fc"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplus.reproduce import assets
+from loraplus.reproduce.descriptions import DESCRIPTIONS
 from loraplus.reproduce.glue_arms import GlueArms
 
 
@@ -16,7 +17,7 @@ class GlueRoberta(GlueArms):
     domains: tuple[str, ...] = ("tweets", "products", "movies", "editorials")
 
     name = "glue-roberta"
-    title = "RoBERTa-base on GLUE"
+    title, claims, scales = DESCRIPTIONS[name]
     assets = ("minilm-l6", "rated-snippets")
     published_model = "FacebookAI/roberta-base"
     published_targets = small_targets = "query,value"

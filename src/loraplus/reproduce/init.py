@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loraplus.reproduce import small_decoders, small_tasks
+from loraplus.reproduce.descriptions import DESCRIPTIONS
 from loraplus.reproduce.experiment import Experiment, Record, Records, Run
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, Start, batches, build, train
@@ -70,11 +71,7 @@ class Init(Experiment):
     batch: int = 16
 
     name = "init"
-    title = "Which factor starts at random, rank and α"
-    claims = (
-        "B zero and A random allows other rates than the reverse, and ends better (companion question).",
-        "Under which rule for α the best rate stays where it is when the rank changes (companion question).",
-    )
+    title, claims, scales = DESCRIPTIONS[name]
     assets = ("verses", "rated-snippets")
     main_value = LOSS
 

@@ -18,6 +18,7 @@ from loraplus.files.paths import user_path
 from loraplus.files.scratch import scratch_folder
 from loraplus.rates import Rates
 from loraplus.reproduce import mmlu
+from loraplus.reproduce.descriptions import DESCRIPTIONS
 from loraplus.reproduce.glue import files_of, in_folder_or_hub
 from loraplus.reproduce.llama_mnli import MODEL
 from loraplus.reproduce.rate_grid import RateGrid
@@ -50,7 +51,7 @@ class LlamaFlan(RateGrid):
     max_steps: int | None = None
 
     name = "llama-flan"
-    title = "Llama-7b on Flan-v2, evaluated on MMLU"
+    title, claims, scales = DESCRIPTIONS[name]
     main_value = "test_accuracy"
     packages = ("matplotlib", "trl")
     unknown = (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from loraplus.reproduce.classifier import Recipe, train_classifier
+from loraplus.reproduce.descriptions import DESCRIPTIONS
 from loraplus.reproduce.experiment import Record
 from loraplus.reproduce.glue import HUB_NAME, LENGTH, check, encoded, in_folder_or_hub
 from loraplus.reproduce.rate_grid import RateGrid
@@ -31,7 +32,7 @@ class LlamaMnli(RateGrid):
     max_steps: int | None = None
 
     name = "llama-mnli"
-    title = "Llama-7b on MNLI"
+    title, claims, scales = DESCRIPTIONS[name]
     main_value = "test_accuracy"
     unknown = (
         "Not known to us: rank and α (here 8 and 8, as with RoBERTa), the rate of the head (here η_A), the text length "

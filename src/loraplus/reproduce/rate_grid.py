@@ -32,8 +32,6 @@ class RateGrid(Experiment):
     lr_a: tuple[float, ...] = LR_A
     lr_b: tuple[float, ...] = LR_B
 
-    claims = ("The best (η_A, η_B) lies above the diagonal.", "LoRA+ is 1–2% better than the best LoRA.")
-    scales = ("paper",)
     unknown: ClassVar[tuple[str, ...]] = ()
     """What the published settings known to us leave open, and what stands in for it."""
 

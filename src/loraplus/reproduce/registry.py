@@ -1,4 +1,4 @@
-"""The experiments by name. A new one is a class in a file of its own, and a line here."""
+"""The experiments by name. A new one is a class in a file of its own, and a line here and in descriptions.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from loraplus.errors import InputError
+from loraplus.reproduce.descriptions import DESCRIPTIONS, Description
 
 if TYPE_CHECKING:
     from loraplus.reproduce.experiment import Experiment
@@ -34,6 +35,18 @@ def check_name(name: str) -> None:
         near = difflib.get_close_matches(name, EXPERIMENTS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}"
         raise InputError(f"there is no experiment {name!r}; {hint} (loraplus reproduce --list)")
+
+
+def described(name: str) -> Description:
+    """What an experiment is, in words; its class is imported only where descriptions.py does not know it.
+
+    Args:
+        name: one of `EXPERIMENTS`.
+    """
+    if name in DESCRIPTIONS:
+        return DESCRIPTIONS[name]
+    kind = experiment_class(name)
+    return Description(kind.title, kind.claims, kind.scales)
 
 
 def experiment_class(name: str) -> type[Experiment]:

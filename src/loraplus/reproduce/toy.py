@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from loraplus.reproduce import toy_model
+from loraplus.reproduce.descriptions import DESCRIPTIONS
 from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table, banded, interval
 from loraplus.study.search.blocks import Block, BlockGrid, Point, best, centre_of, good_region, rates
@@ -92,11 +93,7 @@ class Toy(Experiment):
     steps: int = STEPS
 
     name = "toy"
-    title = "The toy model: the best η_A and η_B, and how they move with the width"
-    claims = (
-        "The best (η_A, η_B) lies off the diagonal, on the side of η_B > η_A.",
-        "With Adam the best rates go as η_A = Θ(1/n) and η_B = Θ(1), so the best ratio grows with the width n.",
-    )
+    title, claims, scales = DESCRIPTIONS[name]
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {

@@ -50,10 +50,15 @@ class FastRMSNorm(Fast):
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         eps = norm.variance_epsilon
-        y: Tensor = _RMSNorm.apply(x, norm.weight, eps)  # type: ignore[assignment]
+        y: Tensor
+        y, rho = _RMSNorm.apply(x, norm.weight, eps)  # type: ignore[misc]
         if not y.requires_grad:
             return y
-        return mark(y, lambda x, weight: _normed(x, weight, eps)[0], x, _lasting(norm, norm.weight))
+
+        def again(x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
+            return _normed(x, weight, eps)[0] if _is_fused(x, weight) else _scaled(x, weight, rho)
+
+        return mark(y, again, x, _lasting(norm, norm.weight), rho)
 
 
 def literal_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -76,14 +81,15 @@ class _RMSNorm(torch.autograd.Function):
     """With n = x·ρ, ρ = 1/√(mean(x²) + ε) and h = g ⊙ w:  dx = ρ·(h − n · mean(h ⊙ n))."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         y, rho = _normed(x, weight, eps)
+        ctx.mark_non_differentiable(rho)
         ctx.save_for_backward(x, weight, rho)
-        return y
+        return y, rho
 
     @staticmethod
     @once
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor, of_rho: Any) -> Any:  # type: ignore[override]
         x, weight, rho = ctx.saved_tensors
         if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward"):
             dx, _ = torch.ops.aten._fused_rms_norm_backward(
@@ -98,11 +104,21 @@ class _RMSNorm(torch.autograd.Function):
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(the norm's output, ρ of each row)."""
-    if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm") and weight.dtype is x.dtype:
+    if _is_fused(x, weight):
         return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
-    wide = x.to(torch.float32)
-    rho = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (wide * rho).to(x.dtype) * weight, rho
+    rho = x.to(torch.float32).pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return _scaled(x, weight, rho), rho
+
+
+def _is_fused(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch has a kernel for the norm of x."""
+    return x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm") and weight.dtype is x.dtype
+
+
+def _scaled(x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
+    """w ⊙ round(x·ρ), (…, width), with ρ of each row, (…, 1)."""
+    n = (x.to(torch.float32) * rho).to(x.dtype)
+    return n.mul_(weight) if n.dtype is weight.dtype else n * weight
 
 
 def _lasting(norm: nn.Module, parameter: Tensor) -> Tensor:

@@ -16,17 +16,39 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _recipes = WeakTensorKeyDictionary()  # no attribute, which would go into a saved tensor
 
 
+class Maker:
+    """Makes a tensor again, once for all that need it; it is let go after the last of them.
+
+    Args:
+        make: called with the sources; gives the same values again.
+    """
+
+    def __init__(self, make: Callable[..., torch.Tensor]) -> None:
+        self._make, self._waiting = make, 0
+        self._made: torch.Tensor | None = None
+
+    def expect(self) -> None:
+        """One more will need it."""
+        self._waiting += 1
+
+    def __call__(self, *sources: torch.Tensor) -> torch.Tensor:
+        made = self._make(*sources) if self._made is None else self._made
+        self._waiting -= 1  # below zero where a graph is gone through twice: then each makes its own
+        self._made = made if self._waiting > 0 else None
+        return made
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a tensor was made.
 
     Args:
-        make: called with the sources; gives the same values again.
+        make: gives the same values again, from the sources.
         sources: tensors that the graph keeps in any case.
         version: of the tensor, when it was made.
     """
 
-    make: Callable[..., torch.Tensor]
+    make: Maker
     sources: tuple[torch.Tensor, ...]
     version: int = 0
 
@@ -43,7 +65,7 @@ def mark(tensor: torch.Tensor, make: Callable[..., torch.Tensor], *sources: torc
         The same tensor.
     """
     if not torch.is_inference(tensor):
-        _recipes[tensor] = Recipe(make, tuple(source.detach() for source in sources), tensor._version)
+        _recipes[tensor] = Recipe(Maker(make), tuple(source.detach() for source in sources), tensor._version)
     return tensor
 
 
@@ -52,7 +74,7 @@ def recipe_of(tensor: torch.Tensor) -> Recipe:
     found = _recipes.get(tensor)
     if found is not None and found.version == tensor._version:
         return found
-    return Recipe(_itself, (tensor.detach(),))
+    return Recipe(Maker(_itself), (tensor.detach(),))
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,6 +91,7 @@ def keep(ctx: Any, recipe: Recipe, *tensors: torch.Tensor | None) -> None:
     """
     ctx.save_for_backward(*tensors, *recipe.sources)
     ctx.make, ctx.kept = recipe.make, len(tensors)
+    recipe.make.expect()
 
 
 def kept(ctx: Any) -> tuple[torch.Tensor, Sequence[Any]]:

@@ -17,7 +17,7 @@ from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 from loraplus.errors import InputError
 
@@ -78,7 +78,7 @@ def t_interval(values: Sequence[float], step: float = 0.0) -> Estimate:
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Estimate(mean, -math.inf, math.inf)
-    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * _spread(values, step) / math.sqrt(len(values))
+    half = float(special.stdtrit(len(values) - 1, 1 - LEVEL / 2)) * _spread(values, step) / math.sqrt(len(values))
     return Estimate(mean, mean - half, mean + half)
 
 
@@ -271,6 +271,8 @@ def _sign_flip_p(differences: Scores, seed: int) -> float:
     if len(changed) <= _EXACT_UP_TO:  # scipy's test needs two observations or more
         sums = np.abs(np.array(list(product((-1.0, 1.0), repeat=len(changed)))) @ changed)
         return float((sums >= abs(changed.sum()) - 1e-12 * np.abs(changed).sum()).mean())
+    from scipy import stats  # half a second to import, and seldom needed
+
     result = stats.permutation_test(
         (changed,), lambda sample, axis: sample.mean(axis=axis), permutation_type="samples", vectorized=True,
         n_resamples=_RESAMPLES, batch=max(1, _CELLS // len(changed)), rng=np.random.default_rng(seed),

@@ -28,7 +28,7 @@ from loraplus.files.single import read_json
 from loraplus.tasks.loading import first_line, from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.pretrained import load_decoder
 from loraplus.tasks.sandbox import check_patterns
-from loraplus.tasks.saved_adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_settings, loading_base_of
+from loraplus.tasks.saved_adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_settings, base_of, loading_base_of
 
 _MOST_COPIES = 1000
 _TOKENIZER_FILE = "tokenizer_config.json"
@@ -77,14 +77,10 @@ def load_causal(
     Raises:
         InputError: neither is given, one is missing or damaged, they do not fit, or the model generates no text.
     """
-    if model is None and adapter is None:
-        raise InputError("nothing to load: name an adapter, a model, or both")
+    name = base_of(adapter, model)
     settings = adapter_settings(adapter) if adapter else {}
     if settings.get("task_type") not in (None, "CAUSAL_LM"):
         raise InputError(f"{adapter} is an adapter for {settings['task_type']}, not of a causal language model")
-    name = model or settings["base_model_name_or_path"]
-    if is_file(user_path(name) / CONFIG_FILE) and not is_file(user_path(name) / "config.json"):
-        raise InputError(f"{name} is an adapter, not a model; name it with --adapter")
     remote = {"trust_remote_code": trust_remote_code}
     with loading_base_of(adapter) if adapter and not model else nullcontext():
         _check_causal(name, from_pretrained(AutoConfig, resolve_model(name), **remote))

@@ -7,12 +7,13 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from loraplus.errors import InputError, InvalidRateError
 from loraplus.files.commands import LATER_SETTINGS
 from loraplus.files.output import check_output
-from loraplus.files.paths import resolve_model
-from loraplus.files.single import read_template
+from loraplus.files.paths import is_folder, resolve_model, user_path
+from loraplus.files.single import read_json, read_template
 from loraplus.notices import told_once
 from loraplus.rate_keywords import rates_from
 from loraplus.rates import AUTO, DEFAULT_LR_RATIO, Rates
@@ -51,6 +52,11 @@ _NUMBERS: tuple[Bound, ...] = (
     (("max_steps", "eval_steps", "max_eval_samples"), "be 1 or more", lambda value: value >= 1),
     (("lora_dropout", "warmup_ratio"), "be at least 0 and below 1", lambda value: 0 <= value < 1),
 )
+# Of transformers' SchedulerType, whose import takes seconds; a test holds the two together.
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+)  # fmt: skip
 _OF_COMPARISONS: tuple[Bound, ...] = ((("tuning_runs", "seeds", "workers"), "be at least 1", lambda value: value >= 1),)
 _OF_LANGUAGE_MODELS = ("loss_on", "packing", "long_examples", "chat_template", "load_in_4bit")
 
@@ -76,6 +82,7 @@ def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
     if config.chat_template is not None:
         read_template(config.chat_template)
     resolve_model(config.model)
+    _check_length(config)
 
 
 def check_settings(config: TaskConfig) -> None:
@@ -87,6 +94,7 @@ def check_settings(config: TaskConfig) -> None:
     check_task(config)
     check_numbers(config)
     check_seed(config)
+    _check_schedule(config.lr_scheduler_type)
     if config.eval_data is None:
         check_fraction(config.eval_fraction)
     if isinstance(config, TrainConfig) and config.samples < 0:
@@ -175,6 +183,33 @@ def check_parts(config: TaskConfig, processes: int) -> None:
             f"--batch-size {config.batch_size} cannot be cut into --gradient-accumulation-steps "
             f"{config.gradient_accumulation_steps} equal parts{shared}"
         )
+
+
+def _check_schedule(name: str) -> None:
+    if name not in SCHEDULES:
+        (near,) = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.0)
+        raise InputError(
+            f"--lr-scheduler-type: there is no schedule {name!r}; the nearest is {near!r}, all are "
+            f"{', '.join(SCHEDULES)}"
+        )
+
+
+def _check_length(config: TaskConfig) -> None:
+    """Holds --max-length to the positions that a model's folder names; what else limits it shows when it is loaded."""
+    length, most = config.max_length, _positions(user_path(config.model))
+    if length is not None and not 2 <= length <= (most or length):
+        span = f"lie between 2 and the {most} tokens that {config.model} takes" if most else "be at least 2"
+        raise InputError(f"--max-length must {span}, got {length}")
+
+
+def _positions(folder: Path) -> int | None:
+    """Tokens that a model's folder says it can tell apart, None if it does not say."""
+    try:
+        settings = read_json(folder / "config.json") if is_folder(folder) else None
+    except InputError:  # loading says what is wrong with it
+        return None
+    positions = settings.get("max_position_embeddings") if isinstance(settings, dict) else None
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _check_comparison(config: CompareConfig) -> None:

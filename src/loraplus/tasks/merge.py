@@ -24,7 +24,7 @@ from loraplus.files.whole import follow_umask
 from loraplus.tasks.adapter import load_causal
 from loraplus.tasks.loading import first_line, from_pretrained, loading
 from loraplus.tasks.predict import load_adapter
-from loraplus.tasks.saved_adapter import adapter_settings, loading_base_of
+from loraplus.tasks.saved_adapter import adapter_settings, base_of, loading_base_of
 
 RECORD_FILE = "merge.json"
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -66,7 +66,7 @@ def merge(
         raise InputError(f"--dtype must be one of {', '.join(TOLERANCES)}, got {dtype!r}")
     check_unicode({"adapter": adapter, "output": output, "model": model})
     settings = adapter_settings(adapter)
-    base = model or settings["base_model_name_or_path"]
+    base = base_of(adapter, model)
     target = Path(output).resolve()  # a link stays one
     _check_output(target, {"the adapter": adapter, "the base model": base}, overwrite)
     loader, adapted, tokenizer = _load(adapter, model, settings.get("task_type"), base, trust_remote_code)

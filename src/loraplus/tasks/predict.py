@@ -13,7 +13,7 @@ from loraplus.files.paths import is_file, user_path
 from loraplus.tasks.adapter import put_adapter
 from loraplus.tasks.loading import from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.pretrained import load_base
-from loraplus.tasks.saved_adapter import adapter_settings, loading_base_of
+from loraplus.tasks.saved_adapter import adapter_settings, base_of, loading_base_of
 
 
 def load_adapter(adapter: str, base_model: str | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -36,7 +36,7 @@ def load_adapter(adapter: str, base_model: str | None = None, *, trust_remote_co
     folder = user_path(adapter)
     if not is_file(folder / "config.json"):
         raise InputError(f"{adapter} is not a classifier that `loraplus train` wrote: it has no config.json")
-    name = base_model or str(settings["base_model_name_or_path"])
+    name = base_of(adapter, base_model)
     config = from_pretrained(AutoConfig, str(folder), trust_remote_code=trust_remote_code)
     _check_labels(adapter, config)
     with loading_base_of(adapter):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from loraplus.errors import InputError
-from loraplus.files.paths import is_file, is_folder, user_path
+from loraplus.files.paths import is_file, is_folder, resolve_model, user_path
 from loraplus.files.single import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -29,6 +29,27 @@ def adapter_settings(adapter: str) -> dict[str, Any]:
     if not isinstance(settings, dict) or not isinstance(settings.get("base_model_name_or_path"), str):
         raise InputError(f"{folder / CONFIG_FILE} does not name a base model; the adapter is damaged")
     return settings
+
+
+def base_of(adapter: str | None, model: str | None) -> str:
+    """The model to load: the one that is named, else the one that an adapter names.
+
+    Args:
+        adapter: folder, or None for the model alone.
+        model: folder or hub name. Default: the base model that the adapter names.
+
+    Raises:
+        InputError: neither is given, the adapter is none, or a model's folder is missing or holds something else.
+    """
+    if adapter is None and model is None:
+        raise InputError("nothing to load: name an adapter, a model, or both")
+    settings = {} if adapter is None else adapter_settings(adapter)
+    name = model or str(settings["base_model_name_or_path"])
+    if is_file(user_path(name) / CONFIG_FILE) and not is_file(user_path(name) / "config.json"):
+        raise InputError(f"{name} is an adapter, not a model; name it with --adapter")
+    with loading_base_of(adapter) if adapter else nullcontext():
+        resolve_model(name)
+    return name
 
 
 @contextmanager
