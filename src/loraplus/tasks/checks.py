@@ -16,7 +16,7 @@ from loraplus.files.paths import is_folder, resolve_model, user_path
 from loraplus.files.single import read_json, read_template
 from loraplus.notices import told_once
 from loraplus.rate_keywords import rates_from
-from loraplus.rates import AUTO, DEFAULT_LR_RATIO, Rates
+from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.tasks.config import (
     CLASSIFICATION,
     DEFAULT_LR,
@@ -110,11 +110,14 @@ def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float = 1.0) -> Rate
     """The rates that a run's groups are built with; with lr "auto" those of A and B are set later.
 
     Raises:
-        InvalidRateError: NaN or not positive, or a ratio by name beside lr "auto".
+        InvalidRateError: NaN or not positive, or a ratio beside lr "auto".
         TrainerSetupError: overrides that are no JSON.
     """
     asked = rates_from(config, lr)
-    lr_ratio = DEFAULT_LR_RATIO if asked.auto else lr_ratio
+    if asked.auto and lr_ratio != DEFAULT_LR_RATIO:  # which stands in the configuration of every automatic run
+        raise InvalidRateError(
+            f"--lr-ratio {lr_ratio:g} is not used with --lr auto, which sets the ratio; leave it out, or give --lr a number"
+        )
     return replace(asked, lr_ratio=lr_ratio, lr_head=config.head_rate).resolved(DEFAULT_LR)
 
 
@@ -241,11 +244,6 @@ def _check_budget(config: TuneConfig) -> None:
 def _check_rates(config: TaskConfig) -> None:
     if isinstance(config, TrainConfig):
         rates_of(config, config.lr, config.lr_ratio)
-        if config.lr == AUTO and config.lr_ratio != DEFAULT_LR_RATIO:  # the default is written down in automatic runs
-            raise InvalidRateError(
-                f"--lr-ratio {config.lr_ratio:g} is not used with --lr auto, which sets the ratio; leave it out, or "
-                "give --lr a number"
-            )
     elif isinstance(config, CompareConfig):
         rates_of(config, config.untuned_lr, config.lr_ratio)
     else:  # a search sets those of A and B
