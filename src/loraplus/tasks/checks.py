@@ -116,7 +116,8 @@ def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float = 1.0) -> Rate
     asked = rates_from(config, lr)
     if asked.auto and lr_ratio != DEFAULT_LR_RATIO:  # which stands in the configuration of every automatic run
         raise InvalidRateError(
-            f"--lr-ratio {lr_ratio:g} is not used with --lr auto, which sets the ratio; leave it out, or give --lr a number"
+            f"--lr-ratio {lr_ratio:g} is not used with --lr auto, which sets the ratio; leave it out, or give --lr a "
+            "number"
         )
     return replace(asked, lr_ratio=lr_ratio, lr_head=config.head_rate).resolved(DEFAULT_LR)
 
