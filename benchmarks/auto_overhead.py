@@ -17,8 +17,10 @@ from statistics import median
 from typing import Any
 
 from rates_results import chosen
+from rates_settings import Setting
 
-DEFAULT = ["minilm-products-b8", "lm64-editorials-linear-dropout", "decoder64-book-long"]
+DEFAULT = ["deep224", "minilm-products-b8", "lm64-editorials-linear-dropout"]
+DEEP = Setting("deep224", "tuned", "random-256", "deep", 100, 4, 8, 16, targets="all-linear", length=64)
 
 
 def one_run(name: str, kind: str, steps: int) -> dict[str, float]:
@@ -36,7 +38,8 @@ def one_run(name: str, kind: str, steps: int) -> dict[str, float]:
         times.append(time.process_time())
         return optimizers
 
-    run(*chosen([name]), 0, method, steps=steps)
+    (setting,) = [DEEP] if name == DEEP.name else chosen([name])
+    run(setting, 0, method, steps=steps)
     return {"seconds": times[-1] - times[0], "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 

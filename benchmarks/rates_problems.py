@@ -24,6 +24,8 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     set_seed,
 )
 from transformers.utils import logging
@@ -76,6 +78,7 @@ def problem(setting: Setting, seed: int) -> Problem:
         "capitals": capitals,
         "preference": preference,
         "sine": sine,
+        "deep": deep,
     }.get(kind, text)
     return build(setting, seed)
 
@@ -432,3 +435,24 @@ def sine(setting: Setting, seed: int) -> Problem:
             return float(loss(slice(1000, None))), 0.0
 
     return Problem(model, 1000, lambda chosen: loss(list(chosen)), judge, has_head=False)
+
+
+# What costs are measured on
+
+
+def deep(setting: Setting, seed: int) -> Problem:
+    """Random tokens for a Llama of 32 random layers, so that there are 224 adapted ones."""
+    set_seed(seed)
+    width = width_of(setting.model)
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=width, intermediate_size=8 * width // 3 // 32 * 32, num_hidden_layers=32,
+        num_attention_heads=4, use_cache=False,
+    )  # fmt: skip
+    model = adapted(LlamaForCausalLM(config), setting, TaskType.CAUSAL_LM, narrow(setting))
+    rows = torch.randint(1000, (256, setting.length))
+
+    def loss(chosen: Sequence[int]) -> Tensor:
+        ids = rows[list(chosen)]
+        return model(input_ids=ids, labels=ids).loss
+
+    return Problem(model, len(rows), loss, lambda: (0.0, 0.0), has_head=False)
