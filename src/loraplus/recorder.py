@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,14 @@ class _Pass:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     decoder: str | None = None  # path of the module that is given the encoder's output
     encoded: int = 0  # address of that output
-    chosen: dict[int, torch.Tensor] = field(default_factory=dict)  # rows of a mask, by its id
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)  # indices (rows,) of a mask, by its id
+    read: tuple[weakref.ref[torch.Tensor], torch.Tensor | None, torch.Tensor] | None = None  # the last input, its rows
+
+    def rows_of(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The rows (rows, d_in) that are kept of an input (…, d_in), if the layer before this one read it, too."""
+        if self.read is None or self.read[0]() is not inputs or self.read[1] is not mask:
+            return None
+        return self.read[2]
 
     def mask_of(self, path: str, x: torch.Tensor) -> torch.Tensor | None:
         """The mask (examples, positions) of what the layer at `path` reads: x (examples, positions, d_in)."""
@@ -222,8 +230,12 @@ class Recorder:
             return Sample(x[chosen], size_of(y[chosen]))
         if a.dim() != 2 or x.shape[-1] != a.shape[1]:
             return None
-        chosen = self._chosen(x, current.mask_of(entry.path, x), current.chosen)
-        rows = x.reshape(-1, x.shape[-1])[chosen]
+        mask = current.mask_of(entry.path, x)
+        chosen = self._chosen(x, mask, current.chosen)
+        rows = current.rows_of(inputs, mask)  # query, key and value read one tensor
+        if rows is None:
+            rows = x.reshape(-1, x.shape[-1])[chosen]
+            current.read = (weakref.ref(inputs), mask, rows)
         if isinstance(entry.base, nn.MultiheadAttention):  # A and B adapt its projection of query, key and value
             if any(value is not inputs for value in given[:3]):
                 return None
