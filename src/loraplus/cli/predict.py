@@ -20,10 +20,15 @@ _FORMATS = (".csv", ".tsv", ".jsonl")
 @app.command("predict")
 def run(
     adapter: Annotated[str, typer.Option(help="Folder that `loraplus train` wrote.")],
-    data: Annotated[str, typer.Option(help="CSV, TSV, JSON Lines or Parquet file, or `datasets` folder.")],
+    data: Annotated[
+        str, typer.Option(help="CSV, TSV, JSON Lines, Excel or Parquet file (or .gz), or a folder of data.")
+    ],
     output: Annotated[str, typer.Option(help="File to write: .csv, .tsv or .jsonl.")],
     model: flags.BaseModel = None,
     text_column: Annotated[str | None, typer.Option(help="Column with the text; guessed if not given.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Encoding of a text file, such as cp1252; guessed if not given.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 64,
     trust_remote_code: flags.TrustRemoteCode = False,
     overwrite: flags.Overwrite = False,
@@ -40,7 +45,7 @@ def run(
     adapter_settings(adapter)
     console = Console(stderr=json, plain=plain)
     with narrated(console):
-        table = read_table(data)
+        table = read_table(data, encoding=encoding)
     column = choose_text_column(table, text_column)
     texts = ["" if text is None else str(text) for text in table.columns[column]]
     if not json:

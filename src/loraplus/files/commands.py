@@ -25,6 +25,10 @@ LATER_SETTINGS = {
     "lr_magnitude": None,
     "lr_overrides": None,
     "lr_ratio_overrides": None,
+    "prompt_column": None,
+    "completion_column": None,
+    "messages_column": None,
+    "encoding": None,
     "speed_up": True,  # runs before it computed the same, to rounding
 }
 """Settings that came later, with the value that runs without them had."""

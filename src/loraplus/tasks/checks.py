@@ -32,6 +32,7 @@ from loraplus.tasks.config import (
     TuneConfig,
     check_held,
 )
+from loraplus.tasks.encodings import checked_encoding
 from loraplus.tasks.measures import MEASURES
 from loraplus.tasks.splits import check_fraction, check_seed
 from loraplus.tasks.table import check_source
@@ -52,7 +53,8 @@ _NUMBERS: tuple[Bound, ...] = (
     (("lora_dropout", "warmup_ratio"), "be at least 0 and below 1", lambda value: 0 <= value < 1),
 )
 _OF_COMPARISONS: tuple[Bound, ...] = ((("tuning_runs", "seeds", "workers"), "be at least 1", lambda value: value >= 1),)
-_OF_LANGUAGE_MODELS = ("loss_on", "packing", "long_examples", "chat_template", "load_in_4bit")
+_OF_CHATS = ("prompt_column", "completion_column", "messages_column")
+_OF_LANGUAGE_MODELS = ("loss_on", "packing", "long_examples", "chat_template", "load_in_4bit", *_OF_CHATS)
 
 
 def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
@@ -87,6 +89,8 @@ def check_settings(config: TaskConfig) -> None:
     check_task(config)
     check_numbers(config)
     check_seed(config)
+    if config.encoding is not None:
+        checked_encoding(config.encoding)
     if config.eval_data is None:
         check_fraction(config.eval_fraction)
     if isinstance(config, TrainConfig) and config.samples < 0:
@@ -130,6 +134,9 @@ def check_task(config: TaskConfig) -> None:
         raise InputError("--label-column is for --task classification")
     if config.lr_head != DEFAULT_LR_HEAD:
         raise InputError("--lr-head is for --task classification; a decoder trains no head")
+    for name in _OF_CHATS:
+        if getattr(config, name) is not None and (config.task == "lm" or config.text_column is not None):
+            raise InputError(f"--{_flag(name)} is for --task sft, without --text-column")
     for name, choices in (("loss_on", LOSS_ON), ("long_examples", LONG_EXAMPLES)):
         asked = getattr(config, name)
         if asked is not None and asked not in choices:

@@ -62,13 +62,13 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         InputError: data that cannot be used; the message names the file, column or row.
     """
-    table = read_table(config.data)
+    table = read_table(config.data, encoding=config.encoding)
     text_column, label_column = choose_columns(table, config.text_column, config.label_column)
     data = labelled_texts(table, text_column, label_column)
     names = label_names(data.labels.distinct)
 
     def read(source: str, option: str) -> LabelledTexts:
-        aside = labelled_texts(read_table(source), text_column, label_column, option)
+        aside = labelled_texts(read_table(source, encoding=config.encoding), text_column, label_column, option)
         if unknown := sorted(set(aside.labels.distinct) - set(names)):
             raise InputError(f"{source}: labels that the training data lacks: {', '.join(unknown)}")
         return aside

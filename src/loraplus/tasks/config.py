@@ -63,12 +63,25 @@ class _RunConfig:
         "classification; sft: chats, prompts with completions, or texts; lm: texts. The last two train a decoder.",
     )
     model: str = _option("", "Model folder, or a name on the hub.")
-    data: str = _option("", "CSV, TSV, JSON Lines or Parquet file, `datasets` folder, or hub dataset.")
+    data: str = _option(
+        "",
+        "CSV, TSV, JSON Lines, Excel or Parquet file (or .gz), folder (CLASS/*.txt, or of `datasets`), or hub dataset.",
+    )
     eval_data: str | None = _option(
         None, "Validation data; without it a part of --data is kept aside, stratified by class."
     )
     text_column: str | None = _option(None, "Column with the text; guessed if not given.")
     label_column: str | None = _option(None, "Column with the label; guessed if not given.")
+    prompt_column: str | None = _option(
+        None, "sft: column with what is asked. Default: prompt, instruction (with input), question, …"
+    )
+    completion_column: str | None = _option(
+        None, "sft: column with what is answered. Default: completion, output, answer, response."
+    )
+    messages_column: str | None = _option(None, "sft: column with chats. Default: messages, conversations.")
+    encoding: str | None = _option(
+        None, "Encoding of text files, such as cp1252. Default: UTF-8 or UTF-16; others are guessed, and that is said."
+    )
     loss_on: str | None = _option(
         None,
         "sft: the tokens to learn: all, completion (of prompt/completion data) or assistant (turns of a chat). "

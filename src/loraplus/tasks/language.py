@@ -19,7 +19,7 @@ from loraplus.files.single import read_template
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.tasks.checks import check_task
 from loraplus.tasks.config import TaskConfig
-from loraplus.tasks.conversations import Example, LanguageExamples, read_examples
+from loraplus.tasks.conversations import Example, LanguageExamples, NamedColumns, read_examples
 from loraplus.tasks.encoding import Encoder, loss_on
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
 from loraplus.tasks.model import load_language_model
@@ -68,13 +68,19 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         InputError: data that cannot be used; the message names the file, column or line.
     """
     check_task(config)
-    data = read_examples(read_table(config.data), config.task, config.text_column)
+    named = NamedColumns(config.text_column, config.messages_column, config.prompt_column, config.completion_column)
+
+    def examples(source: str) -> LanguageExamples:
+        table = read_table(source, encoding=config.encoding)
+        return read_examples(table, config.task, named=named, as_chat=bool(tokenizer.chat_template))
+
+    data = examples(config.data)
     on = loss_on(config.loss_on, data.kind)
     how = how_to_fit(config.long_examples, config.task, data.kind)
     encoder = Encoder(tokenizer, config.model, data, on)
 
     def read(source: str, option: str) -> LanguageExamples:
-        aside = read_examples(read_table(source), config.task, config.text_column)
+        aside = examples(source)
         if aside.kind != data.kind:
             raise InputError(f"{source} is of the kind {aside.kind}, but {config.data} is of the kind {data.kind}")
         return aside
