@@ -59,17 +59,26 @@ def run(
     classifier, tokenizer = load_adapter(adapter, model, trust_remote_code=trust_remote_code)
     with counting_bar(console, "labelling", len(texts), plain=plain) as advance:
         rows = predict(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)
-    names = [*table.columns, *(name for name in ("prediction", "probability") if name not in table.columns)]
+    names = list(dict.fromkeys([*table.columns, *rows[0]]))
     labelled = ({**{name: values[i] for name, values in table.columns.items()}, **row} for i, row in enumerate(rows))
     write_atomically(target, _render(labelled, names, target.suffix))
-    predicted = Counter(row["prediction"] for row in rows)
-    counts = {label: predicted[label] for label in classifier.config.id2label.values()}
+    counts = _summary(rows, classifier.config)
     if json:
         print_json({"output": output, "examples": len(rows), "predictions": counts})
     else:
-        shares = " · ".join(f"{label} {count}" for label, count in counts.items())
+        shares = " · ".join(f"{label} {count:g}" for label, count in counts.items())
         console.say(f"{len(rows)} texts labelled: {shares}")
         console.say(f"written to {output}")
+
+
+def _summary(rows: list[dict[str, Any]], config: Any) -> dict[str, float]:
+    """How often each label was given; of numbers their range and mean."""
+    predicted = [row["prediction"] for row in rows]
+    if config.problem_type == "regression":
+        return {"least": min(predicted), "mean": sum(predicted) / len(predicted), "most": max(predicted)}
+    several = config.problem_type == "multi_label_classification"
+    labels = Counter(label for value in predicted for label in (value.split("|") if several else (value,)))
+    return {label: labels[label] for label in config.id2label.values()}
 
 
 def _render(rows: Iterable[dict[str, Any]], names: list[str], suffix: str) -> str:

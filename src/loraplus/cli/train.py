@@ -8,7 +8,19 @@ from typing import Any
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
 from loraplus.cli.terminal import Console, narrated, print_json
-from loraplus.tasks.config import CLASSIFICATION, TrainConfig
+from loraplus.tasks.config import OF_LABELS, TrainConfig
+
+_SHOWN = (
+    "eval_loss",
+    "eval_accuracy",
+    "eval_micro_f1",
+    "eval_macro_f1",
+    "eval_mse",
+    "eval_mae",
+    "eval_r2",
+    "eval_pearson",
+    "eval_perplexity",
+)
 
 
 @config_command(app, "train", TrainConfig)
@@ -28,7 +40,7 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
     console = Console(stderr=json, plain=plain)
     with narrated(console), TrainingProgress(console, plain=plain) as progress:
         metrics = train(config, overwrite=overwrite, resume=resume, callbacks=[progress])
-    report = write_report(config.output) if config.task != CLASSIFICATION else None
+    report = write_report(config.output) if config.task not in OF_LABELS else None
     if json:
         print_json(metrics)
     else:
@@ -38,25 +50,26 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
 
 
 def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> None:
-    measure = next(name for name in ("eval_accuracy", "eval_perplexity") if name in metrics)
+    measures = [name for name in _SHOWN if name in metrics]
     console.say(
-        f"eval_loss {metrics['eval_loss']:.4f} · {measure} {metrics[measure]:.4f} after "
+        " · ".join(f"{name} {metrics[name]:.4f}" for name in measures) + " after "
         f"{metrics['steps']} steps (best at {metrics['best_step']}), {metrics['seconds_per_step']:.3g} s a step"
     )
     ratio = metrics["lr_ratio"] or 0.0
     how = "; automatic, as last measured" if metrics["auto"] else ""
     console.say(f"rates: η_A {metrics['lr']:.3g} · η_B {metrics['lr'] * ratio:.3g} (λ = {ratio:.3g}{how})")
     data = metrics["data"]
-    about = _about_classes(data) if "labels" in data else _about_tokens(data, metrics["packing"])
+    about = _about_tokens(data, metrics["packing"]) if "packing" in metrics else _about_labels(data)
     console.say(
         f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, {about}"
     )
     console.say(f"adapter: {Path(output)}")
 
 
-def _about_classes(data: dict[str, Any]) -> str:
+def _about_labels(data: dict[str, Any]) -> str:
+    what = f"{len(data['labels'])} classes, " if "labels" in data else ""
     return (
-        f"{len(data['labels'])} classes, {data['duplicates_removed']} duplicates removed, "
+        f"{what}{data['duplicates_removed']} duplicates removed, "
         f"max length {data['max_length']} ({data['truncated_train_examples']} texts cut)"
     )
 

@@ -17,7 +17,6 @@ from loraplus.notices import told_once
 from loraplus.rate_keywords import rates_from
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.tasks.config import (
-    CLASSIFICATION,
     DEFAULT_LR,
     DEFAULT_LR_HEAD,
     DEFAULT_TUNING_RUNS,
@@ -26,6 +25,8 @@ from loraplus.tasks.config import (
     LONG_EXAMPLES,
     LOSS_ON,
     LOWEST_LR,
+    OF_LABELS,
+    REGRESSION,
     CompareConfig,
     TaskConfig,
     TrainConfig,
@@ -125,15 +126,17 @@ def check_task(config: TaskConfig) -> None:
         raise InputError(
             f"--task: there is no task {config.task!r}; the nearest is {near!r}, all are {', '.join(MEASURES)}"
         )
-    if config.task == CLASSIFICATION:
+    if config.task == REGRESSION and isinstance(config, CompareConfig):
+        raise InputError("--task regression is for train, predict and tune; compare decides by accuracy or perplexity")
+    if config.task in OF_LABELS:
         for name in _OF_LANGUAGE_MODELS:
             if getattr(config, name) != LATER_SETTINGS[name]:
-                raise InputError(f"--{_flag(name)} is for --task sft and lm, not for classification")
+                raise InputError(f"--{_flag(name)} is for --task sft and lm, not for {config.task}")
         return
     if config.label_column is not None:
-        raise InputError("--label-column is for --task classification")
+        raise InputError("--label-column is for --task classification, regression and multi-label")
     if config.lr_head != DEFAULT_LR_HEAD:
-        raise InputError("--lr-head is for --task classification; a decoder trains no head")
+        raise InputError("--lr-head is for --task classification, regression and multi-label; a decoder trains no head")
     for name in _OF_CHATS:
         if getattr(config, name) is not None and (config.task == "lm" or config.text_column is not None):
             raise InputError(f"--{_flag(name)} is for --task sft, without --text-column")

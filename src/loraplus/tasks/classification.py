@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.data_parallel import DataParallelTrainer
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens, checked_length, padding_multiple
-from loraplus.tasks.splits import split
+from loraplus.tasks.splits import Splits, split
 from loraplus.tasks.streamed import in_parts
 from loraplus.tasks.table import read_table
-from loraplus.tasks.task import Task
+from loraplus.tasks.task import Task, Tested
 from loraplus.tasks.token_rows import tokenised
 
 _LENGTH_QUANTILE = 0.99
@@ -73,18 +74,40 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
             raise InputError(f"{source}: labels that the training data lacks: {', '.join(unknown)}")
         return aside
 
-    train, validation, test, removed = split(data, config, read)
-    tokens = tokenised(train.texts, _indices(train, names), tokenizer)
-    max_length = checked_length(config, _max_length(tokens.lengths, tokenizer), tokenizer)
+    parts = split(data, config, read)
+    counts = dict(sorted(parts.train.labels.counts().items()))
     facts = {
+        "text_column": text_column, "label_column": label_column, "labels": names, "train_class_counts": counts,
+    }  # fmt: skip
+    return encoded(config, tokenizer, parts, partial(_indices, names=names), names, facts)
+
+
+def encoded(
+    config: TaskConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Splits[Any],
+    targets: Callable[[Any], np.ndarray],
+    names: Sequence[str],
+    facts: dict[str, Any],
+) -> ClassificationData:
+    """Tokenises the parts of the data, and chooses the length.
+
+    Args:
+        config: of the run.
+        tokenizer: of the model.
+        parts: each with `texts` and `answers`.
+        targets: what the model is to give for the examples of a part: (examples,) or (examples, labels).
+        names: of the model's outputs.
+        facts: of the task.
+    """
+    train, validation, test, removed = parts
+    tokens = tokenised(train.texts, targets(train), tokenizer)
+    max_length = checked_length(config, _max_length(tokens.lengths, tokenizer), tokenizer)
+    known = {
         "source": config.data,
-        "text_column": text_column,
-        "label_column": label_column,
-        "labels": names,
         "train_examples": len(train),
         "validation_examples": len(validation),
         "test_examples": len(test),
-        "train_class_counts": dict(sorted(train.labels.counts().items())),
         "duplicates_removed": removed,
         "max_length": max_length,
         "truncated_train_examples": int((tokens.lengths > max_length).sum()),
@@ -92,22 +115,22 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
         "sha256": _fingerprint(train, validation, test),
     }
     return ClassificationData(
-        label_names=names,
+        label_names=list(names),
         train=tokens.cut(train.texts, tokenizer, max_length),
-        validation=tokenised(validation.texts, _indices(validation, names), tokenizer, max_length).by_length(),
-        test=tokenised(test.texts, _indices(test, names), tokenizer, max_length).by_length(),
+        validation=tokenised(validation.texts, targets(validation), tokenizer, max_length).by_length(),
+        test=tokenised(test.texts, targets(test), tokenizer, max_length).by_length(),
         max_length=max_length,
-        facts=facts,
+        facts={**known, **facts},
         largest_token=tokens.largest,
     )
 
 
-def _fingerprint(*parts: LabelledTexts) -> str:
+def _fingerprint(*parts: Any) -> str:
     """Hash of all texts and labels as JSON, so that a run is not resumed on data that has been edited."""
     hashed = hashlib.sha256(b"[")
     for place, part in enumerate(parts):
         hashed.update(b", [" if place else b"[")
-        for values, end in ((part.texts, b", "), (part.labels, b"]")):
+        for values, end in ((part.texts, b", "), (part.answers, b"]")):
             _add_list(hashed, values)
             hashed.update(end)
     hashed.update(b"]")
@@ -133,14 +156,12 @@ def _indices(data: LabelledTexts, names: Sequence[str]) -> np.ndarray:
     return np.asarray([index[name] for name in data.labels.distinct], np.int32)[data.labels.codes]
 
 
-def classification_metrics(prediction: Any) -> dict[str, float]:
+def classification_metrics(guess: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Accuracy, and F1 averaged over the classes so that rare ones count.
 
     Args:
-        prediction: transformers' EvalPrediction with logits (examples, classes) and label ids (examples,).
+        guess, labels: indices of classes (examples,).
     """
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    guess, labels = np.argmax(logits, axis=-1), prediction.label_ids
     return {
         "accuracy": float(np.mean(guess == labels)),
         "macro_f1": macro_f1(labels, guess),
@@ -184,6 +205,11 @@ class Classification(Task):
         **options: Any,
     ) -> LoraPlusTrainer:
         """transformers' Trainer, with padded batches."""
+
+        def measured(prediction: Any) -> dict[str, float]:
+            logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+            return self.measure(data, logits, prediction.label_ids)
+
         trainer = DataParallelTrainer(
             model=model,
             train_dataset=data.train,
@@ -192,7 +218,7 @@ class Classification(Task):
                 tokenizer, pad_to_multiple_of=padding_multiple(data.max_length, tokenizer)
             ),
             processing_class=tokenizer,
-            compute_metrics=classification_metrics,
+            compute_metrics=measured,
             **options,
         )
         # transformers takes PEFT's **kwargs for a model that divides its loss by num_items_in_batch, and leaves out its
@@ -200,7 +226,11 @@ class Classification(Task):
         trainer.model_accepts_loss_kwargs = False
         return trainer
 
-    def test(self, trainer: Any, data: ClassificationData) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+    def measure(self, data: ClassificationData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """What an evaluation tells, of the model's outputs (examples, outputs) and the labels."""
+        return classification_metrics(np.argmax(logits, axis=-1), labels)
+
+    def test(self, trainer: Any, data: ClassificationData) -> Tested:
         """Cross-entropy and correctness of every test example."""
         output = trainer.predict(data.test)
         logits = np.asarray(output.predictions, dtype=np.float64)
@@ -208,7 +238,7 @@ class Classification(Task):
         shifted = logits - logits.max(axis=-1, keepdims=True)
         losses = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(labels)), labels]
         correct = logits.argmax(axis=-1) == labels
-        return tuple(round(float(loss), 6) for loss in losses), tuple(bool(value) for value in correct)
+        return Tested(tuple(round(float(loss), 6) for loss in losses), tuple(bool(value) for value in correct))
 
     def save_beside_adapter(
         self, model: PeftModel, data: ClassificationData, tokenizer: PreTrainedTokenizerBase, folder: Path

@@ -30,7 +30,7 @@ from loraplus.tasks.splits import split
 from loraplus.tasks.streamed import Made, in_parts
 from loraplus.tasks.table import read_table
 from loraplus.tasks.target_rows import Encoded, TargetRows, fit, how_to_fit
-from loraplus.tasks.task import Task
+from loraplus.tasks.task import Task, Tested
 from loraplus.tasks.token_rows import AT_ONCE
 
 _LENGTH_CAP = 1024  # TRL's default
@@ -219,11 +219,11 @@ class LanguageModelling(Task):
         """Whether batches were packed."""
         return {"packing": trainer.packing is not None}
 
-    def test(self, trainer: Any, data: LanguageData) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+    def test(self, trainer: Any, data: LanguageData) -> Tested:
         """Each test example's summed loss over the mean number of target tokens: their mean is the loss a token."""
         output = trainer.predict(data.test)
         losses = output.predictions / output.label_ids.mean()
-        return tuple(round(float(loss), 6) for loss in losses), ()
+        return Tested(tuple(round(float(loss), 6) for loss in losses))
 
     def samples(
         self, count: int, model: PeftModel, data: LanguageData, tokenizer: PreTrainedTokenizerBase

@@ -57,11 +57,11 @@ class TokenRows(Sequence[dict[str, Any]]):
 
 
 class LabelledRows(TokenRows):
-    """Rows with one label each.
+    """Rows with one label each, or a row of numbers.
 
     Args:
         file, starts, lengths: as of `TokenRows`.
-        labels: one a row.
+        labels: one a row: whole numbers, fractions, or (rows, labels).
         largest: token id.
     """
 
@@ -72,7 +72,7 @@ class LabelledRows(TokenRows):
         self._labels, self.largest = labels, largest
 
     def _row(self, index: int, tokens: np.ndarray) -> dict[str, Any]:
-        return {"input_ids": tokens.tolist(), "labels": int(self._labels[index])}
+        return {"input_ids": tokens.tolist(), "labels": self._labels[index].tolist()}
 
     def take(self, rows: np.ndarray) -> Self:
         taken = super().take(rows)
