@@ -108,9 +108,9 @@ def test_without_the_package_that_guesses_one_line_says_what_to_do(latin, monkey
 def test_a_guess_is_told_and_the_commonest_of_equally_good_ones(latin, monkeypatch):
     matches = ("cp1250", 0.0, ["cp1250"]), ("cp1252", 0.0, ["cp1252"]), ("cp1251", 0.2, ["cp1251"])
     monkeypatch.setitem(sys.modules, "charset_normalizer", normalizer(*matches))
-    assert read_table(str(latin)).read_as == ("separated by semicolons", "cp1252")
+    assert read_table(str(latin)).read_as == ("separated by semicolons", "cp1252, guessed")
     monkeypatch.setitem(sys.modules, "charset_normalizer", normalizer(matches[0], ("cp1252", 0.1, ["cp1252"])))
-    assert "cp1250" in read_table(str(latin)).read_as
+    assert "cp1250, guessed" in read_table(str(latin)).read_as
     monkeypatch.setitem(sys.modules, "charset_normalizer", normalizer())
     with pytest.raises(InputError, match="line 3: .*--encoding"):
         read_table(str(latin))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn
@@ -121,8 +123,11 @@ def test_a_constant_has_no_correlation():
 
 
 def scores_csv(path):
-    """Texts whose number says how many good words are in them, far from 0 and from a spread of 1."""
-    lines = [f"{'good ' * (i % 5)}{'film ' * (1 + i % 3)}plot;{1000 + 50 * (i % 5)},5" for i in range(100)]
+    """Texts whose number says how many good and bad words are in them, far from 0 and from a spread of 1."""
+    draw, lines = random.Random(0), []
+    for _ in range(300):
+        words = [draw.choice(["good", "bad", "film", "plot", "the"]) for _ in range(8)]
+        lines.append(f"{' '.join(words)};{1000 + 50 * (words.count('good') - words.count('bad'))},5")
     path.write_text("text;score\n" + "\n".join(lines) + "\n")
     return path
 
@@ -134,7 +139,7 @@ def test_regression_learns_and_predicts_in_the_scale_of_the_data(tmp_path, model
 
     config = TrainConfig(
         task="regression", model=str(model_folder), data=str(scores_csv(tmp_path / "d.csv")),
-        output=str(tmp_path / "out"), max_steps=60, batch_size=16, lr=5e-3, lr_ratio=4, eval_fraction=0.2,
+        output=str(tmp_path / "out"), max_steps=150, batch_size=16, lr=5e-3, lr_ratio=4, eval_fraction=0.2,
         target_modules="all-linear",
     )  # fmt: skip
     metrics = train(config)
@@ -143,5 +148,7 @@ def test_regression_learns_and_predicts_in_the_scale_of_the_data(tmp_path, model
     )
     assert metrics["eval_r2"] > 0.5 and metrics["eval_pearson"] > 0.7
     assert AutoConfig.from_pretrained(tmp_path / "out").problem_type == "regression"
-    low, high = predict(*load_adapter(str(tmp_path / "out")), ["film plot", "good good good good film plot"])
-    assert 950 < low["prediction"] < high["prediction"] < 1250 and low.keys() == {"prediction"}
+    low, high = predict(
+        *load_adapter(str(tmp_path / "out")), ["bad bad bad film plot the", "good good good film plot the"]
+    )
+    assert 700 < low["prediction"] < high["prediction"] < 1300 and low.keys() == {"prediction"}

@@ -63,12 +63,33 @@ def run(
     labelled = ({**{name: values[i] for name, values in table.columns.items()}, **row} for i, row in enumerate(rows))
     write_atomically(target, _render(labelled, names, target.suffix))
     counts = _summary(rows, classifier.config)
+    notes = _notes(adapter, [row["prediction"] for row in rows])
     if json:
-        print_json({"output": output, "examples": len(rows), "predictions": counts})
+        print_json({"output": output, "examples": len(rows), "predictions": counts, "notes": notes})
     else:
         shares = " · ".join(f"{label} {count:g}" for label, count in counts.items())
         console.say(f"{len(rows)} texts labelled: {shares}")
+        for note in notes:
+            console.say(f"! {note}")
         console.say(f"written to {output}")
+
+
+def _notes(adapter: str, predicted: list[Any]) -> list[str]:
+    """That the adapter's training learnt nothing, or that its answers do not depend on the text."""
+    from loraplus.files.paths import is_file, user_path
+    from loraplus.files.single import read_json
+    from loraplus.tasks.finished import METRICS_FILE
+    from loraplus.tasks.learnt import ADVICE
+
+    notes = []
+    path = user_path(adapter) / METRICS_FILE
+    metrics = read_json(path) if is_file(path) else {}
+    learnt = metrics.get("learnt") if isinstance(metrics, dict) else None
+    if isinstance(learnt, dict) and learnt.get("learnt") is False:
+        notes.append(f"nothing was learnt when {adapter} was trained, by the permutation test; {ADVICE}")
+    if len(predicted) > 1 and len(set(predicted)) == 1:
+        notes.append(f"every text is given {str(predicted[0])!r}")
+    return notes
 
 
 def _summary(rows: list[dict[str, Any]], config: Any) -> dict[str, float]:

@@ -103,4 +103,4 @@ class _Lines(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.say(record.getMessage())
+        self._console.say(f"{'! ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
+from loraplus.cli.seen import run_check, show
 from loraplus.cli.terminal import Console, narrated, print_json
 from loraplus.tasks.config import OF_LABELS, TrainConfig
 
@@ -24,12 +26,16 @@ _SHOWN = (
 
 
 @config_command(app, "train", TrainConfig)
-def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
+def run(config: TrainConfig, *, overwrite: bool, resume: bool, check: bool, json: bool, plain: bool) -> None:
     """Train a text classifier or a language model (--task) with LoRA+ and write a PEFT-format adapter."""
     from loraplus.cli.console import TrainingProgress, quiet_libraries
 
     quiet_libraries()
     from loraplus.tasks.data_parallel import is_main_process
+
+    if check:
+        run_check(config, json=json, plain=plain)
+        return
     from loraplus.tasks.train import train
 
     if not is_main_process():
@@ -39,7 +45,9 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
 
     console = Console(stderr=json, plain=plain)
     with narrated(console), TrainingProgress(console, plain=plain) as progress:
-        metrics = train(config, overwrite=overwrite, resume=resume, callbacks=[progress])
+        metrics = train(
+            config, overwrite=overwrite, resume=resume, callbacks=[progress], on_seen=partial(show, console)
+        )
     report = write_report(config.output) if config.task not in OF_LABELS else None
     if json:
         print_json(metrics)
@@ -50,11 +58,20 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
 
 
 def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> None:
+    from loraplus.tasks.learnt import ADVICE
+
     measures = [name for name in _SHOWN if name in metrics]
     console.say(
         " · ".join(f"{name} {metrics[name]:.4f}" for name in measures) + " after "
         f"{metrics['steps']} steps (best at {metrics['best_step']}), {metrics['seconds_per_step']:.3g} s a step"
     )
+    if "majority_share" in metrics:
+        console.say(f"always the most frequent class: accuracy {metrics['majority_share']:.4f}")
+    if metrics.get("learnt", {}).get("learnt") is False:
+        console.say(
+            f"nothing was learnt: the answers fit no better than shuffled ones (permutation test, p = "
+            f"{metrics['learnt']['p_value']:.2g}); {ADVICE}"
+        )
     ratio = metrics["lr_ratio"] or 0.0
     how = "; automatic, as last measured" if metrics["auto"] else ""
     console.say(f"rates: η_A {metrics['lr']:.3g} · η_B {metrics['lr'] * ratio:.3g} (λ = {ratio:.3g}{how})")

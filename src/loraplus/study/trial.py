@@ -20,8 +20,10 @@ from loraplus.tasks.callbacks import DivergenceGuard, StepClock
 from loraplus.tasks.checks import rates_of
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.lengths import steps_between_evaluations
+from loraplus.tasks.look import seen_of_run
 from loraplus.tasks.measures import ACCURACY, MEASURES
 from loraplus.tasks.methods import Method, rates_arrived_at
+from loraplus.tasks.seen import Seen
 from loraplus.tasks.task import Tested, task_of
 from loraplus.tasks.training import build_trainer, total_steps, train_and_evaluate
 
@@ -59,6 +61,11 @@ def data_facts(config: TaskConfig, lr: float, lr_ratio: float, arms: Sequence[st
             trainer.create_optimizer()
             facts = task.facts_of_run(trainer)
     return {**data.facts, **facts, "steps": steps}
+
+
+def data_seen(config: TaskConfig) -> Seen:
+    """What was seen of the data, which `data_facts` has read."""
+    return seen_of_run(config, _load_once(config)[1])
 
 
 def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], None]) -> Record:

@@ -69,7 +69,7 @@ def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
     Raises:
         InputError, InvalidRateError: a setting, file or folder that cannot be used.
     """
-    if overwrite or not resume:
+    if config.output and (overwrite or not resume):
         check_output(config.output, asdict(config), overwrite=overwrite, resume=resume)
     check_settings(config)
     _check_rates(config)

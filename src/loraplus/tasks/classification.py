@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,25 @@ from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.tasks.columns import LabelledTexts, choose_columns, label_names, labelled_texts
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.data_parallel import DataParallelTrainer
+from loraplus.tasks.learnt import chance_p, learnt_record
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens, checked_length, padding_multiple
+from loraplus.tasks.seen import (
+    Seen,
+    doubt_of_contradictions,
+    doubts_of_labels,
+    doubts_of_size,
+    doubts_of_table,
+    length_row,
+    repeats,
+    repeats_row,
+    shown,
+    source_row,
+    split_row,
+)
 from loraplus.tasks.splits import Splits, split
 from loraplus.tasks.streamed import in_parts
-from loraplus.tasks.table import read_table
+from loraplus.tasks.table import Table, read_table
 from loraplus.tasks.task import Task, Tested
 from loraplus.tasks.token_rows import tokenised
 
@@ -36,7 +50,7 @@ Encoded = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Tokenised splits. `test` is empty unless a comparison asked for it."""
+    """Tokenised splits. `test` is empty unless a comparison asked for it; `answers` are the validation labels."""
 
     label_names: list[str]
     train: Encoded
@@ -45,6 +59,8 @@ class ClassificationData:
     max_length: int
     facts: dict[str, Any]
     largest_token: int = 0
+    seen: Seen = field(default_factory=Seen)
+    answers: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> ClassificationData:
@@ -79,7 +95,37 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
     facts = {
         "text_column": text_column, "label_column": label_column, "labels": names, "train_class_counts": counts,
     }  # fmt: skip
-    return encoded(config, tokenizer, parts, partial(_indices, names=names), names, facts)
+    return encoded(
+        config, tokenizer, parts, partial(_indices, names=names), names, facts, _seen(config, table, data, parts)
+    )
+
+
+def _seen(config: TaskConfig, table: Table, data: LabelledTexts, parts: Splits[LabelledTexts]) -> Seen:
+    found = repeats(data.texts, data.labels.codes)
+    counts = data.labels.counts().most_common()
+    held_out = parts.validation.labels.counts()
+    frequent = parts.train.labels.counts().most_common(1)[0][0]
+    share = f"{100 * held_out[frequent] / len(parts.validation):.1f}%"
+    rows = {
+        "data": source_row(table),
+        "columns": columns_row(config, data.text_column, data.label_column),
+        "classes": f"{len(counts)}: {shown([f'{label} {count:,}' for label, count in counts])}",
+        "most frequent": f"{frequent}, {share} of the validation texts: the accuracy of always saying it",
+        "duplicates": repeats_row(found, parts.duplicates_removed),
+    }
+    return Seen(rows).with_([
+        *doubts_of_table(table, data.text_column, [data.label_column], data.labels.distinct),
+        *doubt_of_contradictions(table, found, data.labels.value, data.texts),
+        *doubts_of_labels(data.labels, len(data)),
+    ])  # fmt: skip
+
+
+def columns_row(config: TaskConfig, text: str, target: str) -> str:
+    """The columns that were taken, and whether they were guessed."""
+    asked = {"--text-column": config.text_column, "--label-column": config.label_column}
+    flags = [flag for flag, name in asked.items() if not name]
+    guessed = f" (guessed; {' and '.join(flags)} {'name' if len(flags) > 1 else 'names'} others)" if flags else ""
+    return f"text {text!r}, label {target!r}{guessed}"
 
 
 def encoded(
@@ -89,6 +135,7 @@ def encoded(
     targets: Callable[[Any], np.ndarray],
     names: Sequence[str],
     facts: dict[str, Any],
+    seen: Seen,
 ) -> ClassificationData:
     """Tokenises the parts of the data, and chooses the length.
 
@@ -99,10 +146,21 @@ def encoded(
         targets: what the model is to give for the examples of a part: (examples,) or (examples, labels).
         names: of the model's outputs.
         facts: of the task.
+        seen: of the data so far.
     """
     train, validation, test, removed = parts
     tokens = tokenised(train.texts, targets(train), tokenizer)
     max_length = checked_length(config, _max_length(tokens.lengths, tokenizer), tokenizer)
+    cut = int((tokens.lengths > max_length).sum())
+    covers = "the most by default"
+    if max_length < _LENGTH_CAP:
+        covers = f"which covers {100 * _LENGTH_QUANTILE:.0f}% of the texts"
+    rows = {
+        "split": split_row(len(train), len(validation), len(test)),
+        "length": length_row(max_length, config.max_length is not None, int(tokens.lengths.max()), covers),
+        "cut": f"{cut:,} of {len(train):,} training texts lose their end" if cut else "nothing",
+    }
+    held_out = tokenised(validation.texts, targets(validation), tokenizer, max_length)
     known = {
         "source": config.data,
         "train_examples": len(train),
@@ -110,18 +168,20 @@ def encoded(
         "test_examples": len(test),
         "duplicates_removed": removed,
         "max_length": max_length,
-        "truncated_train_examples": int((tokens.lengths > max_length).sum()),
+        "truncated_train_examples": cut,
         "split_seed": config.seed,
         "sha256": _fingerprint(train, validation, test),
     }
     return ClassificationData(
         label_names=list(names),
         train=tokens.cut(train.texts, tokenizer, max_length),
-        validation=tokenised(validation.texts, targets(validation), tokenizer, max_length).by_length(),
+        validation=held_out.by_length(),
         test=tokenised(test.texts, targets(test), tokenizer, max_length).by_length(),
         max_length=max_length,
         facts={**known, **facts},
         largest_token=tokens.largest,
+        answers=held_out.labels,
+        seen=seen.with_(doubts_of_size(cut, len(train), len(validation), config.max_length is not None), **rows),
     )
 
 
@@ -228,7 +288,8 @@ class Classification(Task):
 
     def measure(self, data: ClassificationData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """What an evaluation tells, of the model's outputs (examples, outputs) and the labels."""
-        return classification_metrics(np.argmax(logits, axis=-1), labels)
+        guess = np.argmax(logits, axis=-1)
+        return {**classification_metrics(guess, labels), "chance_p": chance_p(guess, labels)}
 
     def test(self, trainer: Any, data: ClassificationData) -> Tested:
         """Cross-entropy and correctness of every test example."""
@@ -238,7 +299,25 @@ class Classification(Task):
         shifted = logits - logits.max(axis=-1, keepdims=True)
         losses = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(labels)), labels]
         correct = logits.argmax(axis=-1) == labels
-        return Tested(tuple(round(float(loss), 6) for loss in losses), tuple(bool(value) for value in correct))
+        measured = self.measure(data, logits, labels)
+        values = {name: measured[name] for name in ("macro_f1", "chance_p")} | self.baseline(data, labels)
+        return Tested(tuple(round(float(loss), 6) for loss in losses), tuple(map(bool, correct)), values)
+
+    def baseline(self, data: ClassificationData, labels: np.ndarray) -> dict[str, float]:
+        """The accuracy of always saying the class that is most frequent in training.
+
+        Args:
+            data: with the counts of the training labels.
+            labels: of the examples that are answered (examples,).
+        """
+        counts = data.facts["train_class_counts"]
+        frequent = max(range(len(data.label_names)), key=lambda index: counts.get(data.label_names[index], 0))
+        return {"majority_share": float(np.mean(labels == frequent))}
+
+    def outcome(self, data: ClassificationData, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether anything was learnt, and what was to be had for nothing."""
+        p = evaluation.get("eval_chance_p")  # earlier versions did not log it
+        return {**self.baseline(data, data.answers), **({} if p is None else {"learnt": learnt_record(p)})}
 
     def save_beside_adapter(
         self, model: PeftModel, data: ClassificationData, tokenizer: PreTrainedTokenizerBase, folder: Path

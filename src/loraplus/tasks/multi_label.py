@@ -8,13 +8,25 @@ import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from loraplus.tasks.classification import Classification, ClassificationData, encoded
+from loraplus.tasks.classification import Classification, ClassificationData, columns_row, encoded
 from loraplus.tasks.config import TaskConfig
+from loraplus.tasks.learnt import chance_p
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens
-from loraplus.tasks.splits import split
-from loraplus.tasks.table import read_table
-from loraplus.tasks.targets import TargetedTexts, labelled_sets
+from loraplus.tasks.seen import (
+    MOST_LOOKED_AT,
+    Seen,
+    doubt_of_contradictions,
+    doubts_of_table,
+    near_equal,
+    repeats,
+    repeats_row,
+    shown,
+    source_row,
+)
+from loraplus.tasks.splits import Splits, split
+from loraplus.tasks.table import Table, read_table
+from loraplus.tasks.targets import SEPARATOR, TargetedTexts, labelled_sets
 from loraplus.tasks.task import Tested
 
 
@@ -38,7 +50,45 @@ def load_multi_label(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> 
         "text_column": data.text_column, "label_column": label_column, "labels": names,
         "train_class_counts": dict(zip(names, counts, strict=True)),
     }  # fmt: skip
-    return encoded(config, tokenizer, parts, lambda part: part.targets.astype(np.float32), names, facts)
+    seen = _seen(config, table, data, names, parts)
+    return encoded(config, tokenizer, parts, lambda part: part.targets.astype(np.float32), names, facts, seen)
+
+
+def _seen(
+    config: TaskConfig, table: Table, data: TargetedTexts, names: list[str], parts: Splits[TargetedTexts]
+) -> Seen:
+    packed = np.packbits(data.targets[:MOST_LOOKED_AT], axis=1)
+    sets = np.unique(packed, axis=0, return_inverse=True)[1].reshape(-1)
+    found = repeats(data.texts, sets)
+    counts = dict(zip(names, data.targets.sum(axis=0, dtype=np.int64).tolist(), strict=True))
+    by_count = sorted(counts, key=lambda name: -counts[name])
+
+    def written(row: int) -> str:
+        return SEPARATOR.join(name for name, bit in zip(names, data.targets[row], strict=True) if bit) or "none"
+
+    rows = {
+        "data": source_row(table),
+        "columns": columns_row(config, data.text_column, ",".join(data.target_columns)),
+        "labels": f"{len(names)}: {shown([f'{name} {counts[name]:,}' for name in by_count])}; "
+        f"{data.targets.sum() / len(data):.2g} a text, {int((~data.targets.any(axis=1)).sum()):,} texts without one",
+        "duplicates": repeats_row(found, parts.duplicates_removed),
+    }
+    doubts = [
+        *doubts_of_table(table, data.text_column, (), ()),
+        *doubt_of_contradictions(table, found, written, data.texts),
+        *(
+            f"labels that are nearly equal: {', '.join(map(repr, group))}; write them alike"
+            for group in near_equal(names)
+        ),
+        *(
+            f"the label {name!r} has {counts[name]} example; add some or remove it"
+            for name in names
+            if counts[name] < 2
+        ),
+    ]
+    if (data.targets.sum(axis=1) == 1).all():
+        doubts.append("every text has exactly one label; --task classification makes use of that")
+    return Seen(rows, tuple(doubts))
 
 
 def multi_label_metrics(said: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -78,7 +128,12 @@ class MultiLabel(Classification):
 
     def measure(self, data: ClassificationData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """As `multi_label_metrics`; a label is said where it is likelier than not."""
-        return multi_label_metrics(logits > 0, labels > 0.5)
+        said, there = logits > 0, labels > 0.5
+        return {**multi_label_metrics(said, there), "chance_p": chance_p(said, there)}
+
+    def baseline(self, data: ClassificationData, labels: np.ndarray) -> dict[str, float]:
+        """None: there is no one class to be the most frequent."""
+        return {}
 
     def test(self, trainer: Any, data: ClassificationData) -> Tested:
         """Mean binary cross-entropy over the labels of every test example, and whether all of them were right."""
@@ -86,4 +141,6 @@ class MultiLabel(Classification):
         logits, labels = np.asarray(output.predictions, np.float64), np.asarray(output.label_ids, np.float64)
         losses = (np.logaddexp(0, logits) - labels * logits).mean(axis=1)
         correct = ((logits > 0) == (labels > 0.5)).all(axis=1)
-        return Tested(tuple(round(float(loss), 6) for loss in losses), tuple(bool(value) for value in correct))
+        measured = self.measure(data, logits, labels)
+        values = {name: measured[name] for name in ("macro_f1", "chance_p")}
+        return Tested(tuple(round(float(loss), 6) for loss in losses), tuple(map(bool, correct)), values)

@@ -14,6 +14,7 @@ from loraplus.tasks.adapter import put_adapter
 from loraplus.tasks.loading import from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.pretrained import load_base
 from loraplus.tasks.saved_adapter import adapter_settings, loading_base_of
+from loraplus.tasks.targets import SEPARATOR
 
 
 def load_adapter(adapter: str, base_model: str | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -119,6 +120,4 @@ def _sets(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
     ]
 
 
-SEPARATOR = "|"
-"""Between the labels of one text."""
 _ROWS = {"regression": _numbers, "multi_label_classification": _sets}

@@ -13,10 +13,12 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from loraplus.errors import InputError
-from loraplus.tasks.classification import Classification, ClassificationData, encoded
+from loraplus.tasks.classification import Classification, ClassificationData, columns_row, encoded
 from loraplus.tasks.config import TaskConfig
+from loraplus.tasks.learnt import chance_p, product
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens
+from loraplus.tasks.seen import Seen, doubts_of_table, repeats, repeats_row, source_row
 from loraplus.tasks.splits import split
 from loraplus.tasks.table import read_table
 from loraplus.tasks.targets import TargetedTexts, numbered_texts
@@ -29,7 +31,8 @@ def load_regression(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> C
     Raises:
         InputError: data that cannot be used; the message names the file, column or row.
     """
-    data = numbered_texts(read_table(config.data, encoding=config.encoding), config.text_column, config.label_column)
+    table = read_table(config.data, encoding=config.encoding)
+    data = numbered_texts(table, config.text_column, config.label_column)
     (column,) = data.target_columns
 
     def read(source: str, option: str) -> TargetedTexts:
@@ -47,7 +50,15 @@ def load_regression(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> C
     def scaled(part: TargetedTexts) -> np.ndarray:
         return ((part.targets - mean) / deviation).astype(np.float32)
 
-    return encoded(config, tokenizer, parts, scaled, [column], facts)
+    low, high = facts["target_range"]
+    rows = {
+        "data": source_row(table),
+        "columns": columns_row(config, data.text_column, column),
+        "numbers": f"{low:g} to {high:g}, mean {mean:.4g}, deviation {deviation:.3g}",
+        "duplicates": repeats_row(repeats(data.texts), parts.duplicates_removed),
+    }
+    doubts = doubts_of_table(table, data.text_column, (), ())
+    return encoded(config, tokenizer, parts, scaled, [column], facts, Seen(rows, tuple(doubts)))
 
 
 def regression_metrics(predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -92,7 +103,13 @@ class Regression(Classification):
 
     def measure(self, data: ClassificationData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """As `regression_metrics`."""
-        return regression_metrics(*(_unscaled(data, values) for values in (logits, labels)))
+        predicted, targets = (_unscaled(data, values) for values in (logits, labels))
+        about = targets - targets.mean()
+        return {**regression_metrics(predicted, targets), "chance_p": chance_p(predicted, about, product)}
+
+    def baseline(self, data: ClassificationData, labels: np.ndarray) -> dict[str, float]:
+        """None: that of the mean is an R² of 0."""
+        return {}
 
     def test(self, trainer: Any, data: ClassificationData) -> Tested:
         """The squared error of every test example, in the scale of the loss."""

@@ -18,9 +18,9 @@ from loraplus.errors import InputError
 from loraplus.files.paths import is_file, is_folder, user_path
 from loraplus.tasks.class_folders import has_class_folders, read_class_folders
 from loraplus.tasks.columnar import is_saved_dataset, read_datasets_folder, read_hub, read_parquet
-from loraplus.tasks.encodings import UTF_8, encoding_of
+from loraplus.tasks.encodings import MARKS, UTF_8, encoding_of
 from loraplus.tasks.separated import read_commas, read_tabs
-from loraplus.tasks.tabular import Table, check_size
+from loraplus.tasks.tabular import GUESSED, Table, check_size
 from loraplus.tasks.text_files import check_not_blank, read_json_rows, read_lines
 from loraplus.tasks.unpacked import PACKED, plain_name, unpacked
 from loraplus.tasks.workbook import read_workbook
@@ -81,7 +81,10 @@ def _read_file(source: str, path: Path, asked: str | None) -> Table:
         return _OF_BYTES[suffix](source, path)
     encoding = encoding_of(source, path, asked)
     table = _OF_TEXT[suffix](source, path, encoding)
-    return table if encoding == UTF_8 else replace(table, read_as=(*table.read_as, encoding))
+    if encoding == UTF_8:
+        return table
+    guessed = asked is None and encoding not in MARKS.values()
+    return replace(table, read_as=(*table.read_as, encoding + GUESSED if guessed else encoding))
 
 
 def check_source(source: str) -> None:

@@ -15,6 +15,8 @@ MOST_ROWS = 10_000_000
 MOST_CELLS = 100_000_000
 MOST_BYTES = 2**32
 """Of a file, and of what it unpacks to."""
+GUESSED = ", guessed"
+"""Ends what `Table.read_as` says of a guess."""
 
 
 class LineError(InputError):

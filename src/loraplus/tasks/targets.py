@@ -21,7 +21,9 @@ TARGET_NAMES = ("score", "rating", "stars", "value", "grade", *LABEL_NAMES)
 SET_NAMES = ("labels", "tags", "topics", "categories", "genres", *LABEL_NAMES)
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+")
-_SEPARATORS = ("|", ";", ",")
+SEPARATOR = "|"
+"""Between the labels of one text."""
+_SEPARATORS = (SEPARATOR, ";", ",")
 _YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 
 
@@ -160,17 +162,18 @@ def labelled_sets(
         [[1, 1], [0, 0]]
     """
     columns = _set_columns(table, text_column, label_column)
-    text = choose_text_column(table, text_column, columns[0])
+    first, *more = columns
+    text = choose_text_column(table, text_column, first)
     if text in columns:
         raise InputError(f"{table.source}: text and label are both column {text!r}; name them apart")
-    if len(columns) > 1:
+    if more:
         found, there = _of_columns(table, columns), list(columns)
         if names is not None and there != list(names):
             raise InputError(f"{table.source}: its labels are the columns {listed(there)}, in training {listed(names)}")
     else:
-        sets = _sets(table, columns[0])
+        sets = _sets(table, first)
         there = sorted({label for labels in sets for label in labels}) if names is None else list(names)
-        found = _of_sets(table, columns[0], sets, there)
+        found = _of_sets(table, first, sets, there)
     if len(there) < 2:
         raise InputError(
             f"{table.source}: there is one label only ({', '.join(there) or 'none'}); --task multi-label takes several"

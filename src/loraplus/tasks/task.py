@@ -13,6 +13,7 @@ from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTraining
 from loraplus.tasks.checks import check_task
 from loraplus.tasks.config import CLASSIFICATION, MULTI_LABEL, REGRESSION, TaskConfig
 from loraplus.tasks.pretrained import load_tokenizer
+from loraplus.tasks.seen import Seen
 
 
 class Tested(NamedTuple):
@@ -24,7 +25,8 @@ class Tested(NamedTuple):
 
 
 class TaskData(Protocol):
-    """Tokenised splits; `test` is empty unless a comparison asked for it. `facts` tells what is in them."""
+    """Tokenised splits; `test` is empty unless a comparison asked for it. `facts` tells what is in them, `seen` what a
+    user should know of them before training."""
 
     @property
     def train(self) -> Sequence[Any]: ...
@@ -32,6 +34,8 @@ class TaskData(Protocol):
     def validation(self) -> Sequence[Any]: ...
     @property
     def facts(self) -> dict[str, Any]: ...
+    @property
+    def seen(self) -> Seen: ...
 
 
 class Task:
@@ -64,6 +68,10 @@ class Task:
 
     def facts_of_run(self, trainer: Any) -> dict[str, Any]:
         """What was decided for this model, for the metrics."""
+        return {}
+
+    def outcome(self, data: Any, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        """What the metrics say beside the measures: whether anything was learnt, where that can be told."""
         return {}
 
     def test(self, trainer: Any, data: Any) -> Tested:
