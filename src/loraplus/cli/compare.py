@@ -31,7 +31,13 @@ def run(config: CompareConfig, *, overwrite: bool, resume: bool, check: bool, js
 
     console = Console(stderr=json, plain=plain)
     with narrated(console), study_progress(console, plain=plain) as progress:
-        summary = compare(config, overwrite=overwrite, resume=resume, progress=progress, on_seen=partial(show, console))
+        summary = compare(
+            config,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            on_seen=None if json else partial(show, console),
+        )
     if json:
         print_json(summary)
     console.widened().print(results_table(summary))

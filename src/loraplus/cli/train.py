@@ -44,9 +44,13 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, check: bool, json
     from loraplus.report.training import write_report
 
     console = Console(stderr=json, plain=plain)
-    with narrated(console), TrainingProgress(console, plain=plain) as progress:
+    with narrated(console, doubts=not json), TrainingProgress(console, plain=plain) as progress:
         metrics = train(
-            config, overwrite=overwrite, resume=resume, callbacks=[progress], on_seen=partial(show, console)
+            config,
+            overwrite=overwrite,
+            resume=resume,
+            callbacks=[progress],
+            on_seen=None if json else partial(show, console),
         )
     report = write_report(config.output) if config.task not in OF_LABELS else None
     if json:

@@ -29,7 +29,13 @@ def run(config: TuneConfig, *, overwrite: bool, resume: bool, check: bool, json:
 
     console = Console(stderr=json, plain=plain)
     with narrated(console), study_progress(console, plain=plain) as progress:
-        result = tune(config, overwrite=overwrite, resume=resume, progress=progress, on_seen=partial(show, console))
+        result = tune(
+            config,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            on_seen=None if json else partial(show, console),
+        )
     if json:
         print_json(result)
     best, cost = result["best"], result["cost"]

@@ -87,6 +87,7 @@ def train(
     total_steps(config, len(data.train))
     model = task.load_model(config, data, tokenizer, config.seed)
 
+    seen = seen_of_run(config, data)
     clock, stop = StepClock(), StopOnSignal()
     totals = RunTotals(clock)
     trainer = build_trainer(
@@ -107,7 +108,6 @@ def train(
         if main:
             prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
             note_data(output / DATA_FILE, data.facts)
-            seen = seen_of_run(config, data)
             if on_seen:
                 on_seen(seen)
             seen.tell()
@@ -148,6 +148,7 @@ def train(
             "train_loss": totals.loss / step,
             "train_seconds": totals.seconds,
             "seconds_per_step": clock.seconds_per_step,
+            "doubts": list(seen.doubts),
             "groups": explain(trainer.model, trainer.optimizer).groups(),
             "data": data.facts,
         }
