@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import sys
 import types
 
@@ -264,3 +265,10 @@ def test_a_file_of_a_folder_that_is_empty_or_damaged_is_named(tmp_path, monkeypa
         (tmp_path / "d" / "pos" / "1.txt").write_bytes(content)
         with pytest.raises(InputError, match=f"d/pos/{expected}"):
             read_table(str(tmp_path / "d"))
+
+
+def test_what_is_no_file_in_such_a_folder_is_passed_over(tmp_path):
+    (tmp_path / "d" / "pos" / "x.txt").mkdir(parents=True)
+    os.mkfifo(tmp_path / "d" / "pos" / "y.txt")
+    (tmp_path / "d" / "pos" / "z.txt").write_text("z")
+    assert read_table(str(tmp_path / "d")).columns["text"] == ["z"]

@@ -57,7 +57,9 @@ def test_a_huge_table_is_looked_at_in_part(monkeypatch):
         (["sci-fi", "sci fi", "SciFi", "drama"], [["SciFi", "sci fi", "sci-fi"]]),
         (["ﬁne", "fine"], [["fine", "ﬁne"]]),
         (["straße", "STRASSE"], [["STRASSE", "straße"]]),
-        (["1", "-1", "+"], [["-1", "1"]]),
+        (["1", "-1", "0"], []),
+        (["c", "c++", "c#"], []),
+        (["good", "Good.", "non_fiction", "non-fiction"], [["Good.", "good"], ["non-fiction", "non_fiction"]]),
         (["+", "-", "?"], []),
         (["a", "b"], []),
     ],
@@ -71,6 +73,7 @@ def test_labels_that_are_nearly_equal_are_found(labels, expected):
     [
         (["text", "label"], "text", "label", False),
         (["Review of the film", "Sentiment"], "Review of the film", "Sentiment", True),
+        (["What did you like about it?", "label"], "What did you like about it?", "label", False),
         (["a fine film", "good"], "a fine film", "good", True),
         (["a fine film", "1"], "a fine film", "1", True),
         (["0", "1", "text"], "text", "1", True),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loraplus.errors import InputError
+from loraplus.files.paths import is_file
 from loraplus.tasks.encodings import encoding_of
 from loraplus.tasks.stored import TableWriter
 from loraplus.tasks.tabular import LONGEST_ROW, Table, check_size
@@ -33,7 +34,7 @@ def read_class_folders(source: str, path: Path, encoding: str | None = None) -> 
     writer = TableWriter(source)
     size = 0
     for folder in _classes(path):
-        for file in sorted(folder.glob(_PATTERN)):
+        for file in filter(is_file, sorted(folder.glob(_PATTERN))):  # a pipe would never end
             name = f"{source.rstrip('/')}/{folder.name}/{file.name}"
             size += file.stat().st_size
             check_size(source, size=size)

@@ -97,7 +97,7 @@ def repeats(texts: Iterable[str], codes: np.ndarray | None = None) -> Repeats:
 
 
 def near_equal(labels: Iterable[str]) -> list[list[str]]:
-    """Labels that differ in case, spacing, accents of writing or punctuation only.
+    """Labels that differ in case, in what joins their words, or in marks at their end only.
 
     Example:
         >>> near_equal(["Democratic", "DEMOCRATIC", "green", "non-fiction", "non fiction"])
@@ -106,7 +106,7 @@ def near_equal(labels: Iterable[str]) -> list[list[str]]:
     alike: dict[str, list[str]] = defaultdict(list)
     for label in labels:
         folded = unicodedata.normalize("NFKC", label).casefold()
-        alike[re.sub(r"[\W_]+", "", folded) or label].append(label)
+        alike[re.sub(r"(?<=\w)[\s_-]+(?=\w)", "", folded.strip().rstrip(".,:;!")) or label].append(label)
     return [sorted(group) for group in alike.values() if len(group) > 1]
 
 
@@ -145,7 +145,8 @@ def doubts_of_table(table: Table, text_column: str, label_columns: Sequence[str]
     names = list(table.columns)
     named_like_labels = set(label_columns) & set(labels)
     numbers = [name for name in names if re.fullmatch(r"[+-]?\d+([.,]\d+)?", name)]
-    if named_like_labels or numbers or len(text_column.split()) >= _WORDS_OF_A_ROW:
+    is_sentence = len(text_column.split()) >= _WORDS_OF_A_ROW and not text_column.endswith("?")  # a survey's question
+    if named_like_labels or numbers or is_sentence:
         found.append(
             f"the first row of {table.source} was taken for column names ({shown(list(map(repr, names)))}), and reads "
             "like one of the others; put a row of names above it"

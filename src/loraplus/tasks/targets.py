@@ -115,13 +115,18 @@ def _has_decimal_commas(table: Table, column: str) -> bool:
     Raises:
         InputError: its commas may be either.
     """
-    with_comma = [str(value).strip() for value in table.columns[column] if "," in str(value)]
-    if with_comma and all(_THOUSANDS.fullmatch(text) for text in with_comma):
+    first, all_thousands, any_decimal = None, True, False
+    for value in table.columns[column]:
+        if "," in (text := str(value).strip()):
+            first = first or text
+            all_thousands = all_thousands and _THOUSANDS.fullmatch(text) is not None
+            any_decimal = any_decimal or _DECIMAL_COMMA.fullmatch(text) is not None
+    if first is not None and all_thousands:
         raise InputError(
-            f"{table.source}: column {column!r} has numbers such as {with_comma[0]}, whose comma may be a decimal sign "
-            "or separate thousands; write them without"
+            f"{table.source}: column {column!r} has numbers such as {first}, whose comma may be a decimal sign or "
+            "separate thousands; write them without"
         )
-    return any(_DECIMAL_COMMA.fullmatch(text) for text in with_comma)
+    return any_decimal
 
 
 def _number(table: Table, column: str, index: int, value: Any, comma: bool) -> float:
