@@ -20,10 +20,11 @@ from loraplus.study.plan import Plan
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, has_begun, run_all
 from loraplus.study.store import StudyStore
 from loraplus.study.summary import runs_csv_rows, summarise
-from loraplus.study.trial import data_facts, run_trial
+from loraplus.study.trial import data_facts, data_seen, run_trial
 from loraplus.tasks.checks import check_settings
 from loraplus.tasks.config import DEFAULT_ARMS, CompareConfig
 from loraplus.tasks.measures import measures_of
+from loraplus.tasks.seen import Seen
 
 SUMMARY_FILE = "summary.json"
 RUNS_FILE = "runs.csv"
@@ -38,6 +39,7 @@ def compare(
     overwrite: bool = False,
     resume: bool = False,
     progress: Callable[[Event], None] | None = None,
+    on_seen: Callable[[Seen], None] | None = None,
 ) -> dict[str, Any]:
     """Tunes the arms with the same number of runs, tests the winners on fresh seeds, and writes the report.
 
@@ -49,6 +51,7 @@ def compare(
         resume: Go on with an earlier run of the same configuration; finished runs are not done again. Arms may have
             been added.
         progress: Called with every `Event` of the study.
+        on_seen: Told what was seen of the data, before the first run. What is doubtful is logged as a warning.
 
     Returns:
         The summary, as in summary.json. The folder also holds config.yaml, runs.csv, report.html and study.journal.
@@ -70,6 +73,10 @@ def compare(
     if resume:
         _check_arms_kept(config.output, arms)
     facts = data_facts(config, config.untuned_lr, config.lr_ratio, arms)
+    seen = data_seen(config)
+    if on_seen:
+        on_seen(seen)
+    seen.tell()
     with hold_output(config.output):
         folder = prepare_output(config.output, settings, overwrite=overwrite, resume=resume, ignore=MAY_DIFFER)
         if resume and _saved_arms(folder) != arms:

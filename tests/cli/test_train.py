@@ -162,7 +162,7 @@ def test_missing_file(refused, tmp_path, model_folder):
         (b"text,label\n", "no rows"),
         (b"text,label\ngood film,a\nbad film,a\n", "one class"),
         (b"text,label\ngood film,a\nbad, film,b\n", "line 3"),
-        (b"text,label\ngood film,a\nb\xe9d film,b\n", "UTF-8"),
+        (b"text,label\ngood film \xc3\xa9,a\nb\xe9d film,b\n", "UTF-8"),
         (b"text,label\ngood film,a\nbad film,\nfine film,b\n", "label"),
         (b"words,kind\ngood film,a\nbad film,b\n", "no column 'text'"),
     ],

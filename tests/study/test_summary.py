@@ -317,3 +317,57 @@ def test_an_interval_stays_within_what_there_can_be():
     assert summary["arms"]["loraplus"]["test"]["loss"]["low"] == 0.0
     difference = summary["paired"]["accuracy_difference"]
     assert (difference["low"], difference["high"]) == (-1.0, 1.0)
+
+
+def with_learning(records, p_values, share=0.7):
+    """The final and untuned runs as they tell of what was learnt: {(phase, arm): p}."""
+    return [
+        replace(r, values={"chance_p": p, "macro_f1": 0.4, "majority_share": share})
+        if (p := p_values.get((r.trial.phase, r.trial.arm))) is not None
+        else r
+        for r in records
+    ]
+
+
+EVERY = [(phase, arm) for phase in ("final", "untuned") for arm in ("lora", "loraplus")]
+
+
+def test_where_nothing_was_learnt_the_verdict_says_so_and_holds_no_statistics():
+    summary = summary_of(with_learning(study(0.8), dict.fromkeys(EVERY, 0.9)))
+    verdict = summary["verdict"]
+    assert verdict.startswith("Nothing was learnt: ") and "70.0%" in verdict and "permutation test" in verdict
+    assert "either" in verdict and not [
+        word for word in ("interval", "p =", "difference found", "rests on") if word in verdict
+    ]
+    assert summary["learning"]["nothing"] == ["lora", "loraplus"]
+
+
+def test_where_the_untuned_runs_alone_learnt_nothing_the_others_are_compared():
+    p_values = dict.fromkeys(EVERY[:2], 0.001) | dict.fromkeys(EVERY[2:], 0.9)
+    verdict = summary_of(with_learning(study(0.9), p_values))["verdict"]
+    assert verdict.startswith("Tuned with equal budgets, LoRA+ is better") and "neither arm learnt anything" in verdict
+
+
+def test_where_one_arm_learnt_nothing_it_is_named_beside_the_difference():
+    verdict = summary_of(with_learning(study(0.9), dict.fromkeys(EVERY, 0.001) | {("final", "lora"): 0.9}))["verdict"]
+    assert "LoRA+ is better" in verdict and "was learnt by LoRA on 3 of 3 seeds" in verdict
+
+
+def test_where_all_learnt_the_verdict_is_what_it_was():
+    summary = summary_of(with_learning(study(0.9), dict.fromkeys(EVERY, 0.001)))
+    assert summary["verdict"] == summary_of(study(0.9))["verdict"] and "learning" not in summary_of(study(0.9))
+
+
+def test_a_page_of_arms_that_learnt_nothing_has_no_differences_and_no_steps():
+    from loraplus.report import render
+
+    facts = {
+        "source": "d.csv", "labels": ["a"], "steps": 100, "text_column": "t", "label_column": "l", "train_examples": 1,
+        "validation_examples": 1, "test_examples": 1, "split_seed": 0, "duplicates_removed": 0, "max_length": 8,
+        "truncated_train_examples": 0,
+    }  # fmt: skip
+    shown = {}
+    for name, records in {"learnt": study(0.9), "not": with_learning(study(0.9), dict.fromkeys(EVERY, 0.9))}.items():
+        page = render(summarise(records, config={"model": "m"}, data_facts=facts), records)
+        shown[name] = [text in page for text in ("final loss of", "LoRA+ − LoRA</td>", "permutation test within seeds")]
+    assert shown == {"learnt": [True] * 3, "not": [False] * 3}

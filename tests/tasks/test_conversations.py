@@ -104,7 +104,7 @@ GOOD = {"messages": [USER, ASSISTANT]}
         ([GOOD, {"prompt": "a"}], r"line 2: there are no messages"),
         ([{"text": "a"}, {"text": "half \ud83d"}], r"line 2: half of a surrogate pair"),
         ([{"prompt": "a"}], r"has a column 'prompt' but nothing in a column 'completion'"),
-        ([{"question": "a", "answer": "b"}], r"--task sft needs a column 'messages'.*it has 'question', 'answer'"),
+        ([{"said": "a", "heard": "b"}], r"needs a column 'messages'.*--prompt-column.*it has 'said', 'heard'"),
         ([{"text": "a"}, {"text": " "}], r"the text \(column 'text'\) is missing in 1 of 2 rows, first in line 2"),
     ],
 )  # fmt: skip

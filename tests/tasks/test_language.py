@@ -156,7 +156,7 @@ def test_evaluation_is_the_mean_over_target_tokens(config):
 def test_losses_of_test_examples_have_the_loss_a_token_as_mean(config):
     names = {f.name for f in dataclasses.fields(TestSettings)} - {"lr"}
     trainer, data = trainer_of(TestSettings(**{name: value for name, value in vars(config).items() if name in names}))
-    losses, correct = LanguageModelling().test(trainer, data)
+    losses, correct, _ = LanguageModelling().test(trainer, data)
     assert correct == () and len(losses) == data.facts["test_examples"] > 0
     assert np.mean(losses) == pytest.approx(trainer.predict(data.test).metrics["test_loss"], rel=1e-5)
 

@@ -13,9 +13,10 @@ from loraplus.bench.machine import machine
 from loraplus.bench.measure import Measurement, Told
 from loraplus.bench.prepared import prepare
 from loraplus.bench.shapes import SHAPES, make
+from loraplus.errors import InputError
 from loraplus.files.scratch import scratch_folder
 from loraplus.speed import LEVERS
-from loraplus.tasks.config import CLASSIFICATION, BenchConfig, TaskConfig
+from loraplus.tasks.config import CLASSIFICATION, MULTI_LABEL, REGRESSION, BenchConfig, TaskConfig
 
 _OWN_BATCHES = 8
 
@@ -52,6 +53,8 @@ def _measurement(config: BenchConfig, name: str, seconds: float, scratch: Path, 
     """A row, its model and data made or read."""
     wanted = {field.name: getattr(config, field.name) for field in fields(TaskConfig)}
     if name == OWN:
+        if config.task in (REGRESSION, MULTI_LABEL):
+            raise InputError(f"--task {config.task} is not for bench; its steps cost what those of classification do")
         title, batches, memory = f"{config.model} on {config.data}", _OWN_BATCHES, True
         unit = "examples" if config.task == CLASSIFICATION else "tokens"
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
+from loraplus.cli.seen import run_check, show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
 from loraplus.study.arms import ALL, REFERENCE, chosen
 from loraplus.tasks.config import CompareConfig
@@ -21,21 +23,36 @@ _NAMES = {
 
 
 @config_command(app, "compare", CompareConfig, check=lambda config: chosen(config.arms), names=_NAMES)
-def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
+def run(config: CompareConfig, *, overwrite: bool, resume: bool, check: bool, json: bool, plain: bool) -> None:
     """Compare LoRA with LoRA+ (and others: --arms) on your task: tuned with equal budgets, tested on fresh seeds."""
     from loraplus.cli.console import quiet_libraries
     from loraplus.cli.progress import study_progress
 
     quiet_libraries()
+    if check:
+        run_check(config, json=json, plain=plain)
+        return
     from loraplus.compare import REPORT_FILE, compare
 
     console = Console(stderr=json, plain=plain)
     with narrated(console), study_progress(console, plain=plain) as progress:
-        summary = compare(config, overwrite=overwrite, resume=resume, progress=progress)
+        summary = compare(
+            config,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            on_seen=None if json else partial(show, console),
+        )
     if json:
         print_json(summary)
     console.widened().print(results_table(summary))
     console.print(str(summary["verdict"]))
+    for arm, row in summary["arms"].items():
+        if row["best_at_edge"]:
+            console.say(
+                f"{ALL[arm].title}'s best rate is the outermost of those tried: a better one may lie beyond; give more "
+                "--tuning-runs"
+            )
     console.say(f"report: {Path(config.output) / REPORT_FILE}")
 
 

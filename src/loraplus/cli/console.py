@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from loraplus.cli.terminal import Console, narrated
 from loraplus.tasks.progress_log import ProgressLog
 
-_SHOWN = ("eval_loss", "eval_accuracy", "eval_perplexity")
+_SHOWN = ("eval_loss", "eval_accuracy", "eval_macro_f1", "eval_r2", "eval_perplexity")
 
 
 def quiet_libraries() -> None:

@@ -11,5 +11,8 @@ BaseModel = Annotated[str | None, typer.Option(help="Base model, if it is no lon
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run in --output stopped.")]
+Check = Annotated[
+    bool, typer.Option("--check", help="Say what is seen of the data and how long a run takes, and stop there.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Plain = Annotated[bool, typer.Option("--plain", help="No colours, no moving progress bars.")]

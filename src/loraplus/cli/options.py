@@ -23,7 +23,7 @@ from loraplus.files.parsing import LONGEST_YAML, ParseError, parse_yaml
 from loraplus.files.single import read_text
 
 # Options of the command itself, not of the run: never part of the configuration.
-COMMAND_ONLY = {"config", "overwrite", "resume", "json", "plain", "help"}
+COMMAND_ONLY = {"config", "overwrite", "resume", "check", "json", "plain", "help"}
 
 
 def load_yaml(path: str, known: set[str]) -> dict[str, Any]:
@@ -90,6 +90,7 @@ _OWN_FLAGS = {
     "config": (Annotated[str | None, _CONFIG], None),
     "overwrite": (common_flags.Overwrite, False),
     "resume": (common_flags.Resume, False),
+    "check": (common_flags.Check, False),
     "json": (common_flags.Json, False),
     "plain": (common_flags.Plain, False),
 }
@@ -101,7 +102,7 @@ def config_command(
     config_class: type,
     check: Callable[[Any], object] = lambda config: None,
     required: Sequence[str] = ("model", "data", "output"),
-    own: Sequence[str] = ("overwrite", "resume", "json", "plain"),
+    own: Sequence[str] = ("overwrite", "resume", "check", "json", "plain"),
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Callable[..., None]], Any]:
     """Registers `run(config, overwrite, resume, json, plain)` as a command with one flag a field of the class.
@@ -123,8 +124,9 @@ def config_command(
         def command(**values: Any) -> None:
             values.pop("config")
             extra = {key: values.pop(key) for key in own}
+            only_checked = extra.get("check", False)
             for needed in required:
-                if not values[needed]:
+                if not values[needed] and not (only_checked and needed == "output"):
                     raise InputError(f"--{needed} is needed (a flag, or a key of the --config file)")
             config = config_class(**values)
             check(config)
@@ -134,7 +136,8 @@ def config_command(
                 check_run(config, overwrite=extra["overwrite"], resume=extra["resume"])
                 if is_speaker() and not extra["json"]:  # a program needs no greeting
                     console = Console(plain=extra["plain"])
-                    console.say(f"{name}: {config.task} on {config.data} with {config.model}, into {config.output}")
+                    into = "nothing is written (--check)" if only_checked else f"into {config.output}"
+                    console.say(f"{name}: {config.task} on {config.data} with {config.model}, {into}")
             run(config, **extra)
 
         parameters = [_parameter(spec, hints[spec.name], names) for spec in specs]

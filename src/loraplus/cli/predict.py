@@ -20,10 +20,15 @@ _FORMATS = (".csv", ".tsv", ".jsonl")
 @app.command("predict")
 def run(
     adapter: Annotated[str, typer.Option(help="Folder that `loraplus train` wrote.")],
-    data: Annotated[str, typer.Option(help="CSV, TSV, JSON Lines or Parquet file, or `datasets` folder.")],
+    data: Annotated[
+        str, typer.Option(help="CSV, TSV, JSON Lines, Excel or Parquet file (or .gz), or a folder of data.")
+    ],
     output: Annotated[str, typer.Option(help="File to write: .csv, .tsv or .jsonl.")],
     model: flags.BaseModel = None,
     text_column: Annotated[str | None, typer.Option(help="Column with the text; guessed if not given.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Encoding of a text file, such as cp1252; guessed if not given.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 64,
     trust_remote_code: flags.TrustRemoteCode = False,
     overwrite: flags.Overwrite = False,
@@ -40,7 +45,7 @@ def run(
     base_of(adapter, model)
     console = Console(stderr=json, plain=plain)
     with narrated(console):
-        table = read_table(data)
+        table = read_table(data, encoding=encoding)
     column = choose_text_column(table, text_column)
     texts = ["" if text is None else str(text) for text in table.columns[column]]
     if not json:
@@ -54,17 +59,47 @@ def run(
     classifier, tokenizer = load_adapter(adapter, model, trust_remote_code=trust_remote_code)
     with counting_bar(console, "labelling", len(texts), plain=plain) as advance:
         rows = predict(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)
-    names = [*table.columns, *(name for name in ("prediction", "probability") if name not in table.columns)]
+    names = list(dict.fromkeys([*table.columns, *rows[0]]))
     labelled = ({**{name: values[i] for name, values in table.columns.items()}, **row} for i, row in enumerate(rows))
     write_atomically(target, _render(labelled, names, target.suffix))
-    predicted = Counter(row["prediction"] for row in rows)
-    counts = {label: predicted[label] for label in classifier.config.id2label.values()}
+    counts = _summary(rows, classifier.config)
+    notes = _notes(adapter, [row["prediction"] for row in rows])
     if json:
-        print_json({"output": output, "examples": len(rows), "predictions": counts})
+        print_json({"output": output, "examples": len(rows), "predictions": counts, "notes": notes})
     else:
-        shares = " · ".join(f"{label} {count}" for label, count in counts.items())
+        shares = " · ".join(f"{label} {count:g}" for label, count in counts.items())
         console.say(f"{len(rows)} texts labelled: {shares}")
+        for note in notes:
+            console.say(f"! {note}")
         console.say(f"written to {output}")
+
+
+def _notes(adapter: str, predicted: list[Any]) -> list[str]:
+    """That the adapter's training learnt nothing, or that its answers do not depend on the text."""
+    from loraplus.files.paths import is_file, user_path
+    from loraplus.files.single import read_json
+    from loraplus.tasks.finished import METRICS_FILE
+    from loraplus.tasks.learnt import ADVICE
+
+    notes = []
+    path = user_path(adapter) / METRICS_FILE
+    metrics = read_json(path) if is_file(path) else {}
+    learnt = metrics.get("learnt") if isinstance(metrics, dict) else None
+    if isinstance(learnt, dict) and learnt.get("learnt") is False:
+        notes.append(f"nothing was learnt when {adapter} was trained, by the permutation test; {ADVICE}")
+    if len(predicted) > 1 and len(set(predicted)) == 1:
+        notes.append(f"every text is given {str(predicted[0])!r}")
+    return notes
+
+
+def _summary(rows: list[dict[str, Any]], config: Any) -> dict[str, float]:
+    """How often each label was given; of numbers their range and mean."""
+    predicted = [row["prediction"] for row in rows]
+    if config.problem_type == "regression":
+        return {"least": min(predicted), "mean": sum(predicted) / len(predicted), "most": max(predicted)}
+    several = config.problem_type == "multi_label_classification"
+    labels = Counter(label for value in predicted for label in (value.split("|") if several else (value,)))
+    return {label: labels[label] for label in config.id2label.values()}
 
 
 def _render(rows: Iterable[dict[str, Any]], names: list[str], suffix: str) -> str:

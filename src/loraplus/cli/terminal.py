@@ -83,10 +83,16 @@ def json_for_terminal(text: str) -> str:
 
 
 @contextmanager
-def narrated(console: Console) -> Iterator[None]:
-    """Shows on a console what the library says while it reads and prepares data (its log, level INFO)."""
+def narrated(console: Console, *, doubts: bool = True) -> Iterator[None]:
+    """Shows on a console what the library says while it reads and prepares data (its log, level INFO).
+
+    Args:
+        console: to show it on.
+        doubts: show warnings, too; without them where they stand in the result.
+    """
     log = logging.getLogger("loraplus")
     handler = _Lines(console)
+    handler.addFilter(lambda record: doubts or record.levelno < logging.WARNING)
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -103,4 +109,4 @@ class _Lines(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.say(record.getMessage())
+        self._console.say(f"{'! ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
+from loraplus.cli.seen import run_check, show
 from loraplus.cli.terminal import Console, narrated, print_json
-from loraplus.tasks.config import CLASSIFICATION, TrainConfig
+from loraplus.tasks.config import OF_LABELS, TrainConfig
+
+_SHOWN = (
+    "eval_loss",
+    "eval_accuracy",
+    "eval_micro_f1",
+    "eval_macro_f1",
+    "eval_mse",
+    "eval_mae",
+    "eval_r2",
+    "eval_pearson",
+    "eval_perplexity",
+)
 
 
 @config_command(app, "train", TrainConfig)
-def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
+def run(config: TrainConfig, *, overwrite: bool, resume: bool, check: bool, json: bool, plain: bool) -> None:
     """Train a text classifier or a language model (--task) with LoRA+ and write a PEFT-format adapter."""
     from loraplus.cli.console import TrainingProgress, quiet_libraries
 
     quiet_libraries()
     from loraplus.tasks.data_parallel import is_main_process
+
+    if check:
+        run_check(config, json=json, plain=plain)
+        return
     from loraplus.tasks.train import train
 
     if not is_main_process():
         train(config, overwrite=overwrite, resume=resume)
         return
     console = Console(stderr=json, plain=plain)
-    with narrated(console), TrainingProgress(console, plain=plain) as progress:
-        metrics = train(config, overwrite=overwrite, resume=resume, callbacks=[progress])
+    with narrated(console, doubts=not json), TrainingProgress(console, plain=plain) as progress:
+        metrics = train(
+            config,
+            overwrite=overwrite,
+            resume=resume,
+            callbacks=[progress],
+            on_seen=None if json else partial(show, console),
+        )
     report = None
-    if config.task != CLASSIFICATION:
+    if config.task not in OF_LABELS:
         from loraplus.report.training import write_report
 
         report = write_report(config.output)
@@ -40,14 +64,23 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
 
 
 def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> None:
-    measure = next(name for name in ("eval_accuracy", "eval_perplexity") if name in metrics)
+    from loraplus.tasks.learnt import ADVICE
+
+    measures = [name for name in _SHOWN if name in metrics]
     console.say(
-        f"eval_loss {metrics['eval_loss']:.4f} · {measure} {metrics[measure]:.4f} after "
+        " · ".join(f"{name} {metrics[name]:.4f}" for name in measures) + " after "
         f"{metrics['steps']} steps (best at {metrics['best_step']}), {metrics['seconds_per_step']:.3g} s a step"
     )
+    if "majority_share" in metrics:
+        console.say(f"always the most frequent class: accuracy {metrics['majority_share']:.4f}")
+    if metrics.get("learnt", {}).get("learnt") is False:
+        console.say(
+            f"nothing was learnt: the answers fit no better than shuffled ones (permutation test, p = "
+            f"{metrics['learnt']['p_value']:.2g}); {ADVICE}"
+        )
     console.say(_about_rates(metrics))
     data = metrics["data"]
-    about = _about_classes(data) if "labels" in data else _about_tokens(data, metrics["packing"])
+    about = _about_tokens(data, metrics["packing"]) if "packing" in metrics else _about_labels(data)
     console.say(
         f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, {about}"
     )
@@ -64,9 +97,10 @@ def _about_rates(metrics: dict[str, Any]) -> str:
     return f"{rates}, set automatically{why}; to fix them next time: --lr {lr:.3g} --lr-ratio {ratio:.3g}"
 
 
-def _about_classes(data: dict[str, Any]) -> str:
+def _about_labels(data: dict[str, Any]) -> str:
+    what = f"{len(data['labels'])} classes, " if "labels" in data else ""
     return (
-        f"{len(data['labels'])} classes, {data['duplicates_removed']} duplicates removed, "
+        f"{what}{data['duplicates_removed']} duplicates removed, "
         f"max length {data['max_length']} ({data['truncated_train_examples']} texts cut)"
     )
 

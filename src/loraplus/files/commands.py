@@ -25,6 +25,10 @@ LATER_SETTINGS = {
     "lr_magnitude": None,
     "lr_overrides": None,
     "lr_ratio_overrides": None,
+    "prompt_column": None,
+    "completion_column": None,
+    "messages_column": None,
+    "encoding": None,
     "speed_up": True,  # runs before it computed the same, to rounding
 }
 """Settings that came later, with the value that runs without them had."""
@@ -38,7 +42,7 @@ class Command:
         known_by: keys that a configuration has if it is this command's.
         files: that it writes, beside the configuration.
         pattern: of more such files.
-        of_language: files that it writes unless the task is classification.
+        of_language: files that it writes where the task trains a language model.
         has_checkpoints: whether checkpoints are among what it writes.
     """
 
@@ -50,7 +54,7 @@ class Command:
 
     def written(self, folder: Path, config: Mapping[str, Any]) -> list[Path]:
         """What it has written, or may have, to a folder with such a configuration."""
-        is_language = config.get("task", LATER_SETTINGS["task"]) != LATER_SETTINGS["task"]
+        is_language = config.get("task") in ("sft", "lm")
         paths = [folder / name for name in self.files + (self.of_language if is_language else ())]
         paths += sorted(folder.glob(self.pattern)) if self.pattern else []
         return paths + (checkpoints(folder) if self.has_checkpoints else [])

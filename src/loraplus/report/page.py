@@ -34,7 +34,7 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
     summary = {"untuned": None, "config": {}, "cost": {"seconds_per_step_ratio": None}, **summary}
     best = {arm: row["best"] for arm, row in summary["arms"].items() if ALL[arm].tuned}
     arms = [arm for arm in ALL if arm in summary["arms"]]
-    measures = measures_of(summary["config"])
+    measures, learning = measures_of(summary["config"]), summary.get("learning", {})
     return template(_TEMPLATE).render(
         summary=summary,
         records=records,
@@ -45,6 +45,8 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
         titles={arm: info.title for arm, info in ALL.items()},
         classes=_classes(summary["data"]),
         has_accuracy=ACCURACY in measures,
+        nothing=learning.get("nothing", ()),
+        nothing_untuned=bool(learning.get("nothing_untuned")),
         plotly_js=Markup(get_plotlyjs()),
         seeds=Markup(plots.as_json(plots.differences(_pairs(summary), deciding(measures)))),
         curves=Markup(plots.as_json(plots.curves(records))),

@@ -180,7 +180,8 @@ class Record(Generic[TrialT]):
             such that the mean over examples is that over tokens.
         seconds: Wall-clock time of the run, with its evaluations.
         rates_reached: (η_A, η_B) that a method which sets its own rates arrived at, without the schedule.
-        values: What an experiment measures of a whole run, by name.
+        values: What an experiment measures of a whole run, or what an arm's run comes to on the test
+            examples beside its losses, by name.
         rows: Of an experiment's run that trains many variants at once: one mapping each, all with the same names, such
             as {"lr_a": 1e-3, "lr_b": 1e-2, "test_loss": 0.2}.
         shown: What Optuna shows as the run's value. Default: the loss.

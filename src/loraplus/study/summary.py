@@ -12,6 +12,7 @@ from typing import Any
 
 from loraplus.errors import DivergedError
 from loraplus.study.arms import ALL, REFERENCE
+from loraplus.study.learning import TEST, learning, nothing_learnt
 from loraplus.study.pairs import (
     Pair,
     cost_ratio,
@@ -76,9 +77,21 @@ def summarise(records: Sequence[Record], *, config: dict[str, Any], data_facts: 
         "cost": {"seconds_per_step_ratio": cost_ratio(records, _MAIN)},
         "decision": _decision([main, *others], measures),
     }
+    learnt = {arm: learning(runs[arm]) for arm in arms}
+    if any(learnt.values()):
+        untuned_runs = {REFERENCE: untuned.reference, _MAIN: untuned.runs}
+        untuned_learnt = {arm: learning(of_arm) for arm, of_arm in untuned_runs.items()}
+        summary["learning"] = {
+            "test": TEST,
+            "level": LEVEL,
+            "arms": learnt,
+            "nothing": nothing_learnt(learnt),
+            "untuned": untuned_learnt,
+            "nothing_untuned": nothing_learnt(untuned_learnt),
+        }
     if others:
         summary["paired_with_lora"] = {pair.arm: _paired_with_lora(pair, records) for pair in others}
-    summary["verdict"] = verdict(main, untuned, others, records)
+    summary["verdict"] = verdict(main, untuned, others, records, summary.get("learning"))
     return summary
 
 

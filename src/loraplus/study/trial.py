@@ -20,9 +20,11 @@ from loraplus.tasks.callbacks import DivergenceGuard, StepClock
 from loraplus.tasks.checks import rates_of
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.lengths import steps_between_evaluations
+from loraplus.tasks.look import seen_of_run
 from loraplus.tasks.measures import ACCURACY, MEASURES
 from loraplus.tasks.methods import Method, rates_arrived_at
-from loraplus.tasks.task import task_of
+from loraplus.tasks.seen import Seen
+from loraplus.tasks.task import Tested, task_of
 from loraplus.tasks.training import build_trainer, total_steps, train_and_evaluate
 
 
@@ -61,6 +63,11 @@ def data_facts(config: TaskConfig, lr: float, lr_ratio: float, arms: Sequence[st
     return {**data.facts, **facts, "steps": steps}
 
 
+def data_seen(config: TaskConfig) -> Seen:
+    """What was seen of the data, which `data_facts` has read."""
+    return seen_of_run(config, _load_once(config)[1])
+
+
 def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], None]) -> Record:
     """Trains once and evaluates; final and untuned trials are also tested, after their last step.
 
@@ -94,7 +101,7 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
                           _curve(trainer.state.log_history), seconds=time.perf_counter() - started,
                           rates_reached=_rates_reached(arm, trainer))  # fmt: skip
         curve = _curve(trainer.state.log_history)
-        losses, correct = ((), ()) if trial.phase == "tuning" else task.test(trainer, data)
+        tested = Tested(()) if trial.phase == "tuning" else task.test(trainer, data)
     return Record(
         trial=trial,
         status="done",
@@ -103,8 +110,9 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
         eval_accuracy=curve[-1].eval_accuracy,
         seconds_per_step=clock.seconds_per_step,
         curve=curve,
-        test_losses=losses,
-        test_correct=correct,
+        test_losses=tested.losses,
+        test_correct=tested.correct,
+        values=tested.values,
         seconds=time.perf_counter() - started,
         rates_reached=_rates_reached(arm, trainer),
     )

@@ -21,10 +21,11 @@ from loraplus.study.search.halving import RATIO
 from loraplus.study.search.pattern import START_GEOMETRIC_MEAN_LR
 from loraplus.study.storage import without_password
 from loraplus.study.store import StudyStore
-from loraplus.study.trial import data_facts, run_trial
+from loraplus.study.trial import data_facts, data_seen, run_trial
 from loraplus.study.tuning import TuningPlan
 from loraplus.tasks.checks import check_settings
 from loraplus.tasks.config import DEFAULT_TUNING_RUNS, TaskConfig, TrainConfig, TuneConfig
+from loraplus.tasks.seen import Seen
 
 SCHEMA_VERSION = 1
 RESULT_FILE = "tune.json"
@@ -43,6 +44,7 @@ def tune(
     overwrite: bool = False,
     resume: bool = False,
     progress: Callable[[Event], None] | None = None,
+    on_seen: Callable[[Seen], None] | None = None,
 ) -> dict[str, Any]:
     """Searches η_A and λ by successive halving and writes the best pair with everything that was run.
 
@@ -56,6 +58,7 @@ def tune(
         overwrite: Replace an earlier run's output; a study in a storage of its own stays.
         resume: Go on with an earlier run of the same configuration; finished runs are not done again.
         progress: Called with every `Event` of the study.
+        on_seen: Told what was seen of the data, before the first run. What is doubtful is logged as a warning.
 
     Returns:
         The content of tune.json. The folder also holds config.yaml, trials.csv, best.yaml for `loraplus train --config`
@@ -76,6 +79,10 @@ def tune(
     check_output(config.output, settings, overwrite=overwrite, resume=resume)
     start = Point.from_geometric_mean(START_GEOMETRIC_MEAN_LR, RATIO)
     facts = data_facts(config, start.lr, start.lr_ratio)
+    seen = data_seen(config)
+    if on_seen:
+        on_seen(seen)
+    seen.tell()
     plan = TuningPlan(facts["steps"], config.seed, config.tuning_runs, config.minutes)
     begun = resume and has_begun(config.output, RESULT_FILE, TRIALS_FILE)
     store = None if config.storage is None else _open(config.storage, config, facts, begun)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from loraplus.study.arms import ALL
+from loraplus.study.learning import nothing_sentence, some_seeds_sentence
 from loraplus.study.pairs import Pair, diverged, runs_of
 from loraplus.study.records import ARMS, Phase, Record, Trial
 from loraplus.study.statistics import LEAST_SEEDS, PairedDifference
@@ -12,9 +14,16 @@ from loraplus.study.wording import in_seeds, p_value, signed
 from loraplus.tasks.measures import ACCURACY, LOSS, perplexity
 
 _FEW_SEEDS = 5
+_UNTUNED_NOTHING = "Untuned, at a usual rate, neither arm learnt anything."
 
 
-def verdict(main: Pair, untuned: Pair, others: Sequence[Pair], records: Sequence[Record]) -> str:
+def verdict(
+    main: Pair,
+    untuned: Pair,
+    others: Sequence[Pair],
+    records: Sequence[Record],
+    learnt: Mapping[str, Any] | None = None,
+) -> str:
     """Every comparison with LoRA in a sentence or two, and how much it rests on.
 
     Args:
@@ -22,17 +31,29 @@ def verdict(main: Pair, untuned: Pair, others: Sequence[Pair], records: Sequence
         untuned: the same at a usual rate.
         others: further arms against LoRA.
         records: of all phases and arms.
+        learnt: what the arms learnt, as under "learning" in summary.json; None where that is not known.
 
     Returns:
-        Sentences; "no difference found" where none was, "no verdict" where there are too few seeds for one.
+        Sentences; "no difference found" where none was, "no verdict" where there are too few seeds for one, and no
+        statistics of arms that learnt nothing.
     """
-    sentences = [_main_sentence(main)] if main.runs else []
+    of_arms, nothing = (learnt["arms"], learnt["nothing"]) if learnt else ({}, [])
+    sentences = [nothing_sentence(of_arms, nothing)] if nothing else []
+    if main.runs and main.arm not in nothing:
+        sentences.append(_main_sentence(main))
+    if some := some_seeds_sentence(of_arms, but=nothing):
+        sentences.append(some)
     if lost := divergence(records, "final"):
         sentences.append(f"In these runs {lost}; seeds that an arm diverged on are left out of both.")
-    sentences += [_other_sentence(pair, records) for pair in others]
+    sentences += [_other_sentence(pair, records) for pair in others if pair.arm not in nothing]
     if trials := {arm: runs[0].trial for arm in ARMS if (runs := runs_of(records, "untuned", arm))}:
-        sentences.append(_untuned_sentence(untuned, trials, divergence(records, "untuned")))
-    if caveat := _caveat([len(pair.runs) for pair in (main, untuned, *others) if pair.runs]):
+        if learnt and learnt["nothing_untuned"]:
+            sentences.append("Untuned, at a usual rate, nothing was learnt either." if nothing else _UNTUNED_NOTHING)
+        else:
+            sentences.append(_untuned_sentence(untuned, trials, divergence(records, "untuned")))
+    told = [pair for pair in (main, *others) if pair.arm not in nothing]
+    told += [] if learnt and learnt["nothing_untuned"] else [untuned]
+    if caveat := _caveat([len(pair.runs) for pair in told if pair.runs]):
         sentences.append(caveat)
     return " ".join(sentences)
 

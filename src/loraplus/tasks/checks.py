@@ -18,7 +18,6 @@ from loraplus.notices import told_once
 from loraplus.rate_keywords import rates_from
 from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.tasks.config import (
-    CLASSIFICATION,
     DEFAULT_LR,
     DEFAULT_LR_HEAD,
     DEFAULT_TUNING_RUNS,
@@ -27,12 +26,15 @@ from loraplus.tasks.config import (
     LONG_EXAMPLES,
     LOSS_ON,
     LOWEST_LR,
+    OF_LABELS,
+    REGRESSION,
     CompareConfig,
     TaskConfig,
     TrainConfig,
     TuneConfig,
     check_held,
 )
+from loraplus.tasks.encodings import checked_encoding
 from loraplus.tasks.measures import MEASURES
 from loraplus.tasks.splits import check_fraction, check_seed
 from loraplus.tasks.table import check_source
@@ -58,7 +60,8 @@ SCHEDULES = (
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 )  # fmt: skip
 _OF_COMPARISONS: tuple[Bound, ...] = ((("tuning_runs", "seeds", "workers"), "be at least 1", lambda value: value >= 1),)
-_OF_LANGUAGE_MODELS = ("loss_on", "packing", "long_examples", "chat_template", "load_in_4bit")
+_OF_CHATS = ("prompt_column", "completion_column", "messages_column")
+_OF_LANGUAGE_MODELS = ("loss_on", "packing", "long_examples", "chat_template", "load_in_4bit", *_OF_CHATS)
 
 
 def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
@@ -72,7 +75,7 @@ def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
     Raises:
         InputError, InvalidRateError: a setting, file or folder that cannot be used.
     """
-    if overwrite or not resume:
+    if config.output and (overwrite or not resume):
         check_output(config.output, asdict(config), overwrite=overwrite, resume=resume)
     check_settings(config)
     _check_rates(config)
@@ -95,6 +98,8 @@ def check_settings(config: TaskConfig) -> None:
     check_numbers(config)
     check_seed(config)
     _check_schedule(config.lr_scheduler_type)
+    if config.encoding is not None:
+        checked_encoding(config.encoding)
     if config.eval_data is None:
         check_fraction(config.eval_fraction)
     if isinstance(config, TrainConfig) and config.samples < 0:
@@ -133,15 +138,20 @@ def check_task(config: TaskConfig) -> None:
         raise InputError(
             f"--task: there is no task {config.task!r}; the nearest is {near!r}, all are {', '.join(MEASURES)}"
         )
-    if config.task == CLASSIFICATION:
+    if config.task == REGRESSION and isinstance(config, CompareConfig):
+        raise InputError("--task regression is for train, predict and tune; compare decides by accuracy or perplexity")
+    if config.task in OF_LABELS:
         for name in _OF_LANGUAGE_MODELS:
             if getattr(config, name) != LATER_SETTINGS[name]:
-                raise InputError(f"--{_flag(name)} is for --task sft and lm, not for classification")
+                raise InputError(f"--{_flag(name)} is for --task sft and lm, not for {config.task}")
         return
     if config.label_column is not None:
-        raise InputError("--label-column is for --task classification")
+        raise InputError("--label-column is for --task classification, regression and multi-label")
     if config.lr_head != DEFAULT_LR_HEAD:
-        raise InputError("--lr-head is for --task classification; a decoder trains no head")
+        raise InputError("--lr-head is for --task classification, regression and multi-label; a decoder trains no head")
+    for name in _OF_CHATS:
+        if getattr(config, name) is not None and (config.task == "lm" or config.text_column is not None):
+            raise InputError(f"--{_flag(name)} is for --task sft, without --text-column")
     for name, choices in (("loss_on", LOSS_ON), ("long_examples", LONG_EXAMPLES)):
         asked = getattr(config, name)
         if asked is not None and asked not in choices:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,26 @@ from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.tasks.columns import LabelledTexts, choose_columns, label_names, labelled_texts
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.data_parallel import DataParallelTrainer
+from loraplus.tasks.learnt import chance_p, learnt_record
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens, checked_length, padding_multiple
-from loraplus.tasks.splits import split
+from loraplus.tasks.seen import (
+    Seen,
+    doubt_of_contradictions,
+    doubts_of_labels,
+    doubts_of_size,
+    doubts_of_table,
+    length_row,
+    repeats,
+    repeats_row,
+    shown,
+    source_row,
+    split_row,
+)
+from loraplus.tasks.splits import Splits, split
 from loraplus.tasks.streamed import in_parts
-from loraplus.tasks.table import read_table
-from loraplus.tasks.task import Task
+from loraplus.tasks.table import Table, read_table
+from loraplus.tasks.task import Task, Tested
 from loraplus.tasks.token_rows import tokenised
 
 _LENGTH_QUANTILE = 0.99
@@ -35,7 +50,7 @@ Encoded = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Tokenised splits. `test` is empty unless a comparison asked for it."""
+    """Tokenised splits. `test` is empty unless a comparison asked for it; `answers` are the validation labels."""
 
     label_names: list[str]
     train: Encoded
@@ -44,6 +59,8 @@ class ClassificationData:
     max_length: int
     facts: dict[str, Any]
     largest_token: int = 0
+    seen: Seen = field(default_factory=Seen)
+    answers: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> ClassificationData:
@@ -62,52 +79,118 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         InputError: data that cannot be used; the message names the file, column or row.
     """
-    table = read_table(config.data)
+    table = read_table(config.data, encoding=config.encoding)
     text_column, label_column = choose_columns(table, config.text_column, config.label_column)
     data = labelled_texts(table, text_column, label_column)
     names = label_names(data.labels.distinct)
 
     def read(source: str, option: str) -> LabelledTexts:
-        aside = labelled_texts(read_table(source), text_column, label_column, option)
+        aside = labelled_texts(read_table(source, encoding=config.encoding), text_column, label_column, option)
         if unknown := sorted(set(aside.labels.distinct) - set(names)):
             raise InputError(f"{source}: labels that the training data lacks: {', '.join(unknown)}")
         return aside
 
-    train, validation, test, removed = split(data, config, read)
-    tokens = tokenised(train.texts, _indices(train, names), tokenizer)
-    max_length = checked_length(config, _max_length(tokens.lengths, tokenizer), tokenizer)
+    parts = split(data, config, read)
+    counts = dict(sorted(parts.train.labels.counts().items()))
     facts = {
+        "text_column": text_column, "label_column": label_column, "labels": names, "train_class_counts": counts,
+    }  # fmt: skip
+    return encoded(
+        config, tokenizer, parts, partial(_indices, names=names), names, facts, _seen(config, table, data, parts)
+    )
+
+
+def _seen(config: TaskConfig, table: Table, data: LabelledTexts, parts: Splits[LabelledTexts]) -> Seen:
+    found = repeats(data.texts, data.labels.codes)
+    counts = data.labels.counts().most_common()
+    held_out = parts.validation.labels.counts()
+    frequent = parts.train.labels.counts().most_common(1)[0][0]
+    share = f"{100 * held_out[frequent] / len(parts.validation):.1f}%"
+    rows = {
+        "data": source_row(table),
+        "columns": columns_row(config, data.text_column, data.label_column),
+        "classes": f"{len(counts)}: {shown([f'{label} {count:,}' for label, count in counts])}",
+        "most frequent": f"{frequent}, {share} of the validation texts: the accuracy of always saying it",
+        "duplicates": repeats_row(found, parts.duplicates_removed),
+    }
+    return Seen(rows).with_([
+        *doubts_of_table(table, data.text_column, [data.label_column], data.labels.distinct),
+        *doubt_of_contradictions(table, found, data.labels.value, data.texts),
+        *doubts_of_labels(data.labels, len(data)),
+    ])  # fmt: skip
+
+
+def columns_row(config: TaskConfig, text: str, target: str) -> str:
+    """The columns that were taken, and whether they were guessed."""
+    asked = {"--text-column": config.text_column, "--label-column": config.label_column}
+    flags = [flag for flag, name in asked.items() if not name]
+    guessed = f" (guessed; {' and '.join(flags)} {'name' if len(flags) > 1 else 'names'} others)" if flags else ""
+    return f"text {text!r}, label {target!r}{guessed}"
+
+
+def encoded(
+    config: TaskConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Splits[Any],
+    targets: Callable[[Any], np.ndarray],
+    names: Sequence[str],
+    facts: dict[str, Any],
+    seen: Seen,
+) -> ClassificationData:
+    """Tokenises the parts of the data, and chooses the length.
+
+    Args:
+        config: of the run.
+        tokenizer: of the model.
+        parts: each with `texts` and `answers`.
+        targets: what the model is to give for the examples of a part: (examples,) or (examples, labels).
+        names: of the model's outputs.
+        facts: of the task.
+        seen: of the data so far.
+    """
+    train, validation, test, removed = parts
+    tokens = tokenised(train.texts, targets(train), tokenizer)
+    max_length = checked_length(config, _max_length(tokens.lengths, tokenizer), tokenizer)
+    cut = int((tokens.lengths > max_length).sum())
+    covers = "the most by default"
+    if max_length < _LENGTH_CAP:
+        covers = f"which covers {100 * _LENGTH_QUANTILE:.0f}% of the texts"
+    rows = {
+        "split": split_row(len(train), len(validation), len(test)),
+        "length": length_row(max_length, config.max_length is not None, int(tokens.lengths.max()), covers),
+        "cut": f"{cut:,} of {len(train):,} training texts lose their end" if cut else "nothing",
+    }
+    held_out = tokenised(validation.texts, targets(validation), tokenizer, max_length)
+    known = {
         "source": config.data,
-        "text_column": text_column,
-        "label_column": label_column,
-        "labels": names,
         "train_examples": len(train),
         "validation_examples": len(validation),
         "test_examples": len(test),
-        "train_class_counts": dict(sorted(train.labels.counts().items())),
         "duplicates_removed": removed,
         "max_length": max_length,
-        "truncated_train_examples": int((tokens.lengths > max_length).sum()),
+        "truncated_train_examples": cut,
         "split_seed": config.seed,
         "sha256": _fingerprint(train, validation, test),
     }
     return ClassificationData(
-        label_names=names,
+        label_names=list(names),
         train=tokens.cut(train.texts, tokenizer, max_length),
-        validation=tokenised(validation.texts, _indices(validation, names), tokenizer, max_length).by_length(),
-        test=tokenised(test.texts, _indices(test, names), tokenizer, max_length).by_length(),
+        validation=held_out.by_length(),
+        test=tokenised(test.texts, targets(test), tokenizer, max_length).by_length(),
         max_length=max_length,
-        facts=facts,
+        facts={**known, **facts},
         largest_token=tokens.largest,
+        answers=held_out.labels,
+        seen=seen.with_(doubts_of_size(cut, len(train), len(validation), config.max_length is not None), **rows),
     )
 
 
-def _fingerprint(*parts: LabelledTexts) -> str:
+def _fingerprint(*parts: Any) -> str:
     """Hash of all texts and labels as JSON, so that a run is not resumed on data that has been edited."""
     hashed = hashlib.sha256(b"[")
     for place, part in enumerate(parts):
         hashed.update(b", [" if place else b"[")
-        for values, end in ((part.texts, b", "), (part.labels, b"]")):
+        for values, end in ((part.texts, b", "), (part.answers, b"]")):
             _add_list(hashed, values)
             hashed.update(end)
     hashed.update(b"]")
@@ -133,14 +216,12 @@ def _indices(data: LabelledTexts, names: Sequence[str]) -> np.ndarray:
     return np.asarray([index[name] for name in data.labels.distinct], np.int32)[data.labels.codes]
 
 
-def classification_metrics(prediction: Any) -> dict[str, float]:
+def classification_metrics(guess: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Accuracy, and F1 averaged over the classes so that rare ones count.
 
     Args:
-        prediction: transformers' EvalPrediction with logits (examples, classes) and label ids (examples,).
+        guess, labels: indices of classes (examples,).
     """
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    guess, labels = np.argmax(logits, axis=-1), prediction.label_ids
     return {
         "accuracy": float(np.mean(guess == labels)),
         "macro_f1": macro_f1(labels, guess),
@@ -184,6 +265,11 @@ class Classification(Task):
         **options: Any,
     ) -> LoraPlusTrainer:
         """transformers' Trainer, with padded batches."""
+
+        def measured(prediction: Any) -> dict[str, float]:
+            logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+            return self.measure(data, logits, prediction.label_ids)
+
         trainer = DataParallelTrainer(
             model=model,
             train_dataset=data.train,
@@ -192,7 +278,7 @@ class Classification(Task):
                 tokenizer, pad_to_multiple_of=padding_multiple(data.max_length, tokenizer)
             ),
             processing_class=tokenizer,
-            compute_metrics=classification_metrics,
+            compute_metrics=measured,
             **options,
         )
         # transformers takes PEFT's **kwargs for a model that divides its loss by num_items_in_batch, and leaves out its
@@ -200,7 +286,12 @@ class Classification(Task):
         trainer.model_accepts_loss_kwargs = False
         return trainer
 
-    def test(self, trainer: Any, data: ClassificationData) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+    def measure(self, data: ClassificationData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """What an evaluation tells, of the model's outputs (examples, outputs) and the labels."""
+        guess = np.argmax(logits, axis=-1)
+        return {**classification_metrics(guess, labels), "chance_p": chance_p(guess, labels)}
+
+    def test(self, trainer: Any, data: ClassificationData) -> Tested:
         """Cross-entropy and correctness of every test example."""
         output = trainer.predict(data.test)
         logits = np.asarray(output.predictions, dtype=np.float64)
@@ -208,7 +299,25 @@ class Classification(Task):
         shifted = logits - logits.max(axis=-1, keepdims=True)
         losses = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(labels)), labels]
         correct = logits.argmax(axis=-1) == labels
-        return tuple(round(float(loss), 6) for loss in losses), tuple(bool(value) for value in correct)
+        measured = self.measure(data, logits, labels)
+        values = {name: measured[name] for name in ("macro_f1", "chance_p")} | self.baseline(data, labels)
+        return Tested(tuple(round(float(loss), 6) for loss in losses), tuple(map(bool, correct)), values)
+
+    def baseline(self, data: ClassificationData, labels: np.ndarray) -> dict[str, float]:
+        """The accuracy of always saying the class that is most frequent in training.
+
+        Args:
+            data: with the counts of the training labels.
+            labels: of the examples that are answered (examples,).
+        """
+        counts = data.facts["train_class_counts"]
+        frequent = max(range(len(data.label_names)), key=lambda index: counts.get(data.label_names[index], 0))
+        return {"majority_share": float(np.mean(labels == frequent))}
+
+    def outcome(self, data: ClassificationData, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether anything was learnt, and what was to be had for nothing."""
+        p = evaluation.get("eval_chance_p")  # earlier versions did not log it
+        return {**self.baseline(data, data.answers), **({} if p is None else {"learnt": learnt_record(p)})}
 
     def save_beside_adapter(
         self, model: PeftModel, data: ClassificationData, tokenizer: PreTrainedTokenizerBase, folder: Path

@@ -46,14 +46,9 @@ def read_parquet(source: str, path: Path) -> Table:
         raise InputError(f"{source} cannot be read as Parquet ({_reason(error)})") from None
 
 
-def check_datasets_folder(source: str, path: Path) -> None:
-    """Makes sure that a folder looks like one that `datasets` wrote.
-
-    Raises:
-        InputError: it holds no description.
-    """
-    if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        raise InputError(f"{source} is a folder, but not one that `datasets` saved (save_to_disk)")
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder looks like one that `datasets` wrote."""
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def read_datasets_folder(source: str, path: Path, split: str) -> Table:

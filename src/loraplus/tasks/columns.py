@@ -35,6 +35,11 @@ class LabelledTexts:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def answers(self) -> Iterable[str]:
+        """The labels as text."""
+        return self.labels
+
     def contents(self) -> Texts:
         """The texts."""
         return self.texts
@@ -44,7 +49,8 @@ class LabelledTexts:
         return replace(self, texts=self.texts.take(rows), labels=self.labels.take(rows))
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Names of columns, quoted."""
     return ", ".join(map(repr, names)) or "no columns"
 
 
@@ -52,7 +58,7 @@ def _named(table: Table, column: str | None, option: str, usual: tuple[str, ...]
     """The column asked for, else one with a usual name. `taken` is the name that the other column has already."""
     if column is not None:
         if column not in table.columns:
-            raise InputError(f"{table.source} has no column {column!r} ({option}); it has {_listed(table.columns)}")
+            raise InputError(f"{table.source} has no column {column!r} ({option}); it has {listed(table.columns)}")
         return column
     by_lower = {name.lower(): name for name in reversed(list(table.columns)) if name != taken}
     return next((by_lower[name] for name in usual if name in by_lower), None)
@@ -71,7 +77,7 @@ def choose_text_column(
         return column
     lengths = _mean_lengths(table, label_column)
     if not lengths:
-        raise InputError(f"{table.source}: no column holds text; name it with {option} ({_listed(table.columns)})")
+        raise InputError(f"{table.source}: no column holds text; name it with {option} ({listed(table.columns)})")
     return max(lengths, key=lambda name: lengths[name])
 
 
@@ -118,7 +124,7 @@ def choose_columns(table: Table, text_column: str | None = None, label_column: s
         if len(few) != 1:
             raise InputError(
                 f"{table.source}: cannot tell which column is the label; name it with --label-column "
-                f"(columns: {_listed(table.columns)})"
+                f"(columns: {listed(table.columns)})"
             )
         label = few[0]
     if text == label:

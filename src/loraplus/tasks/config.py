@@ -14,7 +14,9 @@ DEFAULT_TUNING_RUNS = 4
 # What a study keeps is wider, so that a search that begins within these has room to move.
 LOWEST_LR, HIGHEST_LR, HIGHEST_LR_RATIO = 1e-10, 1e3, 1e6
 DEFAULT_ARMS = "lora,loraplus"
-CLASSIFICATION = "classification"
+CLASSIFICATION, REGRESSION, MULTI_LABEL = "classification", "regression", "multi-label"
+OF_LABELS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
+"""Tasks of texts with labels, which train a new head; all others train a language model."""
 ON_ALL, ON_COMPLETION, ON_ASSISTANT = "all", "completion", "assistant"
 LOSS_ON = (ON_ALL, ON_COMPLETION, ON_ASSISTANT)
 CUT, DROP, SPLIT = "cut", "drop", "split"
@@ -55,15 +57,32 @@ class _RunConfig:
 
     task: str = _option(
         CLASSIFICATION,
-        "classification; sft: chats, prompts with completions, or texts; lm: texts. The last two train a decoder.",
+        "classification; regression: a number a text; multi-label: any labels a text; sft: chats, prompts with "
+        "completions, or texts; lm: texts. The last two train a decoder.",
     )
     model: str = _option("", "Model folder, or a name on the hub.")
-    data: str = _option("", "CSV, TSV, JSON Lines or Parquet file, `datasets` folder, or hub dataset.")
+    data: str = _option(
+        "",
+        "CSV, TSV, JSON Lines, Excel or Parquet file (or .gz), folder (CLASS/*.txt, or of `datasets`), or hub dataset.",
+    )
     eval_data: str | None = _option(
         None, "Validation data; without it a part of --data is kept aside, stratified by class."
     )
     text_column: str | None = _option(None, "Column with the text; guessed if not given.")
-    label_column: str | None = _option(None, "Column with the label; guessed if not given.")
+    label_column: str | None = _option(
+        None,
+        "Column with the label or number (multi-label: or several of 0 and 1, comma-separated); guessed if not given.",
+    )
+    prompt_column: str | None = _option(
+        None, "sft: column with what is asked. Default: prompt, instruction (with input), question, …"
+    )
+    completion_column: str | None = _option(
+        None, "sft: column with what is answered. Default: completion, output, answer, response."
+    )
+    messages_column: str | None = _option(None, "sft: column with chats. Default: messages, conversations.")
+    encoding: str | None = _option(
+        None, "Encoding of text files, such as cp1252. Default: UTF-8 or UTF-16; others are guessed, and that is said."
+    )
     loss_on: str | None = _option(
         None,
         "sft: the tokens to learn: all, completion (of prompt/completion data) or assistant (turns of a chat). "
@@ -134,7 +153,7 @@ class TaskConfig(_RateFlags, _RunConfig):
     @property
     def head_rate(self) -> float | None:
         """`lr_head` where the task trains a head; a decoder's output layer stays as it is."""
-        return self.lr_head if self.task == CLASSIFICATION else None
+        return self.lr_head if self.task in OF_LABELS else None
 
 
 @dataclass(kw_only=True)

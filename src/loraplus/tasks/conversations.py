@@ -1,7 +1,8 @@
 """Turns a table into conversations, prompts with completions, or texts, and checks that each is complete.
 
 The columns are those of TRL: `messages`, a list of {"role", "content"}; `prompt` and `completion`, both strings or both
-lists of messages; or a text. `conversations`, with "from" and "value" too, is read as `messages`.
+lists of messages; or a text. `conversations`, with "from" and "value" too, is read as `messages`; instructions and
+questions with their answers become prompts with completions (`instructions.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import numpy as np
 from loraplus.errors import InputError
 from loraplus.files.parsing import ParseError, parse_json
 from loraplus.tasks.columns import TEXT_NAMES, choose_text_column, strings
+from loraplus.tasks.instructions import LITERAL, PairColumns, as_text, as_turns, pair_columns
 from loraplus.tasks.streamed import Labels, Made
 from loraplus.tasks.table import Table
 
 CONVERSATION, COMPLETION, TEXT = "conversation", "prompt and completion", "text"
 MESSAGES_NAMES = ("messages", "conversations")
-_PAIR = ("prompt", "completion")
 _ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
 
 Message = dict[str, Any]
@@ -65,6 +66,8 @@ class LanguageExamples:
     kind: str
     rows: Made[Example]
     are_chats: bool = False
+    columns: str = ""
+    """Which columns were taken, in words."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,13 +86,27 @@ class LanguageExamples:
         return replace(self, rows=self.rows.take(rows))
 
 
-def read_examples(table: Table, task: str, text_column: str | None = None) -> LanguageExamples:
+@dataclass(frozen=True)
+class NamedColumns:
+    """The columns that a user names; those that are None are guessed."""
+
+    text: str | None = None
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+
+
+def read_examples(
+    table: Table, task: str, text_column: str | None = None, *, named: NamedColumns | None = None, as_chat: bool = False
+) -> LanguageExamples:
     """The examples of a table, checked one by one.
 
     Args:
         table: from `read_table`.
         task: sft takes conversations, prompts with completions, or texts; lm takes texts.
         text_column: takes the texts of this column, whatever else there is.
+        named: columns to take, `text_column` among them.
+        as_chat: make turns of a chat of instructions and questions; else text.
 
     Raises:
         InputError: columns are missing, hold two kinds, or a row is not whole; the message names its line.
@@ -99,18 +116,25 @@ def read_examples(table: Table, task: str, text_column: str | None = None) -> La
         >>> read_examples(table, "sft").rows[0].completion
         ' 4'
     """
-    kind = TEXT if task == "lm" or text_column is not None else _kind(table)
-    if kind == TEXT:
-        texts = strings(table, "text", choose_text_column(table, text_column))
-        return LanguageExamples(
-            kind, Made(lambda i, text: Example(table.place(i), text=text), (range(len(table)), texts))
-        )
-    names = _PAIR if kind == COMPLETION else (_messages_column(table) or MESSAGES_NAMES[0],)
-    make = _pair if kind == COMPLETION else partial(_conversation, *names)
-    columns = [table.columns[name] for name in (*names, "tools") if name in table.columns]
+    named = named or NamedColumns(text=text_column)
+    found = None if task == "lm" or named.text is not None else _found(table, named)
+    if found is None:
+        column = choose_text_column(table, named.text)
+        texts = strings(table, "text", column)
+        rows = Made(lambda i, text: Example(table.place(i), text=text), (range(len(table)), texts))
+        return LanguageExamples(TEXT, rows, columns=f"text {column!r}")
+    if isinstance(found, str):
+        kind, names, shown = CONVERSATION, [found], f"messages {found!r}"
+    else:
+        kind, names, shown = COMPLETION, list(found.names), found.shown()
+    names += ["tools"] if "tools" in table.columns else []
+    make: Any = partial(_conversation, names[0]) if isinstance(found, str) else _pair
+    if isinstance(found, PairColumns) and not found.is_literal:
+        make = partial(_instruction, found, as_chat, names)
+    columns = [table.columns[name] for name in names]
     rows = Made(lambda i, *cells: make(table.place(i), *cells), (range(len(table)), *columns))
     return LanguageExamples(
-        kind, rows, are_chats=sum(row.is_chat for row in rows) > 0
+        kind, rows, are_chats=sum(row.is_chat for row in rows) > 0, columns=shown
     )  # looks at all, which checks all
 
 
@@ -119,31 +143,45 @@ def _messages_column(table: Table) -> str | None:
     return next((name for name in MESSAGES_NAMES if any(v is not None for v in table.columns.get(name, ()))), None)
 
 
-def _kind(table: Table) -> str:
+def _found(table: Table, named: NamedColumns) -> str | PairColumns | None:
+    """The column of conversations, or those of prompts with completions; None where there is a text."""
     columns = table.columns
-    there = {name for name, values in columns.items() if any(value is not None for value in values)}
-    chats = _messages_column(table)
-    if chats and there.issuperset(_PAIR):  # with a prompt alone, as UltraChat has, there is one thing to learn
+    if named.messages is not None:
+        if named.messages not in columns:
+            raise InputError(
+                f"{table.source} has no column {named.messages!r} (--messages-column); it has "
+                f"{', '.join(map(repr, columns))}"
+            )
+        return named.messages
+    there = {name: None for name, values in columns.items() if any(value is not None for value in values)}
+    asked = named.prompt is not None or named.completion is not None
+    chats = None if asked else _messages_column(table)
+    if chats and there.keys() >= set(LITERAL):  # with a prompt alone, as UltraChat has, there is one thing to learn
         first = {
-            name: next(i for i, value in enumerate(columns[name]) if value is not None) for name in (chats, *_PAIR)
+            name: next(i for i, value in enumerate(columns[name]) if value is not None) for name in (chats, *LITERAL)
         }
         places = ", ".join(f"{name!r} first in {table.row_name(i)}" for name, i in first.items())
         raise InputError(
             f"{table.source} mixes conversations with prompts and completions ({places}); give each a file of its own"
         )
     if chats:
-        return CONVERSATION
-    if missing := [name for name in _PAIR if name not in there]:
+        return chats
+    if pair := pair_columns(table.source, there, named.prompt, named.completion):
+        return pair
+    if missing := [name for name in LITERAL if name not in there]:
         if len(missing) == 1:
-            (other,) = set(_PAIR) - set(missing)
-            raise InputError(f"{table.source} has a column {other!r} but nothing in a column {missing[0]!r}")
-        if any(name.lower() in TEXT_NAMES for name in there):
-            return TEXT
-        raise InputError(
-            f"{table.source}: --task sft needs a column 'messages', or 'prompt' and 'completion', or a text "
-            f"(--text-column); it has {', '.join(map(repr, columns))}"
-        )
-    return COMPLETION
+            (other,) = set(LITERAL) - set(missing)
+            raise InputError(
+                f"{table.source} has a column {other!r} but nothing in a column {missing[0]!r}; "
+                f"--{missing[0]}-column names another"
+            )
+        if not any(name.lower() in TEXT_NAMES for name in there):
+            raise InputError(
+                f"{table.source}: --task sft needs a column 'messages', or 'prompt' and 'completion', or a text; name "
+                "them with --messages-column, --prompt-column and --completion-column, or --text-column; it has "
+                f"{', '.join(map(repr, columns))}"
+            )
+    return None
 
 
 def _tools(value: Any, where: str) -> Any:
@@ -172,9 +210,25 @@ def _conversation(name: str, where: str, cell: Any, tools: Any = None) -> Exampl
     return Example(where=where, messages=messages, tools=tools)
 
 
-def _pair(where: str, prompt: Any, completion: Any, tools: Any = None) -> Example:
+def _instruction(columns: PairColumns, as_chat: bool, names: Sequence[str], where: str, *cells: Any) -> Example:
+    """What is asked and what is answered, as turns or as text; both may be lists of messages already."""
+    row = dict(zip(names, cells, strict=True))
+    prompt, completion, context = row[columns.prompt], row[columns.completion], row.get(columns.context or "")
+    pair = _pair(where, prompt, completion, row.get("tools"), names=(columns.prompt, columns.completion))
+    if not isinstance(prompt, str):
+        return pair
+    if context is not None and not isinstance(context, str):
+        raise InputError(f"{where}: the {columns.context} is a {type(context).__name__}, expected a string")
+    context = (context or "").strip()
+    if as_chat:
+        asked, answered = as_turns(prompt, completion, context)
+        return replace(pair, prompt=asked, completion=answered)
+    return replace(pair, prompt=as_text(prompt, context))
+
+
+def _pair(where: str, prompt: Any, completion: Any, tools: Any = None, *, names: tuple[str, str] = LITERAL) -> Example:
     tools = _tools(tools, where)
-    for name, value in zip(_PAIR, (prompt, completion), strict=True):
+    for name, value in zip(names, (prompt, completion), strict=True):
         if value is None or (
             isinstance(value, (str, list)) and not (value.strip() if isinstance(value, str) else value)
         ):
@@ -184,9 +238,9 @@ def _pair(where: str, prompt: Any, completion: Any, tools: Any = None) -> Exampl
                 f"{where}: the {name} is a {type(value).__name__}, expected a string or a list of messages"
             )
     if isinstance(prompt, str) != isinstance(completion, str):
-        raise InputError(f"{where}: prompt and completion must both be strings or both be lists of messages")
+        raise InputError(f"{where}: {names[0]} and {names[1]} must both be strings or both be lists of messages")
     if not isinstance(prompt, str):
-        prompt, completion = messages_of(prompt, where, "prompt"), messages_of(completion, where, "completion")
+        prompt, completion = messages_of(prompt, where, names[0]), messages_of(completion, where, names[1])
         _check_assistant(completion, where, "the completion")
     return Example(where=where, prompt=prompt, completion=completion, tools=tools)
 

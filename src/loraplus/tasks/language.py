@@ -18,22 +18,31 @@ from loraplus.errors import InputError
 from loraplus.files.single import read_template
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.tasks.checks import check_task
-from loraplus.tasks.config import TaskConfig
-from loraplus.tasks.conversations import Example, LanguageExamples, read_examples
+from loraplus.tasks.config import ON_ALL, TaskConfig
+from loraplus.tasks.conversations import (
+    COMPLETION,
+    CONVERSATION,
+    Example,
+    LanguageExamples,
+    NamedColumns,
+    read_examples,
+)
 from loraplus.tasks.encoding import Encoder, loss_on
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
 from loraplus.tasks.model import load_language_model
 from loraplus.tasks.packing import PackingCollator, keeps_apart
 from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.samples import answers
+from loraplus.tasks.seen import Seen, doubts_of_encoding, length_row, repeats, repeats_row, source_row, split_row
 from loraplus.tasks.splits import split
 from loraplus.tasks.streamed import Made, in_parts
-from loraplus.tasks.table import read_table
+from loraplus.tasks.table import Table, read_table
 from loraplus.tasks.target_rows import Encoded, TargetRows, fit, how_to_fit
-from loraplus.tasks.task import Task
+from loraplus.tasks.task import Task, Tested
 from loraplus.tasks.token_rows import AT_ONCE
 
 _LENGTH_CAP = 1024  # TRL's default
+_COVERS = f"the longest example within the model and {_LENGTH_CAP:,}"
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class LanguageData:
     max_length: int
     facts: dict[str, Any]
     largest_token: int
+    seen: Seen
 
 
 def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> LanguageData:
@@ -68,13 +78,19 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         InputError: data that cannot be used; the message names the file, column or line.
     """
     check_task(config)
-    data = read_examples(read_table(config.data), config.task, config.text_column)
+    named = NamedColumns(config.text_column, config.messages_column, config.prompt_column, config.completion_column)
+
+    def examples(source: str) -> tuple[Table, LanguageExamples]:
+        table = read_table(source, encoding=config.encoding)
+        return table, read_examples(table, config.task, named=named, as_chat=bool(tokenizer.chat_template))
+
+    table, data = examples(config.data)
     on = loss_on(config.loss_on, data.kind)
     how = how_to_fit(config.long_examples, config.task, data.kind)
     encoder = Encoder(tokenizer, config.model, data, on)
 
     def read(source: str, option: str) -> LanguageExamples:
-        aside = read_examples(read_table(source), config.task, config.text_column)
+        _, aside = examples(source)
         if aside.kind != data.kind:
             raise InputError(f"{source} is of the kind {aside.kind}, but {config.data} is of the kind {data.kind}")
         return aside
@@ -118,7 +134,34 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         max_length=max_length,
         facts=facts,
         largest_token=fitted[0].largest,
+        seen=_seen(config, table, data, facts, int(encoded[0].lengths.max())),
     )
+
+
+def _seen(config: TaskConfig, table: Table, data: LanguageExamples, facts: dict[str, Any], longest: int) -> Seen:
+    done = {"cut": f"cut, {facts['tokens_cut']:,} tokens lost", "drop": "dropped", "split": "split, nothing lost"}
+    long, target = facts["longer_than_context"], facts["train_target_tokens"]
+    rows = {
+        "data": source_row(table),
+        "columns": f"{data.columns}: {data.kind}{' as a chat' if data.are_chats and data.kind == COMPLETION else ''}",
+        "loss on": f"{facts['loss_on']}: {target:,} of {facts['train_tokens']:,} training tokens are learnt",
+        "duplicates": repeats_row(repeats(data.contents()), facts["duplicates_removed"]),
+        "split": split_row(facts["train_examples"], facts["validation_examples"], facts["test_examples"]),
+        "length": length_row(facts["max_length"], config.max_length is not None, longest, _COVERS),
+        "cut": f"{long:,} longer ones, {done[facts['long_examples']]}" if long else "nothing",
+    }
+    doubts = doubts_of_encoding(table)
+    if data.kind == CONVERSATION and facts["loss_on"] == ON_ALL:
+        doubts.append(
+            "the user's turns are learnt, too: the loss is on all tokens (TRL's default); --loss-on assistant learns "
+            "the answers alone"
+        )
+    if facts["examples_dropped"]:
+        doubts.append(
+            f"{facts['examples_dropped']:,} examples are left out, since nothing of them is to be learnt within "
+            f"{facts['max_length']} tokens; raise --max-length"
+        )
+    return Seen(rows, tuple(doubts))
 
 
 def _max_length(longest: int, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -213,11 +256,11 @@ class LanguageModelling(Task):
         """Whether batches were packed."""
         return {"packing": trainer.packing is not None}
 
-    def test(self, trainer: Any, data: LanguageData) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+    def test(self, trainer: Any, data: LanguageData) -> Tested:
         """Each test example's summed loss over the mean number of target tokens: their mean is the loss a token."""
         output = trainer.predict(data.test)
         losses = output.predictions / output.label_ids.mean()
-        return tuple(round(float(loss), 6) for loss in losses), ()
+        return Tested(tuple(round(float(loss), 6) for loss in losses))
 
     def samples(
         self, count: int, model: PeftModel, data: LanguageData, tokenizer: PreTrainedTokenizerBase

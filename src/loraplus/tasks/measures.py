@@ -6,10 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from loraplus.tasks.config import CLASSIFICATION
+from loraplus.tasks.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 LOSS, ACCURACY, PERPLEXITY = "loss", "accuracy", "perplexity"
-MEASURES = {CLASSIFICATION: (LOSS, ACCURACY), "sft": (LOSS, PERPLEXITY), "lm": (LOSS, PERPLEXITY)}
+MEASURES = {
+    CLASSIFICATION: (LOSS, ACCURACY),
+    REGRESSION: (LOSS,),
+    MULTI_LABEL: (LOSS, ACCURACY),
+    "sft": (LOSS, PERPLEXITY),
+    "lm": (LOSS, PERPLEXITY),
+}
 """The tasks, each with its measures."""
 
 

@@ -22,7 +22,11 @@ _ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Con
 
 
 def load_classifier(
-    config: TaskConfig, label_names: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
+    config: TaskConfig,
+    label_names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    problem_type: str | None = None,
 ) -> PeftModel:
     """Loads the base model with a fresh head and a fresh adapter, both initialised from `seed`.
 
@@ -30,6 +34,7 @@ def load_classifier(
         config: model, adapter and targets.
         label_names: one name a class, in the order of the logits.
         tokenizer: gives the padding token.
+        problem_type: of transformers, which chooses the loss. Default: one class a text.
         seed: of the head and of A; runs with one seed start from one point.
 
     Returns:
@@ -39,12 +44,14 @@ def load_classifier(
         InputError: the model cannot be loaded, is not whole, or has none of the target modules.
     """
     set_seed(seed)
+    kind = {} if problem_type is None else {"problem_type": problem_type}
     model, fresh = load_base(
         config.model,
         num_labels=len(label_names),
         id2label=dict(enumerate(label_names)),
         label2id={name: index for index, name in enumerate(label_names)},
         trust_remote_code=config.trust_remote_code,
+        **kind,
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""Labels texts with a trained adapter."""
+"""Labels texts with a trained adapter: a class each, a number each, or any number of labels each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from loraplus.tasks.adapter import put_adapter
 from loraplus.tasks.loading import from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.pretrained import load_base
 from loraplus.tasks.saved_adapter import adapter_settings, base_of, loading_base_of
+from loraplus.tasks.targets import SEPARATOR
 
 
 def load_adapter(adapter: str, base_model: str | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -64,7 +65,7 @@ def _check_labels(adapter: str, config: Any) -> None:
 def predict(
     model: Any, tokenizer: Any, texts: list[str], *, batch_size: int = 64, on_batch: Callable[[int], None] | None = None
 ) -> list[dict[str, Any]]:
-    """The most likely label of each text with its probability.
+    """The most likely label of each text with its probability; or a number, or all likely labels.
 
     Args:
         model: from `load_adapter`.
@@ -74,19 +75,49 @@ def predict(
         on_batch: told how many more texts are done.
 
     Returns:
-        One {"prediction", "probability"} a text, in the given order.
+        One {"prediction", "probability"} a text, in the given order. A number has no probability; labels are joined by
+        "|", and every label's probability stands in {"probability of LABEL"}.
     """
-    names = model.config.id2label
+    rows_of = _ROWS.get(model.config.problem_type, _classes)
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     rows: list[dict[str, Any]] = [{} for _ in texts]
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer([texts[i] for i in chosen], truncation=True, padding=True, return_tensors="pt")
-        # (texts, classes); in single precision, since half cannot tell a probability of 0.9999 from 1
-        probabilities = model(**batch.to(model.device)).logits.float().softmax(dim=-1)
-        top, label = probabilities.max(dim=-1)
-        for i, value, index in zip(chosen, top.tolist(), label.tolist(), strict=True):
-            rows[i] = {"prediction": names[index], "probability": round(value, 6)}
+        # (texts, outputs); in single precision, since half cannot tell a probability of 0.9999 from 1
+        logits = model(**batch.to(model.device)).logits.float()
+        for i, row in zip(chosen, rows_of(logits, model.config), strict=True):
+            rows[i] = row
         if on_batch:
             on_batch(len(chosen))
     return rows
+
+
+def _classes(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
+    """The likeliest class of each text. Logits (texts, classes)."""
+    top, label = logits.softmax(dim=-1).max(dim=-1)
+    return [
+        {"prediction": config.id2label[index], "probability": round(value, 6)}
+        for value, index in zip(top.tolist(), label.tolist(), strict=True)
+    ]
+
+
+def _numbers(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
+    """The number of each text, in the scale of the training data. Logits (texts, 1)."""
+    mean, deviation = getattr(config, "target_mean", 0.0), getattr(config, "target_deviation", 1.0)
+    return [{"prediction": round(value * deviation + mean, 6)} for value in logits.squeeze(-1).tolist()]
+
+
+def _sets(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
+    """The labels that are likelier than not, and the probability of each. Logits (texts, labels)."""
+    names = [config.id2label[index] for index in range(logits.shape[-1])]
+    return [
+        {
+            "prediction": SEPARATOR.join(name for name, value in zip(names, values, strict=True) if value > 0.5),
+            **{f"probability of {name}": round(value, 6) for name, value in zip(names, values, strict=True)},
+        }
+        for values in logits.sigmoid().tolist()
+    ]
+
+
+_ROWS = {"regression": _numbers, "multi_label_classification": _sets}

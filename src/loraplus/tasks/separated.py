@@ -1,4 +1,4 @@
-"""Reads tables of separated values: CSV, and TSV with quotes or without."""
+"""Reads tables of separated values: CSV with commas, semicolons or others, and TSV with quotes or without."""
 
 from __future__ import annotations
 
@@ -6,29 +6,52 @@ import csv
 import io
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loraplus.errors import InputError
 from loraplus.tasks.stored import TableWriter
-from loraplus.tasks.tabular import LONGEST_ROW, LineError, Table
+from loraplus.tasks.tabular import LONGEST_ROW, LineError, Table, check_header_names
 from loraplus.tasks.text_files import lines_of
 
+_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_TELLS = re.compile(r"sep=([,;\t|])")
+_LONGEST_FIELD = 2**31 - 1  # the row's limit is that of its lines
 _LOOKED_AHEAD = 2**20  # characters in which the end of a quote is looked for once a row cannot be parsed
 
 
-def read_commas(source: str, path: Path) -> Table:
-    """A CSV file.
+def read_commas(source: str, path: Path, encoding: str) -> Table:
+    """A CSV file. Its separator is the comma, or the one that cuts a first line without commas into columns.
+
+    Where the comma is the decimal sign, Excel writes semicolons. A first line such as `sep=;`, which tells Excel the
+    separator, tells us, too.
 
     Raises:
-        InputError: not UTF-8, rows of several lengths, a quote that is not closed; names the line.
+        InputError: rows of several lengths, a quote that is not closed; names the line.
     """
-    return _Reading(source, path, ",", csv.QUOTE_MINIMAL).table()
+    delimiter = _delimiter(source, path, encoding)
+    table = _Reading(source, path, encoding, delimiter, csv.QUOTE_MINIMAL).table()
+    return table if delimiter == "," else replace(table, read_as=(f"separated by {_NAMES[delimiter]}",))
 
 
-def read_tabs(source: str, path: Path) -> Table:
+def _delimiter(source: str, path: Path, encoding: str) -> str:
+    """The first separator that cuts the header into columns, and the line below it into as many."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    lines = (line for line in lines_of(source, path, encoding, newline="") if line.strip())
+    header, below = next(lines, ""), next(lines, "")
+    if told := _TELLS.fullmatch(header.strip()):
+        return told[1]
+    possible = {name: count for name in _NAMES if (count := _fields(header, name)) > 1}
+    agreeing = (name for name, count in possible.items() if _fields(below, name) == count)
+    return next(agreeing, next(iter(possible), ","))
+
+
+def _fields(line: str, delimiter: str) -> int:
+    return len(next(csv.reader([line], delimiter=delimiter), []))
+
+
+def read_tabs(source: str, path: Path, encoding: str) -> Table:
     """A TSV file. Some quote as CSV does, others hold bare quotation marks; the reading that gives whole rows is right.
 
     Where both do, it is the one with more rows: the other took bare marks for quotes and swallowed line ends. Where
@@ -40,7 +63,7 @@ def read_tabs(source: str, path: Path) -> Table:
     readings: list[Table] = []
     errors: list[LineError] = []
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
-        reading = _Reading(source, path, "\t", quoting)
+        reading = _Reading(source, path, encoding, "\t", quoting)
         try:
             readings.append(reading.table())
         except LineError as error:
@@ -55,14 +78,15 @@ def read_tabs(source: str, path: Path) -> Table:
 class _Reading:
     """One pass over a file. Keeps the lines of the current row, to say what is wrong with it."""
 
-    def __init__(self, source: str, path: Path, delimiter: str, quoting: Any) -> None:
-        self._source, self._path, self._delimiter, self._quoting = source, path, delimiter, quoting
+    def __init__(self, source: str, path: Path, encoding: str, delimiter: str, quoting: Any) -> None:
+        self._source, self._path, self._encoding = source, path, encoding
+        self._delimiter, self._quoting = delimiter, quoting
         self._row: list[str] = []
         self._first = 1  # line of the row under way
         self.has_quotes = False
 
     def table(self) -> Table:
-        csv.field_size_limit(2**31 - 1)  # the row's limit is that of its lines
+        csv.field_size_limit(_LONGEST_FIELD)
         lines = self._lines()
         reader = csv.reader(
             lines, delimiter=self._delimiter, quoting=self._quoting, strict=self._quoting != csv.QUOTE_NONE
@@ -73,7 +97,7 @@ class _Reading:
             for row in reader:
                 line, self._first = self._first, reader.line_num + 1
                 self._row.clear()
-                if not row:
+                if not row or (not header and _TELLS.fullmatch(self._delimiter.join(row).strip())):
                     continue
                 if not header:
                     header = [name.strip() for name in row]
@@ -95,7 +119,7 @@ class _Reading:
 
     def _lines(self) -> Iterator[str]:
         length = 0
-        for line in lines_of(self._source, self._path, newline=""):
+        for line in lines_of(self._source, self._path, self._encoding, newline=""):
             length = length + len(line) if self._row else len(line)
             if length > LONGEST_ROW:
                 raise LineError(
@@ -134,8 +158,6 @@ def _open_quote(text: str, delimiter: str, first: int) -> int | None:
 
 def _check_header(source: str, line: int, header: list[str], delimiter: str) -> None:
     if len(header) == 1 and re.search(r"[;,\t]\S", header[0]):
-        kind = "commas" if delimiter == "," else "tabs"
+        kind = _NAMES[delimiter]
         raise LineError(source, line, f"the header is one column {header[0]!r}; separate columns by {kind}")
-    twice = sorted(name for name, count in Counter(header).items() if count > 1)
-    if twice:
-        raise InputError(f"{source}: the header has {', '.join(map(repr, twice))} more than once")
+    check_header_names(source, header, line)

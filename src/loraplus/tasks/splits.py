@@ -123,7 +123,8 @@ def stratified_sample(labels: Sequence[str], count: int, seed: int) -> np.ndarra
     return _first_of_each(classes, quotas)
 
 
-def _canonical(text: str) -> str:
+def canonical(text: str) -> str:
+    """A text whatever its case and spacing."""
     return " ".join(text.split()).casefold()
 
 
@@ -141,8 +142,8 @@ def without_duplicates(texts: Iterable[str], held_out_texts: Iterable[str]) -> t
         >>> without_duplicates(["A  film", "another"], ["a film"])
         (array([1]), 1)
     """
-    aside = {digest(_canonical(text)) for text in held_out_texts}
-    stays = np.fromiter((digest(_canonical(text)) not in aside for text in texts), bool)
+    aside = {digest(canonical(text)) for text in held_out_texts}
+    stays = np.fromiter((digest(canonical(text)) not in aside for text in texts), bool)
     kept = np.flatnonzero(stays)
     return kept, len(stays) - len(kept)
 

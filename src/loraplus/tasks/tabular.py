@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ MOST_ROWS = 10_000_000
 MOST_CELLS = 100_000_000
 MOST_BYTES = 2**32
 """Of a file, and of what it unpacks to."""
+GUESSED = ", guessed"
+"""Ends what `Table.read_as` says of a guess."""
 
 
 class LineError(InputError):
@@ -28,12 +31,14 @@ class LineError(InputError):
 class Table:
     """Columns of equal length, read when they are looked at.
 
-    `row_name(i)` says where row i stands in its source, `place(i)` names that, too.
+    `row_name(i)` says where row i stands in its source, `place(i)` names that, too. `read_as` says how the source was
+    understood, where that had to be found out: its separator, its encoding.
     """
 
     source: str
     columns: Mapping[str, Sequence[Any]]
     lines: Sequence[int] | None = None
+    read_as: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -45,6 +50,23 @@ class Table:
     def place(self, index: int) -> str:
         """ "data.csv, line 7"."""
         return f"{self.source}, {self.row_name(index)}"
+
+
+def check_header_names(source: str, header: Sequence[str], line: int = 1) -> None:
+    """Refuses names of columns that are missing or stand there twice.
+
+    Args:
+        source: name of the table.
+        header: the names.
+        line: that they stand in.
+
+    Raises:
+        InputError: names what is wrong.
+    """
+    if twice := sorted(name for name, count in Counter(header).items() if count > 1 and name):
+        raise InputError(f"{source}: the header has {', '.join(map(repr, twice))} more than once")
+    if header.count("") > 1:
+        raise LineError(source, line, f"{header.count('')} columns have no name; name each column in the first row")
 
 
 def check_size(source: str, rows: int = 0, cells: int = 0, size: int = 0) -> None:

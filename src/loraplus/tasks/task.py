@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.tasks.checks import check_task
-from loraplus.tasks.config import CLASSIFICATION, TaskConfig
+from loraplus.tasks.config import CLASSIFICATION, MULTI_LABEL, REGRESSION, TaskConfig
 from loraplus.tasks.pretrained import load_tokenizer
+from loraplus.tasks.seen import Seen
+
+
+class Tested(NamedTuple):
+    """Results on the test examples: the loss of each, whether it was answered rightly if that can be said, and more."""
+
+    losses: tuple[float, ...]
+    correct: tuple[bool, ...] = ()
+    values: Mapping[str, float] = {}
 
 
 class TaskData(Protocol):
-    """Tokenised splits; `test` is empty unless a comparison asked for it. `facts` tells what is in them."""
+    """Tokenised splits; `test` is empty unless a comparison asked for it. `facts` tells what is in them, `seen` what a
+    user should know of them before training."""
 
     @property
     def train(self) -> Sequence[Any]: ...
@@ -24,6 +34,8 @@ class TaskData(Protocol):
     def validation(self) -> Sequence[Any]: ...
     @property
     def facts(self) -> dict[str, Any]: ...
+    @property
+    def seen(self) -> Seen: ...
 
 
 class Task:
@@ -58,8 +70,12 @@ class Task:
         """What was decided for this model, for the metrics."""
         return {}
 
-    def test(self, trainer: Any, data: Any) -> tuple[tuple[float, ...], tuple[bool, ...]]:
-        """Loss of every test example, and whether it was answered rightly if that can be said."""
+    def outcome(self, data: Any, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        """What the metrics say beside the measures: whether anything was learnt, where that can be told."""
+        return {}
+
+    def test(self, trainer: Any, data: Any) -> Tested:
+        """Results on every test example."""
         raise NotImplementedError
 
     def samples(
@@ -84,6 +100,14 @@ def task_of(config: TaskConfig) -> Task:
         from loraplus.tasks.classification import Classification
 
         return Classification()
+    if config.task == REGRESSION:
+        from loraplus.tasks.regression import Regression
+
+        return Regression()
+    if config.task == MULTI_LABEL:
+        from loraplus.tasks.multi_label import MultiLabel
+
+        return MultiLabel()
     from loraplus.tasks.language import LanguageModelling  # here, since TRL takes seconds to import
 
     return LanguageModelling()

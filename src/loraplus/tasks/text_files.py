@@ -1,18 +1,18 @@
-"""Rows of text files, one line at a time: UTF-8, of limited length, and JSON objects or plain lines."""
+"""Rows of text files, one line at a time and of limited length: JSON objects or plain lines."""
 
 from __future__ import annotations
 
-import codecs
 import itertools
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from loraplus.errors import InputError
 from loraplus.files.parsing import ParseError, parse_json, values_in
+from loraplus.tasks.encodings import MARKS, UTF_8, line_of_bad_byte
 from loraplus.tasks.progress_log import ProgressLog
 from loraplus.tasks.stored import TableWriter
 from loraplus.tasks.tabular import LONGEST_ROW, LineError, Table, check_size
@@ -23,43 +23,42 @@ _TELL_EVERY = 10_000
 _HALF_CHARACTER = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 
 
-def check_not_blank(source: str, path: Path) -> None:
+def check_not_blank(source: str, file: BinaryIO) -> None:
     """Makes sure that there is something in a file.
+
+    Args:
+        source: name of the file, for messages.
+        file: opened, at its beginning.
 
     Raises:
         InputError: there is not, or it cannot be read.
     """
-    if _first_characters(source, path) == b"":
-        raise InputError(f"{source} is empty")
-
-
-def _first_characters(source: str, path: Path) -> bytes:
-    """The file's beginning without white space."""
     try:
-        with path.open("rb") as file:
-            start = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8)
-            while not start.strip():
-                start = file.read(_CHUNK)
-                if not start:
-                    return b""
-            return start.strip()
+        start = file.read(_CHUNK)
+        for mark in MARKS:
+            start = start.removeprefix(mark)
+        while not start.strip():
+            start = file.read(_CHUNK)
+            if not start:
+                raise InputError(f"{source} is empty")
     except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror}") from None
+        raise InputError(f"cannot read {source}: {error.strerror or error}") from None
 
 
-def lines_of(source: str, path: Path, *, newline: str | None) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends, without a byte order mark.
+def lines_of(source: str, path: Path, encoding: str, *, newline: str | None) -> Iterator[str]:
+    """The lines of a file with their ends, without a byte order mark.
 
     Args:
         source: name of the file, for messages.
         path: of the file.
+        encoding: from `encoding_of`.
         newline: as in `open`: which characters end a line.
 
     Raises:
-        LineError: not UTF-8, or a line of more than `LONGEST_ROW` characters.
+        LineError: of another encoding, or a line of more than `LONGEST_ROW` characters.
     """
     progress = ProgressLog(f"reading {source}, lines")
-    with _opened(source, path, newline) as file:
+    with _opened(source, path, encoding, newline) as file:
         for number in itertools.count(1):
             line = file.readline(LONGEST_ROW + 1)
             if len(line) > LONGEST_ROW:
@@ -72,50 +71,47 @@ def lines_of(source: str, path: Path, *, newline: str | None) -> Iterator[str]:
 
 
 @contextmanager
-def _opened(source: str, path: Path, newline: str | None) -> Iterator[TextIO]:
+def _opened(source: str, path: Path, encoding: str, newline: str | None) -> Iterator[TextIO]:
     try:
-        with path.open(encoding="utf-8-sig", newline=newline) as file:
+        with path.open(encoding=encoding, newline=newline) as file:
             yield file
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise LineError(source, _line_of_bad_byte(path), "not UTF-8 text; convert the file to UTF-8") from None
+    except UnicodeError:
+        if encoding == UTF_8 and (line := line_of_bad_byte(path)):
+            raise LineError(source, line, "not UTF-8 text; convert the file to UTF-8, or name its --encoding") from None
+        raise InputError(f"{source} is not {encoding} text; name its encoding with --encoding") from None
 
 
-def _line_of_bad_byte(path: Path) -> int:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line = 1
-    with path.open("rb") as file:
-        while True:
-            chunk = file.read(_CHUNK)
-            try:
-                line += decoder.decode(chunk, final=not chunk).count("\n")
-            except UnicodeDecodeError as error:
-                return line + error.object[: error.start].count(b"\n")
-            if not chunk:
-                return line
-
-
-def read_lines(source: str, path: Path) -> Table:
+def read_lines(source: str, path: Path, encoding: str) -> Table:
     """One row a line that is not blank, in a column `text`."""
     writer = TableWriter(source)
     # Not splitlines, which also splits at U+2028, form feeds and others.
-    for number, line in enumerate(lines_of(source, path, newline=None), start=1):
+    for number, line in enumerate(lines_of(source, path, encoding, newline=None), start=1):
         if line.strip():
             writer.add({"text": line.rstrip("\n")}, len(line), number)
     return writer.table()
 
 
-def read_json_rows(source: str, path: Path) -> Table:
+def read_json_rows(source: str, path: Path, encoding: str) -> Table:
     """One object a line, or one array of objects."""
     writer = TableWriter(source)
-    if _first_characters(source, path).startswith(b"["):
-        for number, value in enumerate(_array(source, path), start=1):
+    if _first_character(source, path, encoding) == "[":
+        for number, value in enumerate(_array(source, path, encoding), start=1):
             writer.add(_row(source, f"row {number}", value), 0)
     else:
-        for number, line, value in _objects(source, path):
+        for number, line, value in _objects(source, path, encoding):
             writer.add(_row(source, f"line {number}", value), len(line), number)
     return writer.table()
+
+
+def _first_character(source: str, path: Path, encoding: str) -> str:
+    """The first that is not white space."""
+    with _opened(source, path, encoding, None) as file:
+        while chunk := file.read(_CHUNK):
+            if chunk := chunk.lstrip():
+                return chunk[0]
+    return ""
 
 
 def _row(source: str, place: str, value: Any) -> dict[str, Any]:
@@ -124,19 +120,19 @@ def _row(source: str, place: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _array(source: str, path: Path) -> list[Any]:
+def _array(source: str, path: Path, encoding: str) -> list[Any]:
     if path.stat().st_size > _LARGEST_ARRAY:
         raise InputError(f"{source} is one JSON array of more than {_LARGEST_ARRAY:,} bytes; write one object a line")
-    with _opened(source, path, "\n") as file:
+    with _opened(source, path, encoding, "\n") as file:
         text = file.read()
     rows = _value(source, 1, text)
     _check_characters(source, text, rows)
     return rows
 
 
-def _objects(source: str, path: Path) -> Iterator[tuple[int, str, Any]]:
+def _objects(source: str, path: Path, encoding: str) -> Iterator[tuple[int, str, Any]]:
     inside = 0
-    for number, line in enumerate(lines_of(source, path, newline="\n"), start=1):
+    for number, line in enumerate(lines_of(source, path, encoding, newline="\n"), start=1):
         if line.strip():
             inside += values_in(line)
             check_size(source, cells=inside)

@@ -57,11 +57,11 @@ class TokenRows(Sequence[dict[str, Any]]):
 
 
 class LabelledRows(TokenRows):
-    """Rows with one label each.
+    """Rows with one label each, or a row of numbers.
 
     Args:
         file, starts, lengths: as of `TokenRows`.
-        labels: one a row.
+        labels: one a row: whole numbers, fractions, or (rows, labels).
         largest: token id.
     """
 
@@ -69,14 +69,14 @@ class LabelledRows(TokenRows):
         self, file: ScratchFile, starts: np.ndarray, lengths: np.ndarray, labels: np.ndarray, largest: int
     ) -> None:
         super().__init__(file, starts, lengths)
-        self._labels, self.largest = labels, largest
+        self.labels, self.largest = labels, largest
 
     def _row(self, index: int, tokens: np.ndarray) -> dict[str, Any]:
-        return {"input_ids": tokens.tolist(), "labels": int(self._labels[index])}
+        return {"input_ids": tokens.tolist(), "labels": self.labels[index].tolist()}
 
     def take(self, rows: np.ndarray) -> Self:
         taken = super().take(rows)
-        taken._labels = self._labels[rows]
+        taken.labels = self.labels[rows]
         return taken
 
     def cut(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> LabelledRows:
@@ -87,7 +87,7 @@ class LabelledRows(TokenRows):
         starts, lengths = self._starts.copy(), self.lengths.copy()
         parts = _tokenised(Texts(texts, long), tokenizer, max_length)
         starts[long], lengths[long], largest = write(self._file, parts, len(long))
-        return LabelledRows(self._file, starts, lengths, self._labels, max(self.largest, largest))
+        return LabelledRows(self._file, starts, lengths, self.labels, max(self.largest, largest))
 
 
 def tokenised(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +31,8 @@ from loraplus.tasks.data_parallel import (
     wait_for_all,
 )
 from loraplus.tasks.finished import METRICS_FILE, finished_run
+from loraplus.tasks.look import seen_of_run
+from loraplus.tasks.seen import Seen
 from loraplus.tasks.task import Task, task_of
 from loraplus.tasks.training import build_trainer, total_steps
 
@@ -41,7 +43,12 @@ _COLUMNS = ("step", "epoch", "train_loss", "grad_norm")
 
 
 def train(
-    config: TrainConfig, *, overwrite: bool = False, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()
+    config: TrainConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_seen: Callable[[Seen], None] | None = None,
 ) -> dict[str, Any]:
     """Trains an adapter for a task and writes it with its metrics, curves and configuration.
 
@@ -53,6 +60,7 @@ def train(
         overwrite: replace what an earlier run left in the output folder.
         resume: go on from the last checkpoint in the output folder, if there is one.
         callbacks: watch the run.
+        on_seen: told what was seen of the data, before training. What is doubtful is logged as a warning.
 
     Returns:
         The content of metrics.json.
@@ -79,6 +87,7 @@ def train(
     total_steps(config, len(data.train))
     model = task.load_model(config, data, tokenizer, config.seed)
 
+    seen = seen_of_run(config, data)
     clock, stop = StepClock(), StopOnSignal()
     totals = RunTotals(clock)
     trainer = build_trainer(
@@ -99,6 +108,9 @@ def train(
         if main:
             prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
             note_data(output / DATA_FILE, data.facts)
+            if on_seen:
+                on_seen(seen)
+            seen.tell()
         wait_for_all()
         with stop.listening():
             try:
@@ -125,6 +137,7 @@ def train(
         metrics = {
             "eval_loss": evaluation["eval_loss"],
             **{name: evaluation[name] for name in task.metrics},
+            **task.outcome(data, evaluation),
             "steps": step,
             "best_step": best if best is not None else step,
             **_rates_in_use(trainer),
@@ -135,6 +148,7 @@ def train(
             "train_loss": totals.loss / step,
             "train_seconds": totals.seconds,
             "seconds_per_step": clock.seconds_per_step,
+            "doubts": list(seen.doubts),
             "groups": explain(trainer.model, trainer.optimizer).groups(),
             "data": data.facts,
         }

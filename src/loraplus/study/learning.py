@@ -1,0 +1,66 @@
+"""Whether the arms of a comparison learnt anything, seed by seed, on the test examples (`tasks/learnt.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from loraplus.study.arms import ALL, REFERENCE
+from loraplus.study.records import Record
+from loraplus.study.wording import in_seeds
+from loraplus.tasks.learnt import LEVEL
+
+TEST = "permutation test over test examples, Bonferroni over seeds"
+
+
+def learning(runs: Sequence[Record]) -> dict[str, Any] | None:
+    """What the runs of an arm learnt; None where they do not tell: of language models, and of earlier versions.
+
+    A seed learnt something if its p is below the level over the number of seeds, so that an arm which learns nothing
+    counts as one that does in one comparison of twenty.
+    """
+    values = [run.values for run in runs]
+    if not values or not all("chance_p" in value for value in values):
+        return None
+    p_values = [value["chance_p"] for value in values]
+    found = {
+        "seeds": len(p_values),
+        "learnt": sum(p < LEVEL / len(p_values) for p in p_values),
+        "p_values": p_values,
+        "accuracy": fmean(fmean(run.test_correct) for run in runs),
+    }
+    names = ("macro_f1", "majority_share")
+    return found | {name: fmean(value[name] for value in values) for name in names if all(name in v for v in values)}
+
+
+def nothing_learnt(found: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """The arms that learnt nothing on any seed, if LoRA is among them: there is nothing to compare these by."""
+    arms = [arm for arm, part in found.items() if part is not None and part["learnt"] == 0]
+    return arms if REFERENCE in arms and len(arms) > 1 else []
+
+
+def nothing_sentence(found: Mapping[str, Mapping[str, Any] | None], arms: Sequence[str]) -> str:
+    """That some arms learnt nothing, how that shows, and what to try."""
+    parts = {arm: part for arm in arms if (part := found[arm])}
+    shares = " and ".join(f"{ALL[arm].title} {100 * part['accuracy']:.1f}%" for arm, part in parts.items())
+    first = next(iter(parts.values()))
+    frequent = ""
+    if "majority_share" in first:
+        frequent = f", where always the most frequent class has {100 * first['majority_share']:.1f}%"
+    return (
+        f"Nothing was learnt: test accuracy is {shares}{frequent}, and the answers fit the labels no better than "
+        f"shuffled ones (permutation test, {100 * LEVEL:.0f}% over {in_seeds(first['seeds'])}). So there is nothing to "
+        "compare; train longer (--epochs, --max-steps), give more --tuning-runs or another --lr-head, and see whether "
+        "the labels fit (--check)."
+    )
+
+
+def some_seeds_sentence(found: Mapping[str, Mapping[str, Any] | None], but: Sequence[str]) -> str:
+    """Which arms, but for some, show on some seeds that nothing was learnt; empty if none does."""
+    parts = [
+        f"{ALL[arm].title} on {part['seeds'] - part['learnt']} of {in_seeds(part['seeds'])}"
+        for arm, part in found.items()
+        if part is not None and part["learnt"] < part["seeds"] and arm not in but
+    ]
+    return f"Nothing that the permutation test shows was learnt by {' and '.join(parts)}." if parts else ""
