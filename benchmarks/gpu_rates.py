@@ -93,8 +93,8 @@ def trained(model: Any, optimizer: torch.optim.Optimizer, text: Text, steps: int
     model.eval()
     with torch.no_grad():
         windows = text.judged(64).split(batch)
-        found = sum(float(loss_of(model, part)) * len(part) for part in windows) / sum(map(len, windows))
-    return found if math.isfinite(found) else math.inf
+        loss = sum(float(loss_of(model, part)) * len(part) for part in windows) / sum(map(len, windows))
+    return loss if math.isfinite(loss) else math.inf
 
 
 def fine_tuned(
@@ -112,15 +112,15 @@ def fine_tuned(
     return row if lr is not None else {**row, "lr_ratio": None, "auto": str(optimizer.loraplus_auto)}  # type: ignore[attr-defined]
 
 
-def conclude(found: dict[str, Any]) -> dict[str, Any]:
+def conclude(results: dict[str, Any]) -> dict[str, Any]:
     """The automatic run over the grid's best on the first seed, and on the seeds that nothing was chosen on."""
-    grid = [row for row in found["grid"] if row["seed"] == SEEDS[0]]
-    auto = {row["seed"]: row["loss"] for row in found["auto"]}
+    grid = [row for row in results["grid"] if row["seed"] == SEEDS[0]]
+    auto = {row["seed"]: row["loss"] for row in results["auto"]}
     if not grid or SEEDS[0] not in auto:
         return {}
     best = min(grid, key=lambda row: row["loss"])
     lora = min((row for row in grid if row["lr_ratio"] == 1.0), key=lambda row: row["loss"], default=best)
-    again = {row["seed"]: row["loss"] for row in found["again"]}
+    again = {row["seed"]: row["loss"] for row in results["again"]}
     others = [auto[seed] / again[seed] for seed in SEEDS[1:] if seed in auto and seed in again]
     return {
         "best": {"lr": best["lr"], "lr_ratio": best["lr_ratio"], "loss": best["loss"]},
@@ -128,7 +128,7 @@ def conclude(found: dict[str, Any]) -> dict[str, Any]:
         "auto_over_best": auto[SEEDS[0]] / best["loss"],
         "auto_over_lora": auto[SEEDS[0]] / lora["loss"],
         "auto_over_best_on_other_seeds": statistics.fmean(others) if others else None,
-        "untrained": found["untrained"],
+        "untrained": results["untrained"],
     }
 
 
@@ -141,20 +141,20 @@ def main() -> None:
     started = time.monotonic()
     size = SIZES["toy" if options.toy else "full"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, Any] = {"machine": machine(), "size": size, "grid": [], "auto": [], "again": [], "left_out": []}
+    results: dict[str, Any] = {"machine": machine(), "size": size, "grid": [], "auto": [], "again": [], "left_out": []}
 
     def keep() -> None:
-        found["conclusion"] = conclude(found)
+        results["conclusion"] = conclude(results)
         part = options.output.with_name(f"{options.output.name}.part")
-        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         part.replace(options.output)
 
     def run(kind: str, seed: int, lr: float | None, lr_ratio: float = 1.0) -> None:
         if time.monotonic() - started > 60 * options.minutes:
-            found["left_out"].append({"kind": kind, "seed": seed, "lr": lr, "lr_ratio": lr_ratio})
+            results["left_out"].append({"kind": kind, "seed": seed, "lr": lr, "lr_ratio": lr_ratio})
         else:
-            found[kind].append(fine_tuned(base, text, size, seed, lr, lr_ratio))
-            print(kind, json.dumps(found[kind][-1]), flush=True)
+            results[kind].append(fine_tuned(base, text, size, seed, lr, lr_ratio))
+            print(kind, json.dumps(results[kind][-1]), flush=True)
         keep()
 
     first, second = (Text(content, size["length"], device) for content in texts())
@@ -166,29 +166,33 @@ def main() -> None:
         use_cache=False,
     )).to(device)  # fmt: skip
     optimizer = torch.optim.AdamW(base.parameters(), lr=6e-4 if not options.toy else 3e-3, weight_decay=0.01)
-    found["pretrained"] = {"loss": trained(base, optimizer, first, size["pretrained"], size["batch"], 0)}
-    found["pretrained"]["seconds"] = time.monotonic() - started
+    results["pretrained"] = {"loss": trained(base, optimizer, first, size["pretrained"], size["batch"], 0)}
+    results["pretrained"]["seconds"] = time.monotonic() - started
     del optimizer
     base.requires_grad_(False)
     with torch.no_grad():
-        found["untrained"] = float(loss_of(base, text.judged(32)))
+        results["untrained"] = float(loss_of(base, text.judged(32)))
     print(
-        "pre-trained", json.dumps(found["pretrained"]), "untrained on the second text:", found["untrained"], flush=True
+        "pre-trained",
+        json.dumps(results["pretrained"]),
+        "untrained on the second text:",
+        results["untrained"],
+        flush=True,
     )
 
     run("auto", SEEDS[0], None)
     for ratio in RATIOS:
         for k in HALF_DECADES:
             run("grid", SEEDS[0], 1e-3 * 10 ** (k / 2) / math.sqrt(ratio), ratio)
-    grid = [row for row in found["grid"] if math.isfinite(row["loss"])]
+    grid = [row for row in results["grid"] if math.isfinite(row["loss"])]
     best = min(grid, key=lambda row: row["loss"], default=None)
     for seed in SEEDS[1:]:
         run("auto", seed, None)
         if best is not None:
             run("again", seed, best["lr"], best["lr_ratio"])
-    found["seconds"] = time.monotonic() - started
+    results["seconds"] = time.monotonic() - started
     keep()
-    print(json.dumps(found["conclusion"], indent=1))
+    print(json.dumps(results["conclusion"], indent=1))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class Bench:
     device: torch.device
     config: LlamaConfig
     batch: dict[str, torch.Tensor]
-    found: dict[str, Any]
+    results: dict[str, Any]
     reference: dict[str, torch.Tensor] = field(default_factory=dict)
     turns: dict[str, Callable[[], float]] = field(default_factory=dict)
     models: dict[str, torch.nn.Module] = field(default_factory=dict)
@@ -121,7 +121,7 @@ class Bench:
         if self.options.output:
             path = Path(self.options.output)
             half = path.with_name(f"{path.name}.part")
-            half.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+            half.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
             half.replace(path)
 
     def wait(self) -> None:
@@ -160,7 +160,7 @@ def adapted(bench: Bench, arm: Arm, dtype: torch.dtype = torch.bfloat16) -> torc
         levers = [lever for lever in LEVERS if f"-{lever}" not in changed]
         report = speed_up(model, levers=[*levers, *(lever[1:] for lever in changed if lever.startswith("+"))])
         parts = {name: str(getattr(report, name, None))[:1500] for name in ("replaced", "left")}
-        bench.found["arms"][arm.name] |= parts
+        bench.results["arms"][arm.name] |= parts
     if arm.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -196,11 +196,11 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.grad.detach().float().cpu() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def distance(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """‖found − reference‖ / ‖reference‖ over all gradients together."""
-    if set(found) != set(reference):
-        raise RuntimeError(f"gradients of other parameters: {sorted(set(found) ^ set(reference))[:4]}")
-    off = sum(((found[n].double() - reference[n].double()) ** 2).sum() for n in reference)
+def distance(measured: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """‖measured − reference‖ / ‖reference‖ over all gradients together."""
+    if set(measured) != set(reference):
+        raise RuntimeError(f"gradients of other parameters: {sorted(set(measured) ^ set(reference))[:4]}")
+    off = sum(((measured[n].double() - reference[n].double()) ** 2).sum() for n in reference)
     return float((off / sum((g.double() ** 2).sum() for g in reference.values())) ** 0.5)
 
 
@@ -213,7 +213,7 @@ def float32_reference(bench: Bench) -> None:
 
 def prepare(bench: Bench, arm: Arm) -> None:
     """Makes an arm, measures its gradients and its memory, and leaves its turn in `bench.turns`."""
-    result = bench.found["arms"][arm.name] = {"ours": arm.ours, "reference": arm.reference}
+    result = bench.results["arms"][arm.name] = {"ours": arm.ours, "reference": arm.reference}
     before, started = bench.allocated(), time.perf_counter()
     model = adapted(bench, arm)
     idle = bench.allocated()
@@ -280,7 +280,7 @@ def attempt(bench: Bench, what: str, work: Callable[[], None], seconds: float) -
             work()
         print(f"{what}: {time.perf_counter() - start:.1f} s", flush=True)
     except (Exception, OutOfTimeError) as error:
-        bench.found["errors"][what] = f"{type(error).__name__}: {error}"[:600]
+        bench.results["errors"][what] = f"{type(error).__name__}: {error}"[:600]
         bench.turns.pop(what, None)
         bench.models.pop(what, None)
         print(f"{what}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
@@ -304,10 +304,10 @@ def compare(bench: Bench, phase: str, names: list[str], seconds: float) -> None:
         return turn
 
     def told(_: int) -> None:
-        bench.found["phases"][phase] = {
+        bench.results["phases"][phase] = {
             name: {**spread(values).to_dict(), "rounds": values} for name, values in times.items()
         }
-        conclude(bench.found)
+        conclude(bench.results)
         bench.write()
 
     take_turns({name: kept(name) for name in names}, seconds, bench.options.rounds, told=told)
@@ -347,8 +347,8 @@ def main() -> None:
     batch = {"input_ids": ids.to(device), "labels": labels.to(device)}
     masked = f", {100 * options.masked:.0f}% of labels masked" if options.masked else ""
     settings = f"{shape}, bf16, r = 16 on all linear layers, {rows}×{tokens} tokens{masked}"
-    found = {"settings": settings, "machine": machine(), "arms": {}, "phases": {}, "errors": {}}
-    bench = Bench(options, device, config, batch, found)
+    results = {"settings": settings, "machine": machine(), "arms": {}, "phases": {}, "errors": {}}
+    bench = Bench(options, device, config, batch, results)
 
     def left(share: float) -> float:
         return share * (options.seconds - (time.perf_counter() - started))
@@ -368,9 +368,9 @@ def main() -> None:
             attempt(bench, arm.name, lambda arm=arm: prepare(bench, arm), left(0.5))
         names = list(bench.turns)
         attempt(bench, "all, in turns", lambda: compare(bench, "with compiled", names, left(0.8)), left(0.95))
-    found["seconds"] = round(time.perf_counter() - started, 1)
+    results["seconds"] = round(time.perf_counter() - started, 1)
     bench.write()
-    return print(table(found))
+    return print(table(results))
 
 
 def chosen(arms: tuple[Arm, ...], options: argparse.Namespace) -> list[Arm]:
@@ -384,8 +384,8 @@ def chosen(arms: tuple[Arm, ...], options: argparse.Namespace) -> list[Arm]:
 
 def fastest(bench: Bench) -> str:
     """The fastest of PEFT's configurations so far."""
-    timed = bench.found["phases"].get("eager", {})
-    references = [name for name in timed if bench.found["arms"][name]["reference"]]
+    timed = bench.results["phases"].get("eager", {})
+    references = [name for name in timed if bench.results["arms"][name]["reference"]]
     return min(references, key=lambda name: timed[name]["median"], default="")
 
 

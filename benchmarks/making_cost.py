@@ -41,12 +41,12 @@ def adapted(layers: int) -> Any:
 
 def seconds(call: Callable[[], Any]) -> float:
     """The least of five."""
-    found = []
+    times = []
     for _ in range(5):
         started = time.process_time()
         call()
-        found.append(time.process_time() - started)
-    return min(found)
+        times.append(time.process_time() - started)
+    return min(times)
 
 
 def one_run(layers: int) -> dict[str, float]:
@@ -64,14 +64,14 @@ def one_run(layers: int) -> dict[str, float]:
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    found = {
+    costs = {
         "reading": seconds(lambda: trainable_parameters(model)),
         "create_optimizer": seconds(lambda: loraplus.create_optimizer(model, torch.optim.AdamW, lr=1e-3)),
         "verify": seconds(lambda: loraplus.verify(model, optimizer, 16.0)),
         "hundred_watched": seconds(lambda: [watch.look(optimizer) for _ in range(100)]),
     }
     watch.remove()
-    return {**found, "hundred_steps": 10 * seconds(lambda: [optimizer.step() for _ in range(10)])}
+    return {**costs, "hundred_steps": 10 * seconds(lambda: [optimizer.step() for _ in range(10)])}
 
 
 def main() -> None:

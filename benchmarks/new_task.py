@@ -125,8 +125,8 @@ def trial(task: Task, lr: float) -> dict[str, float]:
     model = get_peft_model(model, LoraConfig(task_type=kind, r=8, lora_alpha=16, target_modules=list(task.targets)))
 
     def encoded(row: dict[str, Any]) -> dict[str, Any]:
-        found = dict(tokenizer(row["text"], truncation=True, max_length=128))
-        return found if lm else {**found, "labels": int(row["label"] == "positive")}
+        tokens = dict(tokenizer(row["text"], truncation=True, max_length=128))
+        return tokens if lm else {**tokens, "labels": int(row["label"] == "positive")}
 
     tables = [Dataset.from_list(rows) for rows in rows_of(task)]
     parts = [rows.map(encoded, remove_columns=rows.column_names, keep_in_memory=True) for rows in tables]
@@ -161,11 +161,11 @@ def search(task: Task, trials: int, known: list[dict[str, float]], keep: Any) ->
         keep()
 
 
-def table(found: dict[str, Any]) -> None:
+def table(results: dict[str, Any]) -> None:
     """Prints both sides of each task."""
     print("| task | trials, seconds | loss of tuned LoRA | automatic: loss | seconds to tuned loss | of the search |")
     print("|---|---|---|---|---|---|")
-    for name, one in found.items():
+    for name, one in results.items():
         trials, auto = one["search"], one.get("auto")
         if not trials or auto is None:
             continue
@@ -187,9 +187,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    found: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
+    results: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
     if options.table:
-        return table(found)
+        return table(results)
     import torch
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging
@@ -202,17 +202,17 @@ def main() -> None:
     def keep() -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         part = options.output.with_name(f"{options.output.name}.part")
-        part.write_text(json.dumps(found, indent=1) + "\n")
+        part.write_text(json.dumps(results, indent=1) + "\n")
         part.replace(options.output)
 
     for name in options.tasks:
-        one = found.setdefault(name, {"search": []})
+        one = results.setdefault(name, {"search": []})
         if "auto" not in one:
             with tempfile.TemporaryDirectory() as folder:
                 one["auto"] = automatic(TASKS[name], Path(folder))
             keep()
         search(TASKS[name], options.trials, one["search"], keep)
-    return table(found)
+    return table(results)
 
 
 if __name__ == "__main__":

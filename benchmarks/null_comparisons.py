@@ -91,13 +91,15 @@ def verdicts(
     for reference, *arms in accuracies(generator, setting, comparisons, difference):
         by_seed = {name: arm - reference for name, arm in zip(ARMS, arms, strict=True)}
         right = not difference or by_seed[ARMS[0]].mean() > 0
-        alone += found(decisions({ARMS[0]: by_seed[ARMS[0]]}, 1 / setting.examples)[ARMS[0]]) and right
+        alone += is_significant(decisions({ARMS[0]: by_seed[ARMS[0]]}, 1 / setting.examples)[ARMS[0]]) and right
         of_all = decisions(by_seed, 1 / setting.examples)
-        family += (found(of_all[ARMS[0]]) and right) if difference else any(map(found, of_all.values()))
+        family += (
+            (is_significant(of_all[ARMS[0]]) and right) if difference else any(map(is_significant, of_all.values()))
+        )
     return {"alone": alone / comparisons, "family": family / comparisons}
 
 
-def found(p: float | None) -> bool:
+def is_significant(p: float | None) -> bool:
     return p is not None and p < LEVEL
 
 
@@ -118,7 +120,7 @@ def beside(generator: np.random.Generator, setting: Setting, comparisons: int) -
     over_examples = before = own = 0
     for _ in range(comparisons):
         difference = scores(generator, setting)
-        by_examples = found(t_test(difference.mean(axis=0)))
+        by_examples = is_significant(t_test(difference.mean(axis=0)))
         over_examples += by_examples
         if by_examples:
             seeds = generator.multinomial(setting.seeds - 1, [1 / setting.seeds] * setting.seeds, draws)
@@ -126,7 +128,7 @@ def beside(generator: np.random.Generator, setting: Setting, comparisons: int) -
             low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
             before += bool(low > 0 or high < 0)
         by_seed = scores(generator, setting, TASTE).mean(axis=1)
-        own += found(decisions({ARMS[0]: by_seed}, 1 / setting.examples)[ARMS[0]])
+        own += is_significant(decisions({ARMS[0]: by_seed}, 1 / setting.examples)[ARMS[0]])
     shares = {"over_examples": over_examples, "rule_before": before, "own_examples": own}
     return {name: count / comparisons for name, count in shares.items()}
 

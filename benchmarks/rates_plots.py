@@ -57,18 +57,18 @@ def landscapes(target: Path) -> None:
 
 def regrets(target: Path) -> None:
     """Automatic over the best grid point and over tuned LoRA, the two halves apart."""
-    found = [(setting, value) for setting in SETTINGS.values() if (value := summary(setting))]
-    if not found:
+    summaries = [(setting, value) for setting in SETTINGS.values() if (value := summary(setting))]
+    if not summaries:
         return
-    figure, axes = plt.subplots(figsize=(8, 0.42 * len(found) + 1.2))
-    for i, (setting, value) in enumerate(found):
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(summaries) + 1.2))
+    for i, (setting, value) in enumerate(summaries):
         colour = "tab:blue" if setting.part == "untouched" else "tab:grey"
         axes.plot([1, value["to_grid"]], [i, i], color=colour, linewidth=1)
         axes.plot(value["to_grid"], i, "o", color=colour, label="over the grid's best" if i == 0 else None)
         axes.plot(value["to_lora"], i, "x", color=colour, label="over tuned LoRA" if i == 0 else None)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.axvline(1.03, color="tab:red", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(found)), [f"{setting.name} ({setting.part})" for setting, _ in found], fontsize=8)
+    axes.set_yticks(range(len(summaries)), [f"{setting.name} ({setting.part})" for setting, _ in summaries], fontsize=8)
     axes.set_xlabel("loss of one automatic run, mean of three seeds, over …")
     axes.invert_yaxis()
     axes.legend(fontsize=8, loc="upper right")

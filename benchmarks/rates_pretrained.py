@@ -78,10 +78,10 @@ def digit_rows(first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Noisy pictures (count, 1, 8, 8) of five digits from `first` on, and their places among the five (count)."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    labels = torch.tensor(found.target) - first
+    digits = load_digits()
+    labels = torch.tensor(digits.target) - first
     wanted = (labels >= 0) & (labels < 5)
-    pictures = torch.tensor(found.images, dtype=torch.float32)[wanted, None] / 16
+    pictures = torch.tensor(digits.images, dtype=torch.float32)[wanted, None] / 16
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(first))
     return pictures + NOISE * noise, labels[wanted]
 

@@ -171,24 +171,24 @@ def labelled(task: str) -> tuple[str, list[tuple[str, float, bool]]]:
     if task == "rating":
         form, domain = "rating", "movies"
     kind = form or "classes"
-    found = []
+    reviews = []
     for row, held_out in domain_split(domain):
         rating = float(row["rating"])
         if kind != "classes" or rating != 0:
-            found.append((row["text"], rating / 2 if kind == "rating" else float(rating > 0), held_out))
-    return kind, found
+            reviews.append((row["text"], rating / 2 if kind == "rating" else float(rating > 0), held_out))
+    return kind, reviews
 
 
 def passages() -> list[tuple[str, float, bool]]:
     """Eight verses of one chapter in a row, and their book."""
-    found, gathered = [], []
+    pieces, gathered = [], []
     rows = book_rows(DATA)
     for (row, book), (after, _) in zip(rows, [*rows[1:], rows[0]], strict=True):
         gathered.append(row["text"])
         if len(gathered) == PASSAGE or after["chapter"] != row["chapter"]:
-            found.append((" ".join(gathered), float(book), int(row["chapter"]) % 8 == 0))
+            pieces.append((" ".join(gathered), float(book), int(row["chapter"]) % 8 == 0))
             gathered = []
-    return found
+    return pieces
 
 
 def domain_split(domain: str) -> list[tuple[dict[str, str], bool]]:

@@ -29,9 +29,9 @@ def first() -> None:
         print(
             f"{'setting':40s} {'grid':>8s} {'η_A':>9s} {'λ':>5s} {'LoRA':>8s} {'auto':>8s} {'/grid':>7s} {'/LoRA':>7s}"
         )
-        found = {s.name: summary(s) for s in SETTINGS.values() if s.part == half}
-        done = [value for value in found.values() if value]
-        for name, v in found.items():
+        summaries = {s.name: summary(s) for s in SETTINGS.values() if s.part == half}
+        done = [value for value in summaries.values() if value]
+        for name, v in summaries.items():
             if v is None:
                 print(f"{name:40s} runs are missing")
                 continue
@@ -111,9 +111,11 @@ def peers(known: Mapping[str, Mapping[str, float]]) -> None:
                 over.append(mean / value["grid"])
                 beside.append(math.log(fmean(counted(rows, x) for x in of_method(rows, "auto").values()) / mean))
         if len(over) > 1:
-            found = t_interval(beside).through(math.exp)
-            print(f"{method:22s} {fmean(over):10.4f} {max(over):7.3f} {fails:5d}   {found.mean:.4f} [{found.low:.4f}, "
-                  f"{found.high:.4f}], {sum(one < 0 for one in beside)} of {len(beside)}")  # fmt: skip
+            interval = t_interval(beside).through(math.exp)
+            print(
+                f"{method:22s} {fmean(over):10.4f} {max(over):7.3f} {fails:5d}   {interval.mean:.4f} "
+                f"[{interval.low:.4f}, {interval.high:.4f}], {sum(one < 0 for one in beside)} of {len(beside)}"
+            )
 
 
 def arms() -> None:
@@ -136,8 +138,8 @@ def arms() -> None:
         tuned[setting.name] = known[plus] / known[lora]
         untuned[setting.name] = first[16.0, HALF_DECADE] / first[1.0, 0]
         best_of = {ratio: min(loss for point, loss in first.items() if point[0] == ratio) for ratio in (1.0, *held)}
-        for ratio, found in held.items():
-            found[setting.name] = best_of[ratio] / best_of[1.0]
+        for ratio, by_setting in held.items():
+            by_setting[setting.name] = best_of[ratio] / best_of[1.0]
         print(f"{setting.name:40s} {known[lora]:8.4f} {known[plus]:8.4f} {plus[0]:5g} {tuned[setting.name]:7.3f} "
               f"{untuned[setting.name]:8.3f}")  # fmt: skip
     for name, ratios in {"tuned": tuned, "untuned": untuned, **{f"λ = {r:g}": one for r, one in held.items()}}.items():
@@ -155,7 +157,7 @@ def print_ratios(name: str, ratios: dict[str, float]) -> None:
     }
     for kind, settings in kinds.items():
         values = [ratios[setting] for setting in settings]
-        found = t_interval([math.log(value) for value in values]).through(math.exp)
-        print(f"{name}, {kind}: LoRA+ / LoRA {found.mean:.4f} [{found.low:.4f}, {found.high:.4f}], median "
+        interval = t_interval([math.log(value) for value in values]).through(math.exp)
+        print(f"{name}, {kind}: LoRA+ / LoRA {interval.mean:.4f} [{interval.low:.4f}, {interval.high:.4f}], median "
               f"{median(values):.4f}, largest {max(values):.4f}, below 1 in {sum(v < 1 for v in values)} of "
               f"{len(values)}")  # fmt: skip

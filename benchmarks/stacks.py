@@ -87,11 +87,11 @@ def drops(model: nn.Module, optimizer: torch.optim.Optimizer, gradient: float) -
 def measured(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
     """{name: (rate, weight decay)}, read off the weights."""
     idle, moved = drops(model, optimizer, 0.0), drops(model, optimizer, 1.0)
-    found = {}
+    measurements = {}
     for name in moved:
         (still,), (drop,) = idle[name], moved[name]
-        found[name] = (drop - still, still / (drop - still) if drop != still else 0.0)
-    return found
+        measurements[name] = (drop - still, still / (drop - still) if drop != still else 0.0)
+    return measurements
 
 
 def compare(rates: dict[str, float], b: str) -> Verdict:
@@ -111,8 +111,8 @@ def rates_of(case: Case) -> Judge:
         model = case.build()
         if not any(re.search(case.b, name) for name, p in model.named_parameters() if p.requires_grad):
             raise AssertionError("the case's own pattern for B matches nothing")
-        found = measured(model, make(who, model))
-        return compare({name: rate for name, (rate, _) in found.items()}, case.b)
+        measurements = measured(model, make(who, model))
+        return compare({name: rate for name, (rate, _) in measurements.items()}, case.b)
 
     return judge
 
@@ -126,16 +126,18 @@ def empty_groups(who: str) -> Verdict:
 def weight_decay(who: str) -> Verdict:
     """Asked for as `weight_decay=`, on everything but biases and norms."""
     model = adapted(modules_to_save=["classifier", "LayerNorm"])
-    found = measured(model, make(who, model, weight_decay=DECAY))
+    measurements = measured(model, make(who, model, weight_decay=DECAY))
     exempt = re.compile(r"bias$|LayerNorm")
     wrong = [
         f"{name} decays at {decay:.3g}"
-        for name, (_, decay) in found.items()
+        for name, (_, decay) in measurements.items()
         if not math.isclose(decay, 0.0 if exempt.search(name) else DECAY, rel_tol=1e-3, abs_tol=1e-6)
     ]
     if wrong:
-        return Verdict("wrong", f"{len(wrong)} of {len(found)} parameters, such as {wrong[0]} instead of {DECAY}")
-    return Verdict("right", f"{len(found)} parameters")
+        return Verdict(
+            "wrong", f"{len(wrong)} of {len(measurements)} parameters, such as {wrong[0]} instead of {DECAY}"
+        )
+    return Verdict("right", f"{len(measurements)} parameters")
 
 
 def ratio_one(who: str) -> Verdict:
@@ -185,12 +187,15 @@ def split_groups(who: str) -> Verdict:
         {"params": [p for name, p in trained if "layer.1" in name], "lr": LR / 4, "weight_decay": 0.0},
     ]
     optimizer = loraplus.create_optimizer(model, torch.optim.SGD, lr=LR, lr_ratio=RATIO, groups=groups)
-    found = measured(model, optimizer)
+    measurements = measured(model, optimizer)
     if any(
-        not math.isclose(decay, DECAY if "layer.0" in name else 0.0, abs_tol=1e-6) for name, (_, decay) in found.items()
+        not math.isclose(decay, DECAY if "layer.0" in name else 0.0, abs_tol=1e-6)
+        for name, (_, decay) in measurements.items()
     ):
         return Verdict("wrong", "a group's weight decay was not kept")
-    return compare({name: rate * (1 if "layer.0" in name else 4) for name, (rate, _) in found.items()}, r"lora_B")
+    return compare(
+        {name: rate * (1 if "layer.0" in name else 4) for name, (rate, _) in measurements.items()}, r"lora_B"
+    )
 
 
 def one_memory(who: str) -> Verdict:
@@ -226,8 +231,8 @@ class ReadsItsDefaults(torch.optim.SGD):
 def ignores_rates(who: str) -> Verdict:
     """B moves 16 times as far as A, or the optimizer is refused."""
     model = adapted()
-    found = measured(model, make(who, model, ReadsItsDefaults))
-    return compare({name: rate for name, (rate, _) in found.items()}, r"lora_B")
+    measurements = measured(model, make(who, model, ReadsItsDefaults))
+    return compare({name: rate for name, (rate, _) in measurements.items()}, r"lora_B")
 
 
 def unused_rate(who: str) -> Verdict:
@@ -376,13 +381,13 @@ def outcomes(wanted: list[str]) -> Iterator[tuple[str, dict[str, Verdict]]]:
 
 def versions() -> str:
     names = "torch transformers peft diffusers lycoris-lora litgpt torchtune bitsandbytes".split()
-    found = []
+    packages = []
     for name in names:
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            packages.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} absent")
-    return ", ".join(found)
+            packages.append(f"{name} absent")
+    return ", ".join(packages)
 
 
 def total(rows: list[tuple[str, dict[str, Verdict]]], who: str) -> str:

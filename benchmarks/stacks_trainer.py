@@ -59,8 +59,8 @@ class Rates(TrainerCallback):
 
 
 def _mean(rates: dict[str, float], part: str) -> float:
-    found = [rate for name, rate in rates.items() if part in name]
-    return sum(found) / len(found)
+    of_part = [rate for name, rate in rates.items() if part in name]
+    return sum(of_part) / len(of_part)
 
 
 class LossWithWeight(Trainer):
@@ -175,9 +175,9 @@ def search(who: str) -> Seen:
             return dict(zip(("loraplus_lr_ratio", "learning_rate"), asked[-1], strict=True))
 
         trainer.hyperparameter_search(space, n_trials=3, direction="minimize")
-    for (ratio, lr), found in zip(asked, rates.runs, strict=True):
-        if not math.isclose(_mean(found, "lora_B"), ratio * lr) or not math.isclose(_mean(found, "lora_A"), lr):
-            return "wrong", f"asked for {ratio:g}, trained at {_mean(found, 'lora_B') / _mean(found, 'lora_A'):g}"
+    for (ratio, lr), of_run in zip(asked, rates.runs, strict=True):
+        if not math.isclose(_mean(of_run, "lora_B"), ratio * lr) or not math.isclose(_mean(of_run, "lora_A"), lr):
+            return "wrong", f"asked for {ratio:g}, trained at {_mean(of_run, 'lora_B') / _mean(of_run, 'lora_A'):g}"
     return "right", f"{len(asked)} trials"
 
 

@@ -64,7 +64,7 @@ def main() -> None:
             if i >= WARM_UP:
                 times[name].append(taken)
     ratios = [plus / lora for (lora, _), (plus, _) in zip(times["LoRA"], times["LoRA+"], strict=True)]
-    found = {
+    costs = {
         "steps": steps,
         "seconds_per_step": {name: median(whole for whole, _ in taken) for name, taken in times.items()},
         "seconds_in_optimizer": {name: median(optimizer for _, optimizer in taken) for name, taken in times.items()},
@@ -72,8 +72,8 @@ def main() -> None:
         "ratio_quartiles": quantiles(ratios, n=4)[::2],
         "state_bytes": {name: state_bytes(optimizer) for name, (_, optimizer) in arms.items()},
     }
-    write_json(RESULT, found)
-    print(json_text(found))
+    write_json(RESULT, costs)
+    print(json_text(costs))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

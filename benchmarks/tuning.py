@@ -26,7 +26,7 @@ BUDGET = 4
 SEED = 0
 
 
-def found() -> dict[str, dict[Candidate, float]]:
+def losses_so_far() -> dict[str, dict[Candidate, float]]:
     """{setting: {run: loss}} so far."""
     runs: dict[str, dict[Candidate, float]] = {}
     if RESULTS.exists():
@@ -61,7 +61,7 @@ def table() -> None:
     """Prints the loss of the pair found over that of the grid's best point."""
     print(f"{'setting':32s} {'found η_A':>10s} {'λ':>5s} {'loss':>8s} {'grid η_A':>10s} {'λ':>5s} {'loss':>8s} "
           f"{'ratio':>7s} {'cost':>5s}")  # fmt: skip
-    for name, losses in found().items():
+    for name, losses in losses_so_far().items():
         setting, grid = SETTINGS[name], grid_losses(read(name))
         best = Halving(setting.steps).best(losses)
         if best is None or Halving(setting.steps, BUDGET).next(losses):
@@ -85,7 +85,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     for setting in chosen(options.run):
-        search(setting, found().get(setting.name, {}))
+        search(setting, losses_so_far().get(setting.name, {}))
     return None
 
 

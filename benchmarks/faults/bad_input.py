@@ -94,10 +94,10 @@ def try_inputs(models: Path, count: int, seed: int, on_result: Callable[..., Non
     from mutations import changed, changes
     from readers import readers
 
-    found = readers(models)
-    for reader in found:
+    all_readers = readers(models)
+    for reader in all_readers:
         _check_good(reader)
-    weighted = [reader for reader in found for _ in range(reader.share)]
+    weighted = [reader for reader in all_readers for _ in range(reader.share)]
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -180,22 +180,22 @@ class Result:
     def of(cls, output: Path | None, seed: int) -> Result:
         """The one that was written by the same command, or a new one."""
         if output is not None and output.exists():
-            found = cls(**json.loads(output.read_text(encoding="utf-8")))
-            if (found.seed, found.block) != (seed, BLOCK):
+            earlier = cls(**json.loads(output.read_text(encoding="utf-8")))
+            if (earlier.seed, earlier.block) != (seed, BLOCK):
                 raise SystemExit(f"{output} holds inputs of another seed; name another file")
-            return found
+            return earlier
         return cls(command="", seed=seed)
 
-    def add(self, found: dict[str, Any]) -> None:
+    def add(self, block: dict[str, Any]) -> None:
         """Counts another block."""
-        for reader, results in found["counts"].items():
+        for reader, results in block["counts"].items():
             self.readers[reader] = dict(Counter(self.readers.get(reader, {})) + Counter(results))
         total: Counter[str] = sum(map(Counter, self.readers.values()), Counter())
         self.inputs, self.failures = total.total(), total["failed"]
         self.read, self.refused_in_one_line = total["read"], total["refused"]
-        self.failed = (self.failed + found["failures"])[:200]
-        self.slowest_call = max(self.slowest_call, found["slowest"], key=lambda call: call["seconds"])
-        self.peak_mb = max(self.peak_mb, found["peak_mb"])
+        self.failed = (self.failed + block["failures"])[:200]
+        self.slowest_call = max(self.slowest_call, block["slowest"], key=lambda call: call["seconds"])
+        self.peak_mb = max(self.peak_mb, block["peak_mb"])
         self.blocks += 1
 
     def write(self, output: Path | None) -> None:
@@ -228,11 +228,11 @@ def main() -> int:
         while result.inputs < options.inputs:
             started = time.monotonic()
             wanted = min(BLOCK, options.inputs - result.inputs)
-            found = _in_a_process(options.models or Path(scratch), wanted, options.seed * 10_000 + result.blocks)
-            result.add(found)
+            block = _in_a_process(options.models or Path(scratch), wanted, options.seed * 10_000 + result.blocks)
+            result.add(block)
             result.seconds = round(result.seconds + time.monotonic() - started)
             result.write(options.output)
-            for failure in found["failures"]:
+            for failure in block["failures"]:
                 print(f"{failure['reader']}, {failure['file']}: {failure['why']}")
             print(f"{result.inputs:,} inputs, {result.failures} failures, {result.seconds:.0f} s", flush=True)
     print(

@@ -77,10 +77,10 @@ def work(location: str, folder: str, runs: int) -> None:
 @contextlib.contextmanager
 def postgresql() -> Iterator[tuple[str, Any]]:
     """(URL, function that restarts the server) of a server of our own on a free port."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
-    if not found:
+    controls = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+    if not controls:
         raise SystemExit("PostgreSQL is not installed; Debian and Ubuntu: apt-get install postgresql")
-    programs, folder = found[-1].parent, Path(tempfile.mkdtemp(prefix="concurrent-postgresql-"))
+    programs, folder = controls[-1].parent, Path(tempfile.mkdtemp(prefix="concurrent-postgresql-"))
     account: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder, "check": True}
     if os.geteuid() == 0:
         user = pwd.getpwnam("postgres")
@@ -185,13 +185,13 @@ def main() -> None:
             print(error, file=sys.stderr)
             sys.exit(2)
         return
-    found = [tried(storage, options.runs, options.seed, options.between) for storage in options.storages.split(",")]
+    outcomes = [tried(storage, options.runs, options.seed, options.between) for storage in options.storages.split(",")]
     where = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-    text = json.dumps({"command": " ".join(["python", *sys.argv]), **where, "tried": found}, indent=2) + "\n"
+    text = json.dumps({"command": " ".join(["python", *sys.argv]), **where, "tried": outcomes}, indent=2) + "\n"
     print(text)
     if options.output:
         Path(options.output).write_text(text)
-    sys.exit(any(one["lost"] or one["stored_twice"] or not one["all_read_the_same"] for one in found))
+    sys.exit(any(one["lost"] or one["stored_twice"] or not one["all_read_the_same"] for one in outcomes))
 
 
 if __name__ == "__main__":

@@ -84,14 +84,14 @@ def without_times(value: Any) -> Any:
 
 def results(output: Path) -> dict[str, Any]:
     """What a study has left, without times and names of folders."""
-    found: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
     for path in (output / name for name in RESULTS):
         if path.exists():
             text = path.read_text()
             whole = list(csv.DictReader(text.splitlines())) if path.suffix == ".csv" else yaml.safe_load(text)
-            found[path.name] = without_times(whole if isinstance(whole, list) else {
+            contents[path.name] = without_times(whole if isinstance(whole, list) else {
                 key: value for key, value in whole.items() if key != "output"})  # fmt: skip
-    return found
+    return contents
 
 
 def repeated(journal: Path) -> list[str]:
@@ -128,7 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     deadline, output = time.monotonic() + 60 * options.minutes, Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = json.loads(output.read_text())["tried"] if output.exists() else {}
+    outcomes: dict[str, Any] = json.loads(output.read_text())["tried"] if output.exists() else {}
     work = Path(tempfile.mkdtemp(prefix="kill-studies-"))
     preload()
     try:
@@ -140,11 +140,11 @@ def main() -> None:
             if ended.code:
                 raise SystemExit(f"{kind}: {ended.output}")
             state[kind] = (results(work / kind), ended.seconds, ended.operations)
-        draw = random.Random(sum(map(len, found.values())))
+        draw = random.Random(sum(map(len, outcomes.values())))
         while time.monotonic() < deadline:
             kind = draw.choice(list(state))
             expected, seconds, operations = state[kind]
-            tried = found.setdefault(kind, {})
+            tried = outcomes.setdefault(kind, {})
             left = [n for n in range(1, operations + 1) if f"operation {n}" not in tried]
             folder = work / "killed"
             if left and draw.random() < 0.8:
@@ -158,15 +158,15 @@ def main() -> None:
             tried[name] = wrong(kind, work, folder, expected) or "survived"
             shutil.rmtree(folder, ignore_errors=True)
             totals = {kind: {"kills": len(all), "survived": sum(how == "survived" for how in all.values())}
-                      for kind, all in found.items()}  # fmt: skip
+                      for kind, all in outcomes.items()}  # fmt: skip
             command = "python benchmarks/faults/kill_studies.py --output ..."
             text = json.dumps({"command": command, "file_operations": {k: s[2] for k, s in state.items()},
-                               "totals": totals, "tried": found}, indent=1)  # fmt: skip
+                               "totals": totals, "tried": outcomes}, indent=1)  # fmt: skip
             output.write_text(text + "\n")
             print(kind, name, tried[name], flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    sys.exit(any(how != "survived" for tried in found.values() for how in tried.values()))
+    sys.exit(any(how != "survived" for tried in outcomes.values() for how in tried.values()))
 
 
 if __name__ == "__main__":

@@ -133,9 +133,9 @@ def main() -> None:
             ended, bad, killed = killed_and_resumed(arguments, output, kills)
             kills_done += killed
             tried[f"{kind}, {'file operations' if 'operation' in kills[0] else 'by the clock'}"] += 1
-            found = digest(output)
-            if ended.code or bad or found != expected or "Traceback" in ended.output:
-                differing = sorted(name for name in expected if expected[name] != found.get(name))
+            actual = digest(output)
+            if ended.code or bad or actual != expected or "Traceback" in ended.output:
+                differing = sorted(name for name in expected if expected[name] != actual.get(name))
                 failures.append({"kind": kind, "kills": kills, "code": ended.code, "half_written": bad,
                                  "differing": differing, "says": ended.output[-600:]})  # fmt: skip
                 print(json.dumps(failures[-1]), flush=True)

@@ -38,7 +38,7 @@ FACTS = {
 def records(count: int) -> list[Record]:
     """Half of them tuning runs, half final ones."""
     draw = random.Random(0)
-    found = []
+    runs = []
     for number in range(count):
         arm = ARMS[number % 2]
         phase: Phase = "tuning" if number * 2 < count else "final"
@@ -46,16 +46,16 @@ def records(count: int) -> list[Record]:
         trial = Trial(phase, arm, rate, 16.0 if arm == "loraplus" else 1.0, number // 2)
         curve = tuple(CurvePoint(step, draw.random(), draw.random()) for step in range(20, STEPS + 1, STEPS // 10))
         losses = tuple(draw.random() for _ in range(TESTED if phase == "final" else 0))
-        found.append(Record(trial, "done", STEPS, curve[-1].eval_loss, 0.9, 0.1, curve, losses,
+        runs.append(Record(trial, "done", STEPS, curve[-1].eval_loss, 0.9, 0.1, curve, losses,
                             tuple(loss < 0.9 for loss in losses)))  # fmt: skip
-    return found
+    return runs
 
 
-def stored(journal: Path, found: list[Record]) -> None:
+def stored(journal: Path, runs: list[Record]) -> None:
     """Fills a journal; without waiting for the disk, which would take most of the time."""
     store = StudyStore.open(journal, "large")
     with unittest.mock.patch("os.fsync"):
-        for record in found:
+        for record in runs:
             store.start(record.trial)
             store.finish(record)
 
@@ -87,11 +87,11 @@ def main() -> None:
         _write(folder, summary, in_order)
         lap("write")
     counted = sum(value for what, value in seconds.items() if "not counted" not in what)
-    found = {
+    result = {
         "command": " ".join(["python", *sys.argv]), "machine": platform.machine(), "cores": os.cpu_count(),
         "runs": len(in_order), "journal_bytes": size, "seconds": seconds, "in_all": round(counted, 2),
     }  # fmt: skip
-    text = json.dumps(found, indent=2) + "\n"
+    text = json.dumps(result, indent=2) + "\n"
     print(text)
     if options.output:
         Path(options.output).write_text(text)

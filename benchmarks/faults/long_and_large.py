@@ -72,13 +72,13 @@ class FirstStep(TrainerCallback):
     """Notes when the first step begins, and the memory then."""
 
     def __init__(self) -> None:
-        self.found: dict[str, Any] = {"megabytes_before": memory("VmHWM")}
+        self.measured: dict[str, Any] = {"megabytes_before": memory("VmHWM")}
         self._wall, self._processor = time.perf_counter(), time.process_time()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.found.setdefault("seconds_to_first_step", round(time.perf_counter() - self._wall, 1))
-        self.found.setdefault("processor_seconds_to_first_step", round(time.process_time() - self._processor, 1))
-        self.found.setdefault("megabytes_at_first_step", memory("VmHWM"))
+        self.measured.setdefault("seconds_to_first_step", round(time.perf_counter() - self._wall, 1))
+        self.measured.setdefault("processor_seconds_to_first_step", round(time.process_time() - self._processor, 1))
+        self.measured.setdefault("megabytes_at_first_step", memory("VmHWM"))
 
 
 def train_on(task: str, rows: int) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def train_on(task: str, rows: int) -> dict[str, Any]:
         metrics = train(config, callbacks=[first])
         return {
             "task": task, "rows": rows, "bytes": data.stat().st_size,
-            "train_examples": metrics["data"]["train_examples"], **first.found, "megabytes_at_most": memory("VmHWM"),
+            "train_examples": metrics["data"]["train_examples"], **first.measured, "megabytes_at_most": memory("VmHWM"),
         }  # fmt: skip
 
 
@@ -104,11 +104,11 @@ class Readings(TrainerCallback):
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.found: list[tuple[int, float]] = []
+        self.megabytes: list[tuple[int, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.every == 0:
-            self.found.append((state.global_step, memory("VmRSS")))
+            self.megabytes.append((state.global_step, memory("VmRSS")))
 
 
 def train_long(steps: int, lr: str) -> dict[str, Any]:
@@ -124,10 +124,10 @@ def train_long(steps: int, lr: str) -> dict[str, Any]:
         )  # fmt: skip
         train(config, callbacks=[readings])
         seconds = time.perf_counter() - begun
-    warm = [(step, megabytes) for step, megabytes in readings.found if step > steps * _WARM]
+    warm = [(step, megabytes) for step, megabytes in readings.megabytes if step > steps * _WARM]
     slope = float(np.polyfit([step for step, _ in warm], [megabytes for _, megabytes in warm], 1)[0])
     return {
-        "lr": lr, "steps": steps, "checkpoints": 20, "seconds": round(seconds), "megabytes": readings.found,
+        "lr": lr, "steps": steps, "checkpoints": 20, "seconds": round(seconds), "megabytes": readings.megabytes,
         "megabytes_per_1000_steps": round(1000 * slope, 3),
     }  # fmt: skip
 
@@ -156,7 +156,7 @@ def main() -> None:
         rows = options.kind == "rows"
         print(json.dumps(train_on(options.task, options.rows) if rows else train_long(options.steps, options.lr)))
         return
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]), "machine": platform.machine(), "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "pyarrow")},
@@ -166,10 +166,12 @@ def main() -> None:
         cases = [_in_process("rows", "--task", options.task, "--rows", str(rows)) for rows in few_and_many]
         few, many = cases
         more = many["megabytes_at_most"] - few["megabytes_at_most"]
-        found |= {"runs": cases, "bytes_of_memory_per_row": round(more * 2**20 / (many["rows"] - few["rows"]))}
+        result |= {"runs": cases, "bytes_of_memory_per_row": round(more * 2**20 / (many["rows"] - few["rows"]))}
     else:
-        found["runs"] = [_in_process("steps", "--steps", str(options.steps), "--lr", lr) for lr in (options.lr, "auto")]
-    text = json.dumps(found, indent=1) + "\n"
+        result["runs"] = [
+            _in_process("steps", "--steps", str(options.steps), "--lr", lr) for lr in (options.lr, "auto")
+        ]
+    text = json.dumps(result, indent=1) + "\n"
     if options.output:
         Path(options.output).write_text(text)
 

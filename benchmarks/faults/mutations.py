@@ -63,7 +63,7 @@ def number(content: bytes, part: float, length: int, payload: bytes) -> bytes:
     colon = content.find(b":", _at(content, part))
     if colon < 0:
         return insert(content, part, length, payload)
-    end = min((found for stop in (b",", b"\n", b"}") if (found := content.find(stop, colon)) > 0), default=len(content))
+    end = min((place for stop in (b",", b"\n", b"}") if (place := content.find(stop, colon)) > 0), default=len(content))
     return content[: colon + 1] + b" " + HUGE[length % len(HUGE)] + content[end:]
 
 

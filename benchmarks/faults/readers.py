@@ -119,9 +119,9 @@ def _inspected(folder: Path) -> list[Reader]:
     console = Console(file=open("/dev/null", "w"), markup=False)  # noqa: SIM115
 
     def shown(root: Path, name: str) -> Any:
-        found = inspect_folder(str(root))
-        json_text(found)
-        for part in model_parts(found) if found["kind"] == "model" else adapter_parts(found):
+        contents = inspect_folder(str(root))
+        json_text(contents)
+        for part in model_parts(contents) if contents["kind"] == "model" else adapter_parts(contents):
             console.print(part)
 
     return [
@@ -146,9 +146,9 @@ def _resumed(folder: Path) -> list[Reader]:
             return train(TrainConfig(**_BEGUN, **trained_on), resume=True)
 
     def unsealed(files: dict[str, bytes]) -> dict[str, bytes]:
-        found = {name: content for name, content in files.items() if not name.endswith(MANIFEST_FILE)}
-        rates = next(name for name in found if name.endswith("checkpoint-2/loraplus.json"))
-        return {**found, rates: json.dumps({**json.loads(found[rates]), "sealed": False}).encode()}
+        unlisted = {name: content for name, content in files.items() if not name.endswith(MANIFEST_FILE)}
+        rates = next(name for name in unlisted if name.endswith("checkpoint-2/loraplus.json"))
+        return {**unlisted, rates: json.dumps({**json.loads(unlisted[rates]), "sealed": False}).encode()}
 
     return [
         Reader("checkpoint", files, gone_on, 1),

@@ -335,10 +335,10 @@ class AutoRates(StepWatcher):
         scaled = {}
         for entry in self._layers:
             if entry.name in moved:
-                found, size_a, size_b = moved[entry.name]
+                movement, size_a, size_b = moved[entry.name]
                 a, b = (factor.get(id(weight), 0.0) for weight in entry.weights)
                 rate_a, rate_b = (eta * self._unit(role) for eta, role in zip(self._pair, _ROLES, strict=True))
-                scaled[entry.name] = found.scaled(rate_a * a * size_a, rate_b * b * size_b)
+                scaled[entry.name] = movement.scaled(rate_a * a * size_a, rate_b * b * size_b)
         if scaled:
             self.updates = FeatureUpdates.from_movements(self._layers, scaled)
 

@@ -179,7 +179,7 @@ class OwnedGroups:
     def _plain_rate(self, role: Role) -> float:
         """The rate of a role's group without overrides; where all names are the user's own, the highest."""
         mine = [(owned.base, owned.group) for owned in self._all if owned.role is role]
-        named = [(base, found["factor"]) for base, group in mine if (found := _NAME.search(str(group.get("name", ""))))]
+        named = [(base, match["factor"]) for base, group in mine if (match := _NAME.search(str(group.get("name", ""))))]
         if not named:
             return max(base for base, _ in mine)
         base, factor = min(named, key=lambda pair: pair[1] is not None)

@@ -52,11 +52,11 @@ def saved(path: str) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, or holds something else.
     """
-    found = read_json(path)
-    if not isinstance(found, Mapping) or not isinstance(found.get("rows"), list) or "machine" not in found:
+    result = read_json(path)
+    if not isinstance(result, Mapping) or not isinstance(result.get("rows"), list) or "machine" not in result:
         raise InputError(f"{path} is no result of `loraplus bench`")
-    if found.get("schema_version") != SCHEMA_VERSION:
+    if result.get("schema_version") != SCHEMA_VERSION:
         raise InputError(
-            f"{path} is of version {found.get('schema_version')}, and this loraplus reads {SCHEMA_VERSION}"
+            f"{path} is of version {result.get('schema_version')}, and this loraplus reads {SCHEMA_VERSION}"
         )
-    return dict(found)
+    return dict(result)

@@ -66,8 +66,8 @@ def profile_of(prepared: Prepared, arm: Arm, output: str) -> list[dict[str, Any]
     return costliest(step, torch.device(trainer.args.device))
 
 
-def _distance(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
-    if set(found) != set(exact):
-        raise RuntimeError(f"gradients of other parameters: {sorted(set(found) ^ set(exact))[:3]}")
-    off = sum(float(((found[name] - exact[name]) ** 2).sum()) for name in exact)
+def _distance(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    if set(gradients) != set(exact):
+        raise RuntimeError(f"gradients of other parameters: {sorted(set(gradients) ^ set(exact))[:3]}")
+    off = sum(float(((gradients[name] - exact[name]) ** 2).sum()) for name in exact)
     return (off / sum(float((gradient**2).sum()) for gradient in exact.values())) ** 0.5

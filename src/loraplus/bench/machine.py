@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": _memory(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "versions": {name: installed for name in LIBRARIES if (installed := _version(name))},
     }
     with suppress(OSError, AttributeError):
         about["load_at_start"] = round(os.getloadavg()[0], 2)
@@ -43,7 +43,7 @@ def in_words(about: dict[str, Any]) -> str:
         parts = [about["accelerator"]["name"]]
     else:
         parts = [f"{about['processor']}, {about['cores']} cores, {about['threads']} threads"]
-    return " · ".join([*parts, *(f"{name} {found}" for name, found in about["versions"].items())])
+    return " · ".join([*parts, *(f"{name} {installed}" for name, installed in about["versions"].items())])
 
 
 def _processor() -> str:

@@ -98,9 +98,9 @@ class Measurement:
             turns: dict[str, Turn] = {name: (lambda run=run: run.turn() / steps) for name, run in runs.items()}
             floor = floor_of(self.prepared)
             turns[_FLOOR] = floor.turn
-            found = take_turns(turns, max(0.0, end - time.perf_counter()), least=_LEAST, told=told)
+            times = take_turns(turns, max(0.0, end - time.perf_counter()), least=_LEAST, told=told)
             self.floor = {"operations_a_step": floor.operations, "most_operations_a_second": floor.fastest}
-            return found
+            return times
         finally:
             for run in runs.values():
                 run.end()
@@ -141,14 +141,14 @@ class Measurement:
         sorted_batches = [lengths[i : i + size] for i in range(0, len(lengths), size)]
         arms = {}
         for arm in self.arms:
-            found: dict[str, Any] = {"side": arm.side}
+            described: dict[str, Any] = {"side": arm.side}
             if arm.name in times:
                 seconds = times[arm.name]
-                found |= {"seconds_a_step": spread(seconds).to_dict(), "rounds": seconds}
-                found[f"{self.unit}_a_second"] = amount / spread(seconds).median
+                described |= {"seconds_a_step": spread(seconds).to_dict(), "rounds": seconds}
+                described[f"{self.unit}_a_second"] = amount / spread(seconds).median
             else:
-                found["failed"] = self.failed[arm.name]
-            arms[arm.name] = found
+                described["failed"] = self.failed[arm.name]
+            arms[arm.name] = described
         return {
             "name": self.name,
             "title": self.title,
@@ -190,23 +190,23 @@ class Measurement:
             errors = gradient_errors(self.prepared, peft[0], [peft[0], *ours], self.output)
         except Exception as error:
             return {"failed": f"{type(error).__name__}: {error}"[:300]}
-        found: dict[str, Any] = {"peft": errors[peft[0].name], "ours": errors[ours[0].name]}
+        errors_of_both: dict[str, Any] = {"peft": errors[peft[0].name], "ours": errors[ours[0].name]}
         with suppress(ZeroDivisionError):
-            found["ratio"] = found["ours"] / found["peft"]
-        return found
+            errors_of_both["ratio"] = errors_of_both["ours"] / errors_of_both["peft"]
+        return errors_of_both
 
     def _measure_memory(self, row: dict[str, Any], seconds: float) -> None:
         self.told(f"{self.title}: memory")
         first = [self._ours(), *(row["ratios"].get(name, {}).get("against") for name in ("best", "defaults"))]
         arms = [arm for arm in self.arms if arm.name not in self.failed and arm.name != LAMBDA_ONE.name]
         arms.sort(key=lambda arm: arm.name not in first)  # those that are compared, while there is time
-        found = measured(self.prepared.config, self.prepared.batches, arms, max(seconds, 120.0))
-        for name, mib in found.items():
+        memory = measured(self.prepared.config, self.prepared.batches, arms, max(seconds, 120.0))
+        for name, mib in memory.items():
             row["arms"][name]["memory_over_idle_mib" if isinstance(mib, float) else "memory"] = mib
         ours = next((arm.name for arm in arms if arm.side == OURS), "")
-        if not isinstance(found.get(ours), float):
+        if not isinstance(memory.get(ours), float):
             return
         for name in ("defaults", "best"):
-            other = found.get(row["ratios"].get(name, {}).get("against", ""))
+            other = memory.get(row["ratios"].get(name, {}).get("against", ""))
             if isinstance(other, float) and other > 0:
-                row["ratios"][name]["memory"] = float(found[ours]) / other
+                row["ratios"][name]["memory"] = float(memory[ours]) / other

@@ -38,7 +38,7 @@ def measured(config: TaskConfig, batches: int, arms: list[Arm], seconds: float) 
         seconds: For all; what is not measured by then says so.
     """
     what = {"config": asdict(config), "batches": batches, "arms": [asdict(arm) for arm in arms]}
-    found: dict[str, float | str] = {arm.name: "not measured: no time was left" for arm in arms}
+    mib_by_arm: dict[str, float | str] = {arm.name: "not measured: no time was left" for arm in arms}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "loraplus.bench.memory"], input=json.dumps(what), capture_output=True, text=True,
@@ -51,10 +51,10 @@ def measured(config: TaskConfig, batches: int, arms: list[Arm], seconds: float) 
     for line in lines.splitlines():
         if line.startswith('{"arm"'):
             row = json.loads(line)
-            found[row["arm"]] = row["mib"]
-    if last and not any(isinstance(value, float) for value in found.values()):
-        return dict.fromkeys(found, f"not measured: {last[0]}")
-    return found
+            mib_by_arm[row["arm"]] = row["mib"]
+    if last and not any(isinstance(value, float) for value in mib_by_arm.values()):
+        return dict.fromkeys(mib_by_arm, f"not measured: {last[0]}")
+    return mib_by_arm
 
 
 def _main() -> None:

@@ -37,7 +37,7 @@ def costliest(step: Callable[[], object], device: torch.device, rows: int = 12) 
     return [total, *({"name": e.key[:90], "ms": getattr(e, cost) / 1e3, "calls": e.count} for e in events[:rows])]
 
 
-def profile_lines(name: str, found: list[dict[str, Any]]) -> list[str]:
+def profile_lines(name: str, rows: list[dict[str, Any]]) -> list[str]:
     """A profile as lines of Markdown."""
     lines = ["", f"{name}, one step:", "", "| what | ms | calls |", "|---|---|---|"]
-    return [*lines, *(f"| `{row['name']}` | {row['ms']:.2f} | {row['calls']} |" for row in found)]
+    return [*lines, *(f"| `{row['name']}` | {row['ms']:.2f} | {row['calls']} |" for row in rows)]

@@ -129,7 +129,7 @@ def _ends(model: Any) -> tuple[str, str]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
     if not lists:
         return "", ""
-    name, layers = max(lists, key=lambda found: len(found[1]))
+    name, layers = max(lists, key=lambda named: len(named[1]))
     return f"{name}.0.", f"{name}.{len(layers) - 1}."
 
 

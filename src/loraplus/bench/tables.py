@@ -40,12 +40,12 @@ def _cells(name: str, arm: Mapping[str, Any], unit: str) -> Cells:
 def findings(row: Mapping[str, Any]) -> list[str]:
     """What a row says, in sentences."""
     lines = []
-    for name, found in row["ratios"].items():
+    for name, ratio in row["ratios"].items():
         if name == "lambda":
-            lines.append(f"time a step at λ = 16 against λ = 1: {_interval(found)}")
+            lines.append(f"time a step at λ = 16 against λ = 1: {_interval(ratio)}")
             continue
-        memory = f", {found['memory']:.2f} × its memory over the idle model" if "memory" in found else ""
-        lines.append(f"{_interval(found)} times as fast as {found['against']}{memory}")
+        memory = f", {ratio['memory']:.2f} × its memory over the idle model" if "memory" in ratio else ""
+        lines.append(f"{_interval(ratio)} times as fast as {ratio['against']}{memory}")
     gradients = row.get("gradient_error", {})
     if "ours" in gradients:
         lines.append(
@@ -58,8 +58,8 @@ def findings(row: Mapping[str, Any]) -> list[str]:
     return [*lines, *(f"memory {why}" for why in sorted(missing))]
 
 
-def _interval(found: Mapping[str, float]) -> str:
-    return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+def _interval(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def about(row: Mapping[str, Any]) -> str:

@@ -218,13 +218,13 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, (weight, a, b, through_a) = kept(ctx)
         g = g.reshape(-1, g.shape[-1])
-        found = _Gradients(ctx, x, g, a, b, through_a, needs=ctx.needs_input_grad[3:5])
+        gradients = _Gradients(ctx, x, g, a, b, through_a, needs=ctx.needs_input_grad[3:5])
         dx = None
         if ctx.needs_input_grad[0]:
             w = weight.to(ctx.step.product)
-            dx = g @ torch.addmm(w, b, a, alpha=ctx.step.scale) if ctx.formed else found.add_to_input(g @ w)
+            dx = g @ torch.addmm(w, b, a, alpha=ctx.step.scale) if ctx.formed else gradients.add_to_input(g @ w)
             dx = dx.to(x.dtype).view(x.shape)
-        return dx, None, None, found.a, found.b, None, None
+        return dx, None, None, gradients.a, gradients.b, None, None
 
 
 class _Added(torch.autograd.Function):
@@ -250,12 +250,12 @@ class _Added(torch.autograd.Function):
     @once
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, (a, b, through_a) = kept(ctx)
-        found = _Gradients(ctx, x, g.reshape(-1, g.shape[-1]), a, b, through_a, needs=ctx.needs_input_grad[2:4])
+        gradients = _Gradients(ctx, x, g.reshape(-1, g.shape[-1]), a, b, through_a, needs=ctx.needs_input_grad[2:4])
         dx = None
         if ctx.needs_input_grad[1]:
             zeros = torch.zeros((g.numel() // g.shape[-1], x.shape[-1]), dtype=ctx.step.product, device=x.device)
-            dx = found.add_to_input(zeros).to(x.dtype).view(x.shape)
-        return g, dx, found.a, found.b, None, None
+            dx = gradients.add_to_input(zeros).to(x.dtype).view(x.shape)
+        return g, dx, gradients.a, gradients.b, None, None
 
 
 class _Gradients:

@@ -75,19 +75,19 @@ _SETTINGS = (bool, int, float, str)
 def _agree(module: nn.Module, own: Callable[[], Tensor], literal: Callable[[], Tensor], training: bool) -> bool:
     try:
         with _quiet(module, training=training):
-            found = own()
+            result = own()
         with _quiet(module, training=training):
-            return _is_close(found, literal())
+            return _is_close(result, literal())
     except Exception:  # a module of another form, or one that cannot be called by itself
         return False
 
 
-def _is_close(found: Tensor, expected: Tensor) -> bool:
+def _is_close(result: Tensor, expected: Tensor) -> bool:
     """Whether two results are the same to rounding, each row by its own size."""
-    if found.shape != expected.shape or found.dtype is not expected.dtype:
+    if result.shape != expected.shape or result.dtype is not expected.dtype:
         return False
     size = expected.abs().amax(-1, keepdim=True) + 1.0
-    return bool(((found - expected).abs() <= _TOLERANCE.get(expected.dtype, 0.0) * size).all())
+    return bool(((result - expected).abs() <= _TOLERANCE.get(expected.dtype, 0.0) * size).all())
 
 
 @contextlib.contextmanager
@@ -220,8 +220,8 @@ def _last_layer(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
             changes = [Change(layer, FastLastLayer), Change(model, FastClassifier)]
             for change in changes:
                 change.make()
-            found = logits()
-            same = _is_close(found, expected)
+            result = logits()
+            same = _is_close(result, expected)
         except Exception:  # the head reads other positions, say
             same = False
     if same:

@@ -166,10 +166,10 @@ class _Bound(nn.Module):
 
 
 def _tensors(kwargs: Mapping[str, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for value in kwargs.values():
-        found += [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, Tensor)]
-    return found
+        tensors += [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, Tensor)]
+    return tensors
 
 
 def _filled(value: Any, tensors: Any) -> Any:

@@ -121,10 +121,10 @@ class LazyLogits(Tensor):
             kind, dtype = self.device.type, self.dtype
             bias = None if self.bias is None else self.bias.to(self.product)
             with torch.autocast(kind, enabled=False), torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
-                found = F.linear(self.hidden.to(self.product), self.weight.to(self.product), bias).to(dtype)
-        if not torch.is_inference(found):
-            self.seen = found
-        return found
+                logits = F.linear(self.hidden.to(self.product), self.weight.to(self.product), bias).to(dtype)
+        if not torch.is_inference(logits):
+            self.seen = logits
+        return logits
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -164,9 +164,9 @@ def lazy_logits(
         product: type that the matrix product is computed in.
         dtype: of the logits.
     """
-    found: Any = _Unseen.apply(hidden, weight, product, dtype)
-    found.hidden, found.weight, found.bias, found.product, found.seen = hidden, weight, bias, product, None
-    return found  # type: ignore[no-any-return]
+    lazy: Any = _Unseen.apply(hidden, weight, product, dtype)
+    lazy.hidden, lazy.weight, lazy.bias, lazy.product, lazy.seen = hidden, weight, bias, product, None
+    return lazy  # type: ignore[no-any-return]
 
 
 class _Unseen(torch.autograd.Function):

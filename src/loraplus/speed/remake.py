@@ -71,9 +71,9 @@ def mark(tensor: torch.Tensor, make: Callable[..., torch.Tensor], *sources: torc
 
 def recipe_of(tensor: torch.Tensor) -> Recipe:
     """How a tensor can be made again; of one without a mark, or changed in place since, by keeping it."""
-    found = _recipes.get(tensor)
-    if found is not None and found.version == tensor._version:
-        return found
+    recipe = _recipes.get(tensor)
+    if recipe is not None and recipe.version == tensor._version:
+        return recipe
     return Recipe(Maker(_itself), (tensor.detach(),))
 
 
