@@ -141,7 +141,7 @@ def _trl(arm: Arm, prepared: Prepared, model: Any, output: str) -> Any:
         model=model, args=args, train_dataset=rows, processing_class=prepared.tokenizer,
         data_collator=None if arm.packed else DataCollatorForLanguageModeling(pad),
     )  # fmt: skip
-    trainer._send_telemetry = lambda: None  # type: ignore[method-assign]
+    trainer._send_telemetry = lambda: None
     return trainer
 
 

@@ -144,12 +144,10 @@ def _save_tokenizer(folder: Path, words: int, *, classifier: bool) -> None:
     names = [*_SPECIAL, *(f"w{i}" for i in range(words - len(_SPECIAL)))]
     ids = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if classifier:
         around = [(name, ids[name]) for name in ("[CLS]", "[SEP]")]
-        tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-            single="[CLS] $A [SEP]", special_tokens=around
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="</s>", cls_token="[CLS]",
         sep_token="[SEP]", model_max_length=LONGEST,

@@ -53,7 +53,7 @@ class FastGatedMLP(Fast):
         if kind is None or not is_plain((mlp.act_fn,)):
             return super().forward(x)
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-        h: Tensor = _Gated.apply(gate, up, kind)  # type: ignore[assignment]
+        h: Tensor = _Gated.apply(gate, up, kind)
         if h.requires_grad:
             mark(h, lambda gate, up: _act(gate, kind).mul_(up), gate, up)
         return mlp.down_proj(h)
@@ -84,14 +84,14 @@ class _Gated(torch.autograd.Function):
     """h = a(gate) ⊙ up:  d up = g ⊙ a(gate),  d gate = g ⊙ up ⊙ a′(gate)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
         return _act(gate, kind).mul_(up)
 
     @staticmethod
     @once
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         gate, up = ctx.saved_tensors
         d_gate = d_up = None
         if ctx.needs_input_grad[0]:

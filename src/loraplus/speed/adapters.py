@@ -174,8 +174,8 @@ def _step(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | Non
     thin = product if torch.is_autocast_enabled(x.device.type) else a.dtype
     step, made = _Settings(scale, product, thin, mask), recipe_of(x)
     if y is None:
-        return _Whole.apply(x, weight, bias, a, b, step, made)  # type: ignore[return-value]
-    return _Added.apply(y, x, a, b, step, made)  # type: ignore[return-value]
+        return _Whole.apply(x, weight, bias, a, b, step, made)
+    return _Added.apply(y, x, a, b, step, made)
 
 
 class _Settings(NamedTuple):
@@ -191,7 +191,7 @@ class _Whole(torch.autograd.Function):
     """y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with W and b frozen."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, step: _Settings, made: Recipe
     ) -> Tensor:
         rows, w, (a_, b_) = x.reshape(-1, x.shape[-1]).to(step.product), weight.to(step.product), _cast(step, a, b)
@@ -215,7 +215,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, (weight, a, b, through_a) = kept(ctx)
         g = g.reshape(-1, g.shape[-1])
         gradients = _Gradients(ctx, x, g, a, b, through_a, needs=ctx.needs_input_grad[3:5])
@@ -231,9 +231,7 @@ class _Added(torch.autograd.Function):
     """y + s·(x Aᵀ) Bᵀ, where the base layer is of another kind, or another adapter has been added before."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, step: _Settings, made: Recipe
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, step: _Settings, made: Recipe) -> Tensor:
         rows, (a_, b_) = x.reshape(-1, x.shape[-1]).to(step.product), _cast(step, a, b)
         through_a = F.linear(_dropped(rows, x, step), a_)
         total = y.reshape(-1, y.shape[-1])
@@ -248,7 +246,7 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, (a, b, through_a) = kept(ctx)
         gradients = _Gradients(ctx, x, g.reshape(-1, g.shape[-1]), a, b, through_a, needs=ctx.needs_input_grad[2:4])
         dx = None

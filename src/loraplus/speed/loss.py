@@ -166,16 +166,14 @@ def lazy_logits(
     """
     lazy: Any = _Unseen.apply(hidden, weight, product, dtype)
     lazy.hidden, lazy.weight, lazy.bias, lazy.product, lazy.seen = hidden, weight, bias, product, None
-    return lazy  # type: ignore[no-any-return]
+    return lazy
 
 
 class _Unseen(torch.autograd.Function):
     """The place of logits in the graph: dh = g W."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, product: torch.dtype, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, product: torch.dtype, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.types = product, hidden.dtype
         shape = (*hidden.shape[:-1], weight.shape[0])
@@ -183,7 +181,7 @@ class _Unseen(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         (weight,), (product, dtype) = ctx.saved_tensors, ctx.types
         return (g.to(product) @ weight.to(product)).to(dtype), None, None, None
 
@@ -233,16 +231,14 @@ def chunked_loss(
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, at)
     count: Any = at.numel() if num_items_in_batch is None else num_items_in_batch
     count = torch.as_tensor(count, dtype=torch.float32, device=hidden.device)
-    return _MeanLoss.apply(  # type: ignore[return-value]
-        rows, logits.weight, logits.bias, targets.index_select(0, at), count, logits.product
-    )
+    return _MeanLoss.apply(rows, logits.weight, logits.bias, targets.index_select(0, at), count, logits.product)
 
 
 class _MeanLoss(torch.autograd.Function):
     """Σ −log softmax(W h + b)_label / n; the gradient of h is made in the forward pass."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, count: Tensor,
         product: torch.dtype,
     ) -> Tensor:  # fmt: skip
@@ -267,7 +263,7 @@ class _MeanLoss(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         scale = g if ctx.late is None else g * ctx.late
         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))

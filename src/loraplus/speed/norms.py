@@ -51,7 +51,7 @@ class FastRMSNorm(Fast):
             return super().forward(x)
         eps = norm.variance_epsilon
         y: Tensor
-        y, rho = _RMSNorm.apply(x, norm.weight, eps)  # type: ignore[misc]
+        y, rho = _RMSNorm.apply(x, norm.weight, eps)
         if not y.requires_grad:
             return y
 
@@ -81,7 +81,7 @@ class _RMSNorm(torch.autograd.Function):
     """With n = x·ρ, ρ = 1/√(mean(x²) + ε) and h = g ⊙ w:  dx = ρ·(h − n · mean(h ⊙ n))."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, rho = _normed(x, weight, eps)
         ctx.mark_non_differentiable(rho)
         ctx.save_for_backward(x, weight, rho)
@@ -89,7 +89,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, g: Tensor, of_rho: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor, of_rho: Any) -> Any:
         x, weight, rho = ctx.saved_tensors
         if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward"):
             dx, _ = torch.ops.aten._fused_rms_norm_backward(
