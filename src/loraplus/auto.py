@@ -255,7 +255,13 @@ class AutoRates(StepWatcher):
             self.lr_a, self.lr_b = (eta * self._unit(role) for eta, role in zip(self._pair, _ROLES, strict=True))
 
     def _set_units(self, units: dict[Role, float], steps: Sequence[torch.Tensor | None], device: torch.device) -> None:
-        """The rates at which the coming step goes as far as Adam's, over all A and over all B."""
+        """The rates at which the coming step goes as far as Adam's, over all A and over all B.
+
+        Args:
+            units: by role, what its rate is a multiple of; set here.
+            steps: of A, B, A, B, …: (r, d_in), (d_out, r), …, or this process's parts of them.
+            device: where sums over processes are made.
+        """
         for first, role in enumerate(_ROLES):
             parts = [local_part(step) for step in steps[first::2] if step is not None]
             norms = read([Size(torch.linalg.vector_norm(part, dtype=torch.float64), 1.0) for part in parts])
@@ -265,6 +271,7 @@ class AutoRates(StepWatcher):
                 units[role] = self._size * math.sqrt(count / total)
 
     def _measure(self, steps: Sequence[torch.Tensor | None], terms: float, device: torch.device) -> None:
+        """Sets both rates from what the steps of A, B, A, B, …, (r, d_in), (d_out, r), …, do to what was recorded."""
         rho = self.rule.output_change(terms, len(self._layers)) if math.isfinite(terms) else math.nan
         moved = self._moved(steps)
         asked = {name: self._asked_for(*measured, rho) for name, measured in moved.items()}
@@ -308,6 +315,7 @@ class AutoRates(StepWatcher):
         return moved
 
     def _proposed(self) -> list[torch.Tensor | None]:
+        """The optimizer's next steps of A, B, A, B, …, (r, d_in), (d_out, r), …; None where it takes none."""
         weights = factors(self._layers)
         rates = (1.0, 1.0) if self._units is None else (asking_rate(weights[::2]), asking_rate(weights[1::2]))
         # What is scaled to a size is scaled with its weight decay, or a rate for small gradients would make that large.

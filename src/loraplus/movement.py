@@ -67,7 +67,7 @@ class Size(NamedTuple):
 
 
 def size_of(tensor: torch.Tensor) -> Size:
-    """The root mean square of a tensor of any shape, not read yet."""
+    """The root mean square of a tensor of any shape (…), not read yet."""
     tensor = tensor.detach()
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return Size(torch.linalg.vector_norm(tensor, dtype=wide), math.sqrt(max(1, tensor.numel())))
@@ -174,7 +174,7 @@ def movement(
     delta_b: torch.Tensor,
     weights: Sequence[torch.Tensor] | None = None,
 ) -> Movement:
-    """Measures steps of any size on a recorded sample: `movement_sizes`, read."""
+    """Measures the steps ΔA (r, d_in) and ΔB (d_out, r), of any size, on a recorded sample: `movement_sizes`, read."""
     return movement_of(layer, read(movement_sizes(layer, sample, delta_a, delta_b, weights)))
 
 

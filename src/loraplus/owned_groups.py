@@ -71,7 +71,7 @@ class OwnedGroups:
         self._places = _places(optimizer)
 
     def examples(self) -> list[torch.Tensor]:
-        """A parameter of each kind of group; rate, weight decay and name make no kind."""
+        """A parameter (…) of each kind of group; rate, weight decay and name make no kind."""
         kinds = {}
         for owned in self._now().values():
             options = {key: value for key, value in owned.group.items() if key not in _OF_NO_ACCOUNT}
@@ -260,6 +260,7 @@ def _roles(model: nn.Module) -> dict[int, Role]:
 
 
 def _name(model: nn.Module, parameter: torch.Tensor) -> str:
+    """What a model calls a parameter (…), for messages."""
     return next((clean_name(name) for name, mine in model.named_parameters() if mine is parameter), "a parameter")
 
 

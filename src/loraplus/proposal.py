@@ -34,13 +34,13 @@ def proposed(
 
     Args:
         optimizer: holds the weights, which have their gradients.
-        weights: some of its parameters, of any shapes.
+        weights: some of its parameters, of any shapes (…).
         rates: one for each weight, at which the step is asked for: 1, or a larger one where a step at 1 is so small
             beside its weight that it would be rounded off.
         decay: whether weight decay is part of the step.
 
     Returns:
-        A tensor of its weight's shape for each, as float32.
+        A tensor of its weight's shape (…) for each, as float32.
     """
     stand_ins, members = {}, {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for weight in weights:
@@ -60,7 +60,12 @@ def proposed(
 
 
 def scales_with_rate(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> bool:
-    """Whether steps at rate 1, scaled down, lead where steps at a small rate lead; False if none can be taken."""
+    """Whether steps at rate 1, scaled down, lead where steps at a small rate lead; False if none can be taken.
+
+    Args:
+        optimizer: whose class and settings are tried.
+        parameter: one that it holds, (…); a twin steps on a small matrix in its place.
+    """
     try:
         plain, *tried = (_path(optimizer, parameter, at_one) for at_one in ((), (0,), range(_TRIED)))
     except Exception:  # an optimizer that cannot take a step on a small matrix cannot be asked either
@@ -143,9 +148,12 @@ def _in_noise(
 def _fresh(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, shape: tuple[int, int]
 ) -> tuple[torch.optim.Optimizer, torch.Tensor]:
-    """A twin without a past, over a matrix of zeros; of the parameter's shape if it needs a state to start with."""
+    """A twin without a past, and the zeros it is over, (rows, columns).
 
-    def over(size: Any) -> tuple[torch.optim.Optimizer, torch.Tensor]:
+    If the twin needs a state to start with, they are of the parameter's shape (…), and the state is zeros.
+    """
+
+    def over(size: Any) -> tuple[torch.optim.Optimizer, torch.Tensor]:  # the tensor: of that size (…)
         weight = torch.zeros(size, device=parameter.device)
         twin = twin_over(optimizer, {parameter: weight}, with_state=False)
         return twin, weight
@@ -165,6 +173,7 @@ def _fresh(
 
 
 def _blank(value: Any, parameter: torch.Tensor, weight: torch.Tensor) -> Any:
+    """A value of a parameter's state, its numbers zeros: the weight's shape (…) where it had the parameter's (…)."""
     if not isinstance(value, torch.Tensor):
         return value
     return torch.zeros_like(weight) if value.shape == parameter.shape else torch.zeros_like(value)

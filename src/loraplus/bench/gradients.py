@@ -28,6 +28,7 @@ def gradient_errors(prepared: Prepared, reference: Arm, arms: list[Arm], output:
 
 
 def _gradients(prepared: Prepared, arm: Arm, output: str, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """{name: gradient (…) in float64} of all that an arm trains; the model computes in `dtype`, if one is given."""
     trainer = trainer_of(arm, prepared, output)
     model: Any = trainer.model
     draw = torch.Generator().manual_seed(1)
@@ -67,6 +68,7 @@ def profile_of(prepared: Prepared, arm: Arm, output: str) -> list[dict[str, Any]
 
 
 def _distance(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """‖g − g₆₄‖ / ‖g₆₄‖ over all gradients together, each of its parameter's shape (…)."""
     if set(gradients) != set(exact):
         raise RuntimeError(f"gradients of other parameters: {sorted(set(gradients) ^ set(exact))[:3]}")
     off = sum(float(((gradients[name] - exact[name]) ** 2).sum()) for name in exact)

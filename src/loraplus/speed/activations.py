@@ -63,7 +63,7 @@ def literal_activation(x: Tensor, kind: str) -> Tensor:
     """What `FastActivation` computes.
 
     Args:
-        x: any shape.
+        x: (…), any shape.
         kind: as `kind_of` says.
     """
     return _act(x, kind)
@@ -102,10 +102,12 @@ class _Gated(torch.autograd.Function):
 
 
 def _act(x: Tensor, kind: str) -> Tensor:
+    """a(x), (…)."""
     return F.silu(x) if kind == "silu" else F.gelu(x, approximate="tanh" if kind == "tanh" else "none")
 
 
 def _act_backward(g: Tensor, x: Tensor, kind: str) -> Tensor:
+    """g ⊙ a′(x), (…), from the gradient g of the output and the input x, each (…)."""
     if kind == "silu":
         return torch.ops.aten.silu_backward(g, x)
     return torch.ops.aten.gelu_backward(g, x, approximate="tanh" if kind == "tanh" else "none")

@@ -144,7 +144,7 @@ def _holds_plain_weight(base: nn.Module) -> bool:
 
 
 def _multiplies(weight: Tensor, x: Tensor) -> bool:
-    """Whether torch takes the product of an input and a weight; where not, its own error is wanted."""
+    """Whether torch multiplies x, (…, in), and a weight, (out, in), of these types; where not, its error is wanted."""
     if torch.is_autocast_enabled(x.device.type):
         return (weight.dtype is torch.float64) is (x.dtype is torch.float64)
     return weight.dtype is x.dtype
@@ -307,6 +307,7 @@ def _through(g: Tensor, b: Tensor) -> Tensor:
 
 
 def _cast(step: _Settings, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A, (r, in), and B, (out, r), in the type that their products are computed in."""
     return a.to(step.thin), b.to(step.thin)
 
 
@@ -318,6 +319,7 @@ def _dropped(rows: Tensor, x: Tensor, step: _Settings) -> Tensor:
 
 
 def _masked(rows: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(rows, in) times a mask of that shape, cast."""
     return rows.to(dtype) if mask is None else (rows * mask).to(dtype)  # PEFT drops out after its cast
 
 

@@ -56,7 +56,7 @@ class Judged:
         self._same: dict[Any, bool] = {}
 
     def same(self, module: nn.Module, own: Callable[[], Tensor], literal: Callable[[], Tensor]) -> bool:
-        """Whether two computations give the same numbers, in training and out of it.
+        """Whether two computations give the same numbers, (…, width), in training and out of it.
 
         Neither draws from the script's random numbers. A module is judged with others of its class and settings.
         """
@@ -73,6 +73,7 @@ _SETTINGS = (bool, int, float, str)
 
 
 def _agree(module: nn.Module, own: Callable[[], Tensor], literal: Callable[[], Tensor], training: bool) -> bool:
+    """Whether both give the same, (…, width), from the same random numbers; False if either cannot be called."""
     try:
         with _quiet(module, training=training):
             result = own()
@@ -83,7 +84,7 @@ def _agree(module: nn.Module, own: Callable[[], Tensor], literal: Callable[[], T
 
 
 def _is_close(result: Tensor, expected: Tensor) -> bool:
-    """Whether two results are the same to rounding, each row by its own size."""
+    """Whether two results, (…, width), are the same to rounding, each row by its own size."""
     if result.shape != expected.shape or result.dtype is not expected.dtype:
         return False
     size = expected.abs().amax(-1, keepdim=True) + 1.0
@@ -110,6 +111,7 @@ _SCALES = torch.tensor([0.1, 1.0, 100.0])[:, None]
 
 
 def _numbers(*shape: int, like: Tensor) -> Tensor:
+    """Normal numbers of a shape (…), the same each time, with the type and device of `like`."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 
@@ -158,11 +160,11 @@ def _gated(mlp: Any, judged: Judged) -> Iterator[Change | str]:
         yield _other(mlp)
         return
 
-    def numbers() -> Tensor:
+    def numbers() -> Tensor:  # (1, 3, width), a row for each of `_SCALES`
         x = _numbers(1, 3, width, like=weight)
         return x / mlp.gate_proj(x).std() * _SCALES.to(x)
 
-    def literal() -> Tensor:
+    def literal() -> Tensor:  # (1, 3, width)
         x = numbers()
         return mlp.down_proj(literal_gated(mlp.gate_proj(x), mlp.up_proj(x), kind))
 
@@ -211,7 +213,7 @@ def _last_layer(module: nn.Module, judged: Judged) -> Iterator[Change | str]:
     mask = torch.ones_like(ids)
     mask[1, 3:] = 0
 
-    def logits() -> Tensor:
+    def logits() -> Tensor:  # (2, labels)
         return model(input_ids=ids, attention_mask=mask).logits
 
     with _quiet(model):

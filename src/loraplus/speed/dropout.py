@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def drawn(p: float, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Of `shape`: 0 where an entry is dropped, else 1 / (1 − p); the generator moves on, as with `F.dropout`."""
+    """A mask of `shape` (…): 0 for an entry to drop, else 1 / (1 − p); the generator moves on, as in `F.dropout`."""
     return torch.nn.functional.dropout(torch.ones(tuple(shape), dtype=dtype, device=device), p, training=True)
 
 
@@ -28,11 +28,11 @@ class Mask:
         self._state = self._generator_state()
 
     def draw(self) -> Tensor:
-        """The mask, see `drawn`."""
+        """The mask, of its shape (…), see `drawn`."""
         return drawn(self.p, self._shape, self._dtype, self._device)
 
     def again(self) -> Tensor:
-        """The same mask; the generator stays where it is."""
+        """The same mask (…); the generator stays where it is."""
         now = self._generator_state()
         self._set_generator(self._state)
         try:
@@ -41,11 +41,13 @@ class Mask:
             self._set_generator(now)
 
     def _generator_state(self) -> Tensor:
+        """That of the device's generator: (bytes in all,)."""
         if self._device.type == "cpu":
             return torch.get_rng_state()
         return torch.get_device_module(self._device.type).get_rng_state(self._device)
 
     def _set_generator(self, state: Tensor) -> None:
+        """Puts a state, (bytes in all,), back."""
         if self._device.type == "cpu":
             torch.set_rng_state(state)
         else:

@@ -119,7 +119,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(backward)
-    def checked(ctx: Any, *gradients: Tensor) -> Any:
+    def checked(ctx: Any, *gradients: Tensor) -> Any:  # each of its output's shape (…)
         if torch.is_grad_enabled():
             raise InputError(
                 "after speed_up, gradients have no gradients (create_graph=True); call loraplus.slow_down(model) before"
@@ -142,7 +142,7 @@ def is_traced() -> bool:
 
 
 def computed_in(tensor: torch.Tensor) -> torch.dtype:
-    """The type that matrix products of a tensor are computed in: autocast's, where it is on."""
+    """The type that matrix products of a tensor (…) are computed in: autocast's, where it is on."""
     kind = tensor.device.type
     if torch.is_autocast_enabled(kind) and tensor.is_floating_point() and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)

@@ -106,14 +106,17 @@ class Graphs:
         return self._replay
 
     def _observe(self, layer: nn.Module, own: Any, hidden: Tensor, kwargs: dict[str, Any], *, is_last: bool) -> Any:
+        """The layer's own forward, of (batch, tokens, width); its backward pass is waited for."""
         return self._told(own(hidden, **kwargs), is_last)
 
     def _record(self, layer: nn.Module, own: Any, hidden: Tensor, kwargs: dict[str, Any], *, is_last: bool) -> Any:
+        """The layer's own forward; what it was called with, (batch, tokens, width), is kept for the capture."""
         if all(map(_is_constant, kwargs.values())):
             self._seen.append((layer, hidden.detach(), hidden.requires_grad, kwargs))
         return own(hidden, **kwargs)
 
     def _replay(self, layer: nn.Module, own: Any, hidden: Tensor, kwargs: dict[str, Any], *, is_last: bool) -> Any:
+        """The layer's graph instead of its own forward, both of (batch, tokens, width)."""
         form, graph = self._graphs[id(layer)]
         if form != _form(hidden, kwargs):  # with a mask that was not there before, say
             return own(hidden, **kwargs)
@@ -121,11 +124,13 @@ class Graphs:
         return self._told(graph(hidden, *_tensors(kwargs)), is_last)
 
     def _told(self, output: Tensor, is_last: bool) -> Tensor:
+        """The same output, (batch, tokens, width); that of the last layer tells when its backward pass begins."""
         if is_last and output.requires_grad:
             output.register_hook(self._backward_begins)
         return output
 
     def _backward_begins(self, gradient: Tensor) -> None:
+        """Called with the last layer's gradient, (batch, tokens, width): the graphs are free for another pass."""
         self._awaits_backward = False
 
     def _capture(self) -> None:
@@ -166,6 +171,7 @@ class _Bound(nn.Module):
 
 
 def _tensors(kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors (…) among a layer's arguments, those in tuples too, in the order in which `_filled` takes them."""
     tensors: list[Tensor] = []
     for value in kwargs.values():
         tensors += [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, Tensor)]
@@ -186,7 +192,7 @@ def _is_constant(value: Any) -> bool:
 
 
 def _form(hidden: Tensor, kwargs: Mapping[str, Any]) -> Any:
-    """What must be the same for a layer's graph to serve: all but the numbers in the tensors."""
+    """What must be the same for a layer's graph to serve: all but the numbers in `hidden` (…) and in the arguments."""
 
     def of(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -110,7 +110,7 @@ def _drops_out(layer: nn.Module) -> bool:
 
 
 def _draws_otherwise(x: Tensor) -> bool:
-    """Whether attention drops out by a kernel whose random numbers are not those of `F.dropout`."""
+    """Whether attention to x, (batch, tokens, width), drops out by other random numbers than `F.dropout`'s."""
     return x.device.type != "cpu" or torch.is_autocast_enabled(x.device.type)
 
 

@@ -114,7 +114,7 @@ class LazyLogits(Tensor):
     seen: Tensor | None
 
     def now(self) -> Tensor:
-        """The logits."""
+        """The logits, (…, vocabulary)."""
         if self.seen is not None:
             return self.seen
         with torch._C.DisableTorchFunctionSubclass():

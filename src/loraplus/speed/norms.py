@@ -26,7 +26,7 @@ class FastLayerNorm(Fast):
         shape, eps, dtype = norm.normalized_shape, norm.eps, y.dtype
         frozen = [_lasting(norm, parameter) for parameter in (norm.weight, norm.bias) if parameter is not None]
 
-        def again(x: Tensor, *parameters: Tensor) -> Tensor:
+        def again(x: Tensor, *parameters: Tensor) -> Tensor:  # (…, *shape) from the same and each of `shape`
             if dtype is not x.dtype:  # autocast computes it in 32 bits
                 x, *parameters = (value.to(dtype) for value in (x, *parameters))  # type: ignore[assignment]
             weight = parameters[0] if norm.weight is not None else None
@@ -55,7 +55,7 @@ class FastRMSNorm(Fast):
         if not y.requires_grad:
             return y
 
-        def again(x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
+        def again(x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:  # (…, width) from that, (width,) and (…, 1)
             return _normed(x, weight, eps)[0] if _is_fused(x, weight) else _scaled(x, weight, rho)
 
         return mark(y, again, x, _lasting(norm, norm.weight), rho)
@@ -103,7 +103,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(the norm's output, ρ of each row)."""
+    """The norm's output, (…, width), and ρ of each row, (…, 1), from x, (…, width), and the weight, (width,)."""
     if _is_fused(x, weight):
         return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
     rho = x.to(torch.float32).pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -111,7 +111,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _is_fused(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch has a kernel for the norm of x."""
+    """Whether torch has a kernel for the norm of x, (…, width), with a weight, (width,)."""
     return x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm") and weight.dtype is x.dtype
 
 
@@ -122,7 +122,10 @@ def _scaled(x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
 
 
 def _lasting(norm: nn.Module, parameter: Tensor) -> Tensor:
-    """A parameter for what reads the norm's output, which FSDP may hold elsewhere and go through at another time."""
+    """A parameter, (width,), that is still there in the backward pass of what reads the norm's output.
+
+    FSDP frees its own once the norm has run, so there it is a copy.
+    """
     return parameter.detach().clone() if is_sharded(norm) else parameter
 
 

@@ -57,7 +57,7 @@ def mark(tensor: torch.Tensor, make: Callable[..., torch.Tensor], *sources: torc
     """Says of a tensor how it can be made again.
 
     Args:
-        tensor: made of the sources, whatever its shape.
+        tensor: made of the sources, of any shape (…).
         make: gives it again; it draws no random numbers.
         sources: what the graph keeps anyway; they are not changed in place.
 
@@ -70,7 +70,7 @@ def mark(tensor: torch.Tensor, make: Callable[..., torch.Tensor], *sources: torc
 
 
 def recipe_of(tensor: torch.Tensor) -> Recipe:
-    """How a tensor can be made again; of one without a mark, or changed in place since, by keeping it."""
+    """How a tensor (…) can be made again; of one without a mark, or changed in place since, by keeping it."""
     recipe = _recipes.get(tensor)
     if recipe is not None and recipe.version == tensor._version:
         return recipe
@@ -78,6 +78,7 @@ def recipe_of(tensor: torch.Tensor) -> Recipe:
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor (…) that was kept."""
     return tensor
 
 
@@ -87,7 +88,7 @@ def keep(ctx: Any, recipe: Recipe, *tensors: torch.Tensor | None) -> None:
     Args:
         ctx: of the function.
         recipe: of the one that is not kept.
-        tensors: that are.
+        tensors: that are, each of any shape (…).
     """
     ctx.save_for_backward(*tensors, *recipe.sources)
     ctx.make, ctx.kept = recipe.make, len(tensors)
