@@ -33,7 +33,7 @@ from torch import nn
 
 from loraplus.compiled import anything_is_compiled, is_compiled, run_eagerly
 from loraplus.errors import LoraPlusWarning, TrainerSetupError
-from loraplus.feature_updates import FeatureUpdates, LayerUpdate
+from loraplus.layer_updates import FeatureUpdates, LayerUpdate
 from loraplus.movement import (
     AdaptedLayer,
     Movement,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraplus.auto import install
 from loraplus.errors import InvalidRateError, OptimizerSetupError
 from loraplus.existing_groups import Groups, split_groups
 from loraplus.group_rates import in_form_of
@@ -79,8 +80,6 @@ def create_optimizer(
             optimizer_kwargs["weight_decay"] = weight_decay
     optimizer = build(model, optimizer_cls, split, lr=lr, **optimizer_kwargs)
     if asked.auto:
-        from loraplus.auto import install  # it measures with optimizers that are built here
-
         install(model, optimizer, asked)
     return optimizer
 

@@ -213,7 +213,7 @@ def continue_ids(
     """
     settings = _settings(model, tokenizer, room, temperature, top_p)
     longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), int(settings.pad_token_id))  # type: ignore[arg-type]
+    ids = torch.full((len(rows), longest), int(settings.pad_token_id))
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :] = torch.tensor(list(row))

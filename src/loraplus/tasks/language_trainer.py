@@ -36,7 +36,7 @@ def token_metrics(prediction: Any) -> dict[str, float]:
     return {"loss": loss, "perplexity": perplexity(loss)}
 
 
-class LanguageTrainer(DataParallelTrainer, SFTTrainer):  # type: ignore[misc]
+class LanguageTrainer(DataParallelTrainer, SFTTrainer):
     """SFTTrainer over tokenised rows.
 
     The loss of a step is the mean over the target tokens of the whole batch, in whatever rows, parts and processes they

@@ -141,7 +141,7 @@ def _adapted(config: TaskConfig, model: Any, **options: Any) -> PeftModel:
         **options,
     )
     try:
-        return get_peft_model(model, lora)  # type: ignore[return-value]
+        return get_peft_model(model, lora)
     except (ValueError, TypeError) as error:
         raise InputError(f"cannot put the adapter on {config.model}: {first_line(error)}") from None
 
