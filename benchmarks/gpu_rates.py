@@ -1,6 +1,6 @@
 """Automatic rates at width 1,024, on one GPU: a decoder is pre-trained, then one automatic run against a grid.
 
-    python benchmarks/gpu_rates.py --output gpu-rates.json        # width 1,024, bf16; under 8 minutes on one GPU
+    python benchmarks/gpu_rates.py --output gpu-rates.json        # width 1,024, bf16; meant to take under 8 minutes
     python benchmarks/gpu_rates.py --toy --output toy-rates.json  # the same at a toy size, on the CPU
 
 The text at hand is Python's standard library, whose source the decoder reads byte by byte: it is pre-trained on the
@@ -171,7 +171,7 @@ def main() -> None:
     del optimizer
     base.requires_grad_(False)
     with torch.no_grad():
-        results["untrained"] = float(loss_of(base, text.judged(32)))
+        results["untrained"] = float(loss_of(base, text.judged(64)))
     print(
         "pre-trained",
         json.dumps(results["pretrained"]),

@@ -123,8 +123,13 @@ def peers(setting: Setting) -> Iterator[Row]:
     for name, method in PEERS.items():
         done = of_method(read(setting.name), name)
         for seed in SEEDS:
-            if seed not in done:
+            if seed in done:
+                continue
+            try:
                 yield row_of(name, seed, run(setting, seed, method))
+            except ModuleNotFoundError as error:
+                print(f"{setting.name}: {name} is left out, {error.name} is not installed", flush=True)
+                break
 
 
 def variants(setting: Setting) -> Iterator[Row]:

@@ -11,11 +11,12 @@
 | prodigy | Prodigy with an estimate each for A, B and the head | lr 1 |
 | prodigy-schedulefree | prodigy-plus-schedule-free, an estimate a group | lr 1, no schedule |
 | lora-rite | arXiv 2410.20625, as in pytorch_optimizer | 1e-3, its default there |
-| riemannian | PEFT's `create_riemannian_optimizer` over AdamW | 3e-4, as PEFT's examples |
+| riemannian | PEFT's `create_riemannian_optimizer` over AdamW | 3e-4, our choice; its page has none |
 | muon | torch's Muon on A and B | 1e-3, its default, scaled to AdamW's size; no decay |
 
-A new head learns at 2e-3 (AdamW) in all of them but the two Prodigies. The setting's own optimizer, where it is not
-AdamW, is replaced in all of them but `auto`; its betas stay.
+A new head learns at 2e-3 and DoRA's magnitudes at 3e-4 (AdamW) in all of them but the two Prodigies. The setting's own
+optimizer, where it is not AdamW, is replaced in all of them but `auto`, so the tables leave such settings out of the
+comparison with peers; its betas stay. prodigy-schedulefree needs the package prodigy-plus-schedule-free.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from typing import Any
 import torch
 from rates_problems import Problem
 from rates_settings import Setting
-from rates_training import Method, fixed
+from rates_training import Method, beside, fixed
 
 import loraplus
 from loraplus.auto import AutoRates, Rule
 from loraplus.movement import adapted_layers, factors
-from loraplus.reproduce.small_training import LR_HEAD
+from loraplus.roles import Role, trainable_parameters
 from loraplus.tasks.methods import tied_rate
 
 USUAL, TRL_SFT, TRL_DPO = 3e-4, 2e-4, 5e-6
@@ -42,22 +43,24 @@ def automatic(rule: Rule | None = None, seen: list[AutoRates] | None = None) -> 
     """Both rates set while training; what set them is put into `seen`."""
 
     def method(problem: Problem, setting: Setting) -> Optimizers:
-        optimizers = fixed(1.0, 1.0)(problem, setting)
-        rates = AutoRates(problem.model, optimizers[0], rule=rule)
+        (optimizer,) = fixed("auto")(problem, setting)
+        rates: AutoRates = optimizer.loraplus_auto  # type: ignore[attr-defined]
+        if rule is not None:
+            rates = AutoRates(problem.model, optimizer, rule=rule)
         if seen is not None:
             seen.append(rates)
-        return optimizers
+        return [optimizer]
 
     return method
 
 
 def adamw(problem: Problem, setting: Setting, lr: float, lr_ratio: float = 1.0) -> Optimizers:
     """AdamW at this rate."""
-    head = LR_HEAD if problem.has_head else None
-    return [loraplus.create_optimizer(
-        problem.model, torch.optim.AdamW, lr=lr, lr_ratio=lr_ratio, lr_head=head, weight_decay=setting.weight_decay,
-        betas=setting.betas,
-    )]  # fmt: skip
+    optimizer = loraplus.create_optimizer(
+        problem.model, torch.optim.AdamW, lr=lr, lr_ratio=lr_ratio, weight_decay=setting.weight_decay,
+        betas=setting.betas, **beside(problem, setting),
+    )  # fmt: skip
+    return [optimizer]
 
 
 def trl(problem: Problem, setting: Setting) -> Optimizers:
@@ -92,10 +95,15 @@ def prodigy_schedulefree(problem: Problem, setting: Setting) -> Optimizers:
 
 
 def _others(problem: Problem, setting: Setting) -> Optimizers:
-    """AdamW over what is no factor: the head, magnitudes."""
+    """AdamW over what is no factor, at the rates that it has in all arms."""
     known = {id(weight) for weight in factors(adapted_layers(problem.model))}
-    rest = [p for p in problem.model.parameters() if p.requires_grad and id(p) not in known]
-    return [torch.optim.AdamW(rest, lr=LR_HEAD, betas=setting.betas, weight_decay=setting.weight_decay)] if rest else []
+    rates = beside(problem, setting)
+    groups = [
+        {"params": [entry.parameter], "lr": rates["lr_magnitude" if entry.role is Role.MAGNITUDE else "lr_head"]}
+        for entry in trainable_parameters(problem.model)
+        if id(entry.parameter) not in known
+    ]
+    return [torch.optim.AdamW(groups, betas=setting.betas, weight_decay=setting.weight_decay)] if groups else []
 
 
 def lora_rite(problem: Problem, setting: Setting, lr: float = 1e-3) -> Optimizers:
@@ -115,19 +123,17 @@ def _pairs(weights: list[torch.nn.Parameter]) -> Iterator[tuple[torch.nn.Paramet
 
 
 def riemannian(problem: Problem, setting: Setting, lr: float = USUAL) -> Optimizers:
-    """PEFT's; the head has a group of its own."""
+    """PEFT's, over the factors; what is no factor has an optimizer of its own."""
     from peft.optimizers import create_riemannian_optimizer
 
+    others = _others(problem, setting)
     optimizer = create_riemannian_optimizer(
         problem.model, torch.optim.AdamW, lr=lr, betas=setting.betas, weight_decay=setting.weight_decay
     )
     known = {id(weight) for weight in factors(adapted_layers(problem.model))}
     (group,) = optimizer.param_groups
-    rest = [p for p in group["params"] if id(p) not in known]
-    if rest:
-        group["params"] = [p for p in group["params"] if id(p) in known]
-        optimizer.add_param_group({"params": rest, "lr": LR_HEAD})
-    return [optimizer]
+    group["params"] = [parameter for parameter in group["params"] if id(parameter) in known]
+    return [optimizer, *others]
 
 
 def muon(problem: Problem, setting: Setting, lr: float = 1e-3) -> Optimizers:

@@ -11,7 +11,8 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from rates_results import RESULTS, grid_losses, read, summary
-from rates_settings import SETTINGS, Setting
+from rates_settings import Setting
+from rates_tables import FIRST_SETTINGS
 
 from loraplus.study.search.grid import lr_of
 
@@ -41,7 +42,7 @@ def _landscape(axes: plt.Axes, setting: Setting) -> None:
 
 def landscapes(target: Path) -> None:
     """One panel a setting."""
-    shown = [setting for setting in SETTINGS.values() if grid_losses(read(setting.name))]
+    shown = [setting for setting in FIRST_SETTINGS if grid_losses(read(setting.name))]
     rows = math.ceil(len(shown) / COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(3 * COLUMNS, 2.7 * rows), squeeze=False)
     for panel in axes.flat[len(shown) :]:
@@ -57,7 +58,7 @@ def landscapes(target: Path) -> None:
 
 def regrets(target: Path) -> None:
     """Automatic over the best grid point and over tuned LoRA, the two halves apart."""
-    summaries = [(setting, value) for setting in SETTINGS.values() if (value := summary(setting))]
+    summaries = [(setting, value) for setting in FIRST_SETTINGS if (value := summary(setting))]
     if not summaries:
         return
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(summaries) + 1.2))

@@ -68,15 +68,14 @@ def of_method(rows: list[Row], method: str) -> dict[int, float]:
 
 
 def counted(rows: list[Row], loss: float) -> float:
-    """A loss as it counts in a mean: a run that fails counts as if nothing had been learnt."""
-    most = of_method(rows, UNTRAINED).get(SEEDS[0], math.inf)
-    return min(loss, most) if math.isfinite(loss) else most
+    """A loss as it counts in a mean: a run that diverges counts as if nothing had been learnt."""
+    return loss if math.isfinite(loss) else of_method(rows, UNTRAINED).get(SEEDS[0], math.inf)
 
 
 def judged(rows: list[Row], point: Point) -> float | None:
     """Mean loss of a point on the seeds that it was not chosen on."""
     losses = [grid_losses(rows, seed).get(point) for seed in SEEDS[1:]]
-    return None if None in losses else fmean(losses)  # type: ignore[arg-type]
+    return None if None in losses else fmean(counted(rows, loss) for loss in losses if loss is not None)
 
 
 def summary(setting: Setting, method: str = "auto") -> dict[str, float] | None:
@@ -89,7 +88,7 @@ def summary(setting: Setting, method: str = "auto") -> dict[str, float] | None:
         if None in losses:
             return None
         means[point] = fmean(losses)  # type: ignore[arg-type]
-    auto = [row["eval_loss"] for row in rows if row["method"] == method]
+    auto = [counted(rows, loss) for loss in of_method(rows, method).values()]
     if not means or len(auto) < len(SEEDS):
         return None
     tied = [means[point] for point in points if point[0] == 1.0]

@@ -19,6 +19,7 @@ from transformers.optimization import (
 )
 
 import loraplus
+from loraplus.rates import DEFAULT_LR
 from loraplus.reproduce.small_training import LR_HEAD, WARMUP
 from loraplus.study.records import CurvePoint, Record, Run
 
@@ -40,15 +41,22 @@ def base_optimizer(setting: Setting) -> tuple[type[torch.optim.Optimizer], dict[
     return torch.optim.AdamW, {"betas": setting.betas, "fused": True}
 
 
-def fixed(lr: float, lr_ratio: float) -> Method:
-    """η_A = lr, η_B = lr_ratio·lr."""
+def beside(problem: Problem, setting: Setting) -> dict[str, float]:
+    """The rates of what is no factor, the same in all arms: 2e-3 for a head, 3e-4 for DoRA's magnitudes."""
+    rates = {"lr_head": LR_HEAD} if problem.has_head else {}
+    return {**rates, "lr_magnitude": DEFAULT_LR} if setting.dora else rates
+
+
+def fixed(lr: float | str, lr_ratio: float | None = None) -> Method:
+    """η_A = lr, η_B = lr_ratio·lr; or automatic rates."""
 
     def method(problem: Problem, setting: Setting) -> list[torch.optim.Optimizer]:
         cls, options = base_optimizer(setting)
-        head = LR_HEAD if problem.has_head else None
-        return [loraplus.create_optimizer(
-            problem.model, cls, lr=lr, lr_ratio=lr_ratio, lr_head=head, weight_decay=setting.weight_decay, **options
-        )]  # fmt: skip
+        ratio = {} if lr_ratio is None else {"lr_ratio": lr_ratio}
+        optimizer = loraplus.create_optimizer(
+            problem.model, cls, lr=lr, weight_decay=setting.weight_decay, **ratio, **beside(problem, setting), **options
+        )
+        return [optimizer]
 
     return method
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import loraplus
 from loraplus.auto import AutoRates, Rule
-from loraplus.errors import InvalidRateError, TrainerSetupError
+from loraplus.errors import InvalidRateError, NoLoraFactorsError, TrainerSetupError
 from loraplus.groups import rate_of_group
 from loraplus.movement import adapted_layers, factors
 
@@ -432,6 +432,42 @@ def test_no_rate_of_a_head_is_known_for_steps_of_another_size():
         loraplus.create_optimizer(adapted(), torch.optim.SGD, lr="auto")
     loraplus.create_optimizer(adapted(), torch.optim.SGD, lr="auto", lr_head=0.1)
     loraplus.create_optimizer(decoder(), torch.optim.SGD, lr="auto")
+
+
+def test_nothing_is_left_on_a_model_whose_head_has_no_safe_rate():
+    model = adapted()
+    with pytest.raises(TrainerSetupError):
+        loraplus.create_optimizer(model, torch.optim.SGD, lr="auto")
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_automatic_rates_are_part_of_the_state_of_the_optimizer_that_has_them(tmp_path):
+    whole, parted = decoder(), decoder()
+    optimizer = loraplus.create_optimizer(whole, torch.optim.AdamW, lr="auto")
+    first = loraplus.create_optimizer(parted, torch.optim.AdamW, lr="auto")
+    for seed in range(11):
+        step(whole, optimizer, seed)
+        step(parted, first, seed)
+    torch.save(first.state_dict(), tmp_path / "optimizer.pt")
+    second = loraplus.create_optimizer(parted, torch.optim.AdamW, lr="auto")
+    second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert second.loraplus_auto.steps == 11 and str(second.loraplus_auto) == str(first.loraplus_auto)
+    for seed in range(11, 23):
+        step(whole, optimizer, seed)
+        step(parted, second, seed)
+    assert all(torch.equal(one, other) for one, other in zip(weights_of(whole), weights_of(parted), strict=True))
+
+
+def test_groups_beside_automatic_rates_are_refused():
+    model = adapted()
+    with pytest.raises(InvalidRateError, match=r'lr="auto" makes groups of its own.*leave groups out'):
+        loraplus.create_optimizer(model, torch.optim.AdamW, lr="auto", groups=[{"params": model.parameters()}])
+
+
+def test_where_nothing_can_be_measured_it_is_said_how_to_go_on():
+    model = decoder(target_modules=["embed_tokens"])
+    with pytest.raises(NoLoraFactorsError, match=r"automatic rates: .*give lr and lr_ratio as numbers \(--lr 3e-4"):
+        loraplus.create_optimizer(model, torch.optim.AdamW, lr="auto")
 
 
 def test_a_ratio_beside_automatic_rates_is_refused():

@@ -32,10 +32,9 @@ import torch
 from torch import nn
 
 from loraplus.compiled import anything_is_compiled, is_compiled, run_eagerly
-from loraplus.errors import LoraPlusWarning, TrainerSetupError
+from loraplus.errors import LoraPlusWarning, NoLoraFactorsError, TrainerSetupError
 from loraplus.layer_updates import FeatureUpdates, LayerUpdate
 from loraplus.movement import (
-    AdaptedLayer,
     Movement,
     Size,
     adapted_layers,
@@ -56,6 +55,9 @@ from loraplus.step_watcher import StepWatcher, torch_optimizer
 from loraplus.wrappers import unwrapped
 
 _ROLES = (Role.A, Role.B)
+_AS_NUMBERS = "give lr and lr_ratio as numbers (--lr 3e-4 on the command line)"
+_STATE = "loraplus_auto"
+"""Where the state of an optimizer holds that of its automatic rates."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class AutoRates(StepWatcher):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rule: Rule | None = None, process_group: Any = None
     ) -> None:
         optimizer = torch_optimizer(optimizer)
-        _check_layers(adapted_layers(model))
+        _check_layers(model)
         groups = OwnedGroups(model, optimizer)
         size = _check_steps(optimizer, groups)
         if size is None:
@@ -184,7 +186,7 @@ class AutoRates(StepWatcher):
         return {"lr_a": self.lr_a, "lr_b": self.lr_b, "why": self.why, "steps": self.steps, "layers": layers}
 
     def __str__(self) -> str:
-        """What it chose and why, in one line: "A 4.1e-04, B 1.6e-03: B held at 4×"."""
+        """What it chose and why, in one line: "A 0.00041, B 0.0016: B held at 4×"."""
         return f"A {self.lr_a:.2g}, B {self.lr_b:.2g}: {self.why}"
 
     def is_for(self, model: nn.Module) -> bool:
@@ -280,6 +282,8 @@ class AutoRates(StepWatcher):
             for name, before in zip(("lr_a", "lr_b"), self._pair, strict=True)
         )
         *pair, self.why = _balanced(lr_a, lr_b, self.rule)
+        if self._units is not None:  # where λ of the rates themselves is another
+            self.why += " in steps of Adam's size"
         self._pair = (pair[0], pair[1])
         for name, rates in asked.items():
             in_units = (lr and lr * self._unit(role) for lr, role in zip((rates.lr_a, rates.lr_b), _ROLES, strict=True))
@@ -323,7 +327,7 @@ class AutoRates(StepWatcher):
         if all(step is None for step in steps):
             raise TrainerSetupError(
                 f"{type(self._optimizer).__name__} does not hold the model's factors themselves, as under DeepSpeed; "
-                "use DDP or FSDP2, or give lr and lr_ratio as numbers"
+                f"use DDP or FSDP2, or {_AS_NUMBERS}"
             )
         return steps
 
@@ -395,6 +399,8 @@ class AutoRates(StepWatcher):
 def install(model: nn.Module, optimizer: torch.optim.Optimizer, asked: Rates) -> None:
     """`AutoRates` over an optimizer whose other rates were chosen for the user, as `create_optimizer` does.
 
+    They are part of the optimizer's state: who saves that and loads it again goes on with the rates.
+
     Args:
         model: a PEFT model.
         optimizer: over its trainable parameters.
@@ -404,15 +410,27 @@ def install(model: nn.Module, optimizer: torch.optim.Optimizer, asked: Rates) ->
         TrainerSetupError: what is no factor has no rate of the user's, and the optimizer's steps are not of Adam's
             size, so that no rate is known to be safe; or as `AutoRates`.
     """
-    if AutoRates(model, optimizer)._units is None:
-        return
-    for entry in trainable_parameters(model):
-        setting = SETTING_OF_ROLE.get(entry.role)
-        if entry.role not in _ROLES and (setting is None or getattr(asked, setting) is None):
-            raise TrainerSetupError(
-                f'lr="auto" knows no rate of {type(optimizer).__name__} for {entry.name}, which is no factor; give it '
-                "one (lr_head=…, lr_embedding=…, lr_magnitude=…), freeze it, or use AdamW"
-            )
+    rates = AutoRates(model, optimizer)
+    if rates._units is not None:
+        for entry in trainable_parameters(model):
+            setting = SETTING_OF_ROLE.get(entry.role)
+            if entry.role not in _ROLES and (setting is None or getattr(asked, setting) is None):
+                rates.remove()
+                own = "" if setting is None else f"give it one ({setting}=…), "
+                raise TrainerSetupError(
+                    f'lr="auto" knows no rate of {type(optimizer).__name__} for {entry.name}, which is no factor; '
+                    f"{own}freeze it, or use AdamW"
+                )
+
+    def put(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        state[_STATE] = rates.state_dict()
+
+    def take(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        if _STATE in state:
+            rates.load_state_dict(state[_STATE])
+
+    optimizer.register_state_dict_post_hook(put)
+    optimizer.register_load_state_dict_pre_hook(take)
 
 
 def installed(optimizer: Any) -> list[AutoRates]:
@@ -433,7 +451,7 @@ def _balanced(lr_a: float, lr_b: float, rule: Rule) -> tuple[float, float, str]:
     While one of the two has no rate yet (0), the other stays as it is.
     """
     if not (lr_a and lr_b):
-        return lr_a, lr_b, "only one of them has a rate yet"
+        return lr_a, lr_b, f"{'B' if lr_a else 'A'} has not moved"
     if lr_b < rule.least_ratio * lr_a:
         lr_a = math.sqrt(lr_a * lr_b / rule.least_ratio)
         return lr_a, rule.least_ratio * lr_a, f"B kept at {rule.least_ratio:g}×, their product as measured"
@@ -442,19 +460,23 @@ def _balanced(lr_a: float, lr_b: float, rule: Rule) -> tuple[float, float, str]:
     return lr_a, lr_b, "as measured"
 
 
-def _check_layers(layers: list[AdaptedLayer]) -> None:
+def _check_layers(model: nn.Module) -> None:
     """Refuses factors that cannot be read."""
+    try:
+        layers = adapted_layers(model)
+    except NoLoraFactorsError as error:
+        raise NoLoraFactorsError(f"automatic rates: {error}; {_AS_NUMBERS}") from None
     for entry in layers:
         for weight in entry.weights:
             if weight.dim() < 2 or not weight.numel():
                 raise TrainerSetupError(
                     f"AutoRates cannot read the factors of {entry.name}: they are flattened or sharded away (FSDP1, "
-                    "ZeRO-3); use DDP or FSDP2, or give lr and lr_ratio as numbers"
+                    f"ZeRO-3); use DDP or FSDP2, or {_AS_NUMBERS}"
                 )
     if all(entry.experts for entry in layers):
         raise TrainerSetupError(
             f"AutoRates cannot measure any of {len(layers)} adapted layers, which are banks of experts (first: "
-            f"{layers[0].name}): their inputs are not seen; give lr and lr_ratio as numbers"
+            f"{layers[0].name}): their inputs are not seen; {_AS_NUMBERS}"
         )
 
 
@@ -464,7 +486,7 @@ def _check_steps(optimizer: torch.optim.Optimizer, groups: OwnedGroups) -> float
     if not all(scales_with_rate(optimizer, parameter) for parameter in parameters):
         raise TrainerSetupError(
             f"AutoRates cannot set the rates of {type(optimizer).__name__}: its steps do not simply scale with lr; use "
-            "AdamW, Adam, SGD, Lion or the like, or give lr and lr_ratio as numbers"
+            f"AdamW, Adam, SGD, Lion or the like, or {_AS_NUMBERS}"
         )
     sizes = [size_like_adams(optimizer, parameter) for parameter in parameters]
     return None if None in sizes else min(size for size in sizes if size is not None)

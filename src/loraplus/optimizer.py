@@ -41,7 +41,8 @@ def create_optimizer(
     the states of embeddings in 32 bits, as bitsandbytes advises.
 
     With lr = "auto" the optimizer comes with `AutoRates`, which sets η_A and η_B while the model trains; it is the
-    optimizer's `loraplus_auto`. A head then learns at 2e-3 and all else that is no factor at 3e-4, unless given a rate.
+    optimizer's `loraplus_auto`, and part of its state. A head then learns at 2e-3 and all else that is no factor at
+    3e-4, unless given a rate.
 
     Args:
         model: a model with LoRA factors.
@@ -59,6 +60,7 @@ def create_optimizer(
     Raises:
         OptimizerSetupError: the class takes one group only (LBFGS), its step does not follow the rates of its groups
             (Prodigy, D-Adaptation), or it cannot train some parameter (Muon).
+        InvalidRateError: groups beside lr = "auto".
         The errors of `param_groups`, of `split_groups` with groups, and of `AutoRates` with lr = "auto".
 
     Example:
@@ -70,6 +72,11 @@ def create_optimizer(
     """
     asked = rates
     if asked.auto:
+        if groups is not None:
+            raise InvalidRateError(
+                'lr="auto" makes groups of its own, and groups= has rates of its own; give lr as a number, or leave '
+                "groups out"
+            )
         rates = asked.beside_automatic({entry.role for entry in trainable_parameters(model)})
     lr = in_form_of(rates.tensor, rates.lr_a)
     if groups is None:

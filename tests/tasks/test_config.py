@@ -16,6 +16,7 @@ from loraplus.tasks.config import TrainConfig
         ({}, "auto", 16.0),
         ({"lr": "auto"}, "auto", 16.0),
         ({"lr_ratio": 4.0}, 3e-4, 4.0),
+        ({"lr_ratio_overrides": '{"query": 4}'}, 3e-4, 16.0),
         ({"lr": 1e-3}, 1e-3, 16.0),
         ({"lr": 1e-3, "lr_ratio": 1.0}, 1e-3, 1.0),
     ],
@@ -34,13 +35,18 @@ def test_a_ratio_beside_automatic_rates_is_refused(ratio):
 
 
 @pytest.mark.parametrize("why", [{"auto_why": "B held at 4×"}, {}])
-def test_automatic_rates_are_said_with_what_held_them_and_how_to_fix_them(why):
+def test_automatic_rates_are_said_with_what_held_them_and_how_to_come_near_them(why):
     told = _about_rates({"lr": 4.1e-4, "lr_ratio": 4.0, "auto": True, **why})
     assert told == (
-        "rates: η_A 0.00041 · η_B 0.00164 (λ = 4), set automatically"
+        "rates: η_A 0.00041 · η_B 0.00164 (λ = 4), set automatically, as last measured"
         + (": B held at 4×" if why else "")
-        + "; to fix them next time: --lr 0.00041 --lr-ratio 4"
+        + "; near them without: --lr 0.00041 --lr-ratio 4"
     )
+
+
+def test_where_one_factor_has_no_rate_no_flags_are_told():
+    told = _about_rates({"lr": 0.0, "lr_b": 0.002, "lr_ratio": None, "auto": True, "auto_why": "A has not moved"})
+    assert told == "rates: η_A 0 · η_B 0.002, set automatically, as last measured: A has not moved"
 
 
 def test_rates_that_were_given_are_said_as_they_are():

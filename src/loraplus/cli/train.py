@@ -88,13 +88,15 @@ def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> Non
 
 
 def _about_rates(metrics: dict[str, Any]) -> str:
-    """The rates, and of automatic ones what held them and how to have the same without."""
+    """The rates, and of automatic ones what held them, and the flags that train near them without."""
     lr, ratio = metrics["lr"], metrics["lr_ratio"] or 0.0
-    rates = f"rates: η_A {lr:.3g} · η_B {lr * ratio:.3g} (λ = {ratio:.3g})"
+    rates = f"rates: η_A {lr:.3g} · η_B {metrics.get('lr_b', lr * ratio):.3g}"
+    rates += f" (λ = {ratio:.3g})" if ratio else ""
     if not metrics["auto"]:
         return rates
     why = f": {metrics['auto_why']}" if "auto_why" in metrics else ""
-    return f"{rates}, set automatically{why}; to fix them next time: --lr {lr:.3g} --lr-ratio {ratio:.3g}"
+    flags = f"; near them without: --lr {lr:.3g} --lr-ratio {ratio:.3g}" if lr and ratio else ""
+    return f"{rates}, set automatically, as last measured{why}{flags}"
 
 
 def _about_labels(data: dict[str, Any]) -> str:

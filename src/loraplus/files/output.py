@@ -241,7 +241,9 @@ def _check_same(folder: Path, saved: Mapping[str, Any], config: Mapping[str, Any
         changes = "; ".join(
             f"{key} was {saved.get(key, 'not a setting')!s}, now {now.get(key, 'not a setting')!s}" for key in differing
         )
-        raise InputError(f"--resume: {folder} was started with another configuration: {changes}")
+        again = " ".join(f"--{key.replace('_', '-')} {saved[key]}" for key in ("lr", "lr_ratio") if key in differing)
+        hint = f"; to go on with its rates add {again}" if again and saved.get("lr") else ""
+        raise InputError(f"--resume: {folder} was started with another configuration: {changes}{hint}")
 
 
 def _remove_written(folder: Path) -> None:

@@ -179,7 +179,7 @@ class TrainConfig(_RatioFlags, _LrFlag, TaskConfig):
 
     def __post_init__(self) -> None:
         if self.lr is None:
-            self.lr = AUTO if self.lr_ratio is None else DEFAULT_LR
+            self.lr = AUTO if self.lr_ratio is None and not self.lr_ratio_overrides else DEFAULT_LR
         if self.lr_ratio is None:
             self.lr_ratio = DEFAULT_LR_RATIO
 

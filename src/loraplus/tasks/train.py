@@ -189,7 +189,7 @@ def _rates_in_use(trainer: LoraPlusTrainer) -> dict[str, Any]:
     if auto is None:
         return {"lr": rates.lr, "lr_ratio": rates.lr_ratio, "auto": False}
     ratio = auto.lr_b / auto.lr_a if auto.lr_a else None
-    return {"lr": auto.lr_a, "lr_ratio": ratio, "auto": True, "auto_why": auto.why}
+    return {"lr": auto.lr_a, "lr_b": auto.lr_b, "lr_ratio": ratio, "auto": True, "auto_why": auto.why}
 
 
 def _save_adapter(
