@@ -91,7 +91,7 @@ def test_samples_differ_and_follow_the_seed(base, loraplus_command):
         (["--model", "BASE", "--prompt", " "], "a prompt is empty"),
         (["--model", "BASE", "--prompt", "the " * 90], "tokens, and the model takes 48 with the answer; shorten it"),
         (["--model", "BASE", "--prompts", "none.txt"], "there is no file or folder none.txt"),
-        (["--model", "BASE", "--prompts", "latin.txt"], "latin.txt, line 2: not UTF-8 text"),
+        (["--model", "BASE", "--prompts", "broken.txt"], "broken.txt, line 2: not UTF-8 text"),
         (["--model", "BASE", "--prompts", "gap.csv"], "gap.csv, line 3: the prompt is empty or no text"),
         (["--model", "BASE", "--prompts", "gap.csv", "--prompt-column", "x"], "has no column 'x'"),
         (["--model", "BASE", "--prompts", "bare.jsonl"], "bare.jsonl, line 2, message 1: the content is missing"),
@@ -109,7 +109,7 @@ def test_samples_differ_and_follow_the_seed(base, loraplus_command):
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(base, adapter, model_folder, tmp_path, refused, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "latin.txt").write_bytes(b"the\ncaf\xe9\n")
+    (tmp_path / "broken.txt").write_bytes("the\ncafé été".encode() + b"\xe9\xff\n" + "déjà\n".encode())
     (tmp_path / "gap.csv").write_text("id,prompt\n1,the\n2,\n")
     (tmp_path / "answer.jsonl").write_text('{"messages": [{"role": "assistant", "content": "so"}]}\n')
     (tmp_path / "bare.jsonl").write_text(

@@ -27,7 +27,10 @@ def seen(monkeypatch):
 
 
 def test_a_terminal_that_is_not_utf8_gets_question_marks(tmp_path, model_folder, reviews_csv):
-    command = ["train", "--model", model_folder, "--data", reviews_csv, "--output", tmp_path / "out", "--max-steps", 2]
+    command = [
+        "train", "--model", model_folder, "--data", reviews_csv, "--output", tmp_path / "out", "--max-steps", 2,
+        "--lr", "3e-4",
+    ]  # fmt: skip
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "loraplus", *map(str, command)], capture_output=True, text=True, env=environment

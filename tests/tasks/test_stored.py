@@ -129,6 +129,12 @@ CASES = {
 }  # fmt: skip
 
 
+FIRST_FACTS = (
+    "text_column", "label_column", "labels", "train_examples", "validation_examples", "test_examples",
+    "train_class_counts",
+)  # fmt: skip  # as they stood when the hashes were made
+
+
 def found(name, path, model_folder, decoder_folder):
     write, options, _ = CASES[name]
     options = write(path / name) | options
@@ -138,7 +144,9 @@ def found(name, path, model_folder, decoder_folder):
     load = load_language_data if language else load_classification
     data = load(config, AutoTokenizer.from_pretrained(config.model))
     del data.facts["source"]
-    content = [data.facts, *([dict(row) for row in split] for split in (data.train, data.validation, data.test))]
+    first = () if language else FIRST_FACTS
+    facts = {name: data.facts[name] for name in (*first, *data.facts)}
+    content = [facts, *([dict(row) for row in split] for split in (data.train, data.validation, data.test))]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
