@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
@@ -26,3 +28,16 @@ def test_flags_of_the_command_line_are_the_rates_of_the_trainer(tmp_path):
 def test_overrides_that_are_no_json_object_are_refused(tmp_path, text):
     with pytest.raises(loraplus.TrainerSetupError, match="loraplus_lr_overrides"):
         LoraPlusArguments(loraplus_lr_overrides=text).attach(trainer(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "warned"), [("DPOTrainer", True), ("SFTTrainer", False)])
+def test_it_is_said_that_automatic_rates_are_not_made_for_preferences(tmp_path, name, warned):
+    kind = type(name, (Trainer,), {})
+    made = kind(model=adapted(), args=TrainingArguments(**common(tmp_path)), train_dataset=Tokens())
+    attached = loraplus.attach(made, lr="auto")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attached.create_optimizer()
+        attached.train()
+    told = [str(one.message) for one in caught if "not made for DPOTrainer" in str(one.message)]
+    assert len(told) == warned

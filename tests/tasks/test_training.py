@@ -62,7 +62,7 @@ def test_another_lr_is_refused_on_resuming_whatever_the_task(config, task, finis
     folder = prepare_output(config.output, dataclasses.asdict(before), overwrite=False, resume=True)
     if finished:
         (folder / "metrics.json").write_text("{}")
-    with pytest.raises(InputError, match=r"another configuration: lr was 0\.001, now 0\.0005$"):
+    with pytest.raises(InputError, match=r"lr was 0\.001, now 0\.0005; to go on with its rates add --lr 0\.001$"):
         train(dataclasses.replace(before, lr=5e-4), resume=True)
 
 

@@ -33,8 +33,12 @@ from loraplus.integrations.trainer_checkpoints import WholeCheckpoints
 from loraplus.integrations.trainer_optimizer import Split, own_class, split
 from loraplus.integrations.trainer_search import check_searched, checked_space
 from loraplus.integrations.trainer_settings import LoraPlusTrainingArguments, RateSettings
+from loraplus.notices import tell
 from loraplus.rates import Rates
 from loraplus.roles import Role
+
+_OF_WHOLE_TEXTS = {"DPOTrainer", "KTOTrainer", "ORPOTrainer", "CPOTrainer", "GRPOTrainer", "RLOOTrainer"}
+"""TRL's trainers whose loss has a term for a text, or for two, and not for each token."""
 
 
 class Made(NamedTuple):
@@ -158,6 +162,12 @@ class LoraPlusMixin(WholeCheckpoints):
         settings, earlier = self.loraplus_settings, self.loraplus_auto
         self._monitor = None
         if settings.auto:
+            kinds = _OF_WHOLE_TEXTS & {kind.__name__ for kind in type(self).__mro__}
+            if kinds:
+                tell(
+                    f"automatic rates are not made for {min(kinds)}: they take each token for a term of the loss, and "
+                    "here a text is one; such runs have diverged (docs/auto-rates.md), so give the rates as numbers"
+                )
             self.loraplus_auto = AutoRates(model, self.optimizer)
             state = earlier.state_dict() if self._auto_state is None and earlier is not None else self._auto_state
             if state is not None:
