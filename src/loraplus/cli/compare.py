@@ -10,7 +10,7 @@ from rich.table import Table
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.cli.seen import run_check, show
+from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
 from loraplus.study.arms import ALL, REFERENCE, chosen
 from loraplus.tasks.config import CompareConfig
@@ -23,15 +23,12 @@ _NAMES = {
 
 
 @config_command(app, "compare", CompareConfig, check=lambda config: chosen(config.arms), names=_NAMES)
-def run(config: CompareConfig, *, overwrite: bool, resume: bool, check: bool, json: bool, plain: bool) -> None:
+def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Compare LoRA with LoRA+ (and others: --arms) on your task: tuned with equal budgets, tested on fresh seeds."""
     from loraplus.cli.console import quiet_libraries
     from loraplus.cli.progress import study_progress
 
     quiet_libraries()
-    if check:
-        run_check(config, json=json, plain=plain)
-        return
     from loraplus.compare import REPORT_FILE, compare
 
     console = Console(stderr=json, plain=plain)

@@ -113,7 +113,7 @@ def config_command(
         config_class: its flags.
         check: of the command's own settings; what all runs have is checked here, before `run` imports anything heavy.
         required: fields that must be given.
-        own: the command's own flags, which `run` takes beside the configuration.
+        own: the command's own flags, which `run` takes beside the configuration; --check, which stops before it, aside.
         names: what stands for $… in the help of the configuration's flags: lists that are made further right.
     """
 
@@ -124,7 +124,7 @@ def config_command(
         def command(**values: Any) -> None:
             values.pop("config")
             extra = {key: values.pop(key) for key in own}
-            only_checked = extra.get("check", False)
+            only_checked = extra.pop("check", False)
             for needed in required:
                 if not values[needed] and not (only_checked and needed == "output"):
                     raise InputError(f"--{needed} is needed (a flag, or a key of the --config file)")
@@ -138,7 +138,11 @@ def config_command(
                     console = Console(plain=extra["plain"])
                     into = "nothing is written (--check)" if only_checked else f"into {config.output}"
                     console.say(f"{name}: {config.task} on {config.data} with {config.model}, {into}")
-            run(config, **extra)
+            if only_checked:
+                from loraplus.cli.seen import run_check
+
+                return run_check(config, json=extra["json"], plain=extra["plain"])
+            return run(config, **extra)
 
         parameters = [_parameter(spec, hints[spec.name], names) for spec in specs]
         parameters += [

@@ -25,6 +25,9 @@ def show(console: Console, seen: Seen) -> None:
 
 def run_check(config: TaskConfig, *, json: bool, plain: bool) -> None:
     """All of --check: what was seen, what is doubtful, how long a run takes."""
+    from loraplus.cli.console import quiet_libraries
+
+    quiet_libraries()
     from loraplus.tasks.look import look
 
     console = Console(stderr=json, plain=plain)

@@ -8,7 +8,7 @@ from typing import Any
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.cli.seen import run_check, show
+from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, print_json
 from loraplus.tasks.config import OF_LABELS, TrainConfig
 
@@ -26,16 +26,12 @@ _SHOWN = (
 
 
 @config_command(app, "train", TrainConfig)
-def run(config: TrainConfig, *, overwrite: bool, resume: bool, check: bool, json: bool, plain: bool) -> None:
+def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Train a text classifier or a language model (--task) with LoRA+ and write a PEFT-format adapter."""
     from loraplus.cli.console import TrainingProgress, quiet_libraries
 
     quiet_libraries()
     from loraplus.tasks.data_parallel import is_main_process
-
-    if check:
-        run_check(config, json=json, plain=plain)
-        return
     from loraplus.tasks.train import train
 
     if not is_main_process():

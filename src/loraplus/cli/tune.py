@@ -10,21 +10,18 @@ from rich.table import Table
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
-from loraplus.cli.seen import run_check, show
+from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
 from loraplus.tasks.config import TuneConfig
 
 
 @config_command(app, "tune", TuneConfig)
-def run(config: TuneConfig, *, overwrite: bool, resume: bool, check: bool, json: bool, plain: bool) -> None:
+def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Find η_A and λ for your task within a budget, in one process or in several that share a study."""
     from loraplus.cli.console import quiet_libraries
     from loraplus.cli.progress import count, rate, study_progress
 
     quiet_libraries()
-    if check:
-        run_check(config, json=json, plain=plain)
-        return
     from loraplus.study.tune import BEST_FILE, tune
 
     console = Console(stderr=json, plain=plain)
