@@ -292,16 +292,27 @@ class Classification(Task):
         return {**classification_metrics(guess, labels), "chance_p": chance_p(guess, labels)}
 
     def test(self, trainer: Any, data: ClassificationData) -> Tested:
-        """Cross-entropy and correctness of every test example."""
+        """The loss of every test example and, where there is one, whether the answer was right."""
         output = trainer.predict(data.test)
-        logits = np.asarray(output.predictions, dtype=np.float64)
-        labels = np.asarray(output.label_ids)
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        losses = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(labels)), labels]
-        correct = logits.argmax(axis=-1) == labels
+        logits, labels = np.asarray(output.predictions, np.float64), np.asarray(output.label_ids)
+        losses, correct = self.judge(logits, labels)
+        rounded = tuple(round(float(loss), 6) for loss in losses)
+        if correct is None:
+            return Tested(rounded)
         measured = self.measure(data, logits, labels)
         values = {name: measured[name] for name in ("macro_f1", "chance_p")} | self.baseline(data, labels)
-        return Tested(tuple(round(float(loss), 6) for loss in losses), tuple(map(bool, correct)), values)
+        return Tested(rounded, tuple(map(bool, correct)), values)
+
+    def judge(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """(cross-entropy, whether right) of every example, (examples,) each.
+
+        Args:
+            logits: (examples, outputs).
+            labels: (examples,).
+        """
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        losses = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(labels)), labels]
+        return losses, logits.argmax(axis=-1) == labels
 
     def baseline(self, data: ClassificationData, labels: np.ndarray) -> dict[str, float]:
         """The accuracy of always saying the class that is most frequent in training.
