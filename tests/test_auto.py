@@ -9,7 +9,7 @@ import torch
 from test_feature_updates import adapted, batch
 
 import loraplus
-from loraplus.auto import AutoRates, Rule, _balanced
+from loraplus.auto import AutoRates, Rule
 from loraplus.errors import NoLoraFactorsError, TrainerSetupError
 from loraplus.movement import adapted_layers, factors, movement, rms
 from loraplus.recorder import Recorder, loss_terms
@@ -85,13 +85,11 @@ def test_a_step_may_move_more_the_more_loss_terms_it_has_and_each_layer_less_the
 
 def test_the_ratio_stays_within_its_limits():
     rule = Rule(least_ratio=2.0, most_ratio=4.0)
-    assert _balanced(4e-3, 2e-4, rule)[:2] == pytest.approx(
-        (math.sqrt(4e-7), 2 * math.sqrt(4e-7))
-    )  # the product is kept
-    assert _balanced(1e-3, 3e-3, rule)[:2] == (1e-3, 3e-3)
-    assert _balanced(1e-3, 2e-2, rule)[:2] == pytest.approx((1e-3, 4e-3))  # B is held, A is not hastened
-    assert _balanced(0.0, 3e-3, rule)[:2] == (0.0, 3e-3)  # A has not moved yet
-    assert _balanced(3e-3, 0.0, rule)[:2] == (3e-3, 0.0)  # nor B, where it is A that starts at zero
+    assert rule.balanced(4e-3, 2e-4)[:2] == pytest.approx((math.sqrt(4e-7), 2 * math.sqrt(4e-7)))  # the product is kept
+    assert rule.balanced(1e-3, 3e-3)[:2] == (1e-3, 3e-3)
+    assert rule.balanced(1e-3, 2e-2)[:2] == pytest.approx((1e-3, 4e-3))  # B is held, A is not hastened
+    assert rule.balanced(0.0, 3e-3)[:2] == (0.0, 3e-3)  # A has not moved yet
+    assert rule.balanced(3e-3, 0.0)[:2] == (3e-3, 0.0)  # nor B, where it is A that starts at zero
 
 
 @pytest.mark.parametrize("limit", [{"least_ratio": 1e3, "most_ratio": 1e3}, {"least_ratio": 0.0, "most_ratio": 1e-3}])

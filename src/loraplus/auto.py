@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ from loraplus.movement import (
 )
 from loraplus.owned_groups import OwnedGroups
 from loraplus.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
+from loraplus.rate_rule import LayerRates, Rule
 from loraplus.rates import SETTING_OF_ROLE, Rates
 from loraplus.roles import Role, trainable_parameters
 from loraplus.step_watcher import StepWatcher, torch_optimizer
@@ -58,31 +59,6 @@ _ROLES = (Role.A, Role.B)
 _AS_NUMBERS = "give lr and lr_ratio as numbers (--lr 3e-4 on the command line)"
 _STATE = "loraplus_auto"
 """Where the state of an optimizer holds that of its automatic rates."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """The constants of the rule: the same for every model and task, so that a user sets none."""
-
-    output_part: float = 0.018  # ρ₁
-    most_output_part: float = 0.23  # ρ_max
-    inner_part: float = 0.1  # κ
-    least_ratio: float = 2.0  # λ is not below
-    most_ratio: float = 4.0  # nor above
-    measured_at_first: int = 10  # steps measured one after the other, before
-    measured_every: int = 20  # … every so many
-
-    def output_change(self, loss_terms: float, layers: int) -> float:
-        """ρ: how far a step may move the output of one of `layers` layers, as a part of it."""
-        return min(self.output_part * math.sqrt(max(loss_terms, 1.0)), self.most_output_part) / math.sqrt(layers)
-
-
-@dataclass(frozen=True)
-class LayerRates:
-    """What one layer asks for; None where a factor did not move."""
-
-    lr_a: float | None
-    lr_b: float | None
 
 
 class AutoRates(StepWatcher):
@@ -276,15 +252,15 @@ class AutoRates(StepWatcher):
         """Sets both rates from what the steps of A, B, A, B, …, (r, d_in), (d_out, r), …, do to what was recorded."""
         rho = self.rule.output_change(terms, len(self._layers)) if math.isfinite(terms) else math.nan
         moved = self._moved(steps)
-        asked = {name: self._asked_for(*measured, rho) for name, measured in moved.items()}
+        asked = {name: self.rule.asked_for(*measured, rho) for name, measured in moved.items()}
         lr_a, lr_b = (
             self._mean([getattr(rates, name) for rates in asked.values()], device) or before
             for name, before in zip(("lr_a", "lr_b"), self._pair, strict=True)
         )
-        *pair, self.why = _balanced(lr_a, lr_b, self.rule)
+        lr_a, lr_b, self.why = self.rule.balanced(lr_a, lr_b)
+        self._pair = (lr_a, lr_b)
         if self._units is not None:  # where λ of the rates themselves is another
             self.why += " in steps of Adam's size"
-        self._pair = (pair[0], pair[1])
         for name, rates in asked.items():
             in_units = (lr and lr * self._unit(role) for lr, role in zip((rates.lr_a, rates.lr_b), _ROLES, strict=True))
             self.layer_rates[name] = LayerRates(*in_units)
@@ -330,17 +306,6 @@ class AutoRates(StepWatcher):
                 f"use DDP or FSDP2, or {_AS_NUMBERS}"
             )
         return steps
-
-    def _asked_for(self, moved: Movement, size_a: float, size_b: float, rho: float) -> LayerRates:
-        lr_a = lr_b = None
-        if size_b and moved.delta2:
-            lr_b = rho * moved.output / moved.delta2
-        if size_a and moved.inner_change:
-            by_output = rho * moved.output / moved.delta1 if moved.delta1 else math.inf
-            # An A that starts at zero has no output yet that it could run away from.
-            by_inner = self.rule.inner_part * moved.inner / moved.inner_change if moved.inner else math.inf
-            lr_a = min(by_output, by_inner)
-        return LayerRates(*(lr if lr is not None and 0 < lr < math.inf else None for lr in (lr_a, lr_b)))
 
     def _note_updates(self, moved: Mapping[str, tuple[Movement, float, float]]) -> None:
         factor = self._groups.by_parameter()
@@ -422,15 +387,19 @@ def install(model: nn.Module, optimizer: torch.optim.Optimizer, asked: Rates) ->
                     f"{own}freeze it, or use AdamW"
                 )
 
-    def put(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    optimizer.register_state_dict_post_hook(_put_state)
+    optimizer.register_load_state_dict_pre_hook(_take_state)
+
+
+def _put_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    for rates in installed(optimizer)[:1]:
         state[_STATE] = rates.state_dict()
 
-    def take(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+
+def _take_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    for rates in installed(optimizer)[:1]:
         if _STATE in state:
             rates.load_state_dict(state[_STATE])
-
-    optimizer.register_state_dict_post_hook(put)
-    optimizer.register_load_state_dict_pre_hook(take)
 
 
 def installed(optimizer: Any) -> list[AutoRates]:
@@ -442,22 +411,6 @@ def _register(optimizer: Any, rates: list[AutoRates]) -> None:
     """Keeps them where `explain` and checkpoints find the rates in use; `loraplus_auto` is the first of them."""
     optimizer.loraplus_autos = rates
     optimizer.loraplus_auto = rates[0] if rates else None
-
-
-def _balanced(lr_a: float, lr_b: float, rule: Rule) -> tuple[float, float, str]:
-    """The pair (η_A, η_B) with λ = η_B / η_A brought between the rule's limits, and in words what held it.
-
-    Below the least λ both move: B up and A down, at the same product η_A·η_B. Above the largest λ only B moves, down.
-    While one of the two has no rate yet (0), the other stays as it is.
-    """
-    if not (lr_a and lr_b):
-        return lr_a, lr_b, f"{'B' if lr_a else 'A'} has not moved"
-    if lr_b < rule.least_ratio * lr_a:
-        lr_a = math.sqrt(lr_a * lr_b / rule.least_ratio)
-        return lr_a, rule.least_ratio * lr_a, f"B kept at {rule.least_ratio:g}×, their product as measured"
-    if lr_b > rule.most_ratio * lr_a:
-        return lr_a, rule.most_ratio * lr_a, f"B held at {rule.most_ratio:g}×"
-    return lr_a, lr_b, "as measured"
 
 
 def _check_layers(model: nn.Module) -> None:
