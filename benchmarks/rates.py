@@ -39,7 +39,7 @@ from rates_results import (
 )
 from rates_settings import BLOCK, LATER, Setting
 
-from loraplus.study.records import Record
+from loraplus.study.records import Record, Run
 from loraplus.study.search.grid import HALF_DECADE, Point, RatioGrid, lr_of, next_in_column
 
 GRID = RatioGrid(starting_ratios=4, equal_budgets=False)
@@ -100,7 +100,7 @@ def grid(setting: Setting) -> Iterator[Row]:
     from rates_training import untrained
 
     if setting.part in LATER and not of_method(read(setting.name), UNTRAINED):
-        yield row_of(UNTRAINED, SEEDS[0], Record(values={"eval_loss": untrained(setting, SEEDS[0])}))
+        yield row_of(UNTRAINED, SEEDS[0], Record(Run({}), "done", values={"eval_loss": untrained(setting, SEEDS[0])}))
     for point, seed in pending(setting):
         yield run_point(setting, point, seed)
 
