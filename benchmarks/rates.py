@@ -4,7 +4,7 @@
     python benchmarks/rates.py --auto [SETTING …]                 the automatic runs that are missing
     python benchmarks/rates.py --peers [SETTING …]                the runs of rates_peers.py that are missing
     python benchmarks/rates.py --variants SETTING …               the rate of optimizers with a direction of their own
-    python benchmarks/rates.py --steps SETTING …                  automatic runs of part of the length, up to LoRA's loss
+    python benchmarks/rates.py --steps SETTING …                  automatic runs of parts of the length
     python benchmarks/rates.py --table                            what the committed results come to
     python benchmarks/rates.py --arms                             LoRA+ against LoRA in the first fourteen settings
     python benchmarks/rates.py --rerun SETTING                    trains the runs behind one row of the table again

@@ -51,7 +51,7 @@ def table() -> None:
 
 
 def steps() -> None:
-    """Prints the smallest part of the length at which an automatic run, with a schedule of its own, does as tuned LoRA."""
+    """Prints the smallest part of the length, with a schedule of its own, at which auto does as tuned LoRA."""
     print(f"\n{'setting':32s} {'LoRA':>8s} " + " ".join(f"{part:8g}" for part in (*PARTS, 1)) + "  enough")
     for setting in SETTINGS.values():
         rows, full = read(setting.name), summary(setting)
