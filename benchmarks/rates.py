@@ -4,6 +4,7 @@
     python benchmarks/rates.py --auto [SETTING …]                 the automatic runs that are missing
     python benchmarks/rates.py --peers [SETTING …]                the runs of rates_peers.py that are missing
     python benchmarks/rates.py --variants SETTING …               the rate of optimizers with a direction of their own
+    python benchmarks/rates.py --steps SETTING …                  automatic runs of parts of the length
     python benchmarks/rates.py --table                            what the committed results come to
     python benchmarks/rates.py --arms                             LoRA+ against LoRA in the first fourteen settings
     python benchmarks/rates.py --rerun SETTING                    trains the runs behind one row of the table again
@@ -25,6 +26,7 @@ from typing import Any
 
 import rates_tables
 from rates_results import (
+    PARTS,
     RESULTS,
     SEEDS,
     UNTRAINED,
@@ -33,9 +35,11 @@ from rates_results import (
     chosen,
     finalists,
     grid_losses,
+    mean_loss,
     of_method,
     point_of,
     read,
+    summary,
 )
 from rates_settings import BLOCK, LATER, Setting
 
@@ -156,6 +160,24 @@ def variants(setting: Setting) -> Iterator[Row]:
                 yield trained(best, seed)
 
 
+def shorter(setting: Setting) -> Iterator[Row]:
+    """Automatic runs of a quarter, a half and three quarters of the length, up to the first that does as tuned LoRA."""
+    from rates_peers import automatic
+    from rates_training import run
+
+    full = summary(setting)
+    if full is None:
+        print(f"{setting.name}: runs of the grid are missing", flush=True)
+        return
+    for part in PARTS:
+        name = f"auto-{part:g}"
+        for seed in SEEDS:
+            if seed not in of_method(read(setting.name), name):
+                yield row_of(name, seed, run(setting, seed, automatic(), steps=round(part * setting.steps)))
+        if mean_loss(read(setting.name), name) <= full["lora"]:
+            return
+
+
 def rerun(setting: Setting) -> None:
     """Trains what the table holds of a setting again, and prints both."""
     for row in read(setting.name):
@@ -169,7 +191,7 @@ def rerun(setting: Setting) -> None:
               f"{row['eval_loss']:.5f} recorded, {again['eval_loss']} now", flush=True)  # fmt: skip
 
 
-TRAINED = {"grid": grid, "auto": auto, "peers": peers, "variants": variants}
+TRAINED = {"grid": grid, "auto": auto, "peers": peers, "variants": variants, "steps": shorter}
 PRINTED = {"table": rates_tables.table, "arms": rates_tables.arms}
 
 

@@ -16,6 +16,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "rates"
 SEEDS = (0, 1, 2)
 COLUMNS = ("method", "lr_ratio", "half_decade", "lr", "seed", "eval_loss", "accuracy", "seconds")
 UNTRAINED = "untrained"
+PARTS = (0.25, 0.5, 0.75)
+"""Of a setting's length, at which shorter automatic runs are tried."""
 
 Row = dict[str, Any]
 
@@ -70,6 +72,12 @@ def of_method(rows: list[Row], method: str) -> dict[int, float]:
 def counted(rows: list[Row], loss: float) -> float:
     """A loss as it counts in a mean: a run that diverges counts as if nothing had been learnt."""
     return loss if math.isfinite(loss) else of_method(rows, UNTRAINED).get(SEEDS[0], math.inf)
+
+
+def mean_loss(rows: list[Row], method: str) -> float:
+    """Over the seeds; infinite while some are missing."""
+    losses = of_method(rows, method)
+    return fmean(counted(rows, losses[seed]) for seed in SEEDS) if losses.keys() >= set(SEEDS) else math.inf
 
 
 def judged(rows: list[Row], point: Point) -> float | None:

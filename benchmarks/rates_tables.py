@@ -6,7 +6,19 @@ import math
 from collections.abc import Collection, Mapping
 from statistics import fmean, median
 
-from rates_results import SEEDS, UNTRAINED, counted, finalists, grid_losses, judged, of_method, read, summary
+from rates_results import (
+    PARTS,
+    SEEDS,
+    UNTRAINED,
+    counted,
+    finalists,
+    grid_losses,
+    judged,
+    mean_loss,
+    of_method,
+    read,
+    summary,
+)
 from rates_settings import BLOCK, FIRST, LATER, SETTINGS
 
 from loraplus.study.search.grid import HALF_DECADE, Point, lr_of
@@ -35,6 +47,20 @@ def table() -> None:
     first()
     later()
     variants()
+    steps()
+
+
+def steps() -> None:
+    """Prints the smallest part of the length, with a schedule of its own, at which auto does as tuned LoRA."""
+    print(f"\n{'setting':32s} {'LoRA':>8s} " + " ".join(f"{part:8g}" for part in (*PARTS, 1)) + "  enough")
+    for setting in SETTINGS.values():
+        rows, full = read(setting.name), summary(setting)
+        losses = {part: mean_loss(rows, f"auto-{part:g}") for part in PARTS}
+        if full and math.isfinite(losses[PARTS[0]]):
+            losses[1] = full["auto"]
+            shown = " ".join(f"{loss:8.4f}" if math.isfinite(loss) else f"{'':8s}" for loss in losses.values())
+            enough = next((f"{part:g}" for part, loss in losses.items() if loss <= full["lora"]), "none")
+            print(f"{setting.name:32s} {full['lora']:8.4f} {shown}  {enough}")
 
 
 def first() -> None:
