@@ -435,6 +435,8 @@ def _check_layers(model: nn.Module) -> None:
 
 def _check_steps(optimizer: torch.optim.Optimizer, groups: OwnedGroups) -> float | None:
     """Refuses an optimizer that cannot be asked what it would do; tells the size that its steps need to be given."""
+    if getattr(optimizer, "like_adam", None):
+        return None
     if getattr(optimizer, "takes_model", False):  # what is tried below is a matrix without its partner
         raise TrainerSetupError(
             f"AutoRates does not know how far steps of {type(optimizer).__name__} lead, which depend on both factors; "

@@ -168,11 +168,19 @@ def test_a_name_that_does_not_exist_is_an_error_that_names_the_nearest():
         variants.create_optimizer(adapted(), "lorarite")
 
 
-@pytest.mark.parametrize("name", PAIRED)
-def test_automatic_rates_refuse_steps_that_depend_on_both_factors(name):
+@pytest.mark.parametrize("name", ["lora-rite", "muon"])
+def test_automatic_rates_refuse_steps_of_a_size_that_depends_on_both_factors(name):
     model = adapted()
     with pytest.raises(loraplus.errors.TrainerSetupError, match="depend on both factors"):
         loraplus.create_optimizer(model, variants.ALL[name].load(), lr="auto")
+
+
+def test_automatic_rates_serve_steps_of_adams_size():
+    model = adapted(modules_to_save=["classifier"])
+    optimizer = loraplus.create_optimizer(model, variants.ALL["riemannian"].load(), lr="auto")
+    start = model(input_ids=IDS, labels=LABELS).loss.item()
+    train(model, optimizer, 10)
+    assert model(input_ids=IDS, labels=LABELS).loss.item() < start and optimizer.loraplus_auto.lr_b > 0
 
 
 def test_a_bank_of_experts_is_refused():

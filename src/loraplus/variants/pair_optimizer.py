@@ -42,6 +42,8 @@ class PairOptimizer(torch.optim.Optimizer):
 
     takes_model = True
     """`loraplus.optimizer.build` gives it the model."""
+    like_adam = False
+    """Whether steps are of the size of Adam's, whatever the gradients; `AutoRates` sets the rates of such a method."""
 
     def __init__(
         self,

@@ -27,6 +27,8 @@ class Riemannian(PairOptimizer):
     `create_riemannian_optimizer` (0.21), whose steps these are.
     """
 
+    like_adam = True
+
     def __init__(self, params: Any, *, damping: float = 1e-2, **options: Any) -> None:
         super().__init__(params, damping=damping, **options)
 
