@@ -33,7 +33,7 @@ import loraplus
 from loraplus.auto import AutoRates, Rule
 from loraplus.movement import adapted_layers, factors
 from loraplus.roles import Role, trainable_parameters
-from loraplus.tasks.methods import tied_rate
+from loraplus.variants.maximal_update import tied_rate
 
 USUAL, TRL_SFT, TRL_DPO = 3e-4, 2e-4, 5e-6
 Optimizers = list[torch.optim.Optimizer]

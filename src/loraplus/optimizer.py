@@ -110,6 +110,8 @@ def build(
         OptimizerSetupError: the class cannot take these groups, or its step does not follow their rates.
     """
     check_class(model, optimizer_cls)
+    if getattr(optimizer_cls, "takes_model", False):  # it steps A and B together, and groups do not say which belong so
+        kwargs["factors_of"] = model
     try:
         optimizer = optimizer_cls(groups, **kwargs)
     except (TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ from loraplus.tasks.config import CompareConfig
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import load_tokenizer
 from loraplus.tasks.prodigy import SplitProdigy
+from loraplus.variants.maximal_update import tied_rate
 
 
 def adapted(rank=2, alpha=4.0, width=16, rslora=False, targets=("query", "value")):
@@ -29,28 +30,28 @@ def adapted(rank=2, alpha=4.0, width=16, rslora=False, targets=("query", "value"
 
 
 def test_the_tied_rate_is_the_usual_one_at_the_reference_point():
-    assert methods.tied_rate(adapted(rank=8, alpha=16, width=768)) == pytest.approx(3e-4)
+    assert tied_rate(adapted(rank=8, alpha=16, width=768)) == pytest.approx(3e-4)
 
 
 def test_the_tied_rate_does_not_hang_on_the_rank_at_constant_alpha():
-    assert methods.tied_rate(adapted(2, 16)) == pytest.approx(methods.tied_rate(adapted(8, 16)))
+    assert tied_rate(adapted(2, 16)) == pytest.approx(tied_rate(adapted(8, 16)))
 
 
 def test_the_tied_rate_falls_as_the_root_of_the_rank_at_alpha_equal_to_it():
-    assert methods.tied_rate(adapted(2, 2)) == pytest.approx(2 * methods.tied_rate(adapted(8, 8)))
+    assert tied_rate(adapted(2, 2)) == pytest.approx(2 * tied_rate(adapted(8, 8)))
 
 
 def test_the_tied_rate_knows_rslora_and_falls_as_the_root_of_the_width():
-    usual, rslora = methods.tied_rate(adapted(4, 16)), methods.tied_rate(adapted(4, 16, rslora=True))
+    usual, rslora = tied_rate(adapted(4, 16)), tied_rate(adapted(4, 16, rslora=True))
     assert usual == pytest.approx(rslora * 4**0.25)
-    assert methods.tied_rate(adapted(4, 16, width=64)) == pytest.approx(usual / 2)
+    assert tied_rate(adapted(4, 16, width=64)) == pytest.approx(usual / 2)
 
 
 def test_layers_of_different_widths_count_by_the_geometric_mean():
     narrow, both = adapted(2, 4), adapted(2, 4, targets=("intermediate.dense", "output.dense"))
     widths = [layer.weights[0].shape[1] for layer in adapted_layers(both)]
     mean = torch.tensor(widths, dtype=torch.float64).log().mean().exp().item()
-    assert methods.tied_rate(both) == pytest.approx(methods.tied_rate(narrow) * (16 / mean) ** 0.5)
+    assert tied_rate(both) == pytest.approx(tied_rate(narrow) * (16 / mean) ** 0.5)
 
 
 def factors(seed=0):
@@ -182,7 +183,7 @@ def test_the_rates_that_a_run_came_to_are_read_off_without_the_schedule(trainer_
     assert methods.rates_arrived_at(trainer.optimizer) == (trainer.loraplus_auto.lr_a, trainer.loraplus_auto.lr_b)
     trainer = trainer_of("mua")
     trainer.create_optimizer()
-    rate = methods.tied_rate(trainer.model)
+    rate = tied_rate(trainer.model)
     assert methods.rates_arrived_at(trainer.optimizer) == (rate, rate)
     assert methods.rates_arrived_at(torch.optim.SGD([{"params": factors(), "name": "other"}], 0.1)) is None
 

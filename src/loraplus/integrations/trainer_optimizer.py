@@ -72,6 +72,8 @@ def _class_and_kwargs(model: nn.Module, optimizer_cls: Any, kwargs: Mapping[str,
         optimizer_cls, kwargs = given.func, {**given.keywords, **kwargs}  # Trainer would take it for a factory
     if _is_optimizer(optimizer_cls):
         check_class(model, optimizer_cls)
+        if getattr(optimizer_cls, "takes_model", False):
+            kwargs = {**kwargs, "factors_of": model}
     return optimizer_cls, dict(kwargs)  # a copy, since Trainer takes some out
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from loraplus.parts import Role
@@ -19,9 +18,6 @@ from loraplus.tasks.config import DEFAULT_LR, TaskConfig
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-# n, r and s = α/r where the maximal-update rule gives DEFAULT_LR: BERT's width at the default rank and α.
-REFERENCE_WIDTH, REFERENCE_RANK, REFERENCE_SCALING = 768, 8, 16.0 / 8
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,38 @@ def automatic(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, 
 
 
 def maximal_update(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
-    """AdamW at the one rate of `tied_rate` for A and B."""
+    """AdamW at the one rate of `variants.maximal_update` for A and B."""
+    from loraplus.variants.maximal_update import tied_rate
+
     return Method(rates_of(config, tied_rate(model)))
+
+
+def width_rate(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
+    """AdamW at the one rate of `variants.width_rate` for A and B."""
+    from loraplus.variants.width_rate import width_rate
+
+    return Method(rates_of(config, width_rate(model)))
+
+
+def lora_rite(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
+    """LoRA-RITE at one rate for A and B."""
+    from loraplus.variants.lora_rite import LoraRite
+
+    return Method(rates_of(config, lr), optimizer=(LoraRite, {}))
+
+
+def riemannian(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
+    """Riemannian preconditioning at one rate for A and B."""
+    from loraplus.variants.riemannian import Riemannian
+
+    return Method(rates_of(config, lr), optimizer=(Riemannian, {}))
+
+
+def muon(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
+    """Muon on A and B at one rate for both."""
+    from loraplus.variants.muon import Muon
+
+    return Method(rates_of(config, lr), optimizer=(Muon, {}))
 
 
 def prodigy(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
@@ -76,34 +102,6 @@ def schedule_free(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Modu
 
     options = {"warmup_steps": math.ceil(steps * config.warmup_ratio)}
     return Method(rates_of(config, lr, lr_ratio), optimizer=(AdamWScheduleFree, options), own_schedule=True)
-
-
-def tied_rate(model: nn.Module) -> float:
-    r"""One rate for A and B by the maximal-update argument.
-
-    A is random and B zero. In a step of Adam at rate η every entry moves by η: those of B by η, and A x, a sum over
-    the n inputs, by n·η. So through B the step of A moves the output s·B A x by s·r·n·η², a sum over the rank r. For
-    this to be the same in all models,
-
-        η = c / √(n·r·s),      s = α/r, or α/√r for rsLoRA
-
-    which does not hang on the rank for s = α/r with constant α, and falls as 1/√r for α = r. c is such that the rate
-    is 3e-4, the usual one, at n = 768, r = 8 and α = 16.
-
-    Args:
-        model: a PEFT model; n·r·s is the geometric mean over its adapted layers (of different widths, say).
-
-    Raises:
-        NoLoraFactorsError: no layer has a trainable A and B.
-
-    Source: derived here. The two regimes are those that the abstract of arXiv 2602.06204 (μA) states; the paper's own
-    table of exponents could not be consulted, so its prescription may differ in what the abstract leaves open.
-    """
-    from loraplus.movement import adapted_layers
-
-    sizes = [layer.weights[0].numel() * layer.scaling for layer in adapted_layers(model)]  # A has n·r entries
-    mean = math.exp(fmean(math.log(size) for size in sizes))
-    return DEFAULT_LR * math.sqrt(REFERENCE_WIDTH * REFERENCE_RANK * REFERENCE_SCALING / mean)
 
 
 def rates_arrived_at(optimizer: torch.optim.Optimizer) -> tuple[float, float] | None:
