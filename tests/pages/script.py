@@ -82,17 +82,10 @@ def trl_trainer(kind: str) -> Make:
     return make
 
 
-def process_group(script: Script) -> None:
-    """One process that is a group by itself, as under torchrun."""
+def in_a_group(script: Script) -> nn.Module:
+    """A model in a process that is a group by itself, as under torchrun."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-
-
-def wrapped(wrap: Callable[[nn.Module], nn.Module]) -> Make:
-    def make(script: Script) -> nn.Module:
-        script["process_group"]
-        return wrap(classifier())
-
-    return make
+    return classifier()
 
 
 MAKERS: dict[str, Make] = {
@@ -121,7 +114,6 @@ MAKERS: dict[str, Make] = {
     "optimizer": lambda script: torch.optim.AdamW(script["model"].parameters(), lr=2e-4),
     "scheduler": lambda script: torch.optim.lr_scheduler.ConstantLR(script["optimizer"], 1.0),
     "step": lambda script: 1,
-    "process_group": process_group,
 }
 
 

@@ -11,13 +11,13 @@ import torch
 import yaml
 from language import save_decoder
 from stacks.models import language_model, tokenizer
-from stacks.trainers import rows_for
+from stacks.trainers import TRL_OPTIONS, rows_for
 
 from pages.blocks import PAGES, ROOT, blocks, name_of
-from pages.script import Make, Script, kohya, on_decoder, trl_trainer, wrapped
+from pages.script import Make, Script, in_a_group, kohya, on_decoder, trl_trainer
 
 NOT_RUN = "# Not run by the tests: "
-LANGUAGES = {"python", "sh", "text", "json", "yaml"}
+LANGUAGES = {"python", "sh", "text", "json", "yaml", "{toctree}", "{include}"}
 # What a script that reads its own flags is started with.
 FLAGS = "--output_dir out --max_steps 2 --bf16 false --use_cpu true --report_to none --loraplus_lr_ratio 16"
 WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
@@ -36,7 +36,7 @@ OWN: dict[str, dict[str, Make]] = {
     "README.md": {
         "peft_model": on_decoder,
         "args": lambda script: trl_trainer("SFT")(script).args,
-        "data": lambda script: trl_trainer("SFT")(script).train_dataset,
+        "data": lambda script: rows_for("SFT"),
     },
     "docs/layouts.md": {
         "network": lambda script: kohya(),
@@ -44,7 +44,17 @@ OWN: dict[str, dict[str, Make]] = {
         "unet_parameters": trainable("unet"),
         "text_encoder_parameters": trainable("text_encoder"),
     },
-    "docs/migrate/deepspeed-fsdp.md": {"model": wrapped(lambda model: model)},
+    "docs/migrate/deepspeed-fsdp.md": {"model": in_a_group},
+    "docs/stacks/ddp.md": {"model": in_a_group},
+    "docs/stacks/fsdp1.md": {"model": in_a_group},
+    "docs/stacks/fsdp1-flat.md": {"model": in_a_group},
+    "docs/stacks/fsdp2.md": {"model": in_a_group},
+    **{f"docs/stacks/trl-{kind.lower()}.md": {"trainer": trl_trainer(kind)} for kind in TRL_OPTIONS},
+    "docs/stacks/trl-sft-factory.md": {
+        "model": on_decoder,
+        "args": lambda script: trl_trainer("SFT")(script).args,
+        "data": lambda script: rows_for("SFT"),
+    },
     "docs/migrate/trl.md": {
         "trainer": trl_trainer("DPO"),
         "model": lambda script: language_model("none"),
@@ -91,7 +101,7 @@ def test_the_python_of_a_page_runs(page, workplace, monkeypatch, tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_says_what_it_is(page):
     for block in blocks(page):
-        assert block.language in LANGUAGES, f"{block}: indented, or of the language {block.language!r}"
+        assert block.language.split()[0] in LANGUAGES, f"{block}: indented, or of the language {block.language!r}"
         if block.language == "json":
             json.loads(block.code)
         if block.language == "yaml":
