@@ -50,7 +50,8 @@ picture: demo
 
 # Warnings are errors: a link or heading that is not there, a page in no table of contents. Nothing is fetched.
 docs: install
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@rm -rf docs/_build
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 # Interrupted, it goes on from its last checkpoint.

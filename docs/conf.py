@@ -23,6 +23,8 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_domain_indices = False
+html_show_search_summary = False  # summaries are fetched, which a page read from the disk may not do
 pygments_style, pygments_dark_style = "default", "github-dark"
 
 autodoc_member_order = "bysource"

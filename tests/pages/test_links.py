@@ -48,6 +48,7 @@ def test_every_page_is_reached_from_the_readme():
     reached, ahead = set(), [ROOT / "README.md"]
     while ahead:
         page = ahead.pop()
+        page = page / "README.md" if page.is_dir() else page
         if page in reached or page.suffix != ".md" or not page.is_file():
             continue
         reached.add(page)
