@@ -27,6 +27,8 @@ html_domain_indices = False
 html_show_search_summary = False  # summaries are fetched, which a page read from the disk may not do
 pygments_style, pygments_dark_style = "default", "github-dark"
 
+default_role = "code"  # `names` in docstrings
+maximum_signature_line_length = 90
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_display_short_literal_types = True
@@ -75,5 +77,12 @@ def setup(app: Any) -> None:
     def included(app: Any, path: Path, parent: str, content: list[str]) -> None:
         content[0] = links_within_the_site(content[0], Path(os.path.normpath(ROOT / "docs" / path)))
 
+    def signature(
+        app: Any, what: str, name: str, of: Any, options: Any, arguments: str | None, returns: str | None
+    ) -> Any:
+        # A class as a default is shown by its name.
+        return (re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", arguments), returns) if arguments else None
+
+    app.connect("autodoc-process-signature", signature)
     app.connect("source-read", page)
     app.connect("include-read", included)
