@@ -1,4 +1,4 @@
-"""The site: `make docs` builds these pages and the API reference into _build/html. Neither it nor its readers fetch anything."""
+"""The site: `make docs` builds these pages and a reference of all names into _build/html. Nothing is fetched."""
 
 from __future__ import annotations
 
@@ -77,10 +77,9 @@ def setup(app: Any) -> None:
     def included(app: Any, path: Path, parent: str, content: list[str]) -> None:
         content[0] = links_within_the_site(content[0], Path(os.path.normpath(ROOT / "docs" / path)))
 
-    def signature(
-        app: Any, what: str, name: str, of: Any, options: Any, arguments: str | None, returns: str | None
-    ) -> Any:
-        # A class as a default is shown by its name.
+    def signature(*event: Any) -> tuple[str, str] | None:
+        """A class as a default is shown by its name."""
+        arguments, returns = event[-2:]
         return (re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", arguments), returns) if arguments else None
 
     app.connect("autodoc-process-signature", signature)

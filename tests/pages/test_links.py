@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -24,7 +25,7 @@ def anchors(page: Path) -> set[str]:
     """Headings as GitHub names them."""
     found: set[str] = set()
     listed = tokens(page)
-    for token, title in zip(listed, listed[1:], strict=False):
+    for token, title in pairwise(listed):
         if token.type == "heading_open":
             text = "".join(child.content for child in title.children or [])
             found.add(re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-"))
