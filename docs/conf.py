@@ -45,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 # Files outside docs/ that the site shows, and the pages that include them.
 SHOWN_AS = {
     "README.md": "index.md",
+    "docs/migrate": "migrating.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",

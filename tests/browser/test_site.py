@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from pages.site import BUILD, built
+from pages.site import built
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-SCREENSHOTS = BUILD / "screenshots"  # to be looked at
+from browser.conftest import NARROW, SCREENSHOTS
+
 # Text that ends beyond the window's right edge, where nothing within the article scrolls to show it.
 CUT_OFF = """width => [...document.querySelectorAll("article :is(p, li, h1, h2, h3, td, th, pre, img, dt, code, span)")]
     .filter(each => each.getBoundingClientRect().right > width + 1)
@@ -24,18 +22,6 @@ CUT_OFF = """width => [...document.querySelectorAll("article :is(p, li, h1, h2, 
     .map(each => each.tagName + " " + each.textContent.slice(0, 60))"""
 BRIGHTNESS = """what => getComputedStyle(document.querySelector(what)).backgroundColor.match(/[\\d.]+/g)
     .slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 765"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Watched:
@@ -65,14 +51,14 @@ def names() -> list[str]:
     return sorted(str(path.relative_to(site)) for path in site.rglob("*.html"))
 
 
-def test_no_page_asks_for_anything_fails_or_is_cut_off_at_375_pixels(chromium):
-    watched = Watched(chromium, viewport={"width": 375, "height": 800})
+def test_no_page_asks_for_anything_fails_or_is_cut_off_at_375_pixels(browser):
+    watched = Watched(browser, viewport={"width": NARROW, "height": 800})
     wrong = {}
     assert len(names()) > 60
     for name in names():
         page = watched.open(name)
-        cut = page.evaluate(CUT_OFF, 375)
-        if page.evaluate("document.documentElement.scrollWidth") > 375:
+        cut = page.evaluate(CUT_OFF, NARROW)
+        if page.evaluate("document.documentElement.scrollWidth") > NARROW:
             cut.append("the page scrolls sideways")
         if watched.errors or cut:
             wrong[name] = [*watched.errors, *cut]
@@ -80,11 +66,11 @@ def test_no_page_asks_for_anything_fails_or_is_cut_off_at_375_pixels(chromium):
     assert not wrong
     SCREENSHOTS.mkdir(exist_ok=True)
     for name in ("index", "stacks", "claims", "api/index"):
-        watched.open(f"{name}.html").screenshot(path=SCREENSHOTS / f"{name.replace('/', '-')}-375.png")
+        watched.open(f"{name}.html").screenshot(path=SCREENSHOTS / f"site-{name.replace('/', '-')}-375.png")
 
 
-def test_the_search_finds_names_and_words(chromium):
-    watched = Watched(chromium)
+def test_the_search_finds_names_and_words(browser):
+    watched = Watched(browser)
     page = watched.open("index.html")
     page.locator("input[name=q]").first.fill("attach")
     page.locator("input[name=q]").first.press("Enter")
@@ -96,8 +82,8 @@ def test_the_search_finds_names_and_words(chromium):
     assert not watched.errors
 
 
-def test_links_of_the_contents_lead_to_their_pages(chromium):
-    watched = Watched(chromium, viewport={"width": 1500, "height": 900})  # wide enough for the page's own contents
+def test_links_of_the_contents_lead_to_their_pages(browser):
+    watched = Watched(browser, viewport={"width": 1500, "height": 900})  # wide enough for the page's own contents
     page = watched.open("index.html")
     page.locator(".sidebar-tree a", has_text="Questions").first.click()
     assert page.locator("h1").inner_text().startswith("Questions")
@@ -107,19 +93,19 @@ def test_links_of_the_contents_lead_to_their_pages(chromium):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_follow_the_reader(chromium, scheme):
-    watched = Watched(chromium, color_scheme=scheme, viewport={"width": 1200, "height": 900})
+def test_colours_follow_the_reader(browser, scheme):
+    watched = Watched(browser, color_scheme=scheme, viewport={"width": 1200, "height": 900})
     SCREENSHOTS.mkdir(exist_ok=True)
     for name in ("index", "start", "api/index"):
         page = watched.open(f"{name}.html")
         bright = [page.evaluate(BRIGHTNESS, what) for what in ("body", ".highlight" if name != "api/index" else "body")]
         assert all(each > 0.8 if scheme == "light" else each < 0.25 for each in bright), (name, bright)
-        page.screenshot(path=SCREENSHOTS / f"{name.replace('/', '-')}-{scheme}.png")
+        page.screenshot(path=SCREENSHOTS / f"site-{name.replace('/', '-')}-{scheme}.png")
     assert not watched.errors
 
 
-def test_the_switch_changes_the_colours(chromium):
-    page = Watched(chromium, color_scheme="light", viewport={"width": 1200, "height": 900}).open("index.html")
+def test_the_switch_changes_the_colours(browser):
+    page = Watched(browser, color_scheme="light", viewport={"width": 1200, "height": 900}).open("index.html")
     themes = set()
     for _ in range(3):
         page.locator(".theme-toggle:visible").first.click()
