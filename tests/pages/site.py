@@ -29,7 +29,7 @@ def _sources() -> str:
 
 @cache
 def _failure() -> str:
-    """Builds the site unless it stands; what was wrong, or nothing. Kept, so that a failure is not tried once a test."""
+    """Builds the site unless it stands; what was wrong, or nothing. Kept, so a failure is not tried once a test."""
     BUILD.mkdir(exist_ok=True)
     stamp, sources = BUILD / "made-of", _sources()
     with (BUILD / "lock").open("w") as lock:
