@@ -13,11 +13,12 @@ PYTEST := $(BIN)/python -m pytest -n 2
 MOVING := transformers peft trl accelerate
 OLDEST := transformers==5.20.0 peft==0.21.0 trl==1.16.0 accelerate==1.15.0
 
-.PHONY: help install demo decoder test test-all test-newest test-oldest faults mutants lint types fmt clean
+.PHONY: help install demo picture decoder docs test test-all test-newest test-oldest faults mutants lint types fmt clean
 
 help:
 	@echo "make demo     compare LoRA with LoRA+ on movie reviews (about a quarter of an hour on 2 cores)"
 	@echo "make decoder  pre-train the small decoder of examples/decoder anew, into data/decoder (under half an hour on 2 cores)"
+	@echo "make docs     build the documentation as a site, into docs/_build/html"
 	@echo "make test     lint, types and tests"
 	@echo "make test-all the same with every optional stack installed; prints which stack passed what"
 	@echo "make test-newest, make test-oldest   the tests with the newest transformers, peft, trl and accelerate, or the oldest"
@@ -41,6 +42,17 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/python examples/making/demo_data.py data
 	$(BIN)/loraplus compare --config examples/demo.yaml --output runs/demo --resume
+
+# The head of the demo's report, as README.md and docs/report.md show it.
+picture: demo
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=920,700 --virtual-time-budget=6000 \
+		--screenshot=docs/images/report.png file://$(CURDIR)/runs/demo/report.html
+
+# Warnings are errors: a link or heading that is not there, a page in no table of contents. Nothing is fetched.
+docs: install
+	@rm -rf docs/_build
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 # Interrupted, it goes on from its last checkpoint.
 decoder: install
@@ -87,4 +99,4 @@ fmt: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest data build dist .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest data build dist docs/_build .pytest_cache .ruff_cache src/*.egg-info

@@ -401,7 +401,8 @@ def markdown(rows: list[tuple[str, dict[str, Verdict]]]) -> str:
     lines = ["| case | PEFT | loraplus | what was seen |", "|---|---|---|---|"]
     for name, verdicts in rows:
         seen = "; ".join(f"{who}: {v.detail}" for who, v in verdicts.items() if v.kind != "right")
-        lines.append(f"| {name} | {verdicts['PEFT'].kind} | {verdicts['loraplus'].kind} | {seen.replace('|', '/')} |")
+        seen = " ".join(seen.replace("|", "/").split())  # a line break would end the table
+        lines.append(f"| {name} | {verdicts['PEFT'].kind} | {verdicts['loraplus'].kind} | {seen} |")
     totals = " | ".join(f"**{total(rows, who)}**" for who in WHO)
     return "\n".join([*lines, f"| **{len(rows)} cases** | {totals} | |", "", f"Run with {versions()}."])
 

@@ -29,8 +29,8 @@ def rates_for_log(optimizer: torch.optim.Optimizer) -> dict[str, float]:
         optimizer: with named groups, wrapped or not.
 
     Returns:
-        {"lr/<group>": rate}; call it before the scheduler moves on for the rates of the step just taken. Groups of one
-        name are told apart by a number, `lr/lora_A`, `lr/lora_A.2`, in the order in which they stand.
+        Each rate by its name in the logs. Call it before the scheduler moves on, for the rates of the step just taken.
+        Groups of one name are told apart by a number, `lr/lora_A`, `lr/lora_A.2`, in the order in which they stand.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
