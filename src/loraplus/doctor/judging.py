@@ -1,0 +1,391 @@
+"""What is off about the rates of a run, the worst first, and what is worth knowing."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loraplus.doctor.diagnosis import (
+    NEAR,
+    Diagnosis,
+    Pair,
+    ParameterStep,
+    in_words,
+    named,
+    number,
+    ratios_of,
+    short,
+    some,
+)
+from loraplus.doctor.findings import Findings, ratios_by_step
+from loraplus.group_rates import group_labels, rate_as_number, reference_group
+from loraplus.memory import overlapping
+from loraplus.parts import Role
+from loraplus.schedulers import cause, will_flatten
+from loraplus.step_probe import refusal, try_step
+
+_HARDLY = 0.01  # of A's rate: an embedding's factors do not learn at less
+_FACTOR_ROLES = {Role.A, Role.B}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a run should have.
+
+    Args:
+        lr_ratio: λ of every pair; None: whatever it has.
+        where: what says so.
+        weight_decay: of the factors; None: whatever they have.
+        names_ratio: the script speaks of a ratio, so plain LoRA is not what was meant.
+    """
+
+    lr_ratio: float | None = None
+    where: str = ""
+    weight_decay: float | None = None
+    names_ratio: bool = False
+
+
+def judge(findings: Findings, expected: Expected, source: str) -> Diagnosis:
+    """Everything that is off about what was found.
+
+    Args:
+        findings: of models and optimizers.
+        expected: what they should have.
+        source: what was looked at.
+    """
+    rules: tuple[Callable[[Findings, Expected], Iterable[str]], ...] = (
+        _nothing_trains, _not_held, _idle, _ratio, _changed, _ignored, _one_memory, _twice, _unmoved,
+        _at_b_rate, _embeddings, _heads, _decay, _later,
+    )  # fmt: skip
+    problems = list(dict.fromkeys(problem for rule in rules for problem in rule(findings, expected)))
+    return Diagnosis(
+        source, tuple(findings.entries), tuple(findings.pairs), tuple(findings.optimizers()), tuple(problems),
+        tuple(_notes(findings, expected)),
+    )  # fmt: skip
+
+
+def judge_ratio(pairs: Sequence[Pair], expected: Expected, why: Callable[[Pair], str]) -> Iterator[str]:
+    """What is off about λ.
+
+    Args:
+        pairs: with the rates of their steps.
+        expected: what they should have.
+        why: says what made a pair's λ.
+    """
+    known = [pair for pair in pairs if pair.lr_ratio is not None]
+    found = sorted(set(ratios_of(known)))
+    if expected.lr_ratio is not None:
+        off = [pair for pair in pairs if not _near(pair.lr_ratio, expected.lr_ratio)]
+        if off:
+            what = _of_pair(off[0])
+            yield (
+                f"λ is not {expected.lr_ratio:g}, as {expected.where}, in {len(off)} of {some(len(pairs), 'pair')} "
+                f"({short(off[0].layer)}: {what}); {why(off[0])}"
+            )
+        return
+    slower = [pair for pair in known if pair.lr_ratio is not None and pair.lr_ratio < 1 - NEAR]
+    if slower:
+        yield (
+            f"B learns slower than A in {some(len(slower), 'pair')} ({short(slower[0].layer)}: {_of_pair(slower[0])}); "
+            f"B is the factor that should learn faster: are the two swapped? {why(slower[0])}"
+        )
+    plain = [pair for pair in known if _near(pair.lr_ratio, 1.0)]
+    if plain and len(plain) < len(known) and not slower:
+        yield (
+            f"in {len(plain)} of {some(len(known), 'pair')} A and B share a rate ({short(plain[0].layer)}: "
+            f"{number(plain[0].lr_a)}), and λ is {', '.join(f'{r:g}' for r in found if r != 1)} in the others; "
+            f"{why(plain[0])}"
+        )
+    elif plain and len(plain) == len(known) and expected.names_ratio:
+        yield (
+            f"B learns at A's rate ({number(plain[0].lr_a)}) in all {some(len(known), 'pair')}: this is plain LoRA, "
+            f"though {expected.where}; {why(plain[0])}"
+        )
+
+
+def _near(ratio: float | None, other: float) -> bool:
+    return ratio is not None and math.isclose(ratio, other, rel_tol=NEAR)
+
+
+def _of_pair(pair: Pair) -> str:
+    if pair.lr_ratio is not None:
+        return f"A at {number(pair.lr_a)}, B at {number(pair.lr_b)}, λ = {pair.lr_ratio:.3g}"
+    a, b = (
+        "frozen" if frozen else "in no optimizer" if rate is None else f"at {number(rate)}"
+        for frozen, rate in ((pair.a_frozen, pair.lr_a), (pair.b_frozen, pair.lr_b))
+    )
+    return f"A {a}, B {b}"
+
+
+def _nothing_trains(findings: Findings, expected: Expected) -> Iterator[str]:
+    factors = [entry for entry in findings.entries if entry.role in _FACTOR_ROLES]
+    frozen_b = [pair.layer for pair in findings.pairs if pair.b_frozen]
+    if findings.frozen and not factors:
+        yield (
+            f"no factor trains: {some(len(findings.frozen), 'factor')} of the adapter are frozen (first: "
+            f"{findings.frozen[0]}); load it with PeftModel.from_pretrained(..., is_trainable=True), or call "
+            "model.set_adapter(name)"
+        )
+    elif frozen_b:
+        yield (
+            f"B is frozen in {some(len(frozen_b), 'pair')} (first: {frozen_b[0]}), so only A learns there; "
+            "set requires_grad of lora_B before the optimizer is built"
+        )
+
+
+def _not_held(findings: Findings, expected: Expected) -> Iterator[str]:
+    missing = [entry.name for entry in findings.entries if entry.optimizer is None and not entry.shares]
+    if missing:
+        yield (
+            f"{len(missing)} of {some(len(findings.entries), 'trainable parameter')} are in no optimizer, so they do "
+            f"not learn: {named(missing)}; build the optimizer after the adapter is on the model, from all parameters "
+            "that require gradients"
+        )
+
+
+def _idle(findings: Findings, expected: Expected) -> Iterator[str]:
+    if any(observed.steps or observed.at_zero for observed in findings.seen):
+        for observed in findings.seen:
+            if not (observed.steps or observed.at_zero):
+                yield f"{type(observed.optimizer).__name__} holds factors and has taken no step while others stepped"
+
+
+def _ratio(findings: Findings, expected: Expected) -> Iterator[str]:
+    ids = dict(zip(map(id, findings.pairs), findings.pair_ids, strict=True))
+    yield from judge_ratio(findings.pairs, expected, lambda pair: _why(findings, *ids[id(pair)]))
+
+
+def _why(findings: Findings, a: int, b: int) -> str:
+    """What made λ of a pair, given the ids of its factors."""
+    for observed in findings.seen:
+        optimizer, labels = observed.optimizer, group_labels(observed.optimizer.param_groups)
+        places = {id(p): place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        if b not in places:
+            continue
+        stated = observed.stated[-1] if observed.stated else {}
+        name = type(optimizer).__name__
+        measured = observed.measured
+        said = stated[b] / stated[a] if stated.get(a) and b in stated else None
+        if said and measured.get(a) and b in measured and not _near(measured[b] / measured[a], said):
+            return (
+                f"the groups say λ = {said:.3g}, but the step of {name} does not follow them; use an optimizer that "
+                "reads every group's lr, such as torch.optim.AdamW"
+            )
+        built, now = findings.built, stated or _rates_now(optimizer)
+        if built.get(a) and now.get(a) and not _near(now[b] / now[a], built[b] / built[a]):
+            return f"it was built with λ = {built[b] / built[a]:.3g}: {cause(optimizer, *_relations(optimizer, built))}"
+        if places.get(a) == places[b]:
+            return f"A and B are in one group of {name} ({labels[places[b]]}); give each its own, as " + _REMEDY
+        return f"{name} was built with these rates; build its groups with " + _REMEDY
+    return "build the optimizer with " + _REMEDY
+
+
+_REMEDY = "loraplus.param_groups, loraplus.create_optimizer or loraplus.attach(trainer, lr_ratio=...) do"
+
+
+def _rates_now(optimizer: Any) -> dict[int, float]:
+    return {
+        id(parameter): rate
+        for group in optimizer.param_groups
+        if (rate := rate_as_number(group.get("lr"))) is not None
+        for parameter in group["params"]
+    }
+
+
+def _relations(optimizer: Any, built: dict[int, float]) -> tuple[list[float | None], int]:
+    """(each group's rate over that of A's group, index of A's group), as they were built."""
+    groups = optimizer.param_groups
+    rates = [next((built[id(p)] for p in group["params"] if id(p) in built), None) for group in groups]
+    reference = reference_group(group_labels(groups))
+    if not rates[reference]:
+        reference = next((place for place, rate in enumerate(rates) if rate), 0)
+    of_a = rates[reference] or 1.0
+    return [None if rate is None else rate / of_a for rate in rates], reference
+
+
+def _changed(findings: Findings, expected: Expected) -> Iterator[str]:
+    """λ that did not stay what it was, from step to step."""
+    for observed, by_step in zip(findings.seen, ratios_by_step(findings), strict=True):
+        off = next((step for step, now in enumerate(by_step) if not all(map(_near, now, by_step[0]))), None)
+        if off is not None:
+            first = observed.stated[0]
+            yield (
+                f"λ changed from {by_step[0][1]:.3g} to {by_step[off][1]:.3g} at step {off + 1}; "
+                f"{cause(observed.optimizer, *_relations(observed.optimizer, first))}"
+            )
+
+
+def _ignored(findings: Findings, expected: Expected) -> Iterator[str]:
+    for observed in findings.seen:
+        rates = {
+            place: rate
+            for place, group in enumerate(observed.optimizer.param_groups)
+            if group["params"] and (rate := observed.stated[-1].get(id(group["params"][0]), 0.0) if observed.stated
+            else rate_as_number(group.get("initial_lr", group.get("lr")))) 
+        }  # fmt: skip
+        if len(set(rates.values())) > 1:
+            trial = try_step(observed.optimizer, rates)
+            if trial.follows is False:
+                yield refusal(observed.optimizer, trial)
+
+
+def _one_memory(findings: Findings, expected: Expected) -> Iterator[str]:
+    entries = {entry.name: entry for entry in findings.entries}
+    names = [name for name in findings.parameters if entries[name].optimizer is not None]
+    for places in overlapping([findings.parameters[name] for name in names]):
+        on_one = [entries[names[place]] for place in places]
+        if len({entry.step_lr for entry in on_one}) > 1:
+            told = ", ".join(f"{entry.name} at {number(entry.step_lr)}" for entry in on_one)
+            yield f"parameters on one memory learn at several rates: {told}; give them one group"
+
+
+def _twice(findings: Findings, expected: Expected) -> Iterator[str]:
+    names = {id(parameter): name for name, parameter in findings.parameters.items()}
+    held: dict[int, list[str]] = defaultdict(list)
+    for observed in findings.seen:
+        groups = observed.optimizer.param_groups
+        for label, group in zip(group_labels(groups), groups, strict=True):
+            for parameter in group["params"]:
+                held[id(parameter)].append(f"{type(observed.optimizer).__name__}'s {label}")
+    twice = [key for key, where in held.items() if len(where) > 1 and key in names]
+    if twice:
+        yield (
+            f"{some(len(twice), 'parameter')} are in several groups, and every step moves them as often: "
+            f"{named([names[key] for key in twice])} in {' and '.join(held[twice[0]])}; leave each in one"
+        )
+
+
+def _unmoved(findings: Findings, expected: Expected) -> Iterator[str]:
+    still = [entry.name for entry in findings.entries if entry.step_lr == 0 and entry.lr]
+    if still:
+        yield f"a step does not move {some(len(still), 'parameter')} that their groups give a rate: {named(still)}"
+    at_zero = [entry.name for entry in findings.entries if entry.optimizer is not None and entry.lr == 0]
+    if at_zero:
+        yield f"the rate of {some(len(at_zero), 'trainable parameter')} is 0: {named(at_zero)}"
+    for observed in findings.seen:
+        factors = [
+            entry.name for entry in findings.entries
+            if entry.role in _FACTOR_ROLES and id(findings.parameters.get(entry.name)) in observed.stated[-1]
+        ] if observed.stated else []  # fmt: skip
+        idle = [name for name in factors if id(findings.parameters[name]) not in observed.learnt]
+        if idle and len(idle) == len(factors):
+            yield f"no gradient reached a factor in {some(observed.steps, 'step')}: {named(idle)}"
+
+
+def _b_and_a_rate(findings: Findings) -> tuple[float, float] | None:
+    """(B's rate, A's rate) where they are one each and differ, and nobody asked for the others' rates by name."""
+    ratios = {
+        (pair.lr_b, pair.lr_a) for pair in findings.pairs if pair.lr_ratio is not None and not _near(pair.lr_ratio, 1)
+    }
+    b_rates, a_rates = {b for b, _ in ratios if b}, {a for _, a in ratios if a}
+    ours = any(getattr(observed.optimizer, "loraplus_watch", None) is not None for observed in findings.seen)
+    return None if ours or not ratios or len(b_rates) > 1 else (b_rates.pop(), min(a_rates))
+
+
+def _at_b_rate(findings: Findings, expected: Expected) -> Iterator[str]:
+    rates = _b_and_a_rate(findings)
+    kinds = {Role.MAGNITUDE: "DoRA magnitude", Role.NORM_BIAS: "norm or bias", Role.EMBEDDING: "embedding"}
+    for role, what in kinds.items() if rates else ():
+        mine = [entry for entry in findings.entries if entry.role == role and _near(entry.step_lr, rates[0])]
+        if mine:
+            yield (
+                f"{some(len(mine), 'tensor')} of another kind ({what}) learn at B's rate, {number(rates[0])}: "
+                f"{named([entry.name for entry in mine])}; the argument for a faster B is about a linear layer's "
+                "factor alone, so give them A's rate"
+            )
+
+
+def _embeddings(findings: Findings, expected: Expected) -> Iterator[str]:
+    rates_a = [pair.lr_a for pair in findings.pairs if pair.lr_a]
+    kinds = {Role.EMBEDDING_A, Role.EMBEDDING_B, Role.EMBEDDING}
+    slow = [
+        entry
+        for entry in findings.entries
+        if entry.role in kinds and rates_a and entry.step_lr and entry.step_lr < _HARDLY * min(rates_a)
+    ]
+    if slow:
+        yield (
+            f"{some(len(slow), 'tensor')} of embeddings learn at {number(slow[0].step_lr)}, which is "
+            f"{(slow[0].step_lr or 0) / min(rates_a):.2g} of A's rate, so they hardly train: "
+            f"{named([entry.name for entry in slow])}; set loraplus_lr_embedding (its default in PEFT is 1e-6)"
+        )
+
+
+def _heads(findings: Findings, expected: Expected) -> Iterator[str]:
+    by_module: dict[str, list[ParameterStep]] = defaultdict(list)
+    for entry in findings.entries:
+        if entry.role == Role.HEAD and entry.step_lr:
+            by_module[entry.name.rpartition(".")[0]].append(entry)
+    for entries in by_module.values():
+        if len({entry.step_lr for entry in entries}) > 1 and _b_and_a_rate(findings):
+            told = ", ".join(f"{entry.name} at {number(entry.step_lr)}" for entry in entries)
+            yield f"one head learns at several rates: {told}; give its bias the rate of its weight"
+
+
+def _decay(findings: Findings, expected: Expected) -> Iterator[str]:
+    factors = [entry for entry in findings.entries if entry.role in _FACTOR_ROLES and entry.optimizer is not None]
+    for observed in findings.seen:
+        asked, where = expected.weight_decay, "the training arguments"
+        given = rate_as_number(observed.optimizer.defaults.get("weight_decay"))
+        if not asked and given and given != _class_default(observed.optimizer):
+            asked, where = given, type(observed.optimizer).__name__
+        without = [entry.name for entry in factors if entry.weight_decay == 0]
+        if asked and factors and without:
+            yield (
+                f"weight decay {asked:g} was given to {where} and is left out of {len(without)} of "
+                f"{some(len(factors), 'factor')}: {named(without)}; PEFT's create_loraplus_optimizer takes it as "
+                "loraplus_weight_decay, others as weight_decay of each group"
+            )
+            return
+
+
+def _class_default(optimizer: Any) -> Any:
+    try:
+        parameter = inspect.signature(type(optimizer).__init__).parameters.get("weight_decay")
+    except (TypeError, ValueError):  # a class made in C, or by a wrapper
+        return None
+    return None if parameter is None else parameter.default
+
+
+def _later(findings: Findings, expected: Expected) -> Iterator[str]:
+    """Schedulers that keep λ for now."""
+    if all(_near(ratio, 1.0) for ratio in ratios_of(findings.pairs)):
+        return
+    for observed in findings.seen:
+        now = {key: rate for key, rate in (findings.built or _rates_now(observed.optimizer)).items() if rate}
+        yield from will_flatten(observed.optimizer, *_relations(observed.optimizer, now))
+
+
+def _notes(findings: Findings, expected: Expected) -> Iterator[str]:
+    for observed in findings.seen:
+        name, groups = type(observed.optimizer).__name__, observed.optimizer.param_groups
+        empty = [label for label, group in zip(group_labels(groups), groups, strict=True) if not group["params"]]
+        if empty:
+            yield (
+                f"{len(empty)} of {some(len(groups), 'group')} of {name} are empty ({named(empty)}); DeepSpeed crashes "
+                "on empty groups from torch 2.10 on"
+            )
+        if observed.trouble:
+            yield f"the steps of {name} could not be measured ({observed.trouble}); the groups' rates are shown"
+        if observed.at_zero and not observed.steps:
+            yield f"every rate was 0 in the {some(observed.at_zero, 'step')} of {name} that were watched; see --steps"
+    frozen_a = [pair for pair in findings.pairs if pair.a_frozen]
+    if frozen_a:
+        yield f"A is frozen in {len(frozen_a)} of {some(len(findings.pairs), 'pair')}: B alone learns there (LoRA-FA)"
+    silent = {
+        entry.name
+        for observed in findings.seen
+        if observed.steps
+        for entry in findings.entries
+        if entry.optimizer is not None
+        and (key := id(findings.parameters.get(entry.name))) in observed.stated[-1]
+        and key not in observed.learnt
+    }
+    if silent:
+        yield f"no gradient has reached {some(len(silent), 'parameter')} yet: {named(sorted(silent))}"
+    if findings.pairs and not any(pair.lr_ratio is not None for pair in findings.pairs):
+        yield in_words(findings.pairs)

@@ -1,0 +1,123 @@
+"""Watches every optimizer of a process: what the groups say at a step, and what the step does.
+
+torch calls its global hooks around the step of every optimizer, so the script that takes the steps need not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from loraplus.doctor.measuring import Rates, StepMeasurement
+from loraplus.group_rates import rate_as_number
+from loraplus.step_watcher import closure_called
+
+_AT_ZERO = 200  # steps at a rate of 0, as in a warm-up, that are waited for besides
+
+
+class Observed:
+    """An optimizer, and what its steps had.
+
+    Attributes:
+        steps: how many were taken at a rate above 0.
+        stated: of each of them, {id of a parameter: the rate of its group}.
+        measured: {id of a parameter: the rate that its last measured step had}.
+        learnt: ids of the parameters that had a gradient.
+        trouble: why a step could not be measured.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.steps = self.at_zero = 0
+        self.stated: list[dict[int, float]] = []
+        self.measured: Rates = {}
+        self.learnt: set[int] = set()
+        self.trouble = ""
+
+
+class Observer:
+    """Hooks around the steps of all optimizers until `remove` is called.
+
+    Args:
+        steps: of one optimizer, at a rate above 0, after which `done` is called.
+        done: what happens then.
+    """
+
+    def __init__(self, steps: int, done: Callable[[], None]) -> None:
+        self.seen: list[Observed] = []
+        self._steps, self._done = steps, done
+        self._within: list[tuple[Any, StepMeasurement | None]] = []
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None
+        if self._within and _has_parameters_of(optimizer, self._within[0][0]):
+            # A step within a step: of a parent class, or of the optimizer inside another.
+            self._within.append((optimizer, None))
+            return None
+        args, kwargs = closure_called(args, kwargs)  # its gradients are to be there
+        observed = self._of(optimizer)
+        measurement = None
+        try:
+            measurement = StepMeasurement(optimizer)
+        except Exception as error:  # an optimizer that cannot be copied goes on; its groups are believed
+            observed.trouble = f"{type(error).__name__}: {error}"
+        self._within = [(optimizer, measurement)]
+        observed.learnt |= {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        rates = {
+            id(parameter): rate
+            for group in optimizer.param_groups
+            if (rate := rate_as_number(group.get("lr"))) is not None
+            for parameter in group["params"]
+        }
+        if not rates or any(rates.values()):
+            observed.steps += 1
+            observed.stated.append(rates)
+        else:
+            observed.at_zero += 1
+        return args, kwargs
+
+    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not self._within:
+            return
+        _, measurement = self._within.pop()
+        if self._within:
+            return
+        observed = self._of(optimizer)
+        if measurement is not None and any(observed.stated[-1:]) and not self._at_zero(optimizer):
+            try:
+                observed.measured |= measurement.rates()
+            except Exception as error:  # as above
+                observed.trouble = f"{type(error).__name__}: {error}"
+        if observed.steps >= self._steps or observed.at_zero >= _AT_ZERO:
+            self._done()
+
+    @staticmethod
+    def _at_zero(optimizer: Any) -> bool:
+        return not any(rate_as_number(group.get("lr")) for group in optimizer.param_groups)
+
+    def _of(self, optimizer: Any) -> Observed:
+        known = next((observed for observed in self.seen if observed.optimizer is optimizer), None)
+        if known is None:
+            known = Observed(optimizer)
+            self.seen.append(known)
+        return known
+
+
+def _has_parameters_of(optimizer: Any, outer: Any) -> bool:
+    if optimizer is outer:
+        return True
+    held = {id(parameter) for group in outer.param_groups for parameter in group["params"]}
+    return any(id(parameter) in held for group in optimizer.param_groups for parameter in group["params"])
