@@ -148,5 +148,9 @@ def will_flatten(optimizer: Optimizer, relations: Sequence[float | None], refere
         relations: rate of each group over that of group `reference`; None where that is not known.
         reference: index of A's group.
     """
-    told = [_told(scheduler, relations, reference) for scheduler in schedulers_of(optimizer) if _own_rates(scheduler)]
+    told = []
+    for scheduler in schedulers_of(optimizer):
+        own = _own_rates(scheduler)
+        if any(not _close(rates, _in_relation(rates, relations, reference)) for rates in own.values()):
+            told.append(_told(scheduler, relations, reference))
     return sorted({text.replace(" did it: ", " changes λ as it goes: ", 1) for _, text in filter(None, told)})

@@ -28,7 +28,10 @@ _FACTOR_NAMES = frozenset(name for pair in PAIRS for name in pair if name.starts
 
 
 def models_of(optimizers: Sequence[Any]) -> list[nn.Module]:
-    """The outermost modules that hold parameters of these optimizers, or factors, among all objects of the process."""
+    """The outermost modules of the process that hold parameters of these optimizers; else those that hold factors.
+
+    A copy that no optimizer trains (an average of weights, a reference model) is none of them.
+    """
     modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
     inner = {id(child) for module in modules for child in module._modules.values() if child is not None}
     roots = [module for module in modules if id(module) not in inner]
@@ -37,10 +40,15 @@ def models_of(optimizers: Sequence[Any]) -> list[nn.Module]:
     found, covered = [], set()
     for _, root in sized:
         own = {id(parameter) for parameter in root.parameters()}
-        if own - covered and (own & held or any(_is_called_a_factor(name) for name, _ in root.named_parameters())):
+        if own & held - covered:
             found.append(root)
             covered |= own
-    return found
+    return found or [root for _, root in sized if has_factors(root)]
+
+
+def has_factors(model: nn.Module) -> bool:
+    """Whether factors are there by name, trained or frozen."""
+    return any(_is_called_a_factor(name) for name, _ in model.named_parameters())
 
 
 def idle_optimizers(seen: Sequence[Observed], models: Sequence[nn.Module]) -> list[Optimizer]:
@@ -174,8 +182,8 @@ def _places(seen: Sequence[Observed]) -> dict[int, _Place]:
         name = kinds[index] if kinds.count(kinds[index]) == 1 else f"{kinds[index]} {index + 1}"
         held = list(parameters_by_group(optimizer))
         own = [p for group in optimizer.param_groups for p in group["params"]]
-        tried = trial_rates(optimizer, [p for p in own if id(p) not in observed.measured])
-        measured = {**tried, **observed.measured}
+        watched = observed.measured()
+        measured = trial_rates(optimizer, [p for p in own if id(p) not in watched]) | watched
         stated = observed.stated[-1] if observed.stated else {}
         labels = group_labels(optimizer.param_groups)
         for place, parameters in held:

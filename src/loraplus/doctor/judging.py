@@ -6,7 +6,7 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraplus.doctor.diagnosis import (
@@ -22,7 +22,8 @@ from loraplus.doctor.diagnosis import (
     some,
 )
 from loraplus.doctor.findings import Findings, ratios_by_step
-from loraplus.group_rates import group_labels, rate_as_number, reference_group
+from loraplus.doctor.observer import Observed
+from loraplus.group_rates import base_rate, group_labels, rate_as_number, reference_group
 from loraplus.memory import overlapping
 from loraplus.parts import Role
 from loraplus.schedulers import cause, will_flatten
@@ -40,6 +41,7 @@ class Expected:
         lr_ratio: λ of every pair; None: whatever it has.
         where: what says so.
         weight_decay: of the factors; None: whatever they have.
+        watched: steps were waited for.
         names_ratio: the script speaks of a ratio, so plain LoRA is not what was meant.
     """
 
@@ -47,6 +49,7 @@ class Expected:
     where: str = ""
     weight_decay: float | None = None
     names_ratio: bool = False
+    watched: bool = False
 
 
 def judge(findings: Findings, expected: Expected, source: str) -> Diagnosis:
@@ -156,7 +159,25 @@ def _idle(findings: Findings, expected: Expected) -> Iterator[str]:
 
 def _ratio(findings: Findings, expected: Expected) -> Iterator[str]:
     ids = dict(zip(map(id, findings.pairs), findings.pair_ids, strict=True))
+    expected = expected if expected.lr_ratio is not None else replace(expected, **_meant(findings))
     yield from judge_ratio(findings.pairs, expected, lambda pair: _why(findings, *ids[id(pair)]))
+
+
+def _meant(findings: Findings) -> dict[str, Any]:
+    """λ as groups were built, or as they say, where the steps have less: what they were built for has been lost."""
+    found = ratios_of(findings.pairs)
+    if not found or any(getattr(each.optimizer, "loraplus_autos", ()) for each in findings.seen):
+        return {}
+    stated = {key: rate for each in findings.seen for key, rate in (each.stated[-1] if each.stated else {}).items()}
+    for rates, where in ((findings.built, "it was built"), (stated, "its groups say")):
+        ratios = {_rounded(rates[b] / rates[a]) for a, b in findings.pair_ids if rates.get(a) and rates.get(b)}
+        if len(ratios) == 1 and max(found) < (ratio := ratios.pop()) * (1 - NEAR) and not _near(ratio, 1):
+            return {"lr_ratio": ratio, "where": where}
+    return {}
+
+
+def _rounded(ratio: float) -> float:
+    return float(f"{ratio:.3g}")
 
 
 def _why(findings: Findings, a: int, b: int) -> str:
@@ -168,15 +189,12 @@ def _why(findings: Findings, a: int, b: int) -> str:
             continue
         stated = observed.stated[-1] if observed.stated else {}
         name = type(optimizer).__name__
-        measured = observed.measured
+        measured = observed.measured()
         said = stated[b] / stated[a] if stated.get(a) and b in stated else None
         if said and measured.get(a) and b in measured and not _near(measured[b] / measured[a], said):
-            return (
-                f"the groups say λ = {said:.3g}, but the step of {name} does not follow them; use an optimizer that "
-                "reads every group's lr, such as torch.optim.AdamW"
-            )
+            return _refusal(observed) or f"the groups say λ = {said:.3g}, and something changes that within the step"
         built, now = findings.built, stated or _rates_now(optimizer)
-        if built.get(a) and now.get(a) and not _near(now[b] / now[a], built[b] / built[a]):
+        if built.get(a) and now.get(a) and now[b] / now[a] < built.get(b, 0.0) / built[a] * (1 - NEAR):
             return f"it was built with λ = {built[b] / built[a]:.3g}: {cause(optimizer, *_relations(optimizer, built))}"
         if places.get(a) == places[b]:
             return f"A and B are in one group of {name} ({labels[places[b]]}); give each its own, as " + _REMEDY
@@ -191,7 +209,7 @@ def _rates_now(optimizer: Any) -> dict[int, float]:
     return {
         id(parameter): rate
         for group in optimizer.param_groups
-        if (rate := rate_as_number(group.get("lr"))) is not None
+        if (rate := rate_as_number(group.get("lr")) or base_rate(group)) is not None
         for parameter in group["params"]
     }
 
@@ -220,17 +238,25 @@ def _changed(findings: Findings, expected: Expected) -> Iterator[str]:
 
 
 def _ignored(findings: Findings, expected: Expected) -> Iterator[str]:
-    for observed in findings.seen:
-        rates = {
-            place: rate
-            for place, group in enumerate(observed.optimizer.param_groups)
-            if group["params"] and (rate := observed.stated[-1].get(id(group["params"][0]), 0.0) if observed.stated
-            else rate_as_number(group.get("initial_lr", group.get("lr")))) 
-        }  # fmt: skip
-        if len(set(rates.values())) > 1:
-            trial = try_step(observed.optimizer, rates)
-            if trial.follows is False:
-                yield refusal(observed.optimizer, trial)
+    if next(_ratio(findings, expected), None) is None:  # else it stands there
+        yield from filter(None, map(_refusal, findings.seen))
+
+
+def _refusal(observed: Observed) -> str:
+    """What is wrong with an optimizer whose step takes no notice of its groups' rates; "" if nothing is."""
+    groups = observed.optimizer.param_groups
+    stated = observed.stated[-1] if observed.stated else {}
+    rates = {
+        place: stated.get(id(group["params"][0])) or base_rate(group)
+        for place, group in enumerate(groups)
+        if group["params"]
+    }
+    known = {place: rate for place, rate in rates.items() if rate}
+    if len(set(known.values())) > 1:
+        trial = try_step(observed.optimizer, known)
+        if trial.follows is False:
+            return refusal(observed.optimizer, trial)
+    return ""
 
 
 def _one_memory(findings: Findings, expected: Expected) -> Iterator[str]:
@@ -356,8 +382,8 @@ def _later(findings: Findings, expected: Expected) -> Iterator[str]:
     if all(_near(ratio, 1.0) for ratio in ratios_of(findings.pairs)):
         return
     for observed in findings.seen:
-        now = {key: rate for key, rate in (findings.built or _rates_now(observed.optimizer)).items() if rate}
-        yield from will_flatten(observed.optimizer, *_relations(observed.optimizer, now))
+        first = observed.stated[0] if observed.stated else _rates_now(observed.optimizer)
+        yield from will_flatten(observed.optimizer, *_relations(observed.optimizer, first))
 
 
 def _notes(findings: Findings, expected: Expected) -> Iterator[str]:
@@ -369,6 +395,8 @@ def _notes(findings: Findings, expected: Expected) -> Iterator[str]:
                 f"{len(empty)} of {some(len(groups), 'group')} of {name} are empty ({named(empty)}); DeepSpeed crashes "
                 "on empty groups from torch 2.10 on"
             )
+        if not observed.steps and not observed.at_zero and expected.watched:
+            yield f"{name} took no step: these are the rates that a step would have, tried on a twin of it"
         if observed.trouble:
             yield f"the steps of {name} could not be measured ({observed.trouble}); the groups' rates are shown"
         if observed.at_zero and not observed.steps:

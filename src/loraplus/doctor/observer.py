@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from loraplus.doctor.measuring import Rates, StepMeasurement
+from loraplus.doctor.measuring import StepMeasurement
 from loraplus.group_rates import rate_as_number
 from loraplus.step_watcher import closure_called
-
-_AT_ZERO = 200  # steps at a rate of 0, as in a warm-up, that are waited for besides
 
 
 class Observed:
@@ -24,7 +22,7 @@ class Observed:
     Attributes:
         steps: how many were taken at a rate above 0.
         stated: of each of them, {id of a parameter: the rate of its group}.
-        measured: {id of a parameter: the rate that its last measured step had}.
+        followed: {id of a parameter: the rate that its last measured step had, over that of its group}.
         learnt: ids of the parameters that had a gradient.
         trouble: why a step could not be measured.
     """
@@ -33,22 +31,27 @@ class Observed:
         self.optimizer = optimizer
         self.steps = self.at_zero = 0
         self.stated: list[dict[int, float]] = []
-        self.measured: Rates = {}
+        self.followed: dict[int, float] = {}
         self.learnt: set[int] = set()
         self.trouble = ""
+
+    def measured(self) -> dict[int, float]:
+        """{id of a parameter: the rate of its step}, all at the point of the schedule of the last step."""
+        stated = self.stated[-1] if self.stated else {}
+        return {key: factor * stated[key] for key, factor in self.followed.items() if key in stated}
 
 
 class Observer:
     """Hooks around the steps of all optimizers until `remove` is called.
 
     Args:
-        steps: of one optimizer, at a rate above 0, after which `done` is called.
-        done: what happens then.
+        begins: called with an optimizer before its first step.
+        stepped: called with what is known of an optimizer after each of its steps.
     """
 
-    def __init__(self, steps: int, done: Callable[[], None]) -> None:
+    def __init__(self, begins: Callable[[Any], None], stepped: Callable[[Observed], None]) -> None:
         self.seen: list[Observed] = []
-        self._steps, self._done = steps, done
+        self._begins, self._stepped = begins, stepped
         self._within: list[tuple[Any, StepMeasurement | None]] = []
         self._hooks = [
             register_optimizer_step_pre_hook(self._before),
@@ -98,11 +101,12 @@ class Observer:
         observed = self._of(optimizer)
         if measurement is not None and any(observed.stated[-1:]) and not self._at_zero(optimizer):
             try:
-                observed.measured |= measurement.rates()
+                stated = observed.stated[-1]
+                rates = {key: rate for key, rate in measurement.rates().items() if stated.get(key)}
+                observed.followed |= {key: rate / stated[key] for key, rate in rates.items()}
             except Exception as error:  # as above
                 observed.trouble = f"{type(error).__name__}: {error}"
-        if observed.steps >= self._steps or observed.at_zero >= _AT_ZERO:
-            self._done()
+        self._stepped(observed)
 
     @staticmethod
     def _at_zero(optimizer: Any) -> bool:
@@ -111,6 +115,7 @@ class Observer:
     def _of(self, optimizer: Any) -> Observed:
         known = next((observed for observed in self.seen if observed.optimizer is optimizer), None)
         if known is None:
+            self._begins(optimizer)
             known = Observed(optimizer)
             self.seen.append(known)
         return known

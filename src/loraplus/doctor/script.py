@@ -63,6 +63,10 @@ def diagnose_script(command: Sequence[str], *, steps: int, lr_ratio: float | Non
             "does it train when it is run by itself?"
         )
     content = found[0]
+    if code and not any(optimizer["steps"] for optimizer in content.get("optimizers", ())):
+        raise InputError(
+            f"`{' '.join(command)}` ended with exit code {code} before its first step; see what it printed"
+        )
     if "refused" in content:
         raise InputError(content["refused"])
     if "failed" in content:

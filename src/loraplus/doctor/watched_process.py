@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
-from loraplus.doctor.findings import find, idle_optimizers, models_of, trainer_of
+from loraplus.doctor.findings import find, has_factors, idle_optimizers, models_of, trainer_of
 from loraplus.doctor.judging import Expected, judge
 from loraplus.doctor.live import expected_of
 from loraplus.doctor.observer import Observed, Observer
 from loraplus.errors import LoraPlusError
 from loraplus.group_rates import rate_as_number
+from loraplus.wrappers import unwrapped
 
+_AT_ZERO = 200  # steps at a rate of 0, as in a warm-up, that are waited for
+_WITHOUT_FACTORS = 50  # steps of an optimizer that trains no adapter: another may follow
+_A_RUN = 2  # steps: optimizers that step in turn have not taken as many when the next one begins
 _watches: list[Watch] = []
 
 
@@ -40,15 +46,16 @@ class Watch:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = settings
         self._built: dict[int, float] = {}
-        self._written = False
+        self._found: dict[str, Any] = {}
         self._process = os.getpid()
-        self._observer = Observer(settings["steps"], self._stop)
+        self._observer = Observer(self._before_another, self._after_step)
         self._note_what_is_built()
-        atexit.register(self._write)  # a script may end before that many steps
+        atexit.register(self._at_exit)  # a script may end before that many steps
 
     def _note_what_is_built(self) -> None:
         add, built = Optimizer.add_param_group, self._built
 
+        @functools.wraps(add)
         def add_param_group(optimizer: Any, group: Any) -> None:
             add(optimizer, group)
             added = optimizer.param_groups[-1]
@@ -58,40 +65,69 @@ class Watch:
 
         Optimizer.add_param_group = add_param_group
 
+    def _before_another(self, optimizer: Any) -> None:
+        """An optimizer that begins after another has taken steps is that of a next run in the same process."""
+        if self._found and any(observed.steps >= _A_RUN for observed in self._observer.seen):
+            self._stop()
+
+    def _after_step(self, observed: Observed) -> None:
+        if os.getpid() != self._process:  # a fork has the hooks, too
+            return
+        wanted = self._settings["steps"]
+        trains = any(map(has_factors, models_of([observed.optimizer])))
+        if trains:
+            self._look(self._observer.seen)
+        if observed.at_zero >= _AT_ZERO or observed.steps >= (wanted if trains else wanted + _WITHOUT_FACTORS):
+            if not self._found:
+                self._look(self._observer.seen)
+            self._stop()
+
+    def _at_exit(self) -> None:
+        """A script that ends by itself: what its last step showed, or what an optimizer without a step would do."""
+        if os.getpid() == self._process:
+            if not self._found and not self._observer.seen:
+                gc.collect()
+                idle = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
+                if idle and any(map(has_factors, models_of(idle))):
+                    self._look([Observed(each) for each in idle if unwrapped(each) is each])
+            elif not self._found:
+                self._look(self._observer.seen)
+            self._write()
+
     def _stop(self) -> None:
         self._write()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(0)  # nothing that the script would do at its end is done: no save, no upload
 
-    def _write(self) -> None:
-        if self._written or not self._observer.seen or os.getpid() != self._process:  # a fork has the hooks, too
-            return
-        self._written = True
-        self._observer.remove()
+    def _look(self, seen: Sequence[Observed]) -> None:
         try:
-            content = self._diagnosis()
+            self._found = self._diagnosis(seen)
         except LoraPlusError as error:
-            content = {"refused": str(error)}
+            self._found = {"refused": str(error)}
         except Exception as error:  # told by the process that started this one
-            content = {"failed": f"{type(error).__name__}: {error}"}
-        path = Path(self._settings["folder"], f"{os.environ.get('RANK', '0')}-{self._process}")
-        path.with_suffix(".tmp").write_text(json.dumps(content), encoding="utf-8")
-        path.with_suffix(".tmp").replace(path.with_suffix(".json"))
+            self._found = {"failed": f"{type(error).__name__}: {error}"}
 
-    def _diagnosis(self) -> dict[str, Any]:
-        seen = self._observer.seen
+    def _write(self) -> None:
+        self._observer.remove()
+        if self._found:
+            path = Path(self._settings["folder"], f"{os.environ.get('RANK', '0')}-{self._process}")
+            path.with_suffix(".tmp").write_text(json.dumps(self._found), encoding="utf-8")
+            path.with_suffix(".tmp").replace(path.with_suffix(".json"))
+
+    def _diagnosis(self, seen: Sequence[Observed]) -> dict[str, Any]:
         gc.collect()  # optimizers and models that nobody has any more
         models = models_of([observed.optimizer for observed in seen])
         optimizers = [*seen, *map(Observed, idle_optimizers(seen, models))]
         trainer = next(filter(None, (trainer_of(observed.optimizer) for observed in seen)), None)
         findings = find(models, optimizers, self._built)
-        return judge(findings, self._expected(trainer), self._settings["source"]).to_dict()
+        return judge(findings, self._expected(trainer, seen), self._settings["source"]).to_dict()
 
-    def _expected(self, trainer: Any) -> Expected:
-        given = self._settings["lr_ratio"]
-        expected = expected_of(trainer, given)
+    def _expected(self, trainer: Any, seen: Sequence[Observed]) -> Expected:
+        expected = expected_of(trainer, self._settings["lr_ratio"])
         if expected.lr_ratio is None and self._settings["asked"] is not None:
-            expected = Expected(self._settings["asked"], "the command line says", expected.weight_decay)
-        where, named = expected.where, bool(self._settings["named"])
-        return Expected(expected.lr_ratio, where or self._settings["named"], expected.weight_decay, named)
+            return replace(expected, lr_ratio=self._settings["asked"], where="the command line says", watched=True)
+        ours = any(getattr(observed.optimizer, "loraplus_watch", None) is not None for observed in seen)
+        names_ratio = bool(self._settings["named"]) and not ours  # ours has the ratio that it was given, 1 too
+        where = expected.where or self._settings["named"]
+        return replace(expected, where=where, names_ratio=names_ratio, watched=True)
