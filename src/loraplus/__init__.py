@@ -14,7 +14,8 @@ from loraplus.errors import LoraPlusError, LoraPlusWarning
 
 if TYPE_CHECKING:
     from loraplus.auto import AutoRates
-    from loraplus.doctor import Diagnosis, doctor
+    from loraplus.diagnosis.diagnosis import Diagnosis
+    from loraplus.diagnosis.live import doctor
     from loraplus.errors import *  # noqa: F403  (every error that scripts may name here)
     from loraplus.existing_groups import split_groups
     from loraplus.feature_updates import FeatureUpdates, UpdateMonitor, feature_updates
@@ -54,7 +55,8 @@ __all__ = [
 
 _HOMES = {
     "auto": ["AutoRates"],
-    "doctor": ["Diagnosis", "doctor"],
+    "diagnosis.diagnosis": ["Diagnosis"],
+    "diagnosis.live": ["doctor"],
     "existing_groups": ["split_groups"],
     "feature_updates": ["FeatureUpdates", "UpdateMonitor", "feature_updates"],
     "groups": ["RateTable", "explain", "param_groups", "verify"],

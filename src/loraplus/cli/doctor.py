@@ -33,16 +33,17 @@ def run(
     if lr_ratio is not None and not 0 < lr_ratio < float("inf"):
         raise InputError(f"--lr-ratio must be a finite number > 0, got {lr_ratio:g}")
     console = Console(plain=plain).widened()
-    if len(what) == 1 and not what[0].endswith(".py"):
-        from loraplus.files.paths import is_folder, user_path
+    from loraplus.files.paths import is_file, is_folder, user_path
 
-        if not is_folder(user_path(what[0])):
+    path = user_path(what[0])
+    if len(what) == 1 and not is_file(path):
+        if not is_folder(path):
             raise InputError(f"{what[0]}: no such folder; give a checkpoint folder, or -- python train.py …")
-        from loraplus.doctor.checkpoint import diagnose_checkpoint
+        from loraplus.diagnosis.checkpoint import diagnose_checkpoint
 
         diagnosis = diagnose_checkpoint(what[0], lr_ratio=lr_ratio)
     else:
-        from loraplus.doctor.script import diagnose_script
+        from loraplus.diagnosis.script import diagnose_script
 
         print(f"loraplus doctor: runs the script up to its first {steps} steps and stops it there", file=sys.stderr)
         diagnosis = diagnose_script(what, steps=steps, lr_ratio=lr_ratio)

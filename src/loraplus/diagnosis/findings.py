@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
 
-from loraplus.doctor.diagnosis import OptimizerSeen, Pair, ParameterStep
-from loraplus.doctor.measuring import decays, trial_rates
-from loraplus.doctor.observer import Observed
+from loraplus.diagnosis.diagnosis import OptimizerSeen, Pair, ParameterStep
+from loraplus.diagnosis.measuring import decays, trial_rates
+from loraplus.diagnosis.observer import Observed
 from loraplus.errors import NoLoraFactorsError, NoTrainableParametersError
 from loraplus.group_rates import base_rate, group_labels, rate_as_number
 from loraplus.groups import parameters_by_group
@@ -27,12 +27,39 @@ from loraplus.wrappers import unwrapped
 _FACTOR_NAMES = frozenset(name for pair in PAIRS for name in pair if name.startswith("lora_"))
 
 
-def models_of(optimizers: Sequence[Any]) -> list[nn.Module]:
-    """The outermost modules of the process that hold parameters of these optimizers; else those that hold factors.
+class Alive(NamedTuple):
+    """What there is in a process."""
+
+    modules: list[nn.Module]
+    optimizers: list[Optimizer]
+    trainers: list[Any]  # transformers'
+
+
+def alive() -> Alive:
+    """Looks through all objects of the process."""
+    found = Alive([], [], [])
+    homes: dict[type, list[Any] | None] = {}
+    for each in gc.get_objects():
+        kind = type(each)  # not isinstance: proxies answer that by importing what they stand for
+        if kind not in homes:
+            is_trainer = any(parent.__name__ == "Trainer" for parent in kind.__mro__)
+            homes[kind] = (
+                found.modules if issubclass(kind, nn.Module)
+                else found.optimizers if issubclass(kind, Optimizer)
+                else found.trainers if is_trainer and hasattr(kind, "create_optimizer")
+                else None
+            )  # fmt: skip
+        home = homes[kind]
+        if home is not None:
+            home.append(each)
+    return found
+
+
+def models_of(optimizers: Sequence[Any], modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The outermost modules that hold parameters of these optimizers; where none does, those that hold factors.
 
     A copy that no optimizer trains (an average of weights, a reference model) is none of them.
     """
-    modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
     inner = {id(child) for module in modules for child in module._modules.values() if child is not None}
     roots = [module for module in modules if id(module) not in inner]
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -51,27 +78,29 @@ def has_factors(model: nn.Module) -> bool:
     return any(_is_called_a_factor(name) for name, _ in model.named_parameters())
 
 
-def idle_optimizers(seen: Sequence[Observed], models: Sequence[nn.Module]) -> list[Optimizer]:
-    """Optimizers of the process that took no step and hold parameters of these models that no other one holds."""
+def idle_optimizers(
+    seen: Sequence[Observed], models: Sequence[nn.Module], optimizers: Sequence[Optimizer]
+) -> list[Optimizer]:
+    """Those that took no step and hold parameters of these models that no other one holds."""
     stepped = {id(each.optimizer) for each in seen}
     held = {id(p) for each in seen for group in each.optimizer.param_groups for p in group["params"]}
     free = {id(p) for model in models for p in model.parameters()} - held
     idle = []
-    for each in gc.get_objects():
-        if issubclass(type(each), Optimizer) and id(each) not in stepped and hasattr(each, "param_groups"):
+    for each in optimizers:
+        if id(each) not in stepped and hasattr(each, "param_groups"):
             own = {id(parameter) for group in each.param_groups for parameter in group["params"]}
             if own & free and not own & held and unwrapped(each) is each:
                 idle.append(each)
     return idle
 
 
-def trainer_of(optimizer: Any) -> Any:
-    """transformers' trainer that trains with an optimizer, wrapped or not; None if none does."""
-    for each in gc.get_objects():
-        if any(kind.__name__ == "Trainer" for kind in type(each).__mro__):
-            own = getattr(each, "optimizer", None)
-            if own is not None and unwrapped(own) is optimizer:
-                return each
+def trainer_of(seen: Sequence[Observed], trainers: Sequence[Any]) -> Any:
+    """The trainer that trains with one of these optimizers, wrapped or not; None if none does."""
+    known = {id(each.optimizer) for each in seen}
+    for each in trainers:
+        own = getattr(each, "optimizer", None)
+        if own is not None and id(unwrapped(own)) in known:
+            return each
     return None
 
 

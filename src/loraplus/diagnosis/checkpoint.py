@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loraplus.doctor.diagnosis import NEAR, Diagnosis, OptimizerSeen, Pair, ParameterStep, named, number, some
-from loraplus.doctor.judging import Expected, judge_ratio
+from loraplus.diagnosis.diagnosis import NEAR, Diagnosis, OptimizerSeen, Pair, ParameterStep, named, number, some
+from loraplus.diagnosis.judging import Expected, judge_ratio
 from loraplus.errors import InputError
 from loraplus.files.paths import user_path
 from loraplus.files.single import read_json

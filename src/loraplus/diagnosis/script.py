@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import loraplus
-from loraplus.doctor.diagnosis import Diagnosis
+from loraplus.diagnosis.diagnosis import Diagnosis
 from loraplus.errors import InputError
 
 VARIABLE = "LORAPLUS_DOCTOR"
@@ -100,17 +100,17 @@ def _search_path() -> str:
 
 def _run(command: list[str], settings: dict[str, Any], folder: Path) -> int:
     """Runs a command until it ends or has been seen; the exit code."""
-    startup = str(Path(settings["package"], "doctor", "startup"))
+    startup = str(Path(settings["package"], "diagnosis", "startup"))
     environment = {
         **os.environ,
         "PATH": _search_path(),
         "PYTHONPATH": os.pathsep.join(filter(None, [startup, os.environ.get("PYTHONPATH")])),
         VARIABLE: json.dumps(settings),
     }
-    sys.stderr.flush()
+    sys.stderr.flush()  # the script writes there, too
     program = shutil.which(command[0], path=environment["PATH"]) or command[0]
     process = subprocess.Popen(
-        command, executable=program, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(),
+        command, executable=program, env=environment, stdin=subprocess.DEVNULL, stdout=2,
         start_new_session=True,
     )  # fmt: skip
     try:

@@ -9,20 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loraplus.doctor.diagnosis import (
+from loraplus.diagnosis.diagnosis import (
     NEAR,
     Diagnosis,
     Pair,
     ParameterStep,
-    in_words,
     named,
     number,
     ratios_of,
     short,
     some,
 )
-from loraplus.doctor.findings import Findings, ratios_by_step
-from loraplus.doctor.observer import Observed
+from loraplus.diagnosis.findings import Findings, ratios_by_step
+from loraplus.diagnosis.observer import Observed
 from loraplus.group_rates import base_rate, group_labels, rate_as_number, reference_group
 from loraplus.memory import overlapping
 from loraplus.parts import Role
@@ -84,10 +83,10 @@ def judge_ratio(pairs: Sequence[Pair], expected: Expected, why: Callable[[Pair],
     if expected.lr_ratio is not None:
         off = [pair for pair in pairs if not _near(pair.lr_ratio, expected.lr_ratio)]
         if off:
-            what = _of_pair(off[0])
+            is_now = "" if off[0].lr_ratio is None else f"is {off[0].lr_ratio:.3g} and "
             yield (
-                f"λ is not {expected.lr_ratio:g}, as {expected.where}, in {len(off)} of {some(len(pairs), 'pair')} "
-                f"({short(off[0].layer)}: {what}); {why(off[0])}"
+                f"λ {is_now}should be {expected.lr_ratio:g}, as {expected.where}, in {len(off)} of "
+                f"{some(len(pairs), 'pair')} ({short(off[0].layer)}: {_of_pair(off[0])}); {why(off[0])}"
             )
         return
     slower = [pair for pair in known if pair.lr_ratio is not None and pair.lr_ratio < 1 - NEAR]
@@ -116,7 +115,7 @@ def _near(ratio: float | None, other: float) -> bool:
 
 def _of_pair(pair: Pair) -> str:
     if pair.lr_ratio is not None:
-        return f"A at {number(pair.lr_a)}, B at {number(pair.lr_b)}, λ = {pair.lr_ratio:.3g}"
+        return f"A at {number(pair.lr_a)}, B at {number(pair.lr_b)}"
     a, b = (
         "frozen" if frozen else "in no optimizer" if rate is None else f"at {number(rate)}"
         for frozen, rate in ((pair.a_frozen, pair.lr_a), (pair.b_frozen, pair.lr_b))
@@ -160,7 +159,7 @@ def _idle(findings: Findings, expected: Expected) -> Iterator[str]:
 def _ratio(findings: Findings, expected: Expected) -> Iterator[str]:
     ids = dict(zip(map(id, findings.pairs), findings.pair_ids, strict=True))
     expected = expected if expected.lr_ratio is not None else replace(expected, **_meant(findings))
-    yield from judge_ratio(findings.pairs, expected, lambda pair: _why(findings, *ids[id(pair)]))
+    yield from judge_ratio(findings.pairs, expected, lambda pair: _why(findings, pair, *ids[id(pair)]))
 
 
 def _meant(findings: Findings) -> dict[str, Any]:
@@ -180,21 +179,19 @@ def _rounded(ratio: float) -> float:
     return float(f"{ratio:.3g}")
 
 
-def _why(findings: Findings, a: int, b: int) -> str:
-    """What made λ of a pair, given the ids of its factors."""
+def _why(findings: Findings, pair: Pair, a: int, b: int) -> str:
+    """What made λ of a pair, whose factors have these ids."""
     for observed in findings.seen:
         optimizer, labels = observed.optimizer, group_labels(observed.optimizer.param_groups)
         places = {id(p): place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
         if b not in places:
             continue
-        stated = observed.stated[-1] if observed.stated else {}
-        name = type(optimizer).__name__
-        measured = observed.measured()
-        said = stated[b] / stated[a] if stated.get(a) and b in stated else None
-        if said and measured.get(a) and b in measured and not _near(measured[b] / measured[a], said):
+        name, built = type(optimizer).__name__, findings.built
+        now = observed.stated[-1] if observed.stated else _rates_now(optimizer)
+        said = now[b] / now[a] if now.get(a) and b in now else None
+        if said and pair.lr_ratio is not None and not _near(pair.lr_ratio, said):
             return _refusal(observed) or f"the groups say λ = {said:.3g}, and something changes that within the step"
-        built, now = findings.built, stated or _rates_now(optimizer)
-        if built.get(a) and now.get(a) and now[b] / now[a] < built.get(b, 0.0) / built[a] * (1 - NEAR):
+        if said and built.get(a) and said < built.get(b, 0.0) / built[a] * (1 - NEAR):
             return f"it was built with λ = {built[b] / built[a]:.3g}: {cause(optimizer, *_relations(optimizer, built))}"
         if places.get(a) == places[b]:
             return f"A and B are in one group of {name} ({labels[places[b]]}); give each its own, as " + _REMEDY
@@ -412,8 +409,13 @@ def _notes(findings: Findings, expected: Expected) -> Iterator[str]:
         if entry.optimizer is not None
         and (key := id(findings.parameters.get(entry.name))) in observed.stated[-1]
         and key not in observed.learnt
+        and findings.parameters[entry.name].numel()  # the rest of a shard is elsewhere
     }
     if silent:
         yield f"no gradient has reached {some(len(silent), 'parameter')} yet: {named(sorted(silent))}"
-    if findings.pairs and not any(pair.lr_ratio is not None for pair in findings.pairs):
-        yield in_words(findings.pairs)
+    trained = {id(parameter) for model in findings.models for parameter in model.parameters()}
+    for observed in findings.seen:
+        held = [p for group in observed.optimizer.param_groups for p in group["params"] if id(p) in trained]
+        still = [parameter for parameter in held if not parameter.requires_grad]
+        if still:
+            yield f"{type(observed.optimizer).__name__} holds {some(len(still), 'parameter')} that are frozen"

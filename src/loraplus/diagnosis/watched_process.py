@@ -15,10 +15,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from loraplus.doctor.findings import find, has_factors, idle_optimizers, models_of, trainer_of
-from loraplus.doctor.judging import Expected, judge
-from loraplus.doctor.live import expected_of
-from loraplus.doctor.observer import Observed, Observer
+from loraplus.diagnosis.findings import alive, find, has_factors, idle_optimizers, models_of, trainer_of
+from loraplus.diagnosis.judging import Expected, judge
+from loraplus.diagnosis.live import expected_of
+from loraplus.diagnosis.observer import Observed, Observer
 from loraplus.errors import LoraPlusError
 from loraplus.group_rates import rate_as_number
 from loraplus.wrappers import unwrapped
@@ -74,7 +74,7 @@ class Watch:
         if os.getpid() != self._process:  # a fork has the hooks, too
             return
         wanted = self._settings["steps"]
-        trains = any(map(has_factors, models_of([observed.optimizer])))
+        trains = any(map(has_factors, models_of([observed.optimizer], alive().modules)))
         if trains:
             self._look(self._observer.seen)
         if observed.at_zero >= _AT_ZERO or observed.steps >= (wanted if trains else wanted + _WITHOUT_FACTORS):
@@ -87,9 +87,10 @@ class Watch:
         if os.getpid() == self._process:
             if not self._found and not self._observer.seen:
                 gc.collect()
-                idle = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
-                if idle and any(map(has_factors, models_of(idle))):
-                    self._look([Observed(each) for each in idle if unwrapped(each) is each])
+                there = alive()
+                idle = [each for each in there.optimizers if unwrapped(each) is each and hasattr(each, "param_groups")]
+                if idle and any(map(has_factors, models_of(idle, there.modules))):
+                    self._look(list(map(Observed, idle)))
             elif not self._found:
                 self._look(self._observer.seen)
             self._write()
@@ -117,11 +118,13 @@ class Watch:
 
     def _diagnosis(self, seen: Sequence[Observed]) -> dict[str, Any]:
         gc.collect()  # optimizers and models that nobody has any more
-        models = models_of([observed.optimizer for observed in seen])
-        optimizers = [*seen, *map(Observed, idle_optimizers(seen, models))]
-        trainer = next(filter(None, (trainer_of(observed.optimizer) for observed in seen)), None)
+        there = alive()
+        models = models_of([observed.optimizer for observed in seen], there.modules)
+        optimizers = [*seen, *map(Observed, idle_optimizers(seen, models, there.optimizers))]
         findings = find(models, optimizers, self._built)
-        return judge(findings, self._expected(trainer, seen), self._settings["source"]).to_dict()
+        return judge(
+            findings, self._expected(trainer_of(seen, there.trainers), seen), self._settings["source"]
+        ).to_dict()
 
     def _expected(self, trainer: Any, seen: Sequence[Observed]) -> Expected:
         expected = expected_of(trainer, self._settings["lr_ratio"])

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from loraplus.doctor.diagnosis import Diagnosis
-from loraplus.doctor.findings import find, models_of
-from loraplus.doctor.judging import Expected, judge
-from loraplus.doctor.observer import Observed
+from loraplus.diagnosis.diagnosis import Diagnosis
+from loraplus.diagnosis.findings import alive, find, models_of
+from loraplus.diagnosis.judging import Expected, judge
+from loraplus.diagnosis.observer import Observed
 from loraplus.errors import InputError, LoraPlusError, TrainerSetupError
 from loraplus.group_rates import base_rate
 from loraplus.notices import told_once
@@ -66,7 +66,7 @@ def doctor(trainer_or_optimizer: Any, model: nn.Module | None = None, *, lr_rati
             models = _listed(model if model is not None else trainer.model)
             return _diagnose([optimizer], models, expected_of(trainer, lr_ratio), type(trainer).__name__)
     optimizers = _listed(trainer_or_optimizer)
-    models = _listed(model) if model is not None else models_of([_inner(each) for each in optimizers])
+    models = _listed(model) if model is not None else models_of([_inner(each) for each in optimizers], alive().modules)
     if not models:
         raise InputError("no model of this process holds the optimizer's parameters; pass it: doctor(optimizer, model)")
     names = ", ".join(type(_inner(each)).__name__ for each in optimizers)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from loraplus.doctor.measuring import StepMeasurement
+from loraplus.diagnosis.measuring import StepMeasurement
 from loraplus.group_rates import rate_as_number
 from loraplus.step_watcher import closure_called
 

@@ -50,7 +50,7 @@ def _start():
 
     def first(self, *args, **kwargs):
         optimizer.__init__ = build
-        from loraplus.doctor.watched_process import watch
+        from loraplus.diagnosis.watched_process import watch
 
         watch(settings)
         optimizer.__init__(self, *args, **kwargs)
