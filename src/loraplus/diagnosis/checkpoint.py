@@ -27,13 +27,14 @@ def diagnose_checkpoint(path: str, *, lr_ratio: float | None = None) -> Diagnosi
     """Says what rates a checkpoint's optimizer gave to what the adapter trains.
 
     Args:
-        path: a folder with an adapter and optimizer.pt, as transformers' Trainer writes.
+        path: a folder with an adapter and optimizer.pt, as transformers' Trainer writes; or one with several of these
+            as checkpoint-N, of which the newest is taken.
         lr_ratio: λ that it should have; None: what loraplus.json in it says, else whatever it is.
 
     Raises:
         InputError: no adapter or no optimizer.pt, or a damaged file.
     """
-    folder = user_path(path)
+    folder = _newest(user_path(path))
     for name, what in ((CONFIG_FILE, "no adapter"), (OPTIMIZER_FILE, "no optimizer")):
         if not (folder / name).is_file():
             raise InputError(
@@ -65,7 +66,16 @@ def diagnose_checkpoint(path: str, *, lr_ratio: float | None = None) -> Diagnosi
         notes.append("the shapes of the optimizer's states do not tell A from B, so λ is not known")
     notes.append("these are the rates of the groups; what a step makes of them, only a run of the script shows")
     seen = (OptimizerSeen("optimizer of the checkpoint", 0, tuple(groups)),)
-    return Diagnosis(path, tuple(entries), tuple(pairs), seen, tuple(problems), tuple(notes))
+    return Diagnosis(str(folder), tuple(entries), tuple(pairs), seen, tuple(problems), tuple(notes))
+
+
+def _newest(folder: Path) -> Path:
+    """The folder itself, or the newest checkpoint-N in it that has an optimizer."""
+    inside = [path for path in folder.glob("checkpoint-*") if (path / OPTIMIZER_FILE).is_file()]
+    numbered = [path for path in inside if path.name.rpartition("-")[2].isdecimal()]
+    if (folder / OPTIMIZER_FILE).is_file() or not numbered:
+        return folder
+    return max(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _expected(saved: Mapping[str, Any] | None, lr_ratio: float | None) -> Expected:

@@ -24,7 +24,7 @@ VARIABLE = "LORAPLUS_DOCTOR"
 _SECONDS_TO_END = 10.0  # that other processes of a launcher are given once one has written what it found
 _LARGEST_READ = 2**20
 _TEXTS = {".py", ".yaml", ".yml", ".json", ".toml", ".sh"}
-_NAMES = re.compile(r"lora ?\+|lora_?plus|lorap_|lr_?ratio|\bratio\b", re.IGNORECASE)
+_NAMES = re.compile(r"lora ?\+|lora_?plus|lorap_|lr_?ratio|\bratio\s*=\s*[1-9]", re.IGNORECASE)
 _ASKED = re.compile(r"^--?(?:loraplus|lora_plus|lorap)?[-_]?lr[-_]ratio(?:=(.*))?$")
 
 
