@@ -115,6 +115,38 @@ def test_a_module_and_an_own_sitecustomize_run_as_they_would(tmp_path, monkeypat
     assert diagnose_script(["python", "-m", "module"], steps=1).lr_ratio == 16
 
 
+OWN = """
+import torch
+from small import loss_of, network
+
+class Own:
+    def __init__(self, groups):
+        self.param_groups = groups
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad.sign()
+                parameter.grad = None
+
+model = network()
+a, b = ([p for name, p in model.named_parameters() if part in name] for part in ("lora_A", "lora_B"))
+optimizer = Own([{"params": a, "lr": 1e-3}, {"params": b, "lr": 4e-3}])
+for _ in range(9):
+    loss_of(model).backward()
+    optimizer.step()
+"""
+
+
+def test_an_optimizer_that_is_none_of_torchs_is_watched_too(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]))
+    found = diagnose_script(["python", str(tmp_path / "own.py")], steps=3)
+    assert found.ok and found.lr_ratio == 4 and found.optimizers[0].name == "Own"
+    assert all(entry.measured for entry in found.entries)
+
+
 def test_nothing_is_watched_without_the_command():
     """The folder on the path alone, as an earlier run might leave it in a shell, does nothing."""
     import loraplus

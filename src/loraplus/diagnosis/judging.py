@@ -353,7 +353,7 @@ def _decay(findings: Findings, expected: Expected) -> Iterator[str]:
     factors = [entry for entry in findings.entries if entry.role in _FACTOR_ROLES and entry.optimizer is not None]
     for observed in findings.seen:
         asked, where = expected.weight_decay, "the training arguments"
-        given = rate_as_number(observed.optimizer.defaults.get("weight_decay"))
+        given = rate_as_number(getattr(observed.optimizer, "defaults", {}).get("weight_decay"))
         if not asked and given and given != _class_default(observed.optimizer):
             asked, where = given, type(observed.optimizer).__name__
         without = [entry.name for entry in factors if entry.weight_decay == 0]

@@ -9,9 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from loraplus.diagnosis.measuring import StepMeasurement
+from loraplus.diagnosis.unhooked import watch_unhooked
 from loraplus.group_rates import rate_as_number
 from loraplus.step_watcher import closure_called
 
@@ -57,6 +62,10 @@ class Observer:
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
         ]
+
+    def reach_unhooked(self) -> None:
+        """Watches optimizers that torch's hooks do not reach, those that there are by now."""
+        watch_unhooked(self._before, self._after, lambda: self._hooks[0].id in _global_optimizer_pre_hooks)
 
     def remove(self) -> None:
         """Takes the hooks off."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from loraplus.diagnosis.findings import alive, find, has_factors, idle_optimizers, models_of, trainer_of
@@ -25,6 +26,7 @@ from loraplus.wrappers import unwrapped
 
 _AT_ZERO = 200  # steps at a rate of 0, as in a warm-up, that are waited for
 _WITHOUT_FACTORS = 50  # steps of an optimizer that trains no adapter: another may follow
+_LOOKS = 3  # backward passes before which optimizers are looked for that torch's hooks do not reach
 _A_RUN = 2  # steps: optimizers that step in turn have not taken as many when the next one begins
 _watches: list[Watch] = []
 
@@ -50,6 +52,7 @@ class Watch:
         self._process = os.getpid()
         self._observer = Observer(self._before_another, self._after_step)
         self._note_what_is_built()
+        self._reach_unhooked()
         atexit.register(self._at_exit)  # a script may end before that many steps
 
     def _note_what_is_built(self) -> None:
@@ -64,6 +67,19 @@ class Watch:
                 built.update({id(parameter): rate for parameter in added["params"]})
 
         Optimizer.add_param_group = add_param_group
+
+    def _reach_unhooked(self) -> None:
+        """Once gradients are computed, the optimizers of a script are there."""
+        backward, left = torch.autograd.backward, [_LOOKS]
+
+        @functools.wraps(backward)
+        def watched_backward(*args: Any, **kwargs: Any) -> Any:
+            if left[0] and not self._observer.seen:
+                left[0] -= 1
+                self._observer.reach_unhooked()
+            return backward(*args, **kwargs)
+
+        torch.autograd.backward = watched_backward
 
     def _before_another(self, optimizer: Any) -> None:
         """An optimizer that begins after another has taken steps is that of a next run in the same process."""

@@ -44,18 +44,23 @@ def _start():
         )
         sys.modules["loraplus"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["loraplus"])
-    # torch itself is only half imported here, so what imports more of it waits for the first optimizer.
-    optimizer = sys.modules[_WATCHED].Optimizer
-    build = optimizer.__init__
+    # torch itself is only half imported here, so what imports more of it waits for an optimizer, or for a gradient.
+    _call_first(sys.modules[_WATCHED].Optimizer, "__init__", settings)
+    _call_first(sys.modules["torch.autograd"], "backward", settings)
 
-    def first(self, *args, **kwargs):
-        optimizer.__init__ = build
+
+def _call_first(owner, name, settings):
+    """Begins to watch before the first call of a function, which is then put back."""
+    own = getattr(owner, name)
+
+    def first(*args, **kwargs):
+        setattr(owner, name, own)
         from loraplus.diagnosis.watched_process import watch
 
         watch(settings)
-        optimizer.__init__(self, *args, **kwargs)
+        return getattr(owner, name)(*args, **kwargs)
 
-    optimizer.__init__ = first
+    setattr(owner, name, first)
 
 
 def _rest():
