@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.diagnosis.diagnosis import NEAR, Diagnosis, OptimizerSeen, Pair, ParameterStep, named, number, some
-from loraplus.diagnosis.judging import Expected, judge_ratio
+from loraplus.diagnosis.ratio import Expected, judge_ratio
 from loraplus.errors import InputError
 from loraplus.files.paths import user_path
 from loraplus.files.single import read_json

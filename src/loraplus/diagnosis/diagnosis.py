@@ -35,7 +35,7 @@ class ParameterStep:
     lr: float | None
     step_lr: float | None
     weight_decay: float | None
-    parameters: int | None
+    parameters: int
     measured: bool = True
     shares: str | None = None
 
@@ -102,8 +102,8 @@ class Diagnosis:
         if self.ok:
             words = in_words(self.pairs)
             return words if self.lr_ratio == 1 else f"right: {words}"
-        more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-        return f"wrong: {self.problems[0].partition('; ')[0]}{more}"
+        worst, *others = self.problems
+        return f"wrong: {worst.partition('; ')[0]}{f' (and {len(others)} more)' if others else ''}"
 
     def groups(self) -> list[dict[str, Any]]:
         """One row an optimizer, group, role and rate: those, lr, step_lr, weight_decay, tensors, parameters."""
@@ -114,8 +114,7 @@ class Diagnosis:
             shared |= {"step_lr": step_lr, "weight_decay": entry.weight_decay}
             row = rows.setdefault(tuple(shared.values()), {**shared, "tensors": 0, "parameters": 0})
             row["tensors"] += 1
-            known = row["parameters"] is not None and entry.parameters is not None
-            row["parameters"] = row["parameters"] + entry.parameters if known else None
+            row["parameters"] += entry.parameters
         return list(rows.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,7 +152,7 @@ class Diagnosis:
     def __str__(self) -> str:
         several = len({entry.optimizer for entry in self.entries}) > 1
         header = ("optimizer", "group", "role", "lr of the group", "lr of the step", "weight decay", "tensors")
-        rows = [header]
+        rows: list[tuple[str, ...]] = [header]
         for row in self.groups():
             held = row["group"] or "(no optimizer)"
             numbers = (number(row[name]) for name in ("lr", "step_lr", "weight_decay"))

@@ -3,52 +3,25 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from loraplus.diagnosis.diagnosis import (
-    NEAR,
     Diagnosis,
-    Pair,
     ParameterStep,
     named,
     number,
-    ratios_of,
-    short,
     some,
 )
-from loraplus.diagnosis.findings import Findings, ratios_by_step
-from loraplus.diagnosis.observer import Observed
-from loraplus.group_rates import base_rate, group_labels, rate_as_number, reference_group
+from loraplus.diagnosis.findings import Findings
+from loraplus.diagnosis.ratio import Expected, changed, ignored, later, near, ratio_problems
+from loraplus.group_rates import group_labels, rate_as_number
 from loraplus.memory import overlapping
 from loraplus.parts import Role
-from loraplus.schedulers import cause, will_flatten
-from loraplus.step_probe import refusal, try_step
 
 _HARDLY = 0.01  # of A's rate: an embedding's factors do not learn at less
 _FACTOR_ROLES = {Role.A, Role.B}
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a run should have.
-
-    Args:
-        lr_ratio: λ of every pair; None: whatever it has.
-        where: what says so.
-        weight_decay: of the factors; None: whatever they have.
-        watched: steps were waited for.
-        names_ratio: the script speaks of a ratio, so plain LoRA is not what was meant.
-    """
-
-    lr_ratio: float | None = None
-    where: str = ""
-    weight_decay: float | None = None
-    names_ratio: bool = False
-    watched: bool = False
 
 
 def judge(findings: Findings, expected: Expected, source: str) -> Diagnosis:
@@ -60,67 +33,14 @@ def judge(findings: Findings, expected: Expected, source: str) -> Diagnosis:
         source: what was looked at.
     """
     rules: tuple[Callable[[Findings, Expected], Iterable[str]], ...] = (
-        _nothing_trains, _not_held, _idle, _ratio, _changed, _ignored, _one_memory, _twice, _unmoved,
-        _at_b_rate, _embeddings, _heads, _decay, _later,
+        _nothing_trains, _not_held, _idle, ratio_problems, changed, ignored, _one_memory, _twice, _unmoved,
+        _at_b_rate, _embeddings, _heads, _decay, later,
     )  # fmt: skip
     problems = list(dict.fromkeys(problem for rule in rules for problem in rule(findings, expected)))
     return Diagnosis(
         source, tuple(findings.entries), tuple(findings.pairs), tuple(findings.optimizers()), tuple(problems),
         tuple(_notes(findings, expected)),
     )  # fmt: skip
-
-
-def judge_ratio(pairs: Sequence[Pair], expected: Expected, why: Callable[[Pair], str]) -> Iterator[str]:
-    """What is off about λ.
-
-    Args:
-        pairs: with the rates of their steps.
-        expected: what they should have.
-        why: says what made a pair's λ.
-    """
-    known = [pair for pair in pairs if pair.lr_ratio is not None]
-    found = sorted(set(ratios_of(known)))
-    if expected.lr_ratio is not None:
-        off = [pair for pair in pairs if not _near(pair.lr_ratio, expected.lr_ratio)]
-        if off:
-            is_now = "" if off[0].lr_ratio is None else f"is {off[0].lr_ratio:.3g} and "
-            yield (
-                f"λ {is_now}should be {expected.lr_ratio:g}, as {expected.where}, in {len(off)} of "
-                f"{some(len(pairs), 'pair')} ({short(off[0].layer)}: {_of_pair(off[0])}); {why(off[0])}"
-            )
-        return
-    slower = [pair for pair in known if pair.lr_ratio is not None and pair.lr_ratio < 1 - NEAR]
-    if slower:
-        yield (
-            f"B learns slower than A in {some(len(slower), 'pair')} ({short(slower[0].layer)}: {_of_pair(slower[0])}); "
-            f"B is the factor that should learn faster: are the two swapped? {why(slower[0])}"
-        )
-    plain = [pair for pair in known if _near(pair.lr_ratio, 1.0)]
-    if plain and len(plain) < len(known) and not slower:
-        yield (
-            f"in {len(plain)} of {some(len(known), 'pair')} A and B share a rate ({short(plain[0].layer)}: "
-            f"{number(plain[0].lr_a)}), and λ is {', '.join(f'{r:g}' for r in found if r != 1)} in the others; "
-            f"{why(plain[0])}"
-        )
-    elif plain and len(plain) == len(known) and expected.names_ratio:
-        yield (
-            f"B learns at A's rate ({number(plain[0].lr_a)}) in all {some(len(known), 'pair')}: this is plain LoRA, "
-            f"though {expected.where}; {why(plain[0])}"
-        )
-
-
-def _near(ratio: float | None, other: float) -> bool:
-    return ratio is not None and math.isclose(ratio, other, rel_tol=NEAR)
-
-
-def _of_pair(pair: Pair) -> str:
-    if pair.lr_ratio is not None:
-        return f"A at {number(pair.lr_a)}, B at {number(pair.lr_b)}"
-    a, b = (
-        "frozen" if frozen else "in no optimizer" if rate is None else f"at {number(rate)}"
-        for frozen, rate in ((pair.a_frozen, pair.lr_a), (pair.b_frozen, pair.lr_b))
-    )
-    return f"A {a}, B {b}"
 
 
 def _nothing_trains(findings: Findings, expected: Expected) -> Iterator[str]:
@@ -154,106 +74,6 @@ def _idle(findings: Findings, expected: Expected) -> Iterator[str]:
         for observed in findings.seen:
             if not (observed.steps or observed.at_zero):
                 yield f"{type(observed.optimizer).__name__} holds factors and has taken no step while others stepped"
-
-
-def _ratio(findings: Findings, expected: Expected) -> Iterator[str]:
-    ids = dict(zip(map(id, findings.pairs), findings.pair_ids, strict=True))
-    expected = expected if expected.lr_ratio is not None else replace(expected, **_meant(findings))
-    yield from judge_ratio(findings.pairs, expected, lambda pair: _why(findings, pair, *ids[id(pair)]))
-
-
-def _meant(findings: Findings) -> dict[str, Any]:
-    """λ as groups were built, or as they say, where the steps have less: what they were built for has been lost."""
-    found = ratios_of(findings.pairs)
-    if not found or any(getattr(each.optimizer, "loraplus_autos", ()) for each in findings.seen):
-        return {}
-    stated = {key: rate for each in findings.seen for key, rate in (each.stated[-1] if each.stated else {}).items()}
-    for rates, where in ((findings.built, "it was built"), (stated, "its groups say")):
-        ratios = {_rounded(rates[b] / rates[a]) for a, b in findings.pair_ids if rates.get(a) and rates.get(b)}
-        if len(ratios) == 1 and max(found) < (ratio := ratios.pop()) * (1 - NEAR) and not _near(ratio, 1):
-            return {"lr_ratio": ratio, "where": where}
-    return {}
-
-
-def _rounded(ratio: float) -> float:
-    return float(f"{ratio:.3g}")
-
-
-def _why(findings: Findings, pair: Pair, a: int, b: int) -> str:
-    """What made λ of a pair, whose factors have these ids."""
-    for observed in findings.seen:
-        optimizer, labels = observed.optimizer, group_labels(observed.optimizer.param_groups)
-        places = {id(p): place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        if b not in places:
-            continue
-        name, built = type(optimizer).__name__, findings.built
-        now = observed.stated[-1] if observed.stated else _rates_now(optimizer)
-        said = now[b] / now[a] if now.get(a) and b in now else None
-        if said and pair.lr_ratio is not None and not _near(pair.lr_ratio, said):
-            return _refusal(observed) or f"the groups say λ = {said:.3g}, and something changes that within the step"
-        if said and built.get(a) and said < built.get(b, 0.0) / built[a] * (1 - NEAR):
-            return f"it was built with λ = {built[b] / built[a]:.3g}: {cause(optimizer, *_relations(optimizer, built))}"
-        if places.get(a) == places[b]:
-            return f"A and B are in one group of {name} ({labels[places[b]]}); give each its own, as " + _REMEDY
-        return f"{name} was built with these rates; build its groups with " + _REMEDY
-    return "build the optimizer with " + _REMEDY
-
-
-_REMEDY = "loraplus.param_groups, loraplus.create_optimizer or loraplus.attach(trainer, lr_ratio=...) do"
-
-
-def _rates_now(optimizer: Any) -> dict[int, float]:
-    return {
-        id(parameter): rate
-        for group in optimizer.param_groups
-        if (rate := rate_as_number(group.get("lr")) or base_rate(group)) is not None
-        for parameter in group["params"]
-    }
-
-
-def _relations(optimizer: Any, built: dict[int, float]) -> tuple[list[float | None], int]:
-    """(each group's rate over that of A's group, index of A's group), as they were built."""
-    groups = optimizer.param_groups
-    rates = [next((built[id(p)] for p in group["params"] if id(p) in built), None) for group in groups]
-    reference = reference_group(group_labels(groups))
-    if not rates[reference]:
-        reference = next((place for place, rate in enumerate(rates) if rate), 0)
-    of_a = rates[reference] or 1.0
-    return [None if rate is None else rate / of_a for rate in rates], reference
-
-
-def _changed(findings: Findings, expected: Expected) -> Iterator[str]:
-    """λ that did not stay what it was, from step to step."""
-    for observed, by_step in zip(findings.seen, ratios_by_step(findings), strict=True):
-        off = next((step for step, now in enumerate(by_step) if not all(map(_near, now, by_step[0]))), None)
-        if off is not None:
-            first = observed.stated[0]
-            yield (
-                f"λ changed from {by_step[0][1]:.3g} to {by_step[off][1]:.3g} at step {off + 1}; "
-                f"{cause(observed.optimizer, *_relations(observed.optimizer, first))}"
-            )
-
-
-def _ignored(findings: Findings, expected: Expected) -> Iterator[str]:
-    if next(_ratio(findings, expected), None) is None:  # else it stands there
-        yield from filter(None, map(_refusal, findings.seen))
-
-
-def _refusal(observed: Observed) -> str:
-    """What is wrong with an optimizer whose step takes no notice of its groups' rates; "" if nothing is."""
-    groups = observed.optimizer.param_groups
-    stated = observed.stated[-1] if observed.stated else {}
-    rates = {
-        place: stated.get(id(group["params"][0])) or base_rate(group)
-        for place, group in enumerate(groups)
-        if group["params"]
-    }
-    known = {place: rate for place, rate in rates.items() if rate}
-    if len(set(known.values())) > 1:
-        trial = try_step(observed.optimizer, known)
-        if trial.follows is False:
-            return refusal(observed.optimizer, trial)
-    return ""
 
 
 def _one_memory(findings: Findings, expected: Expected) -> Iterator[str]:
@@ -302,18 +122,20 @@ def _unmoved(findings: Findings, expected: Expected) -> Iterator[str]:
 def _b_and_a_rate(findings: Findings) -> tuple[float, float] | None:
     """(B's rate, A's rate) where they are one each and differ, and nobody asked for the others' rates by name."""
     ratios = {
-        (pair.lr_b, pair.lr_a) for pair in findings.pairs if pair.lr_ratio is not None and not _near(pair.lr_ratio, 1)
+        (pair.lr_b, pair.lr_a) for pair in findings.pairs if pair.lr_ratio is not None and not near(pair.lr_ratio, 1)
     }
     b_rates, a_rates = {b for b, _ in ratios if b}, {a for _, a in ratios if a}
     ours = any(getattr(observed.optimizer, "loraplus_watch", None) is not None for observed in findings.seen)
-    return None if ours or not ratios or len(b_rates) > 1 else (b_rates.pop(), min(a_rates))
+    return None if ours or not ratios or len(b_rates) != 1 else (b_rates.pop(), min(a_rates))
 
 
 def _at_b_rate(findings: Findings, expected: Expected) -> Iterator[str]:
     rates = _b_and_a_rate(findings)
     kinds = {Role.MAGNITUDE: "DoRA magnitude", Role.NORM_BIAS: "norm or bias", Role.EMBEDDING: "embedding"}
-    for role, what in kinds.items() if rates else ():
-        mine = [entry for entry in findings.entries if entry.role == role and _near(entry.step_lr, rates[0])]
+    if rates is None:
+        return
+    for role, what in kinds.items():
+        mine = [entry for entry in findings.entries if entry.role == role and near(entry.step_lr, rates[0])]
         if mine:
             yield (
                 f"{some(len(mine), 'tensor')} of another kind ({what}) learn at B's rate, {number(rates[0])}: "
@@ -372,15 +194,6 @@ def _class_default(optimizer: Any) -> Any:
     except (TypeError, ValueError):  # a class made in C, or by a wrapper
         return None
     return None if parameter is None else parameter.default
-
-
-def _later(findings: Findings, expected: Expected) -> Iterator[str]:
-    """Schedulers that keep λ for now."""
-    if all(_near(ratio, 1.0) for ratio in ratios_of(findings.pairs)):
-        return
-    for observed in findings.seen:
-        first = observed.stated[0] if observed.stated else _rates_now(observed.optimizer)
-        yield from will_flatten(observed.optimizer, *_relations(observed.optimizer, first))
 
 
 def _notes(findings: Findings, expected: Expected) -> Iterator[str]:

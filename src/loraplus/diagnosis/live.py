@@ -10,8 +10,9 @@ from torch import nn
 
 from loraplus.diagnosis.diagnosis import Diagnosis
 from loraplus.diagnosis.findings import alive, find, models_of
-from loraplus.diagnosis.judging import Expected, judge
+from loraplus.diagnosis.judging import judge
 from loraplus.diagnosis.observer import Observed
+from loraplus.diagnosis.ratio import Expected
 from loraplus.errors import InputError, LoraPlusError, TrainerSetupError
 from loraplus.group_rates import base_rate
 from loraplus.notices import told_once

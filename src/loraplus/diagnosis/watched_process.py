@@ -17,9 +17,10 @@ import torch
 from torch.optim import Optimizer
 
 from loraplus.diagnosis.findings import alive, find, has_factors, idle_optimizers, models_of, trainer_of
-from loraplus.diagnosis.judging import Expected, judge
+from loraplus.diagnosis.judging import judge
 from loraplus.diagnosis.live import expected_of
 from loraplus.diagnosis.observer import Observed, Observer
+from loraplus.diagnosis.ratio import Expected
 from loraplus.errors import LoraPlusError
 from loraplus.group_rates import rate_as_number
 from loraplus.wrappers import unwrapped
@@ -59,9 +60,9 @@ class Watch:
         add, built = Optimizer.add_param_group, self._built
 
         @functools.wraps(add)
-        def add_param_group(optimizer: Any, group: Any) -> None:
-            add(optimizer, group)
-            added = optimizer.param_groups[-1]
+        def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
+            add(self, param_group)
+            added = self.param_groups[-1]
             rate = rate_as_number(added.get("lr"))
             if rate is not None:
                 built.update({id(parameter): rate for parameter in added["params"]})

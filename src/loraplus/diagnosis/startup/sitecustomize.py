@@ -42,8 +42,9 @@ def _start():
         spec = importlib.util.spec_from_file_location(
             "loraplus", root, submodule_search_locations=[settings["package"]]
         )
-        sys.modules["loraplus"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["loraplus"])
+        if spec is not None and spec.loader is not None:
+            sys.modules["loraplus"] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules["loraplus"])
     # torch itself is only half imported here, so what imports more of it waits for an optimizer, or for a gradient.
     _call_first(sys.modules[_WATCHED].Optimizer, "__init__", settings)
     _call_first(sys.modules["torch.autograd"], "backward", settings)
