@@ -1,6 +1,7 @@
 """The scoreboard: the same cases through PEFT's `create_loraplus_optimizer` and through loraplus; who is right.
 
     python benchmarks/stacks.py             # prints all; writes benchmarks/results/stacks.csv and docs/scoreboard.md
+    python benchmarks/stacks.py --new       # runs the cases that are not in the results yet, and writes them in
     python benchmarks/stacks.py torchtune   # prints the cases whose name has "torchtune"; writes nothing
 
 **The check, the same for both.** It does not ask either library which parameter is what. Each case lists by hand which
@@ -17,6 +18,7 @@ what did it, as warned. What cannot run counts for nobody.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import importlib.metadata
@@ -42,12 +44,14 @@ from peft.optimizers import create_loraplus_optimizer as peft_optimizer
 from stacks_cases import RATES, CannotRun, Case, adapted, kohya, library, tied
 from stacks_later import LATER
 from stacks_processes import WRAPPINGS
+from stacks_reports import PUBLIC, REPORTS
 from stacks_trainer import TRAINER
 from torch import nn
 
 import loraplus
 
 HERE = Path(__file__).resolve().parent
+PAGE, RESULTS = HERE.parent / "docs" / "scoreboard.md", HERE / "results" / "stacks.csv"
 LR, RATIO, DECAY = 1 / 64, 16.0, 0.125
 SECONDS = 180  # for one case in two processes
 WHO = ("PEFT", "loraplus")
@@ -356,7 +360,7 @@ CASES: dict[str, Judge] = {
     "ratio 1 is plain AdamW after 20 steps": ratio_one,
     "8-bit AdamW: embeddings in 32 bits": eight_bit,
     "resuming under another ratio": resume,
-    **{name: judged(case) for name, case in (LATER | TRAINER).items()},
+    **{name: judged(case) for name, case in (LATER | TRAINER | PUBLIC).items()},
     **{name: in_two_processes(wrapping) for wrapping, name in WRAPPINGS.items()},
 }
 
@@ -373,21 +377,29 @@ def run(judge: Judge, who: str) -> Verdict:
 
 
 def outcomes(wanted: list[str]) -> Iterator[tuple[str, dict[str, Verdict]]]:
+    """(case, verdicts) of the cases whose name has one of the words in it; of all if there is none."""
+    known = committed() if wanted == ["--new"] else {}
     for name, judge in CASES.items():
-        if wanted and not any(part in name for part in wanted):
+        if name in known:
+            yield name, known[name]
+            continue
+        if wanted and wanted != ["--new"] and not any(part in name for part in wanted):
             continue
         yield name, {who: run(judge, who) for who in WHO}
 
 
 def versions() -> str:
-    names = "torch transformers peft diffusers lycoris-lora litgpt torchtune bitsandbytes".split()
-    packages = []
+    """Of the libraries here; of those that are absent, what the page says that their lines were run with."""
+    names = (
+        "torch transformers peft trl accelerate lightning diffusers lycoris-lora litgpt torchtune bitsandbytes "
+        "prodigyopt pytorch-optimizer"
+    ).split()
+    line = re.search(r"^Run with (.*)\.$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    known = dict(part.split(" ") for part in line[1].split(", ")) if line else {}
     for name in names:
-        try:
-            packages.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            packages.append(f"{name} absent")
-    return ", ".join(packages)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            known[name] = importlib.metadata.version(name)
+    return ", ".join(f"{name} {known.get(name, 'absent')}" for name in names)
 
 
 def total(rows: list[tuple[str, dict[str, Verdict]]], who: str) -> str:
@@ -400,25 +412,41 @@ def total(rows: list[tuple[str, dict[str, Verdict]]], who: str) -> str:
 def markdown(rows: list[tuple[str, dict[str, Verdict]]]) -> str:
     lines = ["| case | PEFT | loraplus | what was seen |", "|---|---|---|---|"]
     for name, verdicts in rows:
-        seen = "; ".join(f"{who}: {v.detail}" for who, v in verdicts.items() if v.kind != "right")
-        seen = " ".join(seen.replace("|", "/").split())  # a line break would end the table
-        lines.append(f"| {name} | {verdicts['PEFT'].kind} | {verdicts['loraplus'].kind} | {seen} |")
+        seen = "; ".join(f"{who}: {' '.join(v.detail.split())}" for who, v in verdicts.items() if v.kind != "right")
+        lines.append(f"| {name} | {verdicts['PEFT'].kind} | {verdicts['loraplus'].kind} | {seen.replace('|', '/')} |")
     totals = " | ".join(f"**{total(rows, who)}**" for who in WHO)
-    return "\n".join([*lines, f"| **{len(rows)} cases** | {totals} | |", "", f"Run with {versions()}."])
+    reports = ["| public thread, or what was measured | the case that stands for it | PEFT | loraplus |"]
+    reports.append("|---|---|---|---|")
+    kinds = dict(rows)
+    for report, name in REPORTS.items():
+        reports.append(f"| {report} | {name} | {kinds[name]['PEFT'].kind} | {kinds[name]['loraplus'].kind} |")
+    summary = f"| **{len(rows)} cases** | {totals} | |"
+    return "\n".join([*lines, summary, "", f"Run with {versions()}.", "", "## Public reports", "", *reports])
 
 
 def write(rows: list[tuple[str, dict[str, Verdict]]]) -> None:
-    with (HERE / "results" / "stacks.csv").open("w", newline="", encoding="utf-8") as file:
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["case", "peft", "loraplus", "peft_detail", "loraplus_detail"])
         for name, verdicts in rows:
             theirs, ours = (verdicts[who] for who in WHO)
             table.writerow([name, theirs.kind, ours.kind, theirs.detail, ours.detail])
-    page = HERE.parent / "docs" / "scoreboard.md"
     begin, end = "<!-- begin: benchmarks/stacks.py -->", "<!-- end -->"
-    text = page.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(begin)[0], text.split(end)[1]
-    page.write_text(f"{before}{begin}\n{markdown(rows)}\n{end}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{begin}\n{markdown(rows)}\n{end}{after}", encoding="utf-8")
+
+
+def committed() -> dict[str, dict[str, Verdict]]:
+    """The results that are written down, by case."""
+    with RESULTS.open(encoding="utf-8") as file:
+        return {
+            row["case"]: {
+                "PEFT": Verdict(row["peft"], row["peft_detail"]),
+                "loraplus": Verdict(row["loraplus"], row["loraplus_detail"]),
+            }
+            for row in csv.DictReader(file)
+        }
 
 
 def main() -> None:
@@ -433,7 +461,7 @@ def main() -> None:
         for who, verdict in verdicts.items():
             if verdict.kind != "right":
                 print(f"    {who}: {verdict.detail}", flush=True)
-    if not sys.argv[1:]:
+    if sys.argv[1:] in ([], ["--new"]):
         write(rows)
     print("\n".join(f"{who}: {total(rows, who)}" for who in WHO))
 

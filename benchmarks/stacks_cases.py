@@ -83,6 +83,41 @@ def llama4() -> nn.Module:
     return adapted(lambda: Llama4ForCausalLM(config), target_modules=[], target_parameters=parameters)
 
 
+def mixtral() -> nn.Module:
+    """Experts stored (experts, out, in), as a linear layer's weight is."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    parameters = ["experts.gate_up_proj"]
+    return adapted(lambda: MixtralForCausalLM(config), target_modules=[], target_parameters=parameters)
+
+
+def gpt2() -> nn.Module:
+    """transformers' Conv1D, whose weight is stored (in, out)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=48, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    return adapted(lambda: GPT2LMHeadModel(config), target_modules=["c_attn"], fan_in_fan_out=True)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+
+def named_by_chance() -> nn.Module:
+    """A head of the user's own, trained in full, whose name has lora_B in it and which has no partner."""
+    base = bert()
+    base.lora_B_head = nn.Linear(16, 2)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["query", "value"]))
+    model.base_model.model.lora_B_head.requires_grad_(True)  # type: ignore[union-attr]
+    return model
+
+
 def tied() -> nn.Module:
     """The adapters of the embedding and of the output layer are on one memory, one the transpose of the other."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -155,6 +190,12 @@ RATES: dict[str, Case] = {
     "several adapters, the second active": Case(second_adapter),
     "an adapter called lora_A": Case(named_like_a_factor, r"\.lora_B\.lora_A\.weight$"),
     "experts stored (experts, in, out): Llama 4": Case(llama4, r"\.lora_A\.[^.]+\.weight$"),
+    "experts stored (experts, out, in): Mixtral": Case(mixtral),
+    "GPT-2's Conv1D (fan_in_fan_out)": Case(gpt2),
+    "nn.MultiheadAttention": Case(lambda: adapted(Attention, target_modules=["attention"])),
+    "a head that is called lora_B by chance": Case(named_by_chance),
+    "lora_bias=True": Case(lambda: adapted(lora_bias=True)),
+    "a model under torch.compile": Case(lambda: torch.compile(adapted())),  # type: ignore[arg-type,return-value]
     "convolutions": Case(lambda: adapted(Convolutions, target_modules=["c1", "c2"])),
     "DoRA": Case(lambda: adapted(use_dora=True)),
     'bias="all"': Case(lambda: adapted(bias="all")),

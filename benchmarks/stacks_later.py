@@ -121,6 +121,9 @@ LATER: dict[str, Callable[[str], Outcome]] = {
     "CosineAnnealingLR with an eta_min": flattened(
         lambda optimizer: schedulers.CosineAnnealingLR(optimizer, STEPS, eta_min=LR / 10)
     ),
+    "CyclicLR with one base_lr and max_lr": flattened(
+        lambda optimizer: schedulers.CyclicLR(optimizer, LR / 10, LR, step_size_up=4, cycle_momentum=False)
+    ),
     "a rate written into all groups by hand": flattened(None),
     "resuming from a checkpoint of other layers": other_layers,
     "two models in one optimizer, resumed under another ratio": two_models,

@@ -32,6 +32,13 @@ EXPECTED = {
     "OneCycleLR with one max_lr": "warned",
     "ReduceLROnPlateau with one min_lr": "warned",
     "CosineAnnealingLR with an eta_min": "warned",
+    "CyclicLR with one base_lr and max_lr": "warned",
+    "an adapter added after the optimizer was built": "warned",
+    "an adapter loaded without is_trainable=True": "refused",
+    "Accelerate, load_state under another ratio": "refused",
+    "Prodigy": "refused",
+    "D-Adaptation (pytorch-optimizer)": "refused",
+    "AdaFactor of pytorch-optimizer": "refused",
     "a rate written into all groups by hand": "warned",
 }  # all else: right
 
@@ -62,9 +69,16 @@ def test_the_check_finds_a_wrong_rate_a_wrong_decay_and_an_optimizer_that_leaves
 @pytest.mark.filterwarnings("ignore")
 def test_pefts_optimizer_is_measured_as_it_is():
     judged = {
-        name: stacks.run(stacks.CASES[name], "PEFT").kind for name in ("linear layers", "DoRA", "no group is empty")
+        name: stacks.run(stacks.CASES[name], "PEFT").kind
+        for name in (
+            "linear layers",
+            "DoRA",
+            "no group is empty",
+            "TRL's DPOTrainer",
+            "D-Adaptation (pytorch-optimizer)",
+        )
     }
-    assert judged == {"linear layers": "right", "DoRA": "wrong", "no group is empty": "wrong"}
+    assert list(judged.values()) == ["right", "wrong", "wrong", "right", "wrong"]
 
 
 def test_the_page_shows_the_committed_results():
@@ -75,3 +89,11 @@ def test_the_page_shows_the_committed_results():
     page = (ROOT / "docs" / "scoreboard.md").read_text(encoding="utf-8")
     for row in rows:
         assert f"| {row['case']} | {row['peft']} | {row['loraplus']} |" in page
+    assert f"**{len(rows)} cases**" in page and len(rows) >= 60
+
+
+def test_every_public_report_has_a_case():
+    page = (ROOT / "docs" / "scoreboard.md").read_text(encoding="utf-8")
+    for report, case in stacks.REPORTS.items():
+        assert case in stacks.CASES, report
+        assert f"| {report} | {case} |" in page

@@ -56,7 +56,7 @@ def test_a_function_stays_one_whatever_is_imported_after_it():
     assert imported_by(code) == ["torch"]
 
 
-@pytest.mark.parametrize("name", ["", "train", "compare", "tune", "predict", "generate", "merge", "inspect"])
+@pytest.mark.parametrize("name", ["", "train", "compare", "tune", "predict", "generate", "merge", "inspect", "doctor"])
 def test_help_imports_nothing_heavy(name):
     assert imported_by(command(*([name] if name else []), "--help")) == []
 
@@ -106,6 +106,8 @@ def test_bad_input_is_refused_before_anything_heavy_is_imported(tmp_path, model_
         ),
         ["merge", "--adapter", adapter, "--output", tmp_path / "merged"],
         ["inspect", tmp_path / "nope"],
+        ["doctor", tmp_path / "nope"],
+        ["doctor", "--", "no-such-program", "x.py"],
         ["reproduce", "nothing"],
     ]
     codes = "\n".join(

@@ -14,6 +14,8 @@ from loraplus.errors import LoraPlusError, LoraPlusWarning
 
 if TYPE_CHECKING:
     from loraplus.auto import AutoRates
+    from loraplus.diagnosis.diagnosis import Diagnosis
+    from loraplus.diagnosis.live import doctor
     from loraplus.errors import *  # noqa: F403  (every error that scripts may name here)
     from loraplus.existing_groups import split_groups
     from loraplus.feature_updates import FeatureUpdates, UpdateMonitor, feature_updates
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoRates",
+    "Diagnosis",
     "FeatureUpdates",
     "LoraPlusError",
     "LoraPlusTrainer",
@@ -39,6 +42,7 @@ __all__ = [
     "attach",
     "create_loraplus_optimizer",
     "create_optimizer",
+    "doctor",
     "explain",
     "feature_updates",
     "param_groups",
@@ -51,6 +55,8 @@ __all__ = [
 
 _HOMES = {
     "auto": ["AutoRates"],
+    "diagnosis.diagnosis": ["Diagnosis"],
+    "diagnosis.live": ["doctor"],
     "existing_groups": ["split_groups"],
     "feature_updates": ["FeatureUpdates", "UpdateMonitor", "feature_updates"],
     "groups": ["RateTable", "explain", "param_groups", "verify"],

@@ -170,7 +170,7 @@ def rate_of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *,
     return _own_rate(optimizer, group, base=base)
 
 
-def _parameters_by_group(optimizer: Any) -> Iterator[tuple[int, list[Any]]]:
+def parameters_by_group(optimizer: Any) -> Iterator[tuple[int, list[Any]]]:
     """(index of a group, the model's parameters in it). DeepSpeed's groups hold flat copies; it keeps the originals."""
     zero = optimizer
     while zero is not None:
@@ -193,7 +193,7 @@ def _number_of(parameter: Any) -> int:
 
 def _group_of(optimizer: Any) -> dict[int, int]:
     """{id of a parameter: index of its group}."""
-    return {id(p): index for index, parameters in _parameters_by_group(optimizer) for p in parameters}
+    return {id(p): index for index, parameters in parameters_by_group(optimizer) for p in parameters}
 
 
 @told_once()

@@ -138,3 +138,19 @@ def _in_relation(rates: list[float], relations: Sequence[float | None], referenc
 
 def _close(some: Sequence[Any], others: Sequence[Any]) -> bool:
     return all(math.isclose(a, b, rel_tol=_TOLERANCE) for a, b in zip(some, others, strict=True))
+
+
+def will_flatten(optimizer: Optimizer, relations: Sequence[float | None], reference: int) -> list[str]:
+    """What the schedulers of an optimizer will do to ratios that still hold, and what to give them instead.
+
+    Args:
+        optimizer: whose groups have their ratios now.
+        relations: rate of each group over that of group `reference`; None where that is not known.
+        reference: index of A's group.
+    """
+    told = []
+    for scheduler in schedulers_of(optimizer):
+        own = _own_rates(scheduler)
+        if any(not _close(rates, _in_relation(rates, relations, reference)) for rates in own.values()):
+            told.append(_told(scheduler, relations, reference))
+    return sorted({text.replace(" did it: ", " changes λ as it goes: ", 1) for _, text in filter(None, told)})

@@ -204,7 +204,7 @@ def _counted(optimizer: Any, slots: _Slots, asked: float) -> dict[str, Any]:
     stand_in = nn.Parameter(torch.full(_SHAPE, 0.5, device="cpu" if parameter.is_meta else parameter.device))
     twin = twin_over(optimizer, {parameter: stand_in}, with_state=False)
     (group,) = twin.param_groups
-    _train_mode(twin)
+    train_mode(twin)
     before = copy.deepcopy(_options(group))
     _step(twin, [stand_in], 0, closure=False)
     return {key: twin.defaults[key] for key, value in before.items() if key in twin.defaults and group[key] != value}
@@ -275,10 +275,10 @@ def _set_up(twin: torch.optim.Optimizer, slots: _Slots, asked: float) -> None:
     for group, rate in ((first, _LR), (second, _LR * asked)):
         group.update(copy.deepcopy(options) | dict.fromkeys(rates, rate))
         group["lr"] = in_form_of(group["lr"], rate)
-    _train_mode(twin)
+    train_mode(twin)
 
 
-def _train_mode(twin: Any) -> None:
+def train_mode(twin: Any) -> None:
     """Schedule-free optimizers step in training mode only."""
     if callable(getattr(twin, "train", None)):
         twin.train()
@@ -292,14 +292,14 @@ def _is_rate(group: Mapping[str, Any], key: str) -> bool:
 def _step(twin: torch.optim.Optimizer, stand_ins: list[nn.Parameter], step: int, closure: bool) -> None:
     def differentiate() -> torch.Tensor:  # a loss (), as a closure gives it
         for tensor in stand_ins:
-            tensor.grad = _gradient(step, tensor)
+            tensor.grad = trial_gradient(step, tensor)
         return torch.ones((), device=stand_ins[0].device)
 
     differentiate()
     step_of(twin, differentiate if closure else None)
 
 
-def _gradient(step: int, like: torch.Tensor) -> torch.Tensor:
+def trial_gradient(step: int, like: torch.Tensor) -> torch.Tensor:
     """Of the shape of `like` (…), of full rank, changing size and constant sign, so that no sum over steps cancels."""
     entries = torch.arange(like.numel(), device="cpu", dtype=torch.float32)
     values = torch.cos(1.7 * entries) * (1 + 0.5 * torch.cos(step + 0.9 * entries))

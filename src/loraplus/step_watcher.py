@@ -62,7 +62,7 @@ class StepWatcher:
     def _step_begins(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_within_a_step(optimizer):
             return None
-        called, kwargs = _closure_called(args, kwargs)
+        called, kwargs = closure_called(args, kwargs)
         arguments = _Arguments(called)
         arguments.kept = (args, self._before_step())  # args may hold what another watcher keeps
         return arguments, kwargs
@@ -104,7 +104,7 @@ def _is_within_a_step(optimizer: Any) -> bool:
     return False
 
 
-def _closure_called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def closure_called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a step with its closure replaced by one that knows the loss already."""
 
     def known(closure: Any) -> Callable[[], Any]:

@@ -96,11 +96,12 @@ def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], sources: Mapp
     for value in _values(vars(optimizer)):
         if isinstance(value, torch.optim.Optimizer) and id(value) not in memo:
             _copied(value, owned, memo, sources)
-    state = memo[id(optimizer.state)] = defaultdict(dict)
+    known = getattr(optimizer, "state", {})  # a class of a user's own may keep it elsewhere
+    state = memo[id(known)] = defaultdict(dict)
     several = len(set(map(id, sources.values()))) < len(sources)  # start with one state, and need a copy each
     for parameter, source in sources.items():
-        if source in optimizer.state:
-            state[memo[id(parameter)]] = _state_copied(optimizer.state[source], dict(memo) if several else memo)
+        if source in known:
+            state[memo[id(parameter)]] = _state_copied(known[source], dict(memo) if several else memo)
     for name, value in vars(optimizer).items():
         if name in _HOOKS:
             vars(twin)[name] = OrderedDict()

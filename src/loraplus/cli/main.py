@@ -14,6 +14,7 @@ import typer
 from loraplus.cli import (  # noqa: F401  (each registers its command on `app`)
     bench,
     compare,
+    doctor,
     generate,
     inspect,
     merge,
@@ -28,7 +29,7 @@ from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning, Lost
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line. Exit codes: 0 done, 2 the user's mistake, 130 interrupted."""
+    """Runs the command line. Exit codes: 0 done, 1 `doctor` found faults, 2 the user's mistake, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 has no η, λ or ·
             stream.reconfigure(errors="replace")

@@ -1,0 +1,161 @@
+"""`loraplus doctor -- python script.py`: five broken scripts and a right one, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loraplus.cli.main import main
+from loraplus.diagnosis.script import diagnose_script
+from loraplus.errors import InputError
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "doctor"
+EXPECTED = {  # script: (flags, what it says is off, λ found)
+    "right": ([], "", 16),
+    "flattened": ([], "OneCycleLR did it: its max_lr is not in the ratio of the groups", 1),
+    "ignored": ([], "OneRate does not follow the rates of its groups", 1),
+    "left_out": ([], "2 of 4 trainable parameters are in no optimizer, so they do not learn: 2.lora_A", 16),
+    "swapped": ([], "B learns slower than A in 2 pairs", 0.0625),
+    "one_group": (["--lr-ratio", "16"], "λ is 1 and should be 16, as the command line says, in 2 of 2 pairs", 1),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_broken_script_is_told_from_a_right_one(name):
+    flags, off, ratio = EXPECTED[name]
+    diagnosis = diagnose_script(["python", str(EXAMPLES / f"{name}.py"), *flags], steps=3)
+    assert diagnosis.ok == (name == "right")
+    assert off in " ".join(diagnosis.problems)
+    assert diagnosis.lr_ratio == ratio
+    assert diagnosis.verdict.startswith("right: B learns 16 times" if name == "right" else "wrong: ")
+    assert [optimizer.steps for optimizer in diagnosis.optimizers] == [3]
+    if name == "ignored":
+        of_b = next(entry for entry in diagnosis.entries if entry.role == "lora_B")
+        assert (of_b.lr, of_b.step_lr) == (0.016, pytest.approx(0.001, rel=1e-3))
+
+
+def test_every_example_is_one_of_these():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*EXPECTED, "small"}
+
+
+SCRIPT = """
+import atexit, subprocess, sys
+import torch
+sys.path.insert(0, {examples!r})
+from small import loss_of, network
+atexit.register(lambda: open("saved", "w").close())
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print(child.pid, file=open("child", "w"), flush=True)
+model = network()
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+for step in range(10**9):
+    print("step", step)
+    loss_of(model).backward()
+    optimizer.step()
+"""
+
+
+def test_the_command_prints_json_and_leaves_no_process_and_no_file_behind(tmp_path, monkeypatch, capfd):
+    """The script runs in its own folder; what it would save at its end is not saved, what it started is ended."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(SCRIPT.format(examples=str(EXAMPLES)))
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--json", "--steps", "2", "--", "train.py"])
+    assert stop.value.code == 0
+    printed = capfd.readouterr()
+    found = json.loads(printed.out)
+    assert found["verdict"] == "plain LoRA: B learns at A's rate in all 2 pairs" and found["ok"]
+    assert "step 1" in printed.err and "step 2" not in printed.err
+    assert {path.name for path in tmp_path.iterdir()} == {"train.py", "child"}
+    child = int(Path("child").read_text())
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("a process that the script started is still there")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--", "no-such-program", "--flag"], "no-such-program: no such program"),
+        (["--", "python", "nothing.py"], "nothing.py: no such file"),
+        (["nothing"], "nothing: no such folder"),
+        (["--lr-ratio", "-1", "--", "python", "x.py"], "--lr-ratio must be a finite number > 0"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", *arguments])
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_script_that_fails_or_trains_nothing_is_a_mistake(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(InputError, match="ended with exit code 3 before an optimizer of torch took a step"):
+        diagnose_script([sys.executable, str(script)], steps=1)
+
+
+def test_a_module_and_an_own_sitecustomize_run_as_they_would(tmp_path, monkeypatch):
+    """`python -m`, and the path's next `sitecustomize`, which ours stands in front of."""
+    (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.there = True")
+    (tmp_path / "module.py").write_text(f"there\n{(EXAMPLES / 'right.py').read_text()}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(EXAMPLES), os.environ.get("PYTHONPATH", "")]))
+    assert diagnose_script(["python", "-m", "module"], steps=1).lr_ratio == 16
+
+
+OWN = """
+import torch
+from small import loss_of, network
+
+class Own:
+    def __init__(self, groups):
+        self.param_groups = groups
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad.sign()
+                parameter.grad = None
+
+model = network()
+a, b = ([p for name, p in model.named_parameters() if part in name] for part in ("lora_A", "lora_B"))
+optimizer = Own([{"params": a, "lr": 1e-3}, {"params": b, "lr": 4e-3}])
+for _ in range(9):
+    loss_of(model).backward()
+    optimizer.step()
+"""
+
+
+def test_an_optimizer_that_is_none_of_torchs_is_watched_too(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]))
+    found = diagnose_script(["python", str(tmp_path / "own.py")], steps=3)
+    assert found.ok and found.lr_ratio == 4 and found.optimizers[0].name == "Own"
+    assert all(entry.measured for entry in found.entries)
+
+
+def test_nothing_is_watched_without_the_command():
+    """The folder on the path alone, as an earlier run might leave it in a shell, does nothing."""
+    import loraplus
+
+    startup = Path(loraplus.__file__).parent / "diagnosis" / "startup"
+    code = "import sitecustomize, sys; print(sitecustomize.__file__, len(sys.meta_path))"
+    plain = subprocess.run(
+        [sys.executable, "-c", "import sys; print(len(sys.meta_path))"], capture_output=True, text=True
+    )
+    env = {**os.environ, "PYTHONPATH": str(startup)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.split() == [str(startup / "sitecustomize.py"), plain.stdout.strip()]
