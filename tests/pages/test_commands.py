@@ -52,6 +52,9 @@ def check_ours(words: list[str], whole: bool) -> None:
         assert words[0] in {"--help", *(flag for p in PROGRAM.params for flag in p.opts)}, words
         return
     assert words[0] in COMMANDS, f"no command {words[0]}"
+    if "--" in words:  # what follows is a command of the user's own
+        words = words[: words.index("--")]
+        whole = False
     command, arguments = COMMANDS[words[0]], words[1:]
     if whole and "--config" not in arguments and "…" not in arguments:
         command.make_context(words[0], list(arguments))  # flags, values of the right type, nothing left over
