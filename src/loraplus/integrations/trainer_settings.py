@@ -38,7 +38,7 @@ class RateSettings:
 
 
 def settings_from(fields: Any) -> RateSettings:
-    """The settings that an object with the fields of `RateArguments` asks for; a field that it lacks has its default."""
+    """The settings that an object with the fields of `RateArguments` asks for; fields that it lacks have defaults."""
     automatic, every, layers = (getattr(fields, PREFIX + n, None) for n in ("auto_rates", "log_updates", "log_layers"))
     with told_once(silent=True):  # they are read many times; a low ratio is warned of when they are used
         return RateSettings(rates_from(fields, AUTO if automatic else None, prefix=PREFIX), every or 0, bool(layers))
