@@ -1,4 +1,4 @@
-"""ms-swift's plugin, against the interface that ms-swift 4.6 publishes: a registry, a callback, and who calls it when."""
+"""ms-swift's plugin, against the interface that its 4.6 publishes: a registry, a callback, and who calls it when."""
 
 from __future__ import annotations
 
