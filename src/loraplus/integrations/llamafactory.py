@@ -1,7 +1,7 @@
-"""LoRA+ in LLaMA-Factory: `python -m loraplus.integrations.llamafactory train.yaml` in place of `llamafactory-cli train`.
+"""LoRA+ in LLaMA-Factory: `python -m loraplus.integrations.llamafactory train.yaml`, and its own `loraplus_lr_ratio`.
 
-LLaMA-Factory has `loraplus_lr_ratio`, and one function that makes the optimizer of every stage (sft, pt, dpo, kto, rm,
-ppo) from it. This module puts another in its place; everything else stays LLaMA-Factory's.
+The command stands in place of `llamafactory-cli train`. LLaMA-Factory makes the optimizer of every stage (sft, pt, dpo,
+kto, rm, ppo) in one function, and this module puts another in its place; everything else stays LLaMA-Factory's.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def install() -> None:
     utils = importlib.import_module("llamafactory.train.trainer_utils")
     if not hasattr(utils, _FUNCTION):
         raise TrainerSetupError(
-            f"this version of LLaMA-Factory has no {_FUNCTION} in train/trainer_utils.py, so LoRA+ cannot take its place; "
-            "0.9.5 has it"
+            f"this version of LLaMA-Factory has no {_FUNCTION} in train/trainer_utils.py, so LoRA+ cannot take its "
+            "place; 0.9.5 has it"
         )
     setattr(utils, _FUNCTION, create_loraplus_optimizer)
 
