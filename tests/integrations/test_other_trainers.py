@@ -70,7 +70,7 @@ def folder(tmp_path, model: Any) -> str:
 
 def test_sentence_transformer_trainer_trains_at_the_ratio_with_a_loss_of_parameters_beside(sentence_modules, tmp_path):
     st = sentence_modules
-    from sentence_transformers.losses import SoftmaxLoss
+    from sentence_transformers.sentence_transformer.losses import SoftmaxLoss
 
     model = st.SentenceTransformer(folder(tmp_path, tiny_bert().base_model), device="cpu")
     adapt(model)

@@ -117,7 +117,8 @@ def _set_up(trainer: Any, given: RateSettings | None) -> None:
     if trainer.optimizer is not None:
         raise TrainerSetupError(
             f"{type(trainer).__name__} has an optimizer already, so its rates are fixed; leave out `optimizers=` and "
-            "set LoRA+ up before .train()"
+            "set LoRA+ up before .train(), or, if it makes one itself as PPO does, give it one: "
+            "optimizers=(loraplus.create_optimizer(model, lr=..., lr_ratio=...), None)"
         )
     check_plugin(trainer.accelerator)
     trainer._given = given

@@ -1,4 +1,4 @@
-"""An adapter of a sentence encoder with LoRA+: `python examples/plugins/sentence_transformers.py`."""
+"""An adapter of a sentence encoder with LoRA+: `python examples/plugins/with-sentence-transformers.py`."""
 
 from datasets import Dataset
 from peft import LoraConfig

@@ -1,4 +1,4 @@
-"""Unsloth's trainer with LoRA+: `python examples/plugins/unsloth.py`."""
+"""Unsloth's trainer with LoRA+: `python examples/plugins/with-unsloth.py`."""
 
 from datasets import load_dataset
 from unsloth import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
