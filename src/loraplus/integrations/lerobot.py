@@ -1,6 +1,6 @@
 """LoRA+ in LeRobot: `python -m loraplus.integrations.lerobot --loraplus.lr_ratio=16 …` in place of `lerobot-train …`.
 
-A policy's preset, or `--optimizer`, makes the optimizer that it always makes. Its groups, with their own rates (XVLA's)
+A policy's preset, or `--optimizer`, makes the optimizer that it always makes. Its groups with their own rates (XVLA's)
 are then split by role; LeRobot's scheduler multiplies each.
 """
 
