@@ -1,4 +1,4 @@
-"""Lightning's CLI with LoRA+: `python examples/plugins/with-lightning-cli.py fit --config …/with-lightning-cli.yaml`."""
+"""Lightning's CLI with LoRA+: `python with-lightning-cli.py fit --config with-lightning-cli.yaml`."""
 
 import lightning.pytorch as pl
 import torch
