@@ -45,6 +45,7 @@ def module(path: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     made = importlib.util.module_from_spec(spec)
+    sys.modules[name] = made  # where dataclasses look for the names in their annotations
     spec.loader.exec_module(made)
     return made
 
@@ -130,35 +131,21 @@ def test_benchmark_entry(tmp_path):
     assert used == [(5e-5, 0.1), (pytest.approx(4e-4), 0.1)]
 
 
-_SCRIPT = """
-import importlib.machinery, importlib.util, sys
-files = {{name: path for name, path in {files!r}.items()}}
-class Patched:
-    def find_spec(self, name, path=None, target=None):
-        return importlib.util.spec_from_file_location(name, files[name]) if name in files else None
-sys.meta_path.insert(0, Patched())
-sys.path.insert(0, {tests!r})
-from stacks.models import Tokens, classifier
-from transformers import Trainer, TrainingArguments
-args = TrainingArguments({out!r}, optim="adamw_loraplus", optim_args="ratio=4", learning_rate=1e-3, weight_decay=0.1,
-                         max_steps=1, use_cpu=True, report_to=[], label_names=["labels"], disable_tqdm=True)
-trainer = Trainer(classifier(modules_to_save=None), args, train_dataset=Tokens())
-trainer.train()
-print("groups:", sorted({{(g["initial_lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups if g["params"]}}))
-"""
-
-
-def test_transformers_optim(tmp_path):
-    from transformers.training_args import OptimizerNames
-
+def test_transformers_optim(tmp_path, monkeypatch):
+    options = {"optim": "adamw_loraplus", "optim_args": "ratio=4", "learning_rate": 1e-3, "weight_decay": 0.1}
+    options |= {"use_cpu": True, "report_to": []}
     with pytest.raises(ValueError, match="adamw_loraplus"):
-        OptimizerNames("adamw_loraplus")
-    folder = patched("transformers-optim", tmp_path)
-    files = {f"transformers.{path.stem}": str(path) for path in (folder / "src/transformers").glob("*.py")}
-    script = _SCRIPT.format(files=files, tests=str(Path(__file__).parent), out=str(tmp_path / "out"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "groups: [(0.001, 0.1), (0.004, 0.1)]" in done.stdout
+        transformers.TrainingArguments(str(tmp_path), **options)
+    folder = patched("transformers-optim", tmp_path) / "src/transformers"
+    arguments = module(folder / "training_args.py", "transformers.patched_arguments")
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.training_args.OptimizerNames", arguments.OptimizerNames)
+        optimizers = module(folder / "trainer_optimizer.py", "transformers.patched_optimizer")
+    monkeypatch.setattr("transformers.trainer._OPTIMIZER_HANDLERS", optimizers._OPTIMIZER_HANDLERS)
+    args = arguments.TrainingArguments(str(tmp_path), **options)
+    optimizer = transformers.Trainer(adapted(), args).create_optimizer()
+    used = sorted((group["lr"], group["weight_decay"]) for group in optimizer.param_groups if group["params"])
+    assert used == [(1e-3, 0.1), (4e-3, 0.1)]
 
 
 def test_every_patch_has_a_text_and_minimal_context():

@@ -31,13 +31,12 @@ def export(run: Run) -> dict[str, str]:
         run.note(f"lr_scheduler_type = {schedule} becomes cosine: the benchmark has that or none")
     if (warmup := run.get("warmup_ratio")) != 0.1:
         run.note(f"warmup_ratio = {warmup:g} is left out: the benchmark warms up over a tenth of the steps")
-    run.get("max_steps"), run.get("epochs")  # in the steps that were taken
     run.note(f"data = {run.get('data')} is left out: the benchmark trains on MetaMathQA, with a prompt of its own")
     run.cannot("gradient_accumulation_steps", why="the benchmark computes a batch at once")
     if (task := run.get("task")) in OF_LABELS:
         run.note(f"task = {task} is left out: the benchmark trains a language model")
-    for name in ("rank", "alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules"):
-        run.get(name)  # in the adapter's configuration
+    for name in ("rank", "alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "max_steps", "epochs"):
+        run.get(name)  # said by the adapter's configuration, and by the steps that were taken
     adapter = {**run.adapter, "base_model_name_or_path": None, "inference_mode": False}
     if isinstance(adapter["target_modules"], list):
         adapter["target_modules"] = sorted(adapter["target_modules"])

@@ -27,19 +27,14 @@ else:
             raise
         BasePlugin = object  # its settings and hooks can be read and tried without axolotl
 
-_OTHERS = {"auto_rates": bool, "log_updates": int, "log_layers": bool}
+_kinds: dict[str, Any] = {name: kind for name, kind, _ in rate_fields(prefix=PREFIX, overrides=dict[str, float])}
+_kinds |= {PREFIX + "auto_rates": bool, PREFIX + "log_updates": int, PREFIX + "log_layers": bool}
 _help = {name: field.metadata["help"] for name, field in RateArguments.__dataclass_fields__.items()}
-_Fields: Any = create_model(
-    "_Fields",
-    **{
-        name: (kind | None, Field(default=None, json_schema_extra={"description": _help[name]}))
-        for name, kind, _ in rate_fields(prefix=PREFIX, overrides=dict[str, float])
-    },
-    **{
-        PREFIX + name: (kind | None, Field(default=None, json_schema_extra={"description": _help[PREFIX + name]}))
-        for name, kind in _OTHERS.items()
-    },
-)  # type: ignore[call-overload]
+_fields: dict[str, Any] = {
+    name: (kind | None, Field(default=None, json_schema_extra={"description": _help[name]}))
+    for name, kind in _kinds.items()
+}
+_Fields: Any = create_model("_Fields", **_fields)
 
 
 class LoraPlusArgs(_Fields, BaseModel):

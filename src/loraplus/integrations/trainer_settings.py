@@ -96,8 +96,8 @@ def in_optim_args(text: Any) -> tuple[RateSettings, str | None]:
         >>> settings.rates.lr_ratio, rest
         (8.0, 'momentum=0.9')
     """
-    numbers: dict[str, float] = {}
-    rest = []
+    numbers: dict[str, Any] = {}
+    rest: list[str] = []
     for part in str(text or "").replace(" ", "").split(","):
         key, _, value = part.partition("=")
         name = {"ratio": "lr_ratio"}.get(key.removeprefix(PREFIX), key.removeprefix(PREFIX))
