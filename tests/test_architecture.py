@@ -15,8 +15,8 @@ ORDER = (
     "errors files notices wrappers parts group_rates twin step_probe layouts axes weight_trace partners orientation "
     "structure adapter_types memory roles rates rate_keywords schedulers model_changes membership watch "
     "existing_groups groups paper movement speed recorder step_watcher proposal compiled owned_groups layer_updates "
-    "rate_rule auto optimizer variants feature_updates integrations tasks inspection diagnosis study report compare "
-    "reproduce bench cli"
+    "rate_rule auto optimizer variants feature_updates integrations tasks export inspection diagnosis study report "
+    "compare reproduce bench cli"
 ).split()
 
 

@@ -274,6 +274,46 @@ def test_torchtune_names():
     }  # fmt: skip
 
 
+class ParallelLinear(nn.Module):
+    """Megatron's layer: it knows the sizes of the whole, and each rank has some of its rows."""
+
+    def __init__(self, inputs: int, outputs: int, ranks: int) -> None:
+        super().__init__()
+        self.input_size, self.output_size = inputs, outputs
+        self.weight = nn.Parameter(torch.zeros(outputs // ranks, inputs))
+
+
+def parallel_adapter(ranks: int) -> nn.Module:
+    """Megatron-Bridge's ParallelLinearAdapter."""
+    adapter = nn.Module()
+    adapter.linear_in, adapter.linear_out = ParallelLinear(12, 4, ranks), ParallelLinear(4, 20, ranks)
+    return adapter
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_megatron_bridge_names_whole_or_on_ranks(ranks):
+    layer = nn.Module()
+    layer.adapter = parallel_adapter(ranks)
+    canonical = nn.Module()
+    canonical.adapter = nn.ModuleDict({"adapter_q": parallel_adapter(ranks), "adapter_v": parallel_adapter(ranks)})
+    dora = nn.Module()
+    dora.adapter = parallel_adapter(ranks)
+    dora.adapter.weight_magnitude = nn.Parameter(torch.ones(20))
+    nemo = nn.ModuleDict({"lora_kqv_adapter": parallel_adapter(ranks)})
+    found = roles(
+        nn.ModuleDict({"linear_proj": layer, "linear_qkv": canonical, "linear_fc1": dora, "adapter_layer": nemo})
+    )
+    assert found.pop("linear_fc1.adapter.weight_magnitude") is Role.MAGNITUDE
+    assert len(found) == 10
+    assert all(role is (Role.A if ".linear_in." in name else Role.B) for name, role in found.items())
+
+
+def test_layers_of_an_mlp_that_are_called_as_megatrons_factors_are_none():
+    mlp = nn.ModuleDict({"linear_in": nn.Linear(12, 24), "linear_out": nn.Linear(24, 12)})
+    found = roles(nn.ModuleDict({"mlp": mlp, "q_proj": Torchtune()}))
+    assert {role for name, role in found.items() if name.startswith("mlp.")}.isdisjoint({Role.A, Role.B})
+
+
 def test_a_magnitude_that_belongs_to_no_adapter_is_a_plain_parameter():
     plain = nn.Module()
     plain.magnitude = nn.Parameter(torch.ones(3))
@@ -309,6 +349,7 @@ def test_every_layout_leaves_the_names_of_others_alone_and_its_pairs_are_known()
         "litgpt": "q.lora_B",
         "torchtune": "q.lora_b.weight",
         "lycoris": "lora_te_q.hada_w2_a",
+        "megatron": "linear_qkv.adapter.linear_out.weight",
     }
     assert set(names) == set(layouts._layouts)
     for key, layout in layouts._layouts.items():

@@ -53,6 +53,7 @@ BY_CHANCE = {
     "one of several": lambda: Holder(lora_up=nn.ModuleList([linear(8, 8)])),
     "diffusers": lambda: Holder(x_lora=Holder(up=linear(8, 8))),
     "torchtune": lambda: Holder(lora_b=linear(8, 8)),
+    "Megatron": lambda: Holder(adapter=Holder(linear_out=linear(8, 8))),
     "DyLoRA": lambda: Holder(lora_x=Holder(up_list=nn.ParameterList([matrix(8, 8)]))),
     "LoHa": lambda: Holder(hada_w1_a=matrix(8, 8)),
     "LoKr": lambda: Holder(lokr_w2_b=matrix(8, 8), lokr_w1_a=matrix(8, 2)),

@@ -135,6 +135,17 @@ def recognise_lycoris(name: str, owner: nn.Module) -> Role | None:
     return {"FullModule": Role.OTHER, "NormModule": Role.NORM_BIAS}.get(type(owner).__name__)
 
 
+# Only under an adapter: MLPs have layers of these names, too.
+_MEGATRON = _patterns((r"\w*adapter\w*\.linear_in\.weight", Role.A), (r"\w*adapter\w*\.linear_out\.weight", Role.B))
+
+
+def recognise_megatron(name: str, owner: nn.Module) -> Role | None:
+    """NeMo and Megatron-Bridge: `….adapter.linear_in.weight`, canonical `adapter_q`, DoRA's `weight_magnitude`."""
+    if name.rpartition(".")[2] == "weight_magnitude" and hasattr(owner, "linear_in"):
+        return Role.MAGNITUDE
+    return _first(_MEGATRON, name)
+
+
 class Layout(NamedTuple):
     """How one library names what it trains.
 
@@ -154,6 +165,7 @@ _layouts = {
         recognise_lycoris,
         "hada_w1_b hada_w1_a, hada_w2_b hada_w2_a, lokr_w1_b lokr_w1_a, lokr_w2_b lokr_w2_a, down_list up_list",
     ),
+    "megatron": Layout(recognise_megatron, "linear_in linear_out"),
     "torchtune": Layout(recognise_torchtune, "lora_a lora_b"),
     "litgpt": Layout(recognise_litgpt, "lora_A lora_B"),
     "kohya": Layout(recognise_kohya, "lora_down lora_up"),

@@ -85,7 +85,8 @@ def fit(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
 
 def _width(module: nn.Module, way: str) -> int:
     """Inputs or outputs of a linear layer or convolution: known even where its weight is flattened or packed."""
-    width = getattr(module, f"{way}_features", None) or getattr(module, f"{way}_channels", None)
+    megatron = f"{way}put_size"  # of the whole layer, whose weight is a part of it on each rank
+    width = next((w for n in (f"{way}_features", f"{way}_channels", megatron) if (w := getattr(module, n, None))), 0)
     return width if isinstance(width, int) else 0
 
 

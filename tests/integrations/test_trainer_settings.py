@@ -8,6 +8,7 @@ import optuna
 import pytest
 import torch
 from pytorch_optimizer import Lookahead
+from stacks.models import classifier
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loraplus
@@ -381,3 +382,30 @@ def test_an_optimizer_that_a_later_callback_puts_in_place_is_refused(tmp_path):
 def test_evaluation_only_needs_no_rate(tmp_path):
     args = TrainingArguments(**common(tmp_path, learning_rate=0.0))
     assert "eval_loss" in loraplus.attach(Trainer(factors(), args, eval_dataset=Tokens(8))).evaluate()
+
+
+def test_optim_args_give_the_rates_and_the_optimizer_gets_the_rest(tmp_path):
+    args = TrainingArguments(
+        str(tmp_path), optim="sgd", optim_args="ratio=4, momentum=0.5, lr_head=1e-3", learning_rate=1e-2, report_to=[],
+        use_cpu=True,
+    )  # fmt: skip
+    trainer = loraplus.attach(Trainer(classifier(), args, train_dataset=Tokens()))
+    optimizer = trainer.create_optimizer()
+    loraplus.verify(trainer.model, optimizer, lr=1e-2, lr_ratio=4, lr_head=1e-3)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
+    assert args.optim_args == "ratio=4, momentum=0.5, lr_head=1e-3"
+
+
+@pytest.mark.parametrize("text", ["ratio=much", "ratio=2,lr_ratio=3", "lr_overrides=1"])
+def test_optim_args_that_say_no_number_are_refused(tmp_path, text):
+    args = TrainingArguments(str(tmp_path), optim_args=text, report_to=[], use_cpu=True)
+    with pytest.raises(TrainerSetupError, match="optim_args has"):
+        loraplus.attach(Trainer(classifier(), args, train_dataset=Tokens()))
+
+
+def test_optim_args_beside_another_ratio_in_the_arguments_are_refused(tmp_path):
+    args = LoraPlusTrainingArguments(
+        str(tmp_path), loraplus_lr_ratio=2, optim_args="ratio=4", report_to=[], use_cpu=True
+    )
+    with pytest.raises(TrainerSetupError, match=r"lr_ratio = 2.*optim_args for 4"):
+        LoraPlusTrainer(classifier(), args, train_dataset=Tokens())

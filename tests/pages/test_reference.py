@@ -49,7 +49,11 @@ def test_every_error_is_described():
 def test_every_name_of_the_integrations_is_described():
     names, missing = described(), []
     for found in pkgutil.iter_modules(integrations.__path__, "loraplus.integrations."):
-        module = importlib.import_module(found.name)
+        try:
+            module = importlib.import_module(found.name)
+        except ModuleNotFoundError as error:  # a plugin for a framework that is not installed
+            assert not (error.name or "").startswith("loraplus")
+            continue
         missing += [
             f"{found.name}.{name}"
             for name in public(module)

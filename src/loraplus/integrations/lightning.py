@@ -57,7 +57,7 @@ class LoraPlusCallback(Callback):
 
     @takes_rates("loraplus_lr_ratio", left_out=["lr"], prefix="loraplus_")
     def __init__(self, *, rates: Rates) -> None:
-        self._asked = rates
+        self.asked = rates
         self._rates: Rates | None = None
         self._record: dict[str, Any] = {}
         self._autos: list[AutoRates] = []
@@ -128,7 +128,7 @@ class LoraPlusCallback(Callback):
         if self._autos:
             return
         try:
-            verify(pl_module, trainer.optimizers[0], self._asked)
+            verify(pl_module, trainer.optimizers[0], self.asked)
         except RateMismatchError as error:
             watch = watch_rates(pl_module, trainer.optimizers[0])
             why = watch.why(unwrapped(trainer.optimizers[0])) if watch is not None else None

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from loraplus.auto import AutoRates
 from loraplus.errors import LoraPlusWarning, TrainerSetupError
@@ -28,12 +28,13 @@ from loraplus.integrations.checkpoints import (
     write_rates,
 )
 from loraplus.integrations.deepspeed import check_plugin
+from loraplus.integrations.proof import prove
 from loraplus.integrations.pytorch import rates_for_log
 from loraplus.integrations.trainer_checkpoints import WholeCheckpoints
 from loraplus.integrations.trainer_optimizer import Split, own_class, split
 from loraplus.integrations.trainer_search import check_searched, checked_space
-from loraplus.integrations.trainer_settings import LoraPlusTrainingArguments, RateSettings
-from loraplus.notices import tell
+from loraplus.integrations.trainer_settings import RateSettings, settings_of
+from loraplus.notices import tell, told_once
 from loraplus.rates import Rates
 from loraplus.roles import Role
 
@@ -84,11 +85,8 @@ class LoraPlusMixin(WholeCheckpoints):
     @property
     def loraplus_settings(self) -> RateSettings:
         """What is asked for at this moment: what `attach` was given, else the training arguments."""
-        if self._given is None:
-            return self.args.loraplus_settings()
-        if isinstance(self.args, LoraPlusTrainingArguments):  # they may have been changed since
-            return without_repetition(self.args, self._given) or self.args.loraplus_settings()
-        return self._given
+        # The arguments may have been changed since.
+        return (None if self._given is None else without_repetition(self.args, self._given)) or settings_of(self.args)
 
     @property
     def loraplus_rates(self) -> Rates:
@@ -139,6 +137,9 @@ class LoraPlusMixin(WholeCheckpoints):
             rates = rates_in_use(model, new.optimizer) if several else new.rates
             self._made = Made(asked, new, rates, rates_record(rates, model))
             self._check_resumed()
+            if not settings.auto:  # whose rates come with the first step
+                with told_once(silent=True):  # `split` has warned
+                    prove(model, new.optimizer, rates)
         self._watch(model)
         return self.optimizer
 
@@ -297,9 +298,9 @@ def _builds_as_trainer(trainer: Any) -> bool:
     return trainer.optimizer_cls_and_kwargs is None and not any(hooks & names.keys() for names in (*own, vars(trainer)))
 
 
-def without_repetition(args: LoraPlusTrainingArguments, given: RateSettings) -> RateSettings | None:
+def without_repetition(args: TrainingArguments, given: RateSettings) -> RateSettings | None:
     """What was given to `attach`, or None if the arguments say the same, or alone say something."""
-    asked, nothing = args.loraplus_settings(), RateSettings()
+    asked, nothing = settings_of(args), RateSettings()
     if given in (asked, nothing):
         return None
     if asked == nothing:

@@ -20,7 +20,7 @@ from loraplus.errors import InvalidRateError, ParameterGroupError, TrainerSetupE
 from loraplus.existing_groups import rate_of
 from loraplus.group_rates import in_form_of
 from loraplus.groups import groups_for
-from loraplus.integrations.trainer_settings import RateSettings
+from loraplus.integrations.trainer_settings import RateSettings, in_optim_args
 from loraplus.optimizer import check_class, finish
 from loraplus.rates import Rates
 from loraplus.roles import FACTORS, Role, TrainableParameter, read_once, trainable_parameters
@@ -54,12 +54,14 @@ def own_class(trainer: Any, model: nn.Module) -> Iterator[None]:
     if given is None and optim.startswith(_GROUP_THEMSELVES):
         raise _groups_itself(f"optim = {optim}")
     known = None if given is None else _class_and_kwargs(model, *given)
-    build = trainer.get_optimizer_cls_and_kwargs
+    build, optim_args = trainer.get_optimizer_cls_and_kwargs, trainer.args.optim_args
     try:
+        trainer.args.optim_args = in_optim_args(optim_args)[1]  # some optimizers take all that stands there
         trainer.optimizer_cls_and_kwargs = known
         trainer.get_optimizer_cls_and_kwargs = lambda *args, **kwargs: _class_and_kwargs(model, *build(*args, **kwargs))
         yield
     finally:
+        trainer.args.optim_args = optim_args
         trainer.optimizer_cls_and_kwargs = given
         del trainer.get_optimizer_cls_and_kwargs
         if own is not None:

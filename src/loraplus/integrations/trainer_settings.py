@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from loraplus.errors import TrainerSetupError
 from loraplus.notices import told_once
 from loraplus.rate_keywords import overrides_from, rate_fields, rates_from
 from loraplus.rates import AUTO, SETTINGS, Rates
@@ -36,6 +37,13 @@ class RateSettings:
         return (names[0], here[names[0]], there[names[0]]) if names else None
 
 
+def settings_from(fields: Any) -> RateSettings:
+    """The settings that an object with the fields of `RateArguments` asks for; fields that it lacks have defaults."""
+    automatic, every, layers = (getattr(fields, PREFIX + n, None) for n in ("auto_rates", "log_updates", "log_layers"))
+    with told_once(silent=True):  # they are read many times; a low ratio is warned of when they are used
+        return RateSettings(rates_from(fields, AUTO if automatic else None, prefix=PREFIX), every or 0, bool(layers))
+
+
 _RateFields: Any = dataclasses.make_dataclass("_RateFields", rate_fields(prefix=PREFIX))
 
 
@@ -57,9 +65,7 @@ class RateArguments(_RateFields):
 
     def loraplus_settings(self) -> RateSettings:
         """The settings as `attach` takes them, as they are at this moment."""
-        with told_once(silent=True):  # they are read many times; a low ratio is warned of when they are used
-            rates = rates_from(self, AUTO if self.loraplus_auto_rates else None, prefix=PREFIX)
-        return RateSettings(rates, self.loraplus_log_updates, self.loraplus_log_layers)
+        return settings_from(self)
 
 
 @dataclass
@@ -75,3 +81,53 @@ class LoraPlusTrainingArguments(RateArguments, TrainingArguments):
         for name, setting in SETTINGS.items():
             if "by_name" in setting.metadata:
                 setattr(self, PREFIX + name, overrides_from(PREFIX + name, getattr(self, PREFIX + name)))
+
+
+def in_optim_args(text: Any) -> tuple[RateSettings, str | None]:
+    """What `optim_args` says of LoRA+, "ratio=16, lr_head=1e-3", and the rest of it, which is the optimizer's own.
+
+    Every setting that is a number has its name in `Rates`, with or without `loraplus_`; `ratio` is short for lr_ratio.
+
+    Raises:
+        TrainerSetupError: a value that is no number, or a setting that maps names to numbers.
+
+    Example:
+        >>> settings, rest = in_optim_args("ratio=8, momentum=0.9")
+        >>> settings.rates.lr_ratio, rest
+        (8.0, 'momentum=0.9')
+    """
+    numbers: dict[str, Any] = {}
+    rest: list[str] = []
+    for part in str(text or "").replace(" ", "").split(","):
+        key, _, value = part.partition("=")
+        name = {"ratio": "lr_ratio"}.get(key.removeprefix(PREFIX), key.removeprefix(PREFIX))
+        if name not in SETTINGS or name == "lr":
+            rest += [part] if part else []
+            continue
+        try:
+            number = None if "by_name" in SETTINGS[name].metadata else float(value)
+        except ValueError:
+            number = None
+        if number is None or name in numbers:
+            raise TrainerSetupError(
+                f"optim_args has {part}; give {key} once, as a number, or give the rates to loraplus.attach"
+            )
+        numbers[name] = number
+    with told_once(silent=True):
+        return RateSettings(Rates(**numbers)), (",".join(rest) or None) if numbers else text
+
+
+def settings_of(args: TrainingArguments) -> RateSettings:
+    """What training arguments ask for: in fields of their own, or in `optim_args`.
+
+    Raises:
+        TrainerSetupError: in both, and not the same.
+    """
+    fields = args.loraplus_settings() if isinstance(args, LoraPlusTrainingArguments) else RateSettings()
+    named = in_optim_args(args.optim_args)[0]
+    if RateSettings() in (fields, named) or named == fields:
+        return named if fields == RateSettings() else fields
+    name, here, there = fields.differs_in(named) or ("", None, None)
+    raise TrainerSetupError(
+        f"the training arguments ask for {name} = {here}, optim_args for {there}; set the rates in one of them"
+    )

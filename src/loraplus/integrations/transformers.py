@@ -84,7 +84,7 @@ def attach(trainer: AnyTrainer, *, rates: Rates, log_updates: int = 0, log_layer
         rates: a `Rates`, or its fields as keywords; `lr_ratio` also by position. `lr` defaults to that of the trainer's
             own optimizer, which is `args.learning_rate` when it is built, or what the trainer's hooks make of it. With
             "auto" `AutoRates` sets η_A and η_B; then a ratio is refused, and what defaults to lr learns at
-            `args.learning_rate`.
+            `args.learning_rate`. Without any, those in `args.optim_args` count, "ratio=8, lr_head=1e-3".
         log_updates: log δ1 and δ2 as `updates/…`, measured every so many steps; 0 does not (automatic rates always do).
         log_layers: with automatic rates, log what every layer asks for, as `lr/<layer>.lora_A`.
 
@@ -101,9 +101,7 @@ def attach(trainer: AnyTrainer, *, rates: Rates, log_updates: int = 0, log_layer
     """
     if not isinstance(trainer, Trainer):
         raise TrainerSetupError(f"attach takes a transformers Trainer, got {type(trainer).__name__}")
-    given: RateSettings | None = RateSettings(rates, log_updates, log_layers)
-    if isinstance(trainer.args, LoraPlusTrainingArguments):
-        given = without_repetition(trainer.args, given)
+    given = without_repetition(trainer.args, RateSettings(rates, log_updates, log_layers))
     if trainer.optimizer is None and not isinstance(trainer, LoraPlusMixin):
         trainer.__class__ = _with_mixin(type(trainer))
     _set_up(trainer, given)
@@ -119,7 +117,8 @@ def _set_up(trainer: Any, given: RateSettings | None) -> None:
     if trainer.optimizer is not None:
         raise TrainerSetupError(
             f"{type(trainer).__name__} has an optimizer already, so its rates are fixed; leave out `optimizers=` and "
-            "set LoRA+ up before .train()"
+            "set LoRA+ up before .train(), or, if it makes one itself as PPO does, give it one: "
+            "optimizers=(loraplus.create_optimizer(model, lr=..., lr_ratio=...), None)"
         )
     check_plugin(trainer.accelerator)
     trainer._given = given
