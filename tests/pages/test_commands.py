@@ -20,11 +20,12 @@ TARGETS = set(re.findall(r"^([\w-]+)(?=[^=\n]*:(?!=))", (ROOT / "Makefile").read
     "test-newest", "test-oldest",
 }  # fmt: skip
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
-WITHOUT_A_LOOK = {"cd", "cp", "echo", "export", "git", "optuna-dashboard", "pip-audit"}
+WITHOUT_A_LOOK = {"axolotl", "cd", "cp", "echo", "export", "git", "optuna-dashboard", "pip-audit"}
 # Flags that pages name and that are not ours.
 OF_OTHERS = {
     "--multi_gpu": "accelerate launch", "--loraplus_lr_ratio": "a script's, through HfArgumentParser",
     "--loraplus_auto_rates": "the same", "--no-deps": "pip",
+    "--optimizer": "ms-swift's and Lightning's", "--lorap_lr_ratio": "ms-swift's own", "--learning_rate": "transformers'",
 }  # fmt: skip
 
 
