@@ -42,6 +42,14 @@ def test_the_package_itself_imports_nothing_heavy():
     assert imported_by("import loraplus") == []
 
 
+def test_the_version_is_that_of_the_installed_package():
+    code = "import importlib.metadata, loraplus\nassert loraplus.__version__ == importlib.metadata.version('loraplus')"
+    assert imported_by(code) == []
+    assert imported_by(command("--version")) == []
+    done = subprocess.run([sys.executable, "-m", "loraplus", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"loraplus {loraplus.__version__}\n"
+
+
 def test_every_root_name_is_there_and_none_is_a_module():
     for name in loraplus.__all__:
         assert not isinstance(getattr(loraplus, name), types.ModuleType), name
