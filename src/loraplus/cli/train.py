@@ -10,6 +10,7 @@ from loraplus.cli.app import app
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, print_json
+from loraplus.files.commands import SCORES_FILE
 from loraplus.tasks.config import OF_LABELS, TrainConfig
 
 _SHOWN = (
@@ -47,7 +48,7 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
             on_seen=None if json else partial(show, console),
         )
     report = None
-    if config.task not in OF_LABELS:
+    if config.task not in OF_LABELS or (Path(config.output) / SCORES_FILE).is_file():  # earlier versions wrote none
         from loraplus.report.training import write_report
 
         report = write_report(config.output)

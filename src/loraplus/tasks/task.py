@@ -78,6 +78,10 @@ class Task:
         """Results on every test example."""
         raise NotImplementedError
 
+    def scores(self, trainer: Any, data: Any) -> dict[str, Any]:
+        """What the trained model's answers to the validation examples are worth, in full; empty if it gives none."""
+        return {}
+
     def samples(
         self, count: int, model: PeftModel, data: Any, tokenizer: PreTrainedTokenizerBase
     ) -> list[dict[str, str]]:

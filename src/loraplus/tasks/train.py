@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from loraplus.errors import DivergedError, InterruptedRun, LostProcessError
 from loraplus.files.checkpoints import check_places, checkpoints, newest_whole
+from loraplus.files.commands import SCORES_FILE
 from loraplus.files.manifest import seal
 from loraplus.files.output import check_output, hold_output, note_data, prepare_output
 from loraplus.files.single import write_csv, write_json
@@ -134,10 +135,12 @@ def train(
 
         best = trainer.state.best_global_step
         evaluation = _evaluation_at(best, trainer) or trainer.evaluate()
+        scored = task.scores(trainer, data)
         metrics = {
             "eval_loss": evaluation["eval_loss"],
             **{name: evaluation[name] for name in task.metrics},
             **task.outcome(data, evaluation),
+            "base": _of_base(task, trainer, data),
             "steps": step,
             "best_step": best if best is not None else step,
             **_rates_in_use(trainer),
@@ -156,6 +159,8 @@ def train(
             _save_adapter(task, trainer, data, tokenizer, output, curves)
             if samples := task.samples(config.samples, trainer.model, data, tokenizer):
                 write_json(output / SAMPLES_FILE, samples)
+            if scored:
+                write_json(output / SCORES_FILE, scored)
             write_json(output / METRICS_FILE, metrics)  # last: it says that the run is finished
         wait_for_all()
         return metrics
@@ -165,6 +170,13 @@ def _evaluation_at(step: int | None, trainer: LoraPlusTrainer) -> dict[str, Any]
     """What was logged of the weights of a step; they need not be evaluated again."""
     rows = (row for row in reversed(trainer.state.log_history) if row["step"] == step and "eval_loss" in row)
     return next(rows, None)
+
+
+def _of_base(task: Task, trainer: LoraPlusTrainer, data: Any) -> dict[str, float]:
+    """What the model gives without its adapter, with the head that it began with: where the run set out from."""
+    with trainer.model.disable_adapter():
+        measured = trainer.predict(data.validation, metric_key_prefix="eval").metrics or {}
+    return {name: measured[name] for name in ("eval_loss", *task.metrics)}
 
 
 def _diverged(error: DivergedError, output: Path) -> DivergedError:
