@@ -14,6 +14,7 @@ import typer
 from loraplus.cli import (  # noqa: F401  (each registers its command on `app`)
     bench,
     compare,
+    evaluate,
     generate,
     inspect,
     merge,

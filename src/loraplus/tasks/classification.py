@@ -23,7 +23,7 @@ from loraplus.tasks.learnt import chance_p, learnt_record
 from loraplus.tasks.metrics import classification_metrics, losses_of_classes
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens, checked_length, padding_multiple
-from loraplus.tasks.scores import scores
+from loraplus.tasks.scores import most_frequent, scores
 from loraplus.tasks.seen import (
     Seen,
     doubt_of_contradictions,
@@ -332,12 +332,6 @@ class Classification(Task):
         model.config.save_pretrained(str(folder))
         tokenizer.model_max_length = data.max_length
         super().save_beside_adapter(model, data, tokenizer, folder)
-
-
-def most_frequent(names: Sequence[str], facts: Mapping[str, Any]) -> int | None:
-    """The index of the class that is most frequent in training, if the facts of the data tell."""
-    counts = facts.get("train_class_counts")
-    return max(range(len(names)), key=lambda index: counts.get(names[index], 0)) if counts else None
 
 
 def _logits(output: Any) -> np.ndarray:

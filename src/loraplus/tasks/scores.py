@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,12 @@ def scores(
 def figures(scored: Mapping[str, Any]) -> dict[str, float]:
     """The `FIGURES` among some scores."""
     return {name: scored[name] for name in FIGURES if name in scored}
+
+
+def most_frequent(names: Sequence[str], facts: Mapping[str, Any]) -> int | None:
+    """The index of the class that is most frequent in training, if the facts of the data tell."""
+    counts = facts.get("train_class_counts")
+    return max(range(len(names)), key=lambda index: counts.get(names[index], 0)) if counts else None
 
 
 def in_data_scale(config: Any, outputs: np.ndarray) -> np.ndarray:

@@ -88,6 +88,10 @@ class Task:
         """What base and adapted model answer to so many validation prompts; empty if they do not answer in words."""
         return []
 
+    def is_chat(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the adapter is asked in turns of a chat."""
+        return False
+
     def save_beside_adapter(self, model: PeftModel, data: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Any:
         """Writes what else is needed to use the adapter."""
         tokenizer.save_pretrained(str(folder))
