@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from loraplus.cli.app import app
+from loraplus.cli.next_step import after_compare, show_next
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
@@ -51,6 +52,8 @@ def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, pla
                 "--tuning-runs"
             )
     console.say(f"report: {Path(config.output) / REPORT_FILE}")
+    if step := after_compare(config, summary):
+        show_next(console, *step)
 
 
 def results_table(summary: dict[str, Any]) -> Table:

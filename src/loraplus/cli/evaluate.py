@@ -8,6 +8,7 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.next_step import after_evaluate, show_next
 from loraplus.cli.scores import show_each, show_scores
 from loraplus.cli.terminal import Console, narrated, print_json
 
@@ -53,7 +54,7 @@ def run(
     console = Console(stderr=json, plain=plain)
     with narrated(console):
         table = read_table(data, encoding=encoding)
-    text_column, label_column = columns_of_training(table, facts, text_column, label_column)
+    known_text, known_label = columns_of_training(table, facts, text_column, label_column)
     if not json:
         console.say(f"evaluate: {adapter} on {len(table):,} rows of {data}")
 
@@ -63,7 +64,7 @@ def run(
     from loraplus.tasks.predict import load_adapter, outputs_of
 
     classifier, tokenizer = load_adapter(adapter, model, trust_remote_code=trust_remote_code)
-    truth = truth_of(table, classifier.config, text_column, label_column)
+    truth = truth_of(table, classifier.config, known_text, known_label)
     texts = [str(text) for text in table.columns[truth.text_column]]
     with counting_bar(console, "labelling", len(texts), plain=plain) as advance:
         logits = outputs_of(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)
@@ -87,6 +88,9 @@ def run(
         console.say(f"! {note}")
     if output:
         console.say(f"written to {output}")
+    columns = {"text_column": text_column, "label_column": label_column}
+    options = {"model": model, "encoding": encoding, "trust_remote_code": trust_remote_code}
+    show_next(console, *after_evaluate(adapter, data, **columns, **options))
 
 
 def note_of_training_data(data: str) -> str:

@@ -13,6 +13,7 @@ import typer
 from loraplus.cli import flags
 from loraplus.cli.app import app
 from loraplus.cli.evaluate import note_of_training_data
+from loraplus.cli.next_step import after_predict, show_next
 from loraplus.cli.scores import show_scores
 from loraplus.cli.terminal import Console, json_lines, narrated, print_json
 from loraplus.errors import InputError
@@ -93,6 +94,7 @@ def run(
         for note in notes:
             console.say(f"! {note}")
         console.say(f"written to {output}")
+        show_next(console, *after_predict(adapter, model, trust_remote_code))
 
 
 def _scored(

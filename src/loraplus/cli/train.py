@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.cli.app import app
+from loraplus.cli.next_step import after_train, show_next
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, print_json
@@ -58,6 +59,7 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
         _print_result(console, config.output, metrics)
         if report:
             console.say(f"report: {report}")
+        show_next(console, *after_train(config, metrics))
 
 
 def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> None:
