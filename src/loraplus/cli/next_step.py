@@ -6,16 +6,34 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from loraplus.cli.terminal import Console
-from loraplus.tasks.command_line import command, command_line
+from loraplus.errors import visible
+from loraplus.tasks.command_line import command_line
 from loraplus.tasks.config import OF_LABELS, CompareConfig, TaskConfig, TrainConfig, TuneConfig
 
 _ADAPTER_FOLDER = "adapter"
 _PROMPT = "Hello"
+
+
+def command(*words: str, **flags: Any) -> str:
+    """The command line of a command with flags; None leaves one out.
+
+    Example:
+        >>> command("merge", adapter="runs/my run", output="merged", model=None)
+        "loraplus merge --adapter 'runs/my run' --output merged"
+    """
+    line = ["loraplus", *words]
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            line.append(flag)
+        elif value is not None:
+            line += [flag, str(value)]
+    return visible(shlex.join(line), kept="")
 
 
 def show_next(console: Console, purpose: str, line: str) -> None:
@@ -32,7 +50,7 @@ def after_train(config: TrainConfig, metrics: Mapping[str, Any]) -> tuple[str, s
         return "see what it answers", line
     if metrics.get("learnt", {}).get("learnt") is False:
         search = TuneConfig(**_shared(config) | {"output": free_path(f"{_plain(config.output)}-tune")})
-        return "search for better rates", command_line("tune", search)
+        return "search for better rates", command_line("tune", asdict(search))
     shared = {"adapter": config.output, "trust_remote_code": trust, "encoding": config.encoding}
     if config.eval_data:
         return "see its scores, class by class", command("evaluate", data=config.eval_data, **shared)
@@ -66,7 +84,7 @@ def after_compare(config: CompareConfig, summary: Mapping[str, Any]) -> tuple[st
     """(purpose, command): trains with the better of the two arms' rates; None where there is none."""
     if summary.get("learning", {}).get("nothing"):
         search = TuneConfig(**_shared(config) | {"output": free_path(f"{_plain(config.output)}-tune")})
-        return "search for better rates", command_line("tune", search)
+        return "search for better rates", command_line("tune", asdict(search))
     losses = {
         name: row["test"]["loss"]["mean"]
         for name, row in summary["arms"].items()
@@ -77,7 +95,7 @@ def after_compare(config: CompareConfig, summary: Mapping[str, Any]) -> tuple[st
     best = summary["arms"][min(losses, key=lambda name: losses[name])]["best"]
     output = free_path(str(Path(config.output) / _ADAPTER_FOLDER))
     train = TrainConfig(**_shared(config) | {"output": output}, lr=best["lr"], lr_ratio=best["lr_ratio"])
-    return "train with the better rates", command_line("train", train)
+    return "train with the better rates", command_line("train", asdict(train))
 
 
 def after_reproduce(name: str, scale: str, scales: tuple[str, ...]) -> tuple[str, str] | None:

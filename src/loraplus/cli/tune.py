@@ -9,11 +9,10 @@ from typing import Any
 from rich.table import Table
 
 from loraplus.cli.app import app
-from loraplus.cli.next_step import show_next
+from loraplus.cli.next_step import command, show_next
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
-from loraplus.tasks.command_line import command
 from loraplus.tasks.config import TuneConfig
 
 

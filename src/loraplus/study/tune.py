@@ -124,7 +124,7 @@ def train_command(config: TrainConfig) -> str:
         >>> train_command(TrainConfig(model="m", data="d.csv", output="o", lr=1e-3, lr_ratio=4.0))
         'loraplus train --model m --data d.csv --output o --lr 0.001 --lr-ratio 4.0'
     """
-    return command_line("train", config)
+    return command_line("train", asdict(config))
 
 
 def _with_budget(config: TuneConfig) -> TuneConfig:

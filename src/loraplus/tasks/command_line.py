@@ -1,46 +1,43 @@
-"""Command lines that can be copied: quoted where paths need it."""
+"""The command line that runs a configuration, to be copied."""
 
 from __future__ import annotations
 
+import json
 import shlex
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
-_ALWAYS = ("lr", "lr_ratio")
+from loraplus.errors import visible
+from loraplus.rates import AUTO
+from loraplus.tasks.config import CompareConfig, TaskConfig, TrainConfig, TuneConfig
+
+_CONFIGS: Mapping[str, type[TaskConfig]] = {"train": TrainConfig, "compare": CompareConfig, "tune": TuneConfig}
 
 
-def command_line(name: str, config: Any) -> str:
-    """The command line of a configuration; what is at its default is left out, the rates never.
+def command_line(command: str, settings: Mapping[str, Any]) -> str:
+    r"""A command with the flags that are not at their defaults; the rates of `train` are always among them.
+
+    What a terminal would obey is spelled out, so that pasting it does nothing else.
 
     Args:
-        name: of the command.
-        config: dataclass whose fields are its flags.
+        command: train, compare or tune.
+        settings: as saved; what the command has no flag for is left out.
 
     Example:
-        >>> from loraplus.tasks.config import TrainConfig
-        >>> command_line("train", TrainConfig(model="m", data="my d.csv", output="o", lr=1e-3, lr_ratio=4.0))
-        "loraplus train --model m --data 'my d.csv' --output o --lr 0.001 --lr-ratio 4.0"
+        >>> command_line("compare", {"model": "m", "data": "my reviews.csv", "output": "o", "seeds": 5, "rank": 4})
+        "loraplus compare --model m --data 'my reviews.csv' --output o --rank 4"
     """
-    values = ((spec, getattr(config, spec.name)) for spec in fields(config))
-    given = {spec.name: value for spec, value in values if spec.name in _ALWAYS or value != spec.default}
-    return command(name, **given)
-
-
-def command(*words: str, **flags: Any) -> str:
-    """The command line of a command with flags; None leaves one out.
-
-    Example:
-        >>> command("merge", adapter="runs/my run", output="-merged", model=None)
-        "loraplus merge --adapter 'runs/my run' --output ./-merged"
-    """
-    line = ["loraplus", *words]
-    for name, value in flags.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            line.append(flag)
-        elif value is False:
-            line.append("--no-" + flag.removeprefix("--"))
-        elif value is not None:
-            text = str(value)
-            line += [flag, f"./{text}" if text.startswith("-") else text]  # a path that looks like a flag
-    return shlex.join(line)
+    words = ["loraplus", command]
+    for spec in fields(_CONFIGS[command]):
+        if spec.name not in settings:
+            continue
+        value, flag = settings[spec.name], "--" + spec.name.replace("_", "-")
+        default = None if spec.default is MISSING else spec.default
+        if value is True or value is False:
+            words += [flag if value else "--no-" + flag.removeprefix("--")] if value is not default else []
+        elif command == "train" and spec.name in ("lr", "lr_ratio"):
+            words += [flag, str(value)] if spec.name == "lr" or settings.get("lr") != AUTO else []
+        elif value is not None and value != default:
+            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return visible(shlex.join(words), kept="")
