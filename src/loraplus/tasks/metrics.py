@@ -147,8 +147,6 @@ def confusion(names: Sequence[str], guess: np.ndarray, labels: np.ndarray) -> di
         cells = np.zeros(count * count, np.int64)
         cells[pairs] = times
         matrix = cells.reshape(count, count).tolist()
-    confused = [
-        {"truth": names[pairs[place] // count], "prediction": names[pairs[place] % count], "count": int(times[place])}
-        for place in wrong[:_MOST_CONFUSED]
-    ]
+    most = [(*divmod(int(pairs[place]), count), int(times[place])) for place in wrong[:_MOST_CONFUSED]]
+    confused = [{"truth": names[true], "prediction": names[said], "count": times} for true, said, times in most]
     return {"confusion_matrix": matrix, "confused": confused}
