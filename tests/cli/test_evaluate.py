@@ -174,6 +174,8 @@ def test_the_report_shows_each_class_and_hides_no_text_in_its_code(trained):
     scores = json.loads((trained / "run 1" / "scores.json").read_text())
     assert scores["accuracy"] == pytest.approx(metrics["eval_accuracy"])
     assert scores["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    labels = {row["text"]: row["label"] for row in csv.DictReader((trained / "all of it.csv").open())}
+    assert scores["mistakes"] and all(labels[row["text"]] == row["truth"] for row in scores["mistakes"])
     assert scores["macro_f1"] == pytest.approx(metrics["eval_macro_f1"])
     assert metrics["base"]["eval_loss"] > metrics["eval_loss"]
     assert f"{100 * metrics['base']['eval_accuracy']:.1f}%" in page

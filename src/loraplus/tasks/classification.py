@@ -307,7 +307,7 @@ class Classification(Task):
 
     def scores(self, trainer: Any, data: ClassificationData) -> dict[str, Any]:
         """As `scores`, of the validation examples."""
-        output, config = trainer.predict(data.validation), trainer.model.config
+        output, config = trainer.answers(data.validation), trainer.model.config
         truth = self.truth(data, np.asarray(output.label_ids))
         frequent = most_frequent(data.label_names, data.facts)
 

@@ -176,10 +176,10 @@ def _evaluation_at(step: int | None, trainer: LoraPlusTrainer) -> dict[str, Any]
     return next(rows, None)
 
 
-def _of_base(task: Task, trainer: LoraPlusTrainer, data: Any) -> dict[str, float]:
+def _of_base(task: Task, trainer: Any, data: Any) -> dict[str, float]:
     """What the model gives without its adapter, with the head that it began with: where the run set out from."""
     with trainer.model.disable_adapter():
-        measured = trainer.predict(data.validation, metric_key_prefix="eval").metrics or {}
+        measured = trainer.answers(data.validation).metrics
     return {name: measured[name] for name in ("eval_loss", *task.metrics)}
 
 
