@@ -155,6 +155,18 @@ def test_nothing_is_concluded_where_nothing_moves():
     assert "nothing is concluded" in str(FeatureUpdates(()))
 
 
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_nothing_is_concluded_of_a_factor_whose_rate_is_zero_at_this_step(factor):
+    model, _ = trained()
+    optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=16)
+    for group in optimizer.param_groups:
+        group["lr"] *= group["name"] != f"lora_{factor}"
+    found = feature_updates(model, batch(), optimizer)
+    assert not any(layer.stuck for layer in found.layers)
+    assert f"{factor} does not move in" in found.diagnosis and "nothing is concluded of it there" in found.diagnosis
+    assert "both move" not in found.diagnosis
+
+
 def test_a_frozen_factor_is_not_called_stuck():
     model = adapted()
     for name, p in model.named_parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -321,6 +322,16 @@ def test_explain_reads_any_optimizer_back_and_prints_a_table():
     assert sum(row["parameters"] for row in data["groups"]) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
+
+
+def test_the_table_shows_base_rates_beside_those_of_the_moment():
+    model = adapted()
+    optimizer = loraplus.create_optimizer(model, lr=1e-3, lr_ratio=16.0)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)  # as at the end of a training
+    for table in (loraplus.explain(model, optimizer), loraplus.verify(model, optimizer, lr_ratio=16.0)):
+        header, _, *rows = str(table).splitlines()
+        columns = dict(zip(*(re.split(r"  +", line.strip()) for line in (header, rows[1])), strict=True))
+        assert columns["group"] == "lora_B" and columns["lr"] == "0" and columns["base lr"] == "0.016"
 
 
 def test_verify_names_what_was_tampered_with():

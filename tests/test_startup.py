@@ -42,6 +42,14 @@ def test_the_package_itself_imports_nothing_heavy():
     assert imported_by("import loraplus") == []
 
 
+def test_the_version_is_that_of_the_installed_package():
+    code = "import importlib.metadata, loraplus\nassert loraplus.__version__ == importlib.metadata.version('loraplus')"
+    assert imported_by(code) == []
+    assert imported_by(command("--version")) == []
+    done = subprocess.run([sys.executable, "-m", "loraplus", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"loraplus {loraplus.__version__}\n"
+
+
 def test_every_root_name_is_there_and_none_is_a_module():
     for name in loraplus.__all__:
         assert not isinstance(getattr(loraplus, name), types.ModuleType), name
@@ -56,7 +64,9 @@ def test_a_function_stays_one_whatever_is_imported_after_it():
     assert imported_by(code) == ["torch"]
 
 
-@pytest.mark.parametrize("name", ["", "train", "compare", "tune", "predict", "generate", "merge", "inspect", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["", "train", "compare", "tune", "predict", "evaluate", "generate", "merge", "inspect", "doctor", "export"]
+)
 def test_help_imports_nothing_heavy(name):
     assert imported_by(command(*([name] if name else []), "--help")) == []
 
@@ -92,6 +102,8 @@ def test_bad_input_is_refused_before_anything_heavy_is_imported(tmp_path, model_
         ["compare", *good, "--test-data", tmp_path / "nope.csv"],
         ["tune", *good, "--tuning-runs", "0"],
         ["predict", "--adapter", tmp_path / "folder", "--data", data, "--output", tmp_path / "p.csv"],
+        ["evaluate", "--adapter", tmp_path / "folder", "--data", data],
+        ["evaluate", "--adapter", adapter, "--data", data, "--output", tmp_path],
         ["merge", "--adapter", tmp_path / "folder", "--output", tmp_path / "merged"],
         ["generate", "--adapter", tmp_path / "folder", "--prompt", "x"],
         ["generate", "--prompt", "x"],
@@ -99,6 +111,7 @@ def test_bad_input_is_refused_before_anything_heavy_is_imported(tmp_path, model_
             [*command, "--adapter", adapter, "--model", model]
             for command in (
                 ["predict", "--data", data, "--output", tmp_path / "p.csv"],
+                ["evaluate", "--data", data],
                 ["merge", "--output", tmp_path / "merged"],
                 ["generate", "--prompt", "x"],
             )
@@ -132,7 +145,7 @@ def test_a_classifier_is_trained_without_packages_that_it_has_no_use_for(tmp_pat
     skip_before("transformers", "5.21.0", "imports scikit-learn by itself")
     run = ["train", "--model", model_folder, "--data", reviews_csv, "--output", tmp_path / "out", "--max-steps", 1]
     code = f"{command(*run)}\nassert not sys_code"
-    assert not {"sklearn", "deepspeed", "scipy.stats", "plotly"} & set(imported_by(code, "scipy.stats", "plotly"))
+    assert not {"sklearn", "deepspeed", "scipy.stats"} & set(imported_by(code, "scipy.stats"))
 
 
 def test_an_error_can_be_named_at_the_root_and_is_not_listed_there():

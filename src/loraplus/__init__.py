@@ -4,6 +4,7 @@ Names are imported when they are first used, so that `loraplus --help` needs no 
 All errors are in `loraplus.errors`; they can be named here, too.
 """
 
+import importlib.metadata
 import importlib.util
 import sys
 from types import ModuleType
@@ -13,6 +14,7 @@ from loraplus import errors
 from loraplus.errors import LoraPlusError, LoraPlusWarning
 
 if TYPE_CHECKING:
+    __version__: str
     from loraplus.auto import AutoRates
     from loraplus.diagnosis.diagnosis import Diagnosis
     from loraplus.diagnosis.live import doctor
@@ -70,7 +72,9 @@ _HOME = {name: f"loraplus.{home}" for home, names in _HOMES.items() for name in 
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
+    if name == "__version__":
+        value = _version()
+    elif name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
     elif isinstance(error := vars(errors).get(name), type):
         value = error
@@ -82,8 +86,16 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def _version() -> str:
+    """That of the installed package; a source tree that was never installed has none."""
+    try:
+        return importlib.metadata.version("loraplus")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})
 
 
 class _Package(ModuleType):

@@ -86,7 +86,7 @@ def feature_updates(
             moved = movements(layers, recorder.samples, before)
         finally:
             recorder.remove()
-    return FeatureUpdates.from_movements(layers, moved)
+    return FeatureUpdates.from_movements(layers, moved, _at_rest(twin))
 
 
 class UpdateMonitor(StepWatcher):
@@ -119,11 +119,17 @@ class UpdateMonitor(StepWatcher):
         if self._before:
             moved = movements(self._layers, self._recorder.samples, self._before)
             if moved:
-                self.updates = FeatureUpdates.from_movements(self._layers, moved)
+                self.updates = FeatureUpdates.from_movements(self._layers, moved, _at_rest(self._optimizer))
         self._before = []
         self._recorder.forget()
         self._steps += 1
         self._recorder.on = self._steps % self._every == 0
+
+
+def _at_rest(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters whose rate is 0 now."""
+    groups = (group for group in optimizer.param_groups if rate_of_group(optimizer, group) == 0)
+    return {id(parameter) for group in groups for parameter in group["params"]}
 
 
 def _twin_in_place(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -118,7 +118,10 @@ class ParameterRate:
 
 @dataclass(frozen=True)
 class RateTable:
-    """The rates that an optimizer gives to every trainable parameter; prints as a table of its groups."""
+    """The rates that an optimizer gives to every trainable parameter; prints as a table of its groups.
+
+    lr is the rate of this moment, base lr what the schedule multiplies: after training lr is often 0.
+    """
 
     entries: tuple[ParameterRate, ...]
 
@@ -126,7 +129,7 @@ class RateTable:
         """One row per group, role and rate: name, role, lr, base_lr, weight_decay, tensors, parameters."""
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         for entry in self.entries:
-            key = (entry.group, entry.role, entry.lr, entry.weight_decay)
+            key = (entry.group, entry.role, entry.lr, entry.base_lr, entry.weight_decay)
             shared = {name: getattr(entry, name) for name in ("role", "lr", "base_lr", "weight_decay")}
             row = rows.setdefault(key, {"name": entry.group, **shared, "tensors": 0, "parameters": 0})
             row["tensors"] += 1
@@ -142,11 +145,12 @@ class RateTable:
         return {"groups": self.groups(), "parameters": parameters}
 
     def __str__(self) -> str:
-        header = ("group", "role", "lr", "weight decay", "tensors", "parameters")
+        header = ("group", "role", "lr", "base lr", "weight decay", "tensors", "parameters")
         rows = []
         for row in self.groups():
             counts = (f"{row[name]:,}" for name in ("tensors", "parameters"))
-            rows.append((row["name"], row["role"], _number(row["lr"]), _number(row["weight_decay"]), *counts))
+            numbers = (_number(row[name]) for name in ("lr", "base_lr", "weight_decay"))
+            rows.append((row["name"], row["role"], *numbers, *counts))
         widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
         lines = []
         for line in [header, tuple("-" * width for width in widths), *rows]:

@@ -12,7 +12,7 @@ than the other, the factor behind it is stuck: it might as well be frozen.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ STUCK_BELOW = 0.1
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """One layer's δ1, δ2, δ3 as parts of its output's RMS, and which factor is stuck; a frozen one is not."""
+    """One layer's δ1, δ2, δ3 as parts of its output's RMS, and which factor is stuck; one that is at rest is not."""
 
     name: str
     delta1: float
@@ -33,9 +33,15 @@ class LayerUpdate:
     stuck: Literal["A", "B"] | None
 
     @classmethod
-    def from_movement(cls, entry: AdaptedLayer, moved: Movement) -> LayerUpdate:
-        """Relative to the layer's output."""
-        a_trains, b_trains = (weight.requires_grad for weight in entry.weights)
+    def from_movement(cls, entry: AdaptedLayer, moved: Movement, at_rest: Set[int] = frozenset()) -> LayerUpdate:
+        """Relative to the layer's output.
+
+        Args:
+            entry: the layer.
+            moved: what a step did to it.
+            at_rest: ids of the parameters whose rate was 0 in that step. A rate of 0 tells nothing of λ.
+        """
+        a_trains, b_trains = (weight.requires_grad and id(weight) not in at_rest for weight in entry.weights)
         d1, d2, d3 = (value / max(moved.output, 1e-30) for value in (moved.delta1, moved.delta2, moved.delta3))
         stuck: Literal["A", "B"] | None = None
         if d1 < STUCK_BELOW * d2:
@@ -52,11 +58,12 @@ class FeatureUpdates:
     layers: tuple[LayerUpdate, ...]
 
     @classmethod
-    def from_movements(cls, layers: Sequence[AdaptedLayer], moved: Mapping[str, Movement]) -> FeatureUpdates:
-        """Of the layers that were measured, by name."""
-        return cls(
-            tuple(LayerUpdate.from_movement(layer, moved[layer.name]) for layer in layers if layer.name in moved)
-        )
+    def from_movements(
+        cls, layers: Sequence[AdaptedLayer], moved: Mapping[str, Movement], at_rest: Set[int] = frozenset()
+    ) -> FeatureUpdates:
+        """Of the layers that were measured, by name; `at_rest` as in `LayerUpdate.from_movement`."""
+        measured = [layer for layer in layers if layer.name in moved]
+        return cls(tuple(LayerUpdate.from_movement(layer, moved[layer.name], at_rest) for layer in measured))
 
     @property
     def diagnosis(self) -> str:
@@ -67,8 +74,14 @@ class FeatureUpdates:
                 f"neither A nor B moved in any of {total} layers, so nothing is concluded: is the rate 0 at this step?"
             )
         parts = []
-        for factor, other in (("A", "B"), ("B", "A")):
+        for factor, other, delta in (("A", "B", "delta1"), ("B", "A", "delta2")):
             count = sum(layer.stuck == factor for layer in self.layers)
+            still = sum(getattr(layer, delta) == 0 and layer.stuck != factor for layer in self.layers)
+            if still:
+                parts.append(
+                    f"{factor} does not move in {still} of {total} layers, where it is frozen or its rate is 0, so "
+                    "nothing is concluded of it there"
+                )
             if count:
                 advice = "a smaller" if factor == "A" else "a larger"
                 parts.append(

@@ -38,7 +38,8 @@ def test_it_says_how_far_the_logits_are_off(adapter, tmp_path, loraplus_command)
     done = loraplus_command("merge", "--adapter", adapter, "--output", tmp_path / "m", "--dtype", "bfloat16", "--plain")
     assert done.code == 0
     assert "parameters in bfloat16; read back, its logits differ from base and adapter by" in done.out
-    assert done.out.endswith(f"(allowed: 0.05)\nmodel: {tmp_path / 'm'}\n")
+    assert f"(allowed: 0.05)\nmodel: {tmp_path / 'm'}\nnext, " in done.out
+    assert done.out.endswith(f"\nloraplus generate --model {tmp_path / 'm'} --prompt Hello\n")
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,11 @@ def test_two_processes_train_the_adapter_of_one_and_speak_once(tmp_path, model_f
     assert metrics["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
     assert metrics["eval_accuracy"] == one["eval_accuracy"]
     assert json.loads((output / "metrics.json").read_text()) == metrics
+    assert metrics["base"] == pytest.approx(one["base"], rel=1e-4)
+    scores, alone_scores = (json.loads((folder / "scores.json").read_text()) for folder in (output, alone[0]))
+    assert scores["confusion_matrix"] == alone_scores["confusion_matrix"] and (output / "report.html").is_file()
+    said = [{row["text"]: (row["truth"], row["prediction"]) for row in s["mistakes"]} for s in (scores, alone_scores)]
+    assert said[0] == said[1]
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (alone[0], output))
     assert a.keys() == b.keys()
     for name, value in a.items():

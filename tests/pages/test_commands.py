@@ -25,7 +25,8 @@ WITHOUT_A_LOOK = {"axolotl", "cd", "cp", "echo", "export", "git", "optuna-dashbo
 OF_OTHERS = {
     "--multi_gpu": "accelerate launch", "--loraplus_lr_ratio": "a script's, through HfArgumentParser",
     "--loraplus_auto_rates": "the same", "--no-deps": "pip",
-    "--optimizer": "ms-swift's and Lightning's", "--lorap_lr_ratio": "ms-swift's own", "--learning_rate": "transformers'",
+    "--optimizer": "ms-swift's and Lightning's", "--lorap_lr_ratio": "ms-swift's own",
+    "--learning_rate": "transformers'", "--optim_args": "the same",
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 app = typer.Typer(
@@ -13,7 +15,20 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import loraplus
+
+        print(f"loraplus {loraplus.__version__}")
+        raise typer.Exit
+
+
+_Version = Annotated[
+    bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_show_version)
+]
+
+
 @app.callback()
-def _show_help(context: typer.Context) -> None:
+def _show_help(context: typer.Context, version: _Version = False) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from loraplus.cli.app import app
+from loraplus.cli.next_step import after_compare, show_next
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
@@ -43,6 +44,8 @@ def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, pla
     if json:
         print_json(summary)
     console.widened().print(results_table(summary))
+    if line := _beside_accuracy(summary):
+        console.say(line)
     console.print(str(summary["verdict"]))
     for arm, row in summary["arms"].items():
         if row["best_at_edge"]:
@@ -51,6 +54,8 @@ def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, pla
                 "--tuning-runs"
             )
     console.say(f"report: {Path(config.output) / REPORT_FILE}")
+    if step := after_compare(config, summary):
+        show_next(console, *step)
 
 
 def results_table(summary: dict[str, Any]) -> Table:
@@ -84,6 +89,16 @@ def results_table(summary: dict[str, Any]) -> Table:
                 _number(row.get("seconds_per_step"), "{:.3g}"),
             )
     return table
+
+
+def _beside_accuracy(summary: dict[str, Any]) -> str:
+    """Macro-F1 of the tuned arms, and what was to be had for nothing; empty where they are not known."""
+    arms = {arm: part for arm, part in summary.get("learning", {}).get("arms", {}).items() if part}
+    scores = [f"{ALL[arm].title} {part['macro_f1']:.3f}" for arm, part in arms.items() if "macro_f1" in part]
+    shares = [part["majority_share"] for part in arms.values() if "majority_share" in part]
+    parts = [f"test macro-F1: {', '.join(scores)}"] if scores else []
+    parts += [f"always the most frequent class: test accuracy {100 * shares[0]:.1f}%"] if shares else []
+    return " · ".join(parts)
 
 
 def _interval(value: dict[str, float | None] | None, percent: bool = False) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.next_step import after_predict, show_next
 from loraplus.cli.terminal import Console, json_lines, print_json
 from loraplus.errors import InputError, visible
 
@@ -93,6 +94,8 @@ def run(
         sys.stdout.write("\n")
     else:
         _show(asked, completions, plain)
+    if adapter is not None and not json:
+        show_next(console, *after_predict(adapter, model, trust_remote_code))
 
 
 def _read(

@@ -15,6 +15,7 @@ from loraplus.cli import (  # noqa: F401  (each registers its command on `app`)
     bench,
     compare,
     doctor,
+    evaluate,
     export,
     generate,
     inspect,

@@ -8,6 +8,7 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.next_step import after_merge, show_next
 from loraplus.cli.terminal import Console, print_json
 
 
@@ -46,3 +47,4 @@ def run(
         f"{record['tolerance']:g})"
     )
     console.say(f"model: {record['output']}")
+    show_next(console, *after_merge(output, record["task"]))

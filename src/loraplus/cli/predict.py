@@ -6,13 +6,20 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.evaluate import note_of_training_data
+from loraplus.cli.next_step import after_predict, show_next
+from loraplus.cli.scores import show_scores
 from loraplus.cli.terminal import Console, json_lines, narrated, print_json
+from loraplus.errors import InputError
+
+if TYPE_CHECKING:
+    from loraplus.tasks.tabular import Table
 
 _FORMATS = (".csv", ".tsv", ".jsonl")
 
@@ -25,7 +32,13 @@ def run(
     ],
     output: Annotated[str, typer.Option(help="File to write: .csv, .tsv or .jsonl.")],
     model: flags.BaseModel = None,
-    text_column: Annotated[str | None, typer.Option(help="Column with the text; guessed if not given.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column with the text. Default: that of training, else guessed.")
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(help="Column with labels, if scores are wanted. Default: that of training or a usual name."),
+    ] = None,
     encoding: Annotated[
         str | None, typer.Option(help="Encoding of a text file, such as cp1252; guessed if not given.")
     ] = None,
@@ -35,9 +48,10 @@ def run(
     json: flags.Json = False,
     plain: flags.Plain = False,
 ) -> None:
-    """Label the texts of a file with a trained adapter."""
+    """Label the texts of a file with a trained adapter, and score the answers where the file has labels."""
     from loraplus.files.single import check_file, write_atomically
     from loraplus.tasks.columns import choose_text_column
+    from loraplus.tasks.evaluate import columns_of_training, facts_of_training
     from loraplus.tasks.saved_adapter import base_of
     from loraplus.tasks.table import read_table
 
@@ -46,7 +60,9 @@ def run(
     console = Console(stderr=json, plain=plain)
     with narrated(console):
         table = read_table(data, encoding=encoding)
-    column = choose_text_column(table, text_column)
+    facts = facts_of_training(adapter)
+    known_text, known_label = columns_of_training(table, facts, text_column, label_column)
+    column = choose_text_column(table, known_text, known_label)
     texts = ["" if text is None else str(text) for text in table.columns[column]]
     if not json:
         console.say(f"predict: {len(texts)} texts of {data} with {adapter}, into {output}")
@@ -54,24 +70,58 @@ def run(
     from loraplus.cli.console import counting_bar, quiet_libraries
 
     quiet_libraries()
-    from loraplus.tasks.predict import load_adapter, predict
+    from loraplus.tasks.predict import answers, load_adapter, outputs_of
 
     classifier, tokenizer = load_adapter(adapter, model, trust_remote_code=trust_remote_code)
     with counting_bar(console, "labelling", len(texts), plain=plain) as advance:
-        rows = predict(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)
+        logits = outputs_of(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)
+    rows = answers(logits, classifier.config)
+    scored, scoring = _scored(
+        table, classifier.config, logits.numpy(), facts, data, column, known_label, label_column is not None
+    )
     names = list(dict.fromkeys([*table.columns, *rows[0]]))
     labelled = ({**{name: values[i] for name, values in table.columns.items()}, **row} for i, row in enumerate(rows))
     write_atomically(target, _render(labelled, names, target.suffix))
     counts = _summary(rows, classifier.config)
-    notes = _notes(adapter, [row["prediction"] for row in rows])
+    notes = [*_notes(adapter, [row["prediction"] for row in rows]), *scoring]
     if json:
-        print_json({"output": output, "examples": len(rows), "predictions": counts, "notes": notes})
+        print_json({"output": output, "examples": len(rows), "predictions": counts, "scores": scored, "notes": notes})
     else:
         shares = " · ".join(f"{label} {count:g}" for label, count in counts.items())
         console.say(f"{len(rows)} texts labelled: {shares}")
+        if scored is not None:
+            show_scores(console, scored)
         for note in notes:
             console.say(f"! {note}")
         console.say(f"written to {output}")
+        show_next(console, *after_predict(adapter, model, trust_remote_code))
+
+
+def _scored(
+    table: Table, config: Any, logits: Any, facts: dict[str, Any], data: str, text: str, label: str | None, asked: bool
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The scores of the rows with a label, and what is to be said of them.
+
+    A column that only looks like one of labels is passed over with a note; one that was asked for is not.
+    """
+    from loraplus.tasks.evaluate import is_training_data, labelled_rows, scores_of, truth_of
+
+    found = labelled_rows(table, config, label)
+    if found is None or found[1] == text:
+        if asked:
+            raise InputError(f"{data}: column {label!r} (--label-column) holds no label")
+        return None, []
+    rows, label = found
+    labelled = table if len(rows) == len(table) else table.take(rows)
+    try:
+        truth = truth_of(labelled, config, text, label)
+    except InputError as error:
+        if asked:
+            raise
+        return None, [f"no scores: {error}"]
+    notes = [] if labelled is table else [f"{len(table) - len(rows):,} of {len(table):,} texts have no {label!r}"]
+    notes += [note_of_training_data(data)] if is_training_data(data, facts) else []
+    return scores_of(labelled, truth, config, logits[rows], facts), notes
 
 
 def _notes(adapter: str, predicted: list[Any]) -> list[str]:

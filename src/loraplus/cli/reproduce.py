@@ -9,6 +9,7 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.next_step import after_reproduce, show_next
 from loraplus.cli.terminal import Console, plain_table, print_json
 from loraplus.errors import InputError
 
@@ -44,7 +45,7 @@ def run(
     plain: flags.Plain = False,
 ) -> None:
     """Reproduce an experiment of the LoRA+ paper: data, plots and a page; resumable, in several processes if wanted."""
-    from loraplus.reproduce.registry import EXPERIMENTS, check_name
+    from loraplus.reproduce.registry import EXPERIMENTS, check_name, described
 
     console = Console(stderr=json, plain=plain)
     if list_all:
@@ -83,6 +84,8 @@ def run(
     for sentence in summary["verdict"]:
         console.say(sentence)
     console.say(f"page: {Path(options.output) / 'index.html'}")
+    if step := after_reproduce(name, scale, described(name).scales):
+        show_next(console, *step)
 
 
 def _run(console: Console, options: Any, *, overwrite: bool, resume: bool, plain: bool) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.cli.app import app
+from loraplus.cli.next_step import after_train, show_next
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, print_json
+from loraplus.files.commands import SCORES_FILE
 from loraplus.tasks.config import OF_LABELS, TrainConfig
 
 _SHOWN = (
@@ -47,7 +49,7 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
             on_seen=None if json else partial(show, console),
         )
     report = None
-    if config.task not in OF_LABELS:
+    if config.task not in OF_LABELS or (Path(config.output) / SCORES_FILE).is_file():  # earlier versions wrote none
         from loraplus.report.training import write_report
 
         report = write_report(config.output)
@@ -57,6 +59,7 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
         _print_result(console, config.output, metrics)
         if report:
             console.say(f"report: {report}")
+        show_next(console, *after_train(config, metrics))
 
 
 def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from loraplus.cli.app import app
+from loraplus.cli.next_step import command, show_next
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
@@ -43,8 +44,8 @@ def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain:
     )
     if best["at_edge"]:
         console.say("this is the lowest or highest rate tried: a better one may lie beyond")
-    console.say(result["train_command"])
-    console.say(f"or: loraplus train --config {Path(config.output) / BEST_FILE}")
+    console.say(f"the same settings as a file: {command('train', config=Path(config.output) / BEST_FILE)}")
+    show_next(console, "train with them", result["train_command"])
 
 
 def trials_table(result: dict[str, Any]) -> Table:

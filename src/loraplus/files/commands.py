@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.files.checkpoints import checkpoints
-from loraplus.files.manifest import MANIFEST_FILE
+from loraplus.files.manifest import MANIFEST_FILE, is_as_listed
 
 CONFIG_FILE = "config.yaml"
+CARD_FILE = "README.md"
+SCORES_FILE = "scores.json"
 PLOTS_FOLDER = "plots"
 NOT_COMPARED = ("workers", "output")
 """Settings that may differ on resuming: they do not change what is computed."""
@@ -43,19 +45,24 @@ class Command:
         files: that it writes, beside the configuration.
         pattern: of more such files.
         of_language: files that it writes where the task trains a language model.
-        has_checkpoints: whether checkpoints are among what it writes.
+        with_scores: files that stand beside its scores.json; earlier versions wrote neither.
+        has_checkpoints: whether checkpoints are among what it writes, and a card that is its own until it is edited.
     """
 
     known_by: frozenset[str]
     files: tuple[str, ...]
     pattern: str = ""
     of_language: tuple[str, ...] = ()
+    with_scores: tuple[str, ...] = ()
     has_checkpoints: bool = False
 
     def written(self, folder: Path, config: Mapping[str, Any]) -> list[Path]:
         """What it has written, or may have, to a folder with such a configuration."""
-        is_language = config.get("task") in ("sft", "lm")
-        paths = [folder / name for name in self.files + (self.of_language if is_language else ())]
+        is_language, scored = config.get("task") in ("sft", "lm"), (folder / SCORES_FILE).is_file()
+        more = (self.of_language if is_language else ()) + (self.with_scores if scored else ())
+        card = (CARD_FILE,) if self.has_checkpoints and is_as_listed(folder, CARD_FILE) else ()
+        # What tells whose a file is goes after it, so that a clearing that was interrupted can be repeated.
+        paths = [folder / name for name in (*card, *more, *self.files)]
         paths += sorted(folder.glob(self.pattern)) if self.pattern else []
         return paths + (checkpoints(folder) if self.has_checkpoints else [])
 
@@ -69,8 +76,9 @@ _TOKENIZER = (  # which of them there are depends on the model
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "config.json", "loraplus.json", MANIFEST_FILE)
 TRAIN = Command(
     _RUN | {"lr_ratio"},
-    ("data_facts.json", "metrics.json", "curves.csv", *_ADAPTER, *_TOKENIZER),
+    ("data_facts.json", "metrics.json", "curves.csv", *_ADAPTER, *_TOKENIZER, SCORES_FILE),
     of_language=("samples.json", "report.html"),
+    with_scores=("report.html",),
     has_checkpoints=True,
 )
 COMMANDS = (

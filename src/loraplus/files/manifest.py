@@ -40,6 +40,12 @@ def is_sealed(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).is_file()
 
 
+def is_as_listed(folder: Path, name: str) -> bool:
+    """Whether a file is there and is what the folder's manifest says; False if that does not list it."""
+    facts = (_read(folder) or {}).get(name)
+    return facts is not None and _fault(folder / name, facts) is None
+
+
 def faults(folder: Path, of: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
     """What is wrong with the files of a sealed folder; those that are not in its manifest do not count.
 

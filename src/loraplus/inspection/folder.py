@@ -14,6 +14,7 @@ import torch
 
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.files import manifest
+from loraplus.files.commands import CARD_FILE
 from loraplus.files.paths import folder_unless_hub_name, is_folder, user_path
 from loraplus.files.single import read_json
 from loraplus.inspection.adapter import CONFIG_FILE, WEIGHT_FILES, Adapter, Pair
@@ -103,7 +104,7 @@ def inspect_folder(path: str, model: str | None = None) -> dict[str, Any]:
 
 def _tell_of_changes(folder: Path) -> None:
     """Warns of files that are not what was written; a person may have edited them, so they are shown all the same."""
-    changed = manifest.faults(folder) if manifest.is_sealed(folder) else {}
+    changed = manifest.faults(folder, lambda name: name != CARD_FILE) if manifest.is_sealed(folder) else {}
     if changed:
         told = ", ".join(f"{name} {fault}" for name, fault in list(changed.items())[:_NAMED_IN_MESSAGE])
         more = f" and {len(changed) - _NAMED_IN_MESSAGE} more" if len(changed) > _NAMED_IN_MESSAGE else ""

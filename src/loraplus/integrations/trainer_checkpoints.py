@@ -31,12 +31,13 @@ from loraplus.files.checkpoints import (
     newest_whole,
     rotate,
 )
+from loraplus.files.commands import CARD_FILE
 from loraplus.files.manifest import is_sealed, seal
 from loraplus.files.replacing import put_all_back, replace_folder
 from loraplus.files.scratch import folder_beside, made_folder
 from loraplus.files.whole import follow_umask, move_into, remove_leftovers, sync_folder, temporary_path
 
-CARD_FILE, ADAPTER_FILE = "README.md", "adapter_model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 _LONGEST_QUOTE = 200
 _OF_WRITING = ("PytorchStreamWriter", "unexpected pos", "file write failed")
 

@@ -133,7 +133,7 @@ def training(rows: Sequence[Mapping[str, float | None]]) -> go.Figure:
             line={"color": colour, "width": 2.5 if name == "eval_loss" else 1.2}, marker={"size": 6},
             hovertemplate=f"{title}<br>step %{{x}}<br>loss %{{y:.4f}}<extra></extra>",
         )  # fmt: skip
-    return laid_out(figure, "step", "loss a token", 360)
+    return laid_out(figure, "step", "loss", 360)
 
 
 def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Figure:

@@ -1,4 +1,4 @@
-"""The page of one training run of a language model: losses, what was counted, and answers before and after."""
+"""The page of one training run: losses, what was counted, and the answers: a language model's, or their scores."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from loraplus.errors import InputError
+from loraplus.files.commands import SCORES_FILE
 from loraplus.files.output import saved_config
 from loraplus.files.single import read_json, write_atomically
 from loraplus.report import plots
 from loraplus.report.page import template
+from loraplus.report.scored import scored_parts
 from loraplus.tasks.train import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 
 REPORT_FILE = "report.html"
@@ -25,18 +27,19 @@ def write_report(folder: str | Path) -> Path:
     """Writes report.html from the files that `train` left in a folder.
 
     Args:
-        folder: output of a finished run with task sft or lm.
+        folder: output of a finished run.
 
     Returns:
         The page's path: one HTML file that loads nothing from elsewhere; text from data is escaped.
 
     Raises:
-        InputError: the folder holds no finished run of such a task.
+        InputError: the folder holds no finished run, or one of an earlier version on texts with labels.
     """
     folder = Path(folder)
     metrics, config = read_json(folder / METRICS_FILE), saved_config(folder)
-    if config is None or not isinstance(metrics, dict) or "eval_perplexity" not in metrics:
-        raise InputError(f"{folder} holds no run with --task sft or lm")
+    scores = read_json(folder / SCORES_FILE) if (folder / SCORES_FILE).exists() else None
+    if config is None or not isinstance(metrics, dict) or ("eval_perplexity" not in metrics and scores is None):
+        raise InputError(f"{folder} holds no run with --task sft or lm, and no {SCORES_FILE} of another task")
     samples = read_json(folder / SAMPLES_FILE) if (folder / SAMPLES_FILE).exists() else []
     try:
         with (folder / CURVES_FILE).open(encoding="utf-8", newline="") as file:
@@ -46,6 +49,8 @@ def write_report(folder: str | Path) -> Path:
             metrics=metrics,
             data=metrics["data"],
             samples=samples,
+            base=metrics.get("base", {}),  # earlier versions did not ask it
+            scored=None if scores is None else scored_parts(scores, metrics, curves),
             plotly_js=Markup(get_plotlyjs()),
             curves=Markup(plots.as_json(plots.training(curves))),
         )

@@ -20,8 +20,10 @@ from loraplus.tasks.columns import LabelledTexts, choose_columns, label_names, l
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.data_parallel import DataParallelTrainer
 from loraplus.tasks.learnt import chance_p, learnt_record
+from loraplus.tasks.metrics import classification_metrics, losses_of_classes
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens, checked_length, padding_multiple
+from loraplus.tasks.scores import most_frequent, scores
 from loraplus.tasks.seen import (
     Seen,
     doubt_of_contradictions,
@@ -50,7 +52,10 @@ Encoded = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Tokenised splits. `test` is empty unless a comparison asked for it; `answers` are the validation labels."""
+    """Tokenised splits. `test` is empty unless a comparison asked for it; `answers` are the validation labels.
+
+    `validation_text` gives the text of a validation example.
+    """
 
     label_names: list[str]
     train: Encoded
@@ -61,6 +66,7 @@ class ClassificationData:
     largest_token: int = 0
     seen: Seen = field(default_factory=Seen)
     answers: np.ndarray = field(default_factory=lambda: np.empty(0))
+    validation_text: Callable[[int], str] = str
 
 
 def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> ClassificationData:
@@ -161,6 +167,7 @@ def encoded(
         "cut": f"{cut:,} of {len(train):,} training texts lose their end" if cut else "nothing",
     }
     held_out = tokenised(validation.texts, targets(validation), tokenizer, max_length)
+    order = held_out.order_by_length()
     known = {
         "source": config.data,
         "train_examples": len(train),
@@ -175,12 +182,13 @@ def encoded(
     return ClassificationData(
         label_names=list(names),
         train=tokens.cut(train.texts, tokenizer, max_length),
-        validation=held_out.by_length(),
+        validation=held_out.take(order),
         test=tokenised(test.texts, targets(test), tokenizer, max_length).by_length(),
         max_length=max_length,
         facts={**known, **facts},
         largest_token=tokens.largest,
         answers=held_out.labels,
+        validation_text=lambda example: validation.texts[int(order[example])],
         seen=seen.with_(doubts_of_size(cut, len(train), len(validation), config.max_length is not None), **rows),
     )
 
@@ -216,29 +224,6 @@ def _indices(data: LabelledTexts, names: Sequence[str]) -> np.ndarray:
     return np.asarray([index[name] for name in data.labels.distinct], np.int32)[data.labels.codes]
 
 
-def classification_metrics(guess: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, and F1 averaged over the classes so that rare ones count.
-
-    Args:
-        guess, labels: indices of classes (examples,).
-    """
-    return {
-        "accuracy": float(np.mean(guess == labels)),
-        "macro_f1": macro_f1(labels, guess),
-    }
-
-
-def macro_f1(labels: np.ndarray, guess: np.ndarray) -> float:
-    """Mean over the classes of F1 = 2·hits / (labels + guesses), as scikit-learn's `f1_score(average="macro")`.
-
-    Example:
-        >>> macro_f1(np.asarray([0, 0, 1]), np.asarray([0, 0, 2]))
-        0.3333333333333333
-    """
-    of_class = ((labels == c, guess == c) for c in np.union1d(labels, guess))
-    return float(np.mean([2 * np.sum(there & said) / (np.sum(there) + np.sum(said)) for there, said in of_class]))
-
-
 class Classification(Task):
     """Texts with one label each."""
 
@@ -267,8 +252,7 @@ class Classification(Task):
         """transformers' Trainer, with padded batches."""
 
         def measured(prediction: Any) -> dict[str, float]:
-            logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-            return self.measure(data, logits, prediction.label_ids)
+            return self.measure(data, _logits(prediction), prediction.label_ids)
 
         trainer = DataParallelTrainer(
             model=model,
@@ -294,7 +278,7 @@ class Classification(Task):
     def test(self, trainer: Any, data: ClassificationData) -> Tested:
         """The loss of every test example and, where there is one, whether the answer was right."""
         output = trainer.predict(data.test)
-        logits, labels = np.asarray(output.predictions, np.float64), np.asarray(output.label_ids)
+        logits, labels = np.asarray(_logits(output), np.float64), np.asarray(output.label_ids)
         losses, correct = self.judge(logits, labels)
         rounded = tuple(round(float(loss), 6) for loss in losses)
         if correct is None:
@@ -310,9 +294,7 @@ class Classification(Task):
             logits: (examples, outputs).
             labels: (examples,).
         """
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        losses = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(labels)), labels]
-        return losses, logits.argmax(axis=-1) == labels
+        return losses_of_classes(logits, labels), logits.argmax(axis=-1) == labels
 
     def baseline(self, data: ClassificationData, labels: np.ndarray) -> dict[str, float]:
         """The accuracy of always saying the class that is most frequent in training.
@@ -321,9 +303,22 @@ class Classification(Task):
             data: with the counts of the training labels.
             labels: of the examples that are answered (examples,).
         """
-        counts = data.facts["train_class_counts"]
-        frequent = max(range(len(data.label_names)), key=lambda index: counts.get(data.label_names[index], 0))
-        return {"majority_share": float(np.mean(labels == frequent))}
+        return {"majority_share": float(np.mean(labels == most_frequent(data.label_names, data.facts)))}
+
+    def scores(self, trainer: Any, data: ClassificationData) -> dict[str, Any]:
+        """As `scores`, of the validation examples."""
+        output, config = trainer.answers(data.validation), trainer.model.config
+        truth = self.truth(data, np.asarray(output.label_ids))
+        frequent = most_frequent(data.label_names, data.facts)
+
+        def example(number: int) -> dict[str, str]:
+            return {"text": data.validation_text(number)}
+
+        return scores(config, _logits(output), truth, example, frequent=frequent)
+
+    def truth(self, data: ClassificationData, labels: np.ndarray) -> np.ndarray:
+        """The labels as `scores` takes them."""
+        return labels
 
     def outcome(self, data: ClassificationData, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         """Whether anything was learnt, and what was to be had for nothing."""
@@ -337,3 +332,8 @@ class Classification(Task):
         model.config.save_pretrained(str(folder))
         tokenizer.model_max_length = data.max_length
         super().save_beside_adapter(model, data, tokenizer, folder)
+
+
+def _logits(output: Any) -> np.ndarray:
+    """(examples, outputs) of a prediction; some models give more than logits."""
+    return output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions

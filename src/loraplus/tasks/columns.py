@@ -154,7 +154,12 @@ def strings(table: Table, kind: str, column: str) -> Texts:
     return Texts(values)
 
 
-def _labels(table: Table, column: str) -> Labels:
+def labels_in(table: Table, column: str) -> Labels:
+    """The labels of a column as strings: "1" for 1 and 1.0.
+
+    Raises:
+        InputError: some are missing or of another kind, or are fractions.
+    """
     strings(table, "label", column)
     distinct: dict[tuple[bool, str], int] = {}
     firsts: list[int] = []
@@ -202,7 +207,7 @@ def labelled_texts(
             fractions, or there is one class only.
     """
     text_column, label_column = choose_columns(table, text_column, label_column)
-    labels = _labels(table, label_column)
+    labels = labels_in(table, label_column)
     texts = strings(table, "text", text_column)
     if len(labels.distinct) < 2 and held_out:
         raise InputError(

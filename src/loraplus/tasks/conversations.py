@@ -50,6 +50,13 @@ class Example:
         parts = [*self.messages, self.prompt, self.completion, self.text]
         return "\n".join(_content(part) for part in parts if part)
 
+    @property
+    def asked(self) -> str:
+        """All before the last answer of a chat, or the prompt, as a reader would see it; empty for a text."""
+        turns = [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant"]
+        given = self.messages[: turns[-1]] if turns else self.prompt
+        return given if isinstance(given, str) else "\n".join(_content(turn).strip() for turn in given)
+
 
 def _content(part: Any) -> str:
     if isinstance(part, str):

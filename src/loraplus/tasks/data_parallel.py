@@ -175,7 +175,16 @@ class DataParallelTrainer(LoraPlusTrainer):
         """All of the validation data, in every process: a mean over uneven shares is not one process's."""
         if self.args.world_size == 1:
             return super().get_eval_dataloader(eval_dataset)
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._in_order(self.eval_dataset if eval_dataset is None else eval_dataset)
+
+    def answers(self, rows: Any) -> Any:
+        """What the model gives for rows, in their order and whole in every process, with the metrics.
+
+        `predict` would give them in an order of lengths, and each process its own share.
+        """
+        return self.evaluation_loop(self._in_order(rows), "answers", prediction_loss_only=False)
+
+    def _in_order(self, rows: Any) -> DataLoader:
         loader = DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
         return prepare_data_loader(loader, num_processes=1, process_index=0)
 

@@ -9,6 +9,7 @@ from typing import Any
 from loraplus.errors import InputError, LoraPlusWarning
 from loraplus.files import manifest
 from loraplus.files.checkpoints import can_be_read, newest_whole
+from loraplus.files.commands import CARD_FILE
 from loraplus.files.single import read_json
 from loraplus.tasks.saved_adapter import CONFIG_FILE, WEIGHTS_FILE
 
@@ -58,7 +59,10 @@ def _metrics(path: Path) -> dict[str, Any] | None:
 
 def _faults(folder: Path) -> dict[str, str]:
     if manifest.is_sealed(folder):
-        return manifest.faults(folder)
+        found = manifest.faults(folder)
+        if found.get(CARD_FILE) == "was changed":  # a card is there to be written in
+            del found[CARD_FILE]
+        return found
     lost = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]  # of an earlier version
     damaged = [name for name in _ADAPTER_FILES if name not in lost and not can_be_read(folder / name)]
     return {**dict.fromkeys(lost, "is missing"), **dict.fromkeys(damaged, "is damaged")}

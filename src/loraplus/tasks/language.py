@@ -262,6 +262,10 @@ class LanguageModelling(Task):
         losses = output.predictions / output.label_ids.mean()
         return Tested(tuple(round(float(loss), 6) for loss in losses))
 
+    def is_chat(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Where there is a template, but for plain texts."""
+        return config.task != "lm" and bool(tokenizer.chat_template)
+
     def samples(
         self, count: int, model: PeftModel, data: LanguageData, tokenizer: PreTrainedTokenizerBase
     ) -> list[dict[str, str]]:

@@ -58,11 +58,15 @@ def chance_p(
     return (1 + as_well) / (1 + _SHUFFLES)
 
 
-def learnt_record(p: float) -> dict[str, Any]:
-    """What metrics.json says of a run.
+def learnt_record(p: float, over: str = "validation examples") -> dict[str, Any]:
+    """What metrics.json says of a run, and scores of a model.
+
+    Args:
+        p: of the permutation test.
+        over: what was asked.
 
     Example:
         >>> learnt_record(0.4)["learnt"]
         False
     """
-    return {"learnt": p < LEVEL, "test": "permutation test over validation examples", "p_value": p, "level": LEVEL}
+    return {"learnt": p < LEVEL, "test": f"permutation test over {over}", "p_value": p, "level": LEVEL}

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplus.tasks.classification import Classification, ClassificationData, columns_row, encoded
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.learnt import chance_p
+from loraplus.tasks.metrics import losses_of_sets, multi_label_metrics
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens
 from loraplus.tasks.seen import (
@@ -88,24 +89,6 @@ def _seen(
     return Seen(rows, tuple(doubts))
 
 
-def multi_label_metrics(said: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy (all labels of a text right), and F1 over all labels of all texts and as a mean over the labels.
-
-    Args:
-        said, labels: boolean, (examples, labels). A label that is neither there nor said has F1 0, as in scikit-learn.
-
-    Example:
-        >>> multi_label_metrics(np.asarray([[True, False]]), np.asarray([[True, True]]))
-        {'accuracy': 0.0, 'micro_f1': 0.6666666666666666, 'macro_f1': 0.5}
-    """
-    hits, all_of_them = (said & labels).sum(axis=0), said.sum(axis=0) + labels.sum(axis=0)
-    return {
-        "accuracy": float((said == labels).all(axis=1).mean()),
-        "micro_f1": float(2 * hits.sum() / max(1, all_of_them.sum())),
-        "macro_f1": float(np.mean(2 * hits / np.maximum(1, all_of_them))),
-    }
-
-
 class MultiLabel(Classification):
     """Texts with any number of labels each."""
 
@@ -134,5 +117,4 @@ class MultiLabel(Classification):
 
     def judge(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Mean binary cross-entropy over the labels of every example, and whether all of them were right."""
-        losses = (np.logaddexp(0, logits) - labels * logits).mean(axis=1)
-        return losses, ((logits > 0) == (labels > 0.5)).all(axis=1)
+        return losses_of_sets(logits, labels), ((logits > 0) == (labels > 0.5)).all(axis=1)

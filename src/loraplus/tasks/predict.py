@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,6 @@ def _check_labels(adapter: str, config: Any) -> None:
         raise InputError(f"the config.json of {adapter} does not number its labels (id2label); it is damaged")
 
 
-@torch.inference_mode()
 def predict(
     model: Any, tokenizer: Any, texts: list[str], *, batch_size: int = 64, on_batch: Callable[[int], None] | None = None
 ) -> list[dict[str, Any]]:
@@ -78,19 +77,34 @@ def predict(
         One {"prediction", "probability"} a text, in the given order. A number has no probability; labels are joined by
         "|", and every label's probability stands in {"probability of LABEL"}.
     """
-    rows_of = _ROWS.get(model.config.problem_type, _classes)
+    return answers(outputs_of(model, tokenizer, texts, batch_size=batch_size, on_batch=on_batch), model.config)
+
+
+@torch.inference_mode()
+def outputs_of(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """The logits of each text (texts, outputs), in the given order; arguments as of `predict`."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    rows: list[dict[str, Any]] = [{} for _ in texts]
+    logits = torch.empty((len(texts), model.config.num_labels))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer([texts[i] for i in chosen], truncation=True, padding=True, return_tensors="pt")
-        # (texts, outputs); in single precision, since half cannot tell a probability of 0.9999 from 1
-        logits = model(**batch.to(model.device)).logits.float()
-        for i, row in zip(chosen, rows_of(logits, model.config), strict=True):
-            rows[i] = row
+        # in single precision, since half cannot tell a probability of 0.9999 from 1
+        logits[chosen] = model(**batch.to(model.device)).logits.float().cpu()
         if on_batch:
             on_batch(len(chosen))
-    return rows
+    return logits
+
+
+def answers(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
+    """What `predict` gives for the logits (texts, outputs) of a model with this configuration."""
+    return _ROWS.get(config.problem_type, _classes)(logits, config)
 
 
 def _classes(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:

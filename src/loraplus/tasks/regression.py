@@ -14,6 +14,7 @@ from loraplus.errors import InputError
 from loraplus.tasks.classification import Classification, ClassificationData, columns_row, encoded
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.learnt import chance_p, product
+from loraplus.tasks.metrics import regression_metrics
 from loraplus.tasks.model import load_classifier
 from loraplus.tasks.pretrained import check_tokens
 from loraplus.tasks.seen import Seen, doubts_of_table, repeats, repeats_row, source_row
@@ -58,28 +59,6 @@ def load_regression(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> C
     return encoded(config, tokenizer, parts, scaled, [column], facts, Seen(rows, tuple(doubts)))
 
 
-def regression_metrics(predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Mean squared and absolute error, R² and Pearson's r; the last two are 0 where one side does not vary.
-
-    Args:
-        predicted, targets: (examples,), in the data's own scale.
-
-    Example:
-        >>> regression_metrics(np.asarray([1.0, 3.0]), np.asarray([1.0, 2.0]))["mse"]
-        0.5
-    """
-    errors = predicted - targets
-    about = targets - targets.mean()
-    spread, varies = float(np.sum(about**2)), predicted - predicted.mean()
-    product = float(np.sqrt(np.sum(varies**2) * spread))
-    return {
-        "mse": float(np.mean(errors**2)),
-        "mae": float(np.mean(np.abs(errors))),
-        "r2": 1 - float(np.sum(errors**2)) / spread if spread else 0.0,
-        "pearson": float(np.sum(varies * about)) / product if product else 0.0,
-    }
-
-
 class Regression(Classification):
     """Texts with a number each."""
 
@@ -107,6 +86,10 @@ class Regression(Classification):
     def baseline(self, data: ClassificationData, labels: np.ndarray) -> dict[str, float]:
         """None: that of the mean is an R² of 0."""
         return {}
+
+    def truth(self, data: ClassificationData, labels: np.ndarray) -> np.ndarray:
+        """The targets in the data's own scale."""
+        return _unscaled(data, labels)
 
     def judge(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """The squared error of every example, in the scale of the loss; nothing is right or wrong."""

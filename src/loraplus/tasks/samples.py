@@ -34,14 +34,15 @@ def answers(
         count: most rows.
 
     Returns:
-        {"source", "prompt", "reference", "base", "adapted"}: where the example stands, what the model was given, what
-        the example says next, and what either model says.
+        {"source", "prompt", "asked", "reference", "base", "adapted"}: where the example stands, what the model was
+        given, the same for a reader (turns with their roles, no special tokens), what the example says next, and what
+        either model says.
     """
     training = model.training
     model.eval()
     try:
         return [
-            {"source": example.where, **_answers(model, tokenizer, prompt, rest)}
+            {"source": example.where, **_answers(model, tokenizer, example, prompt, rest)}
             for example, prompt, rest in itertools.islice(_prompts(encoder, examples), count)
         ]
     finally:
@@ -58,14 +59,17 @@ def _prompts(encoder: Encoder, examples: Sequence[Example]) -> Iterator[tuple[Ex
 
 
 def _answers(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], rest: list[int]
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, example: Example, prompt: list[int], rest: list[int]
 ) -> dict[str, str]:
     new = max(1, min(_NEW_TOKENS, tokenizer.model_max_length // 2))
-    prompt = prompt[-(tokenizer.model_max_length - new) :]  # its end, so that prompt and answer fit
+    room = tokenizer.model_max_length - new
+    asked = example.asked if len(prompt) <= room else ""
+    prompt = prompt[-room:]  # its end, so that prompt and answer fit
     with model.disable_adapter():
         base = _answer(model, tokenizer, prompt, new)
     return {
         "prompt": str(tokenizer.decode(prompt)),
+        "asked": asked or str(tokenizer.decode(prompt, skip_special_tokens=True)),
         "reference": str(tokenizer.decode(rest, skip_special_tokens=True)),
         "base": base,
         "adapted": _answer(model, tokenizer, prompt, new),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraplus.errors import InputError
@@ -32,20 +32,30 @@ class Table:
     """Columns of equal length, read when they are looked at.
 
     `row_name(i)` says where row i stands in its source, `place(i)` names that, too. `read_as` says how the source was
-    understood, where that had to be found out: its separator, its encoding.
+    understood, where that had to be found out: its separator, its encoding. `lines` and `numbers` say where each row
+    stands in a text file, or among the rows of the whole table if these are some of them.
     """
 
     source: str
     columns: Mapping[str, Sequence[Any]]
     lines: Sequence[int] | None = None
     read_as: tuple[str, ...] = ()
+    numbers: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
 
     def row_name(self, index: int) -> str:
         """ "line 7" for text files, "row 6" otherwise."""
-        return f"line {self.lines[index]}" if self.lines else f"row {index + 1}"
+        if self.lines:
+            return f"line {self.lines[index]}"
+        return f"row {self.numbers[index] if self.numbers else index + 1}"
+
+    def take(self, rows: Sequence[int]) -> Table:
+        """Some of the rows, each still knowing where it stands."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        lines = [self.lines[row] for row in rows] if self.lines else None
+        return replace(self, columns=columns, lines=lines, numbers=[row + 1 for row in rows])
 
     def place(self, index: int) -> str:
         """ "data.csv, line 7"."""

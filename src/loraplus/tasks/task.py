@@ -78,11 +78,19 @@ class Task:
         """Results on every test example."""
         raise NotImplementedError
 
+    def scores(self, trainer: Any, data: Any) -> dict[str, Any]:
+        """What the trained model's answers to the validation examples are worth, in full; empty if it gives none."""
+        return {}
+
     def samples(
         self, count: int, model: PeftModel, data: Any, tokenizer: PreTrainedTokenizerBase
     ) -> list[dict[str, str]]:
         """What base and adapted model answer to so many validation prompts; empty if they do not answer in words."""
         return []
+
+    def is_chat(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the adapter is asked in turns of a chat."""
+        return False
 
     def save_beside_adapter(self, model: PeftModel, data: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Any:
         """Writes what else is needed to use the adapter."""

@@ -51,9 +51,13 @@ class TokenRows(Sequence[dict[str, Any]]):
         taken._starts, taken.lengths = self._starts[rows], self.lengths[rows]
         return taken
 
+    def order_by_length(self) -> np.ndarray:
+        """The places of the rows, short ones first, equal ones in their order."""
+        return np.argsort(self.lengths, kind="stable")
+
     def by_length(self) -> Self:
         """The same rows, short ones first, equal ones in their order."""
-        return self.take(np.argsort(self.lengths, kind="stable"))
+        return self.take(self.order_by_length())
 
 
 class LabelledRows(TokenRows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,12 +14,13 @@ from transformers import TrainerCallback
 
 from loraplus.errors import DivergedError, InterruptedRun, LostProcessError
 from loraplus.files.checkpoints import check_places, checkpoints, newest_whole
-from loraplus.files.manifest import seal
+from loraplus.files.commands import CARD_FILE, SCORES_FILE
+from loraplus.files.manifest import is_as_listed, seal
 from loraplus.files.output import check_output, hold_output, note_data, prepare_output
-from loraplus.files.single import write_csv, write_json
+from loraplus.files.single import write_atomically, write_csv, write_json
 from loraplus.groups import explain
 from loraplus.integrations.checkpoints import rates_record, write_rates
-from loraplus.integrations.trainer_checkpoints import CARD_FILE, saved_whole
+from loraplus.integrations.trainer_checkpoints import saved_whole
 from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.speed.fast import Fast
 from loraplus.tasks.callbacks import DivergenceGuard, RunTotals, StepClock, StopOnSignal
@@ -32,10 +34,12 @@ from loraplus.tasks.data_parallel import (
 )
 from loraplus.tasks.finished import METRICS_FILE, finished_run
 from loraplus.tasks.look import seen_of_run
+from loraplus.tasks.model_card import is_unfilled, model_card
 from loraplus.tasks.seen import Seen
 from loraplus.tasks.task import Task, task_of
 from loraplus.tasks.training import build_trainer, total_steps
 
+_LOG = logging.getLogger(__name__)
 DATA_FILE = "data_facts.json"
 CURVES_FILE = "curves.csv"
 SAMPLES_FILE = "samples.json"
@@ -134,10 +138,12 @@ def train(
 
         best = trainer.state.best_global_step
         evaluation = _evaluation_at(best, trainer) or trainer.evaluate()
+        scored = task.scores(trainer, data)
         metrics = {
             "eval_loss": evaluation["eval_loss"],
             **{name: evaluation[name] for name in task.metrics},
             **task.outcome(data, evaluation),
+            "base": _of_base(task, trainer, data),
             "steps": step,
             "best_step": best if best is not None else step,
             **_rates_in_use(trainer),
@@ -153,9 +159,12 @@ def train(
             "data": data.facts,
         }
         if main:
-            _save_adapter(task, trainer, data, tokenizer, output, curves)
+            card = model_card(config, metrics, scored, is_chat=task.is_chat(config, tokenizer))
+            _save_adapter(task, trainer, data, tokenizer, output, curves, card)
             if samples := task.samples(config.samples, trainer.model, data, tokenizer):
                 write_json(output / SAMPLES_FILE, samples)
+            if scored:
+                write_json(output / SCORES_FILE, scored)
             write_json(output / METRICS_FILE, metrics)  # last: it says that the run is finished
         wait_for_all()
         return metrics
@@ -165,6 +174,13 @@ def _evaluation_at(step: int | None, trainer: LoraPlusTrainer) -> dict[str, Any]
     """What was logged of the weights of a step; they need not be evaluated again."""
     rows = (row for row in reversed(trainer.state.log_history) if row["step"] == step and "eval_loss" in row)
     return next(rows, None)
+
+
+def _of_base(task: Task, trainer: Any, data: Any) -> dict[str, float]:
+    """What the model gives without its adapter, with the head that it began with: where the run set out from."""
+    with trainer.model.disable_adapter():
+        measured = trainer.answers(data.validation).metrics
+    return {name: measured[name] for name in ("eval_loss", *task.metrics)}
 
 
 def _diverged(error: DivergedError, output: Path) -> DivergedError:
@@ -193,16 +209,34 @@ def _rates_in_use(trainer: LoraPlusTrainer) -> dict[str, Any]:
 
 
 def _save_adapter(
-    task: Task, trainer: LoraPlusTrainer, data: Any, tokenizer: Any, output: Path, curves: list[dict[str, Any]]
+    task: Task,
+    trainer: LoraPlusTrainer,
+    data: Any,
+    tokenizer: Any,
+    output: Path,
+    curves: list[dict[str, Any]],
+    card: str,
 ) -> None:
-    """Adapter in PEFT's format; beside it what the task needs, rates, curves, and the manifest of all that."""
+    """Adapter in PEFT's format; beside it what the task needs, rates, curves, card, and the manifest of all that."""
+    writes_card = _may_write_card(output)
     with saved_whole(output, output) as folder:
         trainer.model.save_pretrained(str(folder), safe_serialization=True)
         task.save_beside_adapter(trainer.model, data, tokenizer, folder)
         write_rates(folder, rates_record(trainer.loraplus_rates, trainer.model, trainer.loraplus_auto))
         write_csv(folder / CURVES_FILE, curves)
         note_data(folder / DATA_FILE, data.facts)
-        seal(folder, [path for path in folder.iterdir() if path.name != CARD_FILE])  # people write in their cards
+        if writes_card:
+            write_atomically(folder / CARD_FILE, card)
+        seal(folder, [path for path in folder.iterdir() if path.name != CARD_FILE or writes_card])
+
+
+def _may_write_card(output: Path) -> bool:
+    """Whether there is no card yet, or none that somebody has written in."""
+    path = output / CARD_FILE
+    if not path.is_file() or is_as_listed(output, CARD_FILE) or is_unfilled(path.read_text(errors="replace")):
+        return True
+    _LOG.warning("%s is not what loraplus wrote, so it stays as it is; move it away for a card of this run", path)
+    return False
 
 
 def _curves(log_history: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
