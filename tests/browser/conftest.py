@@ -1,4 +1,4 @@
-"""Headless Chromium for tests of pages: what a page logs, what it asks for, how it looks. Skipped where there is none."""
+"""Headless Chromium for tests of pages: what a page logs and asks for, how it looks. Skipped where there is none."""
 
 from __future__ import annotations
 
