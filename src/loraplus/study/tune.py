@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -24,6 +23,7 @@ from loraplus.study.store import StudyStore
 from loraplus.study.trial import data_facts, data_seen, run_trial
 from loraplus.study.tuning import TuningPlan
 from loraplus.tasks.checks import check_settings
+from loraplus.tasks.command_line import command_line
 from loraplus.tasks.config import DEFAULT_TUNING_RUNS, TaskConfig, TrainConfig, TuneConfig
 from loraplus.tasks.seen import Seen
 
@@ -124,16 +124,7 @@ def train_command(config: TrainConfig) -> str:
         >>> train_command(TrainConfig(model="m", data="d.csv", output="o", lr=1e-3, lr_ratio=4.0))
         'loraplus train --model m --data d.csv --output o --lr 0.001 --lr-ratio 4.0'
     """
-    words = ["loraplus", "train"]
-    for spec in fields(config):
-        value, flag = getattr(config, spec.name), "--" + spec.name.replace("_", "-")
-        if value is True:
-            words += [flag] if spec.default is not True else []
-        elif value is False and spec.default is not False:
-            words.append("--no-" + flag.removeprefix("--"))
-        elif spec.name in ("lr", "lr_ratio") or value != spec.default:
-            words += [flag, str(value)]
-    return shlex.join(words)
+    return command_line("train", asdict(config))
 
 
 def _with_budget(config: TuneConfig) -> TuneConfig:
