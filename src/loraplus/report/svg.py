@@ -21,7 +21,7 @@ _LETTER = 7.6  # mean width of a letter; narrow windows have larger ones
 _ROOM = 12
 _ROW = 20
 _TICKS = 5
-_FEWEST_POWERS = 2
+_FEWEST_POWERS = 3
 _DASHES = {"dashed": "7 4", "dotted": "2 4"}
 _VIRIDIS = (
     (68, 1, 84), (72, 40, 120), (62, 73, 137), (49, 104, 142), (38, 130, 142), (31, 158, 137), (53, 183, 121),
