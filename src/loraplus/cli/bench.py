@@ -74,4 +74,4 @@ def _show_table(path: str) -> None:
     from loraplus.bench.asked import saved
     from loraplus.bench.tables import markdown
 
-    Console().say(markdown(saved(path)))
+    Console().copyable(markdown(saved(path)))

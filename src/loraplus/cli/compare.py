@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from loraplus.cli.app import app
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
 from loraplus.study.arms import ALL, REFERENCE, chosen
+from loraplus.study.headline import headline
+from loraplus.study.wording import counted
 from loraplus.tasks.config import CompareConfig
 from loraplus.tasks.measures import ACCURACY, LOSS, measures_of
 
@@ -43,7 +46,8 @@ def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, pla
     if json:
         print_json(summary)
     console.widened().print(results_table(summary))
-    console.print(str(summary["verdict"]))
+    console.print(Text(headline(summary), style="bold"))
+    console.say(summary["verdict"])
     for arm, row in summary["arms"].items():
         if row["best_at_edge"]:
             console.say(
@@ -75,7 +79,7 @@ def results_table(summary: dict[str, Any]) -> Table:
                 continue
             test = row.get("test") or {}
             table.add_row(
-                info.title + (suffix if info.tuned else f"\n{row['tuning_runs']} tuning runs"),
+                info.title + (suffix if info.tuned else f"\n{counted(row['tuning_runs'], 'tuning run')}"),
                 "–" if lr is None else rate(lr),
                 "–" if lr is None else rate(lr * lr_ratio),
                 "–" if lr is None else f"{lr_ratio if info.tuned else float(f'{lr_ratio:.2g}'):g}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
-from loraplus.cli.terminal import Console, json_lines, print_json
+from loraplus.cli.terminal import Console, json_lines, print_json, screen
 from loraplus.errors import InputError, visible
 
 
@@ -90,7 +89,7 @@ def run(
     elif target is not None:
         console.say(f"{len(rows)} completions written to {output}")
     elif streams:
-        sys.stdout.write("\n")
+        _write("\n")
     else:
         _show(asked, completions, plain)
 
@@ -121,8 +120,9 @@ def _rows(columns: Mapping[str, Sequence[Any]], completions: list[str], num_samp
 
 
 def _write(piece: str) -> None:
-    sys.stdout.write(visible(piece))
-    sys.stdout.flush()
+    out, _ = screen()
+    out.write(visible(piece))
+    out.flush()
 
 
 def _show(asked: list[Any], completions: list[str], plain: bool) -> None:
@@ -134,5 +134,5 @@ def _show(asked: list[Any], completions: list[str], plain: bool) -> None:
     console = Console(plain=plain)
     for prompt, completion in zip(asked, completions, strict=True):
         console.print(Text(shown(prompt), style="bold"), soft_wrap=True)
-        console.say(completion.strip("\n"))
+        console.copyable(completion.strip("\n"))
         console.print()
