@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
@@ -25,7 +26,17 @@ _NAMES = {
 }
 
 
-@config_command(app, "compare", CompareConfig, check=lambda config: chosen(config.arms), names=_NAMES)
+@config_command(
+    app,
+    "compare",
+    CompareConfig,
+    check=lambda config: chosen(config.arms),
+    names=_NAMES,
+    examples=examples(
+        "loraplus compare --model MODEL --data reviews.csv --output runs/compared",
+        "loraplus compare --model MODEL --data reviews.csv --output runs/all --arms lora,loraplus,auto --tuning-runs 4",
+    ),
+)
 def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Compare LoRA with LoRA+ (and others: --arms) on your task: tuned with equal budgets, tested on fresh seeds."""
     from loraplus.cli.console import quiet_libraries

@@ -9,11 +9,18 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.terminal import Console, json_lines, print_json, screen
 from loraplus.errors import InputError, visible
 
 
-@app.command("generate")
+@app.command(
+    "generate",
+    epilog=examples(
+        'loraplus generate --adapter runs/chat --prompt "What is LoRA+?" --chat',
+        "loraplus generate --adapter runs/chat --prompts questions.txt --output answers.jsonl",
+    ),
+)
 def run(
     adapter: Annotated[str | None, typer.Option(help="Folder that PEFT or `loraplus train` wrote.")] = None,
     model: Annotated[

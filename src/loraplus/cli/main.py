@@ -21,6 +21,7 @@ from loraplus.cli import (  # noqa: F401  (each registers its command on `app`)
     reproduce,
     train,
     tune,
+    watch,
 )
 from loraplus.cli.app import app
 from loraplus.cli.terminal import is_speaker, tell

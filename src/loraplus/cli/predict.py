@@ -12,12 +12,19 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.terminal import Console, json_lines, narrated, print_json
 
 _FORMATS = (".csv", ".tsv", ".jsonl")
 
 
-@app.command("predict")
+@app.command(
+    "predict",
+    epilog=examples(
+        "loraplus predict --adapter runs/reviews --data new.csv --output labelled.csv",
+        "loraplus predict --adapter runs/reviews --data new.jsonl --output labelled.jsonl --text-column body",
+    ),
+)
 def run(
     adapter: Annotated[str, typer.Option(help="Folder that `loraplus train` wrote.")],
     data: Annotated[

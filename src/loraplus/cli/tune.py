@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
@@ -16,7 +17,15 @@ from loraplus.study.wording import counted
 from loraplus.tasks.config import TuneConfig
 
 
-@config_command(app, "tune", TuneConfig)
+@config_command(
+    app,
+    "tune",
+    TuneConfig,
+    examples=examples(
+        "loraplus tune --model MODEL --data reviews.csv --output runs/tuned",
+        "loraplus tune --model MODEL --data reviews.csv --output runs/tuned --minutes 30",
+    ),
+)
 def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Find η_A and λ for your task within a budget, in one process or in several that share a study."""
     from loraplus.cli.console import quiet_libraries

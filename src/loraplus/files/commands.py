@@ -12,7 +12,8 @@ from loraplus.files.manifest import MANIFEST_FILE
 
 CONFIG_FILE = "config.yaml"
 PLOTS_FOLDER = "plots"
-NOT_COMPARED = ("workers", "output")
+LOGS_FOLDER = "logs"
+NOT_COMPARED = ("workers", "output", "report_to")
 """Settings that may differ on resuming: they do not change what is computed."""
 LATER_SETTINGS = {
     "task": "classification",
@@ -57,6 +58,8 @@ class Command:
         is_language = config.get("task") in ("sft", "lm")
         paths = [folder / name for name in self.files + (self.of_language if is_language else ())]
         paths += sorted(folder.glob(self.pattern)) if self.pattern else []
+        if "tensorboard" in str(config.get("report_to")) and (folder / LOGS_FOLDER).is_dir():
+            paths.append(folder / LOGS_FOLDER)
         return paths + (checkpoints(folder) if self.has_checkpoints else [])
 
 
