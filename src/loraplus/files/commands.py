@@ -58,8 +58,8 @@ class Command:
         is_language = config.get("task") in ("sft", "lm")
         paths = [folder / name for name in self.files + (self.of_language if is_language else ())]
         paths += sorted(folder.glob(self.pattern)) if self.pattern else []
-        if "tensorboard" in str(config.get("report_to")) and (folder / LOGS_FOLDER).is_dir():
-            paths.append(folder / LOGS_FOLDER)
+        if "tensorboard" in str(config.get("report_to")):
+            paths += sorted((folder / LOGS_FOLDER).glob("*/events.out.tfevents.*"))
         return paths + (checkpoints(folder) if self.has_checkpoints else [])
 
 
