@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from report.test_training import METRICS
 from study.test_summary import study
 
 from loraplus.files.single import write_csv, write_json, write_yaml
+from loraplus.report.serve import server
 from loraplus.report.training import write_report
 from loraplus.reproduce.command import Options, redraw
 
@@ -138,3 +140,14 @@ def test_without_scripts_everything_is_there(pages, browser):
     page.goto(pages["compare"].as_uri())
     assert page.locator("svg").count() == 4 and page.locator('[data-name="Arms"] tbody tr').count() == 2
     context.close()
+
+
+def test_a_page_that_is_watched_works_as_the_file_does(pages, visit):
+    with server(pages["experiment"].parent, 0) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        seen = visit(f"http://127.0.0.1:{serving.server_address[1]}/")
+        assert seen.page.locator("svg").count() > 0 and seen.page.get_by_role("searchbox").count() > 0
+        with seen.page.expect_download():
+            seen.page.get_by_role("button", name="CSV").first.click()
+        assert not seen.errors and not seen.requests
+        serving.shutdown()

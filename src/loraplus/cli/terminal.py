@@ -91,8 +91,8 @@ class Console(rich.console.Console):
         """
         lines = str(text).splitlines() or [""]
         if self.is_terminal:
-            whole = {"break_long_words": False, "break_on_hyphens": False}
-            lines = [part for line in lines for part in textwrap.wrap(line, max(20, self.width), **whole) or [""]]
+            words = textwrap.TextWrapper(max(20, self.width), break_long_words=False, break_on_hyphens=False)
+            lines = [part for line in lines for part in words.wrap(line) or [""]]
         self.copyable("\n".join(lines))
 
     def copyable(self, text: object) -> None:

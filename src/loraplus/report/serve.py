@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import os
 import posixpath
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,9 @@ def server(folder: str | Path, port: int) -> ThreadingHTTPServer:
     if not 0 <= port <= 65535:
         raise InputError(f"--port must lie between 0 and 65535, got {port}")
     try:
-        made = _Server((ADDRESS, port), _Handler)
+        return _Server((ADDRESS, port), partial(_Handler, root.resolve()))
     except OSError as error:
         raise InputError(f"--port {port} cannot be used: {error.strerror}; give another, or 0 for any") from None
-    made.root = root.resolve()
-    return made
 
 
 def pages(root: Path) -> list[Path]:
@@ -78,7 +77,6 @@ def pages(root: Path) -> list[Path]:
 
 
 class _Server(ThreadingHTTPServer):
-    root: Path
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -86,9 +84,12 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
     server_version, sys_version = "loraplus", ""
     timeout = 30  # a connection that says nothing does not stay
+
+    def __init__(self, root: Path, *request: Any) -> None:
+        self._root = root
+        super().__init__(*request)  # which answers
 
     def do_GET(self) -> None:
         """Answers with a page, or says why not."""
@@ -108,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _found(self) -> tuple[int, str, bytes]:
-        port = self.server.server_address[1]
+        port = self.connection.getsockname()[1]
         hosts = {f"{name}:{port}" for name in (ADDRESS, "localhost")}
         if self.headers.get_all("Host", []) not in [[host] for host in hosts]:
             return _said(403, f"Only http://{ADDRESS}:{port}/ is served here.")
@@ -116,11 +117,11 @@ class _Handler(BaseHTTPRequestHandler):
             return _said(403, "Another site asked for this.")
         asked = unquote(urlsplit(self.path).path) if self.path.startswith("/") else ""
         if asked == "/":
-            reports = pages(self.server.root)
+            reports = pages(self._root)
             if len(reports) != 1:
                 return 200, _TYPES[".html"], _listed(reports).encode()
             asked = f"/{reports[0].as_posix()}"
-        path = _inside(self.server.root, asked)
+        path = _inside(self._root, asked)
         if path is None:
             return _said(404, "There is no such page.")
         try:

@@ -46,7 +46,7 @@ def reporting(report_to: str, output: str, run: str) -> tuple[dict[str, Any], li
     names = reporters(report_to)
     callbacks: list[TrainerCallback] = []
     if TENSORBOARD in names:
-        from transformers.integrations import TensorBoardCallback
+        from transformers.integrations.integration_utils import TensorBoardCallback
 
         names.remove(TENSORBOARD)  # Trainer's would write beside the checkpoints, which a study does not keep
         board = TensorBoardCallback()
