@@ -86,7 +86,7 @@ def test_what_libraries_print_reaches_no_screen(run_flags, tmp_path):
     (tmp_path / "lib" / "bitsandbytes.py").write_text(CHATTER)
     terminal = Terminal("train", *run_flags, "--max-steps", 4, "--eval-steps", 2, path=tmp_path / "lib")
     terminal.until(seconds=120)
-    assert terminal.process.wait(10) == 0 and "adapter: " in terminal.shown
+    assert terminal.process.wait(10) == 0 and "adapter:" in terminal.shown
     assert "CHATTER" not in terminal.shown
     lines = [line for line in terminal.shown.replace("\x1b[2K", "").split("\r\n") if "\x1b" not in line]
     assert all(len(line.split("\r")[-1]) <= 60 for line in lines if "/" not in line)
