@@ -1,11 +1,13 @@
-"""One warning for each thing that is to be told, however often it comes up while an optimizer is made or proved."""
+"""One warning for each thing that is to be told, however often it comes up while an optimizer is made or proved; that a
+signal has come is told at once."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 from loraplus.errors import LoraPlusWarning
@@ -71,3 +73,9 @@ def renamed(module: str, name: str, new_names: Mapping[str, str]) -> str:
         _told_of_names.add(name)
         tell(f"{module}.{name} is called {new_names[name]} now; the earlier name goes on working")
     return new_names[name]
+
+
+def acknowledge(text: str) -> None:
+    """Says, from the handler of a signal, that it has come and what happens now."""
+    with suppress(RuntimeError):  # it came in the middle of another line's write, which cannot be begun again
+        logging.getLogger(__name__).info(text)

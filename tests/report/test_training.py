@@ -33,7 +33,8 @@ def folder(tmp_path):
 
 
 def test_the_page_is_offline_and_escapes_what_models_say(folder):
-    page = re.sub(r"<script>.{100000,}?</script>", "", write_report(folder).read_text(), flags=re.DOTALL)
+    page = write_report(folder).read_text()
+    assert len(page) < 100_000 and "<h1>Perplexity 3.49 after 15 steps</h1>" in page
     assert "<script>alert" not in page and "<img" not in page and page.count("&lt;script&gt;alert(1)") >= 6
     assert not re.search(r"(src|href)\s*=\s*[\"']", page)
     assert "1.2500 a token, perplexity 3.490" in page and "2 longer examples (cut): 7 tokens cut" in page

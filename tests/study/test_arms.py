@@ -13,6 +13,7 @@ import pytest
 
 from loraplus.errors import DivergedError, InputError
 from loraplus.report import render
+from loraplus.report.plots import curves, rates
 from loraplus.study import statistics
 from loraplus.study.arms import ALL, chosen
 from loraplus.study.plan import Plan, same_training
@@ -228,16 +229,15 @@ def test_the_report_shows_every_arm_and_the_rates_it_arrived_at():
     for arm in ("auto", "mua", "prodigy", "schedulefree"):
         assert f"{ALL[arm].title} − LoRA" in html and ALL[arm].about in unescape(html)
     assert html.count("(0 tuning runs)") >= 3
-    curves, rates = (html.split(f'["{name}", ')[1] for name in ("curves", "rates"))
-    decode = json.JSONDecoder().raw_decode
-    names = {trace["name"] for trace in decode(curves)[0]["data"] if "name" in trace}
+    names = {one.name for one in curves(study(0.8, extra=OTHERS)).series}
     assert names == {ALL[arm].title for arm in SIX} | {"LoRA, untuned", "LoRA+, untuned"}
-    points = {trace["name"]: trace for trace in decode(rates)[0]["data"]}
+    best = {arm: {"lr": 1e-3, "lr_ratio": 4.0} for arm in SIX if ALL[arm].tuned}
+    points = {one.name: one for one in rates(study(0.8, extra=OTHERS), best).series}
     assert list(points) == [
         "λ = 1", "LoRA", "best LoRA", "LoRA+", "best LoRA+", "LoRA+ auto", "μA", "schedule-free",
         "best schedule-free", "diverged",
     ]  # fmt: skip
-    assert (points["LoRA+ auto"]["x"], points["LoRA+ auto"]["y"]) == ([2e-4] * 3, [8e-4] * 3)
+    assert (points["LoRA+ auto"].x, points["LoRA+ auto"].y) == ([2e-4] * 3, [8e-4] * 3)
 
 
 def test_runs_csv_holds_the_rates_that_were_arrived_at_or_nothing():

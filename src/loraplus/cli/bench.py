@@ -9,6 +9,7 @@ from rich.table import Table
 
 from loraplus.bench.tables import HEADS, about, arm_cells, bars, findings, machine_line
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.options import config_command
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
 from loraplus.tasks.config import BenchConfig
@@ -16,7 +17,17 @@ from loraplus.tasks.config import BenchConfig
 _WIDTH_OF_FILES = 140  # of the arms' names and figures
 
 
-@config_command(app, "bench", BenchConfig, required=(), own=("overwrite", "json", "plain"))
+@config_command(
+    app,
+    "bench",
+    BenchConfig,
+    required=(),
+    own=("overwrite", "json", "plain"),
+    examples=examples(
+        "loraplus bench",
+        "loraplus bench --model MODEL --data reviews.csv --output bench.json --minutes 10",
+    ),
+)
 def run(config: BenchConfig, *, overwrite: bool, json: bool, plain: bool) -> None:
     """Compare speed and memory with PEFT and Trainer on this machine, for your model and data or built-in ones."""
     console = Console(stderr=json, plain=plain)
@@ -74,4 +85,4 @@ def _show_table(path: str) -> None:
     from loraplus.bench.asked import saved
     from loraplus.bench.tables import markdown
 
-    Console().say(markdown(saved(path)))
+    Console().copyable(markdown(saved(path)))

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import after_compare, show_next
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
 from loraplus.study.arms import ALL, REFERENCE, chosen
+from loraplus.study.headline import headline
+from loraplus.study.wording import counted
 from loraplus.tasks.config import CompareConfig
 from loraplus.tasks.measures import ACCURACY, LOSS, measures_of
 
@@ -23,7 +27,17 @@ _NAMES = {
 }
 
 
-@config_command(app, "compare", CompareConfig, check=lambda config: chosen(config.arms), names=_NAMES)
+@config_command(
+    app,
+    "compare",
+    CompareConfig,
+    check=lambda config: chosen(config.arms),
+    names=_NAMES,
+    examples=examples(
+        "loraplus compare --model MODEL --data reviews.csv --output runs/compared",
+        "loraplus compare --model MODEL --data reviews.csv --output runs/all --arms lora,loraplus,auto --tuning-runs 4",
+    ),
+)
 def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Compare LoRA with LoRA+ (and others: --arms) on your task: tuned with equal budgets, tested on fresh seeds."""
     from loraplus.cli.console import quiet_libraries
@@ -46,7 +60,8 @@ def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, pla
     console.widened().print(results_table(summary))
     if line := _beside_accuracy(summary):
         console.say(line)
-    console.print(str(summary["verdict"]))
+    console.print(Text(headline(summary), style="bold"))
+    console.say(summary["verdict"])
     for arm, row in summary["arms"].items():
         if row["best_at_edge"]:
             console.say(
@@ -80,7 +95,7 @@ def results_table(summary: dict[str, Any]) -> Table:
                 continue
             test = row.get("test") or {}
             table.add_row(
-                info.title + (suffix if info.tuned else f"\n{row['tuning_runs']} tuning runs"),
+                info.title + (suffix if info.tuned else f"\n{counted(row['tuning_runs'], 'tuning run')}"),
                 "–" if lr is None else rate(lr),
                 "–" if lr is None else rate(lr * lr_ratio),
                 "–" if lr is None else f"{lr_ratio if info.tuned else float(f'{lr_ratio:.2g}'):g}",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from loraplus.cli.terminal import Console, narrated
+from loraplus.cli.terminal import Console, narrated, without_chatter
 from loraplus.tasks.progress_log import ProgressLog
 
 _SHOWN = ("eval_loss", "eval_accuracy", "eval_macro_f1", "eval_r2", "eval_perplexity")
@@ -34,6 +35,13 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    if logging.lastResort:  # of libraries that set up no log of their own
+        logging.lastResort.setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "accelerate", "peft", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if importlib.util.find_spec("bitsandbytes") is not None:  # PEFT imports it, and it tells what it finds
+        with without_chatter(), suppress(Exception):
+            importlib.import_module("bitsandbytes")
 
 
 def is_moving(console: Console, plain: bool) -> bool:
@@ -45,7 +53,7 @@ def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(), console=console, transient=True,
+        TimeRemainingColumn(), console=console, transient=True, redirect_stdout=False, redirect_stderr=False,
     )  # fmt: skip
 
 
@@ -105,5 +113,5 @@ class TrainingProgress(TrainerCallback):
         if not self._progress and done > 0 and state.global_step < state.max_steps:
             left = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
             parts.append(f"about {max(1, round(left / 60))} min left" if left > 60 else f"about {left:.0f} s left")
-        self._console.print(" · ".join(parts), soft_wrap=True)
+        self._console.say(" · ".join(parts))
         self._train_loss = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -10,12 +9,19 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import after_predict, show_next
-from loraplus.cli.terminal import Console, json_lines, print_json
+from loraplus.cli.terminal import Console, json_lines, print_json, screen
 from loraplus.errors import InputError, visible
 
 
-@app.command("generate")
+@app.command(
+    "generate",
+    epilog=examples(
+        'loraplus generate --adapter runs/chat --prompt "What is LoRA+?" --chat',
+        "loraplus generate --adapter runs/chat --prompts questions.txt --output answers.jsonl",
+    ),
+)
 def run(
     adapter: Annotated[str | None, typer.Option(help="Folder that PEFT or `loraplus train` wrote.")] = None,
     model: Annotated[
@@ -91,7 +97,7 @@ def run(
     elif target is not None:
         console.say(f"{len(rows)} completions written to {output}")
     elif streams:
-        sys.stdout.write("\n")
+        _write("\n")
     else:
         _show(asked, completions, plain)
     if adapter is not None and not json:
@@ -124,8 +130,9 @@ def _rows(columns: Mapping[str, Sequence[Any]], completions: list[str], num_samp
 
 
 def _write(piece: str) -> None:
-    sys.stdout.write(visible(piece))
-    sys.stdout.flush()
+    out, _ = screen()
+    out.write(visible(piece))
+    out.flush()
 
 
 def _show(asked: list[Any], completions: list[str], plain: bool) -> None:
@@ -137,5 +144,5 @@ def _show(asked: list[Any], completions: list[str], plain: bool) -> None:
     console = Console(plain=plain)
     for prompt, completion in zip(asked, completions, strict=True):
         console.print(Text(shown(prompt), style="bold"), soft_wrap=True)
-        console.say(completion.strip("\n"))
+        console.copyable(completion.strip("\n"))
         console.print()

@@ -12,12 +12,19 @@ from rich.text import Text
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.terminal import Console, print_json
 
 _NONE = "–"
 
 
-@app.command("inspect")
+@app.command(
+    "inspect",
+    epilog=examples(
+        "loraplus inspect runs/reviews",
+        "loraplus inspect runs/reviews/checkpoint-100 --json",
+    ),
+)
 def run(
     path: Annotated[str, typer.Argument(help="Adapter, checkpoint, output of `loraplus train`, or model.")],
     model: flags.BaseModel = None,

@@ -24,9 +24,10 @@ from loraplus.cli import (  # noqa: F401  (each registers its command on `app`)
     reproduce,
     train,
     tune,
+    watch,
 )
 from loraplus.cli.app import app
-from loraplus.cli.terminal import is_speaker
+from loraplus.cli.terminal import is_speaker, tell
 from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning, LostProcessError, one_line, visible
 
 
@@ -69,19 +70,24 @@ def _message(error: BaseException) -> str:
 
 
 def _tell(text: object) -> None:
-    print(one_line(text), file=sys.stderr)
+    tell(one_line(text))
 
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Shows each of our own warnings once, as one line without a source position; those of libraries as ever."""
+    """Shows each of our own warnings once, as one line without a source position.
+
+    Those of libraries are shown if Python is asked for them:
+    `python -W default -m loraplus`, or PYTHONWARNINGS.
+    """
     shown: set[str] = set()
     with warnings.catch_warnings():
         as_ever = warnings.showwarning
 
         def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
             if not issubclass(category, LoraPlusWarning):
-                as_ever(visible(str(message)), category, *where, **more)
+                if sys.warnoptions:
+                    as_ever(visible(str(message)), category, *where, **more)
             elif str(message) not in shown and is_speaker():
                 shown.add(str(message))
                 _tell(f"loraplus: warning: {message}")

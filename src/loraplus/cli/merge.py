@@ -8,11 +8,18 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import after_merge, show_next
 from loraplus.cli.terminal import Console, print_json
 
 
-@app.command("merge")
+@app.command(
+    "merge",
+    epilog=examples(
+        "loraplus merge --adapter runs/chat --output models/chat",
+        "loraplus merge --adapter runs/chat --output models/chat --dtype bfloat16",
+    ),
+)
 def run(
     adapter: flags.AdapterFolder,
     output: Annotated[str, typer.Option(help="Model folder to make.")],

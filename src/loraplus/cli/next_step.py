@@ -39,7 +39,7 @@ def command(*words: str, **flags: Any) -> str:
 def show_next(console: Console, purpose: str, line: str) -> None:
     """Says what the next command is for, and on a line of its own the command."""
     console.say(f"next, to {purpose}:")
-    console.say(line)
+    console.copyable(line)
 
 
 def after_train(config: TrainConfig, metrics: Mapping[str, Any]) -> tuple[str, str]:

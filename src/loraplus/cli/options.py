@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from loraplus.cli import flags as common_flags
+from loraplus.cli.flag_groups import OF_COMMAND, ORDER, group_of
 from loraplus.cli.terminal import Console, is_speaker
 from loraplus.errors import InputError
 from loraplus.files.parsing import LONGEST_YAML, ParseError, parse_yaml
@@ -62,7 +63,7 @@ def _fill_default_map(context: typer.Context, path: str | None) -> str | None:
     return path
 
 
-def _parameter(spec: Field[Any], annotation: Any, names: Mapping[str, str]) -> inspect.Parameter:
+def _parameter(spec: Field[Any], annotation: Any, names: Mapping[str, str], needed: Sequence[str]) -> inspect.Parameter:
     name = spec.name.replace("_", "-")
     # The negative form lets a flag win over `true` in the file.
     flags = spec.metadata.get("flags") or (
@@ -72,7 +73,7 @@ def _parameter(spec: Field[Any], annotation: Any, names: Mapping[str, str]) -> i
     help = Template(spec.metadata["help"]).safe_substitute(names)
     option = typer.Option(
         *flags, help=help, show_default=spec.default not in ("", None), parser=parser,
-        metavar="NUMBER|auto" if parser else None,
+        metavar="NUMBER|auto" if parser else None, rich_help_panel=group_of(spec.name, needed),
     )  # fmt: skip
     default = inspect.Parameter.empty if spec.default is MISSING else spec.default
     return inspect.Parameter(
@@ -84,7 +85,11 @@ def _parameter(spec: Field[Any], annotation: Any, names: Mapping[str, str]) -> i
 
 
 _CONFIG = typer.Option(
-    "--config", help="YAML file with any of these flags as keys.", is_eager=True, callback=_fill_default_map
+    "--config",
+    help="YAML file with any of these flags as keys.",
+    is_eager=True,
+    callback=_fill_default_map,
+    rich_help_panel=OF_COMMAND,
 )
 _OWN_FLAGS = {
     "config": (Annotated[str | None, _CONFIG], None),
@@ -104,6 +109,7 @@ def config_command(
     required: Sequence[str] = ("model", "data", "output"),
     own: Sequence[str] = ("overwrite", "resume", "check", "json", "plain"),
     names: Mapping[str, str] = MappingProxyType({}),
+    examples: str = "",
 ) -> Callable[[Callable[..., None]], Any]:
     """Registers `run(config, overwrite, resume, json, plain)` as a command with one flag a field of the class.
 
@@ -115,11 +121,12 @@ def config_command(
         required: fields that must be given.
         own: the command's own flags, which `run` takes beside the configuration; --check, which stops before it, aside.
         names: what stands for $… in the help of the configuration's flags: lists that are made further right.
+        examples: command lines, shown below the flags.
     """
 
     def register(run: Callable[..., None]) -> Any:
         hints = get_type_hints(config_class)
-        specs = fields(config_class)
+        specs = sorted(fields(config_class), key=lambda spec: ORDER.index(group_of(spec.name, required)))
 
         def command(**values: Any) -> None:
             values.pop("config")
@@ -144,7 +151,7 @@ def config_command(
                 return run_check(config, json=extra["json"], plain=extra["plain"])
             return run(config, **extra)
 
-        parameters = [_parameter(spec, hints[spec.name], names) for spec in specs]
+        parameters = [_parameter(spec, hints[spec.name], names, required) for spec in specs]
         parameters += [
             inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             for flag, (annotation, default) in _OWN_FLAGS.items()
@@ -153,6 +160,6 @@ def config_command(
         command.__signature__ = inspect.Signature(parameters)
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         command.__doc__ = run.__doc__
-        return app.command(name)(command)
+        return app.command(name, epilog=examples)(command)
 
     return register

@@ -13,6 +13,7 @@ import typer
 from loraplus.cli import flags
 from loraplus.cli.app import app
 from loraplus.cli.evaluate import note_of_training_data
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import after_predict, show_next
 from loraplus.cli.scores import show_scores
 from loraplus.cli.terminal import Console, json_lines, narrated, print_json
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
 _FORMATS = (".csv", ".tsv", ".jsonl")
 
 
-@app.command("predict")
+@app.command(
+    "predict",
+    epilog=examples(
+        "loraplus predict --adapter runs/reviews --data new.csv --output labelled.csv",
+        "loraplus predict --adapter runs/reviews --data new.jsonl --output labelled.jsonl --text-column body",
+    ),
+)
 def run(
     adapter: Annotated[str, typer.Option(help="Folder that `loraplus train` wrote.")],
     data: Annotated[

@@ -12,7 +12,7 @@ from loraplus.cli.terminal import Console
 from loraplus.study.arms import ALL
 from loraplus.study.records import Record, Trial
 from loraplus.study.runner import Event
-from loraplus.study.wording import rate
+from loraplus.study.wording import counted, rate
 from loraplus.tasks.measures import perplexity
 
 MINIMAL_SECONDS_FOR_ESTIMATE = 2.0
@@ -153,11 +153,11 @@ class PlainProgress:
         self._estimate.take(event)
         if event.kind == "planned":
             stored = f", {count(event.done)} of them already done" if event.done else ""
-            self._print(f"{count(event.planned)} runs planned{stored}")
+            self._print(f"{counted(event.planned, 'run')} planned{stored}")
         elif event.kind == "finished" and event.record is not None:
             left = self._estimate.seconds_left
             about = f", {time_left(left)}" if left and event.done < event.planned else ""
-            self._print(f"{count(event.done)}/{count(event.planned)} runs{about} · {outcome(event, self._wording)}")
+            self._print(f"{count(event.done)}/{counted(event.planned, 'run')}{about} · {outcome(event, self._wording)}")
 
     def _print(self, line: str) -> None:
         self._console.say(line)
@@ -179,6 +179,7 @@ class BarProgress:
     """A bar over all optimizer steps of the study, and one line for each run under way."""
 
     def __init__(self, console: Console, wording: Wording) -> None:
+        self._console = console
         self._wording = wording
         self._estimate = TimeEstimate()
         self._bars = Progress(
@@ -188,6 +189,8 @@ class BarProgress:
             _TimeLeft(self._estimate),
             console=console,
             transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._overall = self._bars.add_task("all runs", total=None, count="", overall=True)
         self._runs: dict[str, TaskID] = {}
@@ -207,7 +210,7 @@ class BarProgress:
             self._overall,
             total=self._estimate.total_steps or None,
             completed=self._estimate.steps,
-            count=f"{count(event.done)}/{count(event.planned)} runs",
+            count=f"{count(event.done)}/{counted(event.planned, 'run')}",
         )
 
     def _show_run(self, event: Event, trial: Any) -> None:
@@ -225,4 +228,4 @@ class BarProgress:
         elif event.kind == "finished" and event.record is not None:
             if trial.key in self._runs:
                 self._bars.remove_task(self._runs.pop(trial.key))
-            self._bars.console.print(outcome(event, self._wording))
+            self._console.say(outcome(event, self._wording))

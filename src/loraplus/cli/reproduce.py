@@ -9,6 +9,7 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import after_reproduce, show_next
 from loraplus.cli.terminal import Console, plain_table, print_json
 from loraplus.errors import InputError
@@ -16,7 +17,13 @@ from loraplus.errors import InputError
 DEFAULT_OUTPUT = "runs/reproduce"
 
 
-@app.command("reproduce")
+@app.command(
+    "reproduce",
+    epilog=examples(
+        "loraplus reproduce --list",
+        "loraplus reproduce toy --output runs/toy",
+    ),
+)
 def run(
     name: Annotated[str, typer.Argument(help="Name of the experiment; --list tells them all.")] = "",
     list_all: Annotated[bool, typer.Option("--list", help="List the experiments and what each tests.")] = False,

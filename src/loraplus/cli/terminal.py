@@ -6,14 +6,16 @@ where it is printed.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any, TextIO
 
 import rich.console
 from rich.console import ConsoleOptions, RenderableType
@@ -25,11 +27,57 @@ from loraplus.errors import visible
 _NOT_IN_JSON = re.compile(r"[\x7f-\x9f\u200e\u200f\u061c\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
 
 
+_covered: list[tuple[TextIO, TextIO]] = []
+
+
+def screen() -> tuple[TextIO, TextIO]:
+    """(standard output, standard error) of the command, also while libraries are kept from them."""
+    return _covered[0] if _covered else (sys.stdout, sys.stderr)
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Whatever libraries print in here reaches no screen; what goes through this module does."""
+    streams = sys.stdout, sys.stderr
+    _covered.append(streams)
+    sys.stdout, sys.stderr = (_Nowhere(stream) for stream in streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        _covered.pop()
+
+
+class _Nowhere(io.TextIOBase):
+    """A stream whose text is lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
 class Console(rich.console.Console):
     """rich's console without markup, emoji codes and guessed highlights. It spells out escape codes."""
 
     def __init__(self, *, plain: bool = False, **options: Any) -> None:
         super().__init__(no_color=plain or None, markup=False, emoji=False, highlight=False, **options)
+
+    @property
+    def file(self) -> IO[str]:
+        """Where it prints: also while libraries are kept from there."""
+        return self._file or screen()[self.stderr]
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """rich's, with the text of every segment made visible; its own control codes come apart from text."""
@@ -37,7 +85,18 @@ class Console(rich.console.Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def say(self, text: object) -> None:
-        """Prints text that may be longer than a line and is to be copied: nothing is wrapped."""
+        """Prints text that may be longer than a line: between words on a terminal, and in a file not at all.
+
+        No word is cut, so that a path can be copied.
+        """
+        lines = str(text).splitlines() or [""]
+        if self.is_terminal:
+            words = textwrap.TextWrapper(max(20, self.width), break_long_words=False, break_on_hyphens=False)
+            lines = [part for line in lines for part in words.wrap(line) or [""]]
+        self.copyable("\n".join(lines))
+
+    def copyable(self, text: object) -> None:
+        """Prints text that is copied as a whole, such as a command: the terminal itself wraps it."""
         self.print(str(text), soft_wrap=True)
 
     def widened(self, width: int = 120) -> Console:
@@ -64,7 +123,7 @@ def print_json(data: Any) -> None:
     """Prints JSON on stdout; what a terminal would obey stands there as \\u…, which is the same to a parser."""
     from loraplus.files.single import json_text
 
-    sys.stdout.write(json_for_terminal(json_text(data)) + "\n")
+    screen()[0].write(json_for_terminal(json_text(data)) + "\n")
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -82,9 +141,20 @@ def json_for_terminal(text: str) -> str:
     return _NOT_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+_narrators: list[Console] = []
+
+
+def tell(text: str) -> None:
+    """Prints a line on standard error; while a terminal is narrated on, above its moving bars."""
+    if _narrators and _narrators[-1].is_terminal:
+        _narrators[-1].say(text)
+    else:
+        print(text, file=screen()[1])
+
+
 @contextmanager
 def narrated(console: Console, *, doubts: bool = True) -> Iterator[None]:
-    """Shows on a console what the library says while it reads and prepares data (its log, level INFO).
+    """Shows on a console what loraplus says while it works (its log, level INFO), and not what other libraries print.
 
     Args:
         console: to show it on.
@@ -96,9 +166,12 @@ def narrated(console: Console, *, doubts: bool = True) -> Iterator[None]:
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    _narrators.append(console)
     try:
-        yield
+        with without_chatter():
+            yield
     finally:
+        _narrators.pop()
         log.removeHandler(handler)
         log.setLevel(level)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import after_train, show_next
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
@@ -27,7 +28,15 @@ _SHOWN = (
 )
 
 
-@config_command(app, "train", TrainConfig)
+@config_command(
+    app,
+    "train",
+    TrainConfig,
+    examples=examples(
+        "loraplus train --model MODEL --data reviews.csv --output runs/reviews",
+        "loraplus train --task sft --model MODEL --data chats.jsonl --output runs/chat --lr 2e-4 --lr-ratio 16",
+    ),
+)
 def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Train a text classifier or a language model (--task) with LoRA+ and write a PEFT-format adapter."""
     from loraplus.cli.console import TrainingProgress, quiet_libraries

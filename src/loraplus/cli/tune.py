@@ -9,18 +9,28 @@ from typing import Any
 from rich.table import Table
 
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import command, show_next
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
+from loraplus.study.wording import counted
 from loraplus.tasks.config import TuneConfig
 
 
-@config_command(app, "tune", TuneConfig)
+@config_command(
+    app,
+    "tune",
+    TuneConfig,
+    examples=examples(
+        "loraplus tune --model MODEL --data reviews.csv --output runs/tuned",
+        "loraplus tune --model MODEL --data reviews.csv --output runs/tuned --minutes 30",
+    ),
+)
 def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Find η_A and λ for your task within a budget, in one process or in several that share a study."""
     from loraplus.cli.console import quiet_libraries
-    from loraplus.cli.progress import count, rate, study_progress
+    from loraplus.cli.progress import rate, study_progress
 
     quiet_libraries()
     from loraplus.study.tune import BEST_FILE, tune
@@ -40,7 +50,7 @@ def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain:
     console.print(trials_table(result))
     console.say(
         f"best: η_A {rate(best['lr'])} · η_B {rate(best['lr'] * best['lr_ratio'])} (λ = {best['lr_ratio']:g}), "
-        f"eval loss {best['eval_loss']:.4f}, for the cost of {count(cost['full_runs'])} runs of full length"
+        f"eval loss {best['eval_loss']:.4f}, for the cost of {counted(cost['full_runs'], 'run')} of full length"
     )
     if best["at_edge"]:
         console.say("this is the lowest or highest rate tried: a better one may lie beyond")

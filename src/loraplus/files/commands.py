@@ -14,7 +14,8 @@ CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
 SCORES_FILE = "scores.json"
 PLOTS_FOLDER = "plots"
-NOT_COMPARED = ("workers", "output")
+LOGS_FOLDER = "logs"
+NOT_COMPARED = ("workers", "output", "report_to")
 """Settings that may differ on resuming: they do not change what is computed."""
 LATER_SETTINGS = {
     "task": "classification",
@@ -64,6 +65,8 @@ class Command:
         # What tells whose a file is goes after it, so that a clearing that was interrupted can be repeated.
         paths = [folder / name for name in (*card, *more, *self.files)]
         paths += sorted(folder.glob(self.pattern)) if self.pattern else []
+        if "tensorboard" in str(config.get("report_to")):
+            paths += sorted((folder / LOGS_FOLDER).glob("*/events.out.tfevents.*"))
         return paths + (checkpoints(folder) if self.has_checkpoints else [])
 
 

@@ -1,4 +1,4 @@
-"""One offline page that shows what a comparison found."""
+"""One offline page that shows what a comparison found, or how far it is."""
 
 from loraplus.report.page import render
 

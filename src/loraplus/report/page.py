@@ -1,4 +1,4 @@
-"""Fills the page: numbers as text, pictures as plotly figures, everything in one file that needs no network."""
+"""Fills pages: numbers as text, charts as SVG, everything in one file that needs no network."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
+from loraplus.errors import visible
 from loraplus.report import plots
+from loraplus.report.chart import Cell
+from loraplus.report.svg import draw
 from loraplus.study.arms import ALL
+from loraplus.study.headline import headline
 from loraplus.study.pairs import deciding
 from loraplus.study.records import ARMS, Record
-from loraplus.study.wording import p_value, rate
+from loraplus.study.wording import counted, p_value, rate
+from loraplus.tasks.command_line import command_line
 from loraplus.tasks.measures import ACCURACY, measures_of, perplexity
 
 _TEMPLATE = "compare.html.jinja"
@@ -37,6 +40,8 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
     measures, learning = measures_of(summary["config"]), summary.get("learning", {})
     return template(_TEMPLATE).render(
         summary=summary,
+        headline=headline(summary),
+        command=command_line("compare", summary["config"]),
         records=records,
         arms=arms,
         main=ARMS,
@@ -47,29 +52,41 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
         has_accuracy=ACCURACY in measures,
         nothing=learning.get("nothing", ()),
         nothing_untuned=bool(learning.get("nothing_untuned")),
-        plotly_js=Markup(get_plotlyjs()),
-        seeds=Markup(plots.as_json(plots.differences(_pairs(summary), deciding(measures)))),
-        curves=Markup(plots.as_json(plots.curves(records))),
-        rates=Markup(plots.as_json(plots.rates(records, best))),
+        seeds=plots.differences(_pairs(summary), deciding(measures)),
+        curves=plots.curves(records),
+        curves_in_time=plots.curves(records, "seconds"),
+        rates=plots.rates(records, best),
     )
 
 
-def template(name: str) -> Template:
-    """A page of this package."""
-    pages = environment()
+def template(name: str, *packages: str) -> Template:
+    """A page of these packages, or of this one. What is put into it is escaped.
+
+    Filters turn numbers into text; `svg` draws a `Chart`.
+    """
+    loaders = [PackageLoader(package, ".") for package in (*packages, "loraplus.report")]
+    pages = Environment(
+        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )  # fmt: skip
     pages.filters |= {
         "rate": _rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
-        "ratio": ratio, "factor": factor, "perplexity": perplexity, "decides": decides,
+        "ratio": ratio, "factor": factor, "perplexity": perplexity, "decides": decides, "cell": cell, "svg": draw,
+        "counted": counted,
     }  # fmt: skip
     return pages.get_template(name)
 
 
-def environment(*packages: str) -> Environment:
-    """Where templates are looked for: in these packages, then in this one. What is put into one is escaped."""
-    loaders = [PackageLoader(package, ".") for package in (*packages, "loraplus.report")]
-    return Environment(
-        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+def cell(value: Cell) -> str:
+    """A number with four significant digits, text as it is, a dash where there is nothing.
+
+    Example:
+        >>> [cell(value) for value in (0.123456, 3, "Adam", None)]
+        ['0.1235', '3', 'Adam', '–']
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _pairs(summary: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:

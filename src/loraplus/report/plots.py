@@ -1,19 +1,19 @@
-"""The pictures of a comparison and of a training run: differences seed by seed, losses over steps, tried rates."""
+"""The charts of a comparison and of a training run: differences seed by seed, losses over steps, tried rates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
-import plotly.graph_objects as go
-
+from loraplus.report.chart import Axis, Cell, Chart, Scale, Series
 from loraplus.study.arms import ALL
 from loraplus.study.records import Record
+from loraplus.study.wording import rate
 from loraplus.tasks.measures import ACCURACY
 
-# Okabe and Ito's palette: told apart with any colour vision, and readable on white and on near black.
+# Okabe and Ito's palette: told apart with any colour vision. A page has a lighter one of its own for the dark.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("circle", "diamond", "square", "triangle-up", "pentagon", "star")
 
@@ -29,114 +29,136 @@ def look(place: int) -> tuple[str, str]:
     return PALETTE[place % count], _MARKERS[(place + place // count) % count]
 
 
-COLOURS = {arm: look(place)[0] for place, arm in enumerate(ALL)}
+COLOURS = {arm: place % len(PALETTE) for place, arm in enumerate(ALL)}
 SYMBOLS = {arm: look(place)[1] for place, arm in enumerate(ALL)}
-NEUTRAL = "#7f8790"
-_ENDS = ("mean", "low", "high")
-_GRID = "rgba(127,135,144,0.22)"
+Over = Literal["step", "seconds"]
 
 
-def laid_out(figure: go.Figure, x: str, y: str, height: int) -> go.Figure:
-    axis = {"gridcolor": _GRID, "linecolor": NEUTRAL, "zeroline": False, "ticks": "outside", "tickcolor": NEUTRAL}
-    figure.update_layout(
-        height=height,
-        margin={"l": 64, "r": 16, "t": 12, "b": 52},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={
-            "family": "system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif",
-            "size": 13,
-            "color": NEUTRAL,
-        },
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        hoverlabel={"font": {"size": 12}},
-    )
-    figure.update_xaxes(title=x, **axis)
-    figure.update_yaxes(title=y, **axis)
-    return figure
-
-
-def differences(pairs: Mapping[str, tuple[str, Mapping[str, Any]]], measure: str) -> go.Figure:
-    """Each arm − LoRA: a dot a seed, and above them the mean with its interval over seeds, if there is one.
+def differences(pairs: Mapping[str, tuple[str, Mapping[str, Any]]], measure: str) -> Chart:
+    """Each arm − LoRA: a hollow circle a seed, and above them the mean with its interval over seeds, if there is one.
 
     Args:
         pairs: {title: (arm, its fields of summary.json)}.
         measure: that decides; accuracy is shown in points.
     """
-    figure, field, scale = go.Figure(), f"{measure}_difference", 100 if measure == ACCURACY else 1
+    field, scale = f"{measure}_difference", 100 if measure == ACCURACY else 1
+    unit = "test accuracy, points" if measure == ACCURACY else "test loss a token"
+    series: list[Series] = []
+    rows: list[Sequence[Cell]] = []
     titles = list(pairs)[::-1]  # the first one on top
     for row, title in enumerate(titles):
         arm, pair = pairs[title]
-        seeds = pair["by_seed"]
-        mean, low, high = (None if pair[field][end] is None else scale * pair[field][end] for end in _ENDS)
-        interval = {} if mean is None or low is None or high is None else {
-            "error_x": {"type": "data", "symmetric": False, "array": [high - mean], "arrayminus": [mean - low]}
-        }  # fmt: skip
-        figure.add_scatter(
-            x=[scale * seed[field] for seed in seeds], y=[row - 0.12] * len(seeds), mode="markers", name=title,
-            marker={"symbol": "circle-open", "color": COLOURS[arm], "size": 9}, showlegend=False,
-            customdata=[seed["seed"] for seed in seeds],
-            hovertemplate=f"{title}<br>seed %{{customdata}}: %{{x:+.4g}}<extra></extra>",
+        of_seeds = {seed["seed"]: scale * seed[field] for seed in pair["by_seed"]}
+        series.append(
+            Series(
+                title, list(of_seeds.values()), [row - 0.14] * len(of_seeds), colour=COLOURS[arm], marker="circle",
+                size=9, hollow=True, legend=False,
+                told=[f"{title}, seed {seed}: {value:+.4g}" for seed, value in of_seeds.items()],
+            )
         )  # fmt: skip
-        figure.add_scatter(
-            x=[mean], y=[row + 0.12], mode="markers", name=title, showlegend=False,
-            marker={"symbol": SYMBOLS[arm], "color": COLOURS[arm], "size": 11},
-            hovertemplate=f"{title}<br>mean %{{x:+.4g}}<extra></extra>", **interval,
+        rows += [[title, f"seed {seed}", value, None, None] for seed, value in of_seeds.items()]
+        mean, low, high = (
+            None if pair[field][end] is None else scale * pair[field][end] for end in ("mean", "low", "high")
+        )
+        if mean is None:
+            continue
+        bars = [(low, high)] if low is not None and high is not None else []
+        interval = "".join(f", {low:+.4g} to {high:+.4g}" for low, high in bars)
+        series.append(
+            Series(
+                title, [mean], [row + 0.14], colour=COLOURS[arm], marker=SYMBOLS[arm], size=11, legend=False,
+                bars=bars, told=[f"{title}, mean: {mean:+.4g}{interval}"],
+            )
         )  # fmt: skip
-    figure.add_vline(0, line={"color": NEUTRAL, "width": 1.2, "dash": "dot"})
-    unit = "test accuracy, points" if measure == ACCURACY else "test loss a token"
-    laid_out(figure, f"difference to LoRA in {unit}", "", 110 + 60 * len(titles))
-    figure.update_layout(margin={"l": 130})
-    figure.update_yaxes(
-        tickvals=list(range(len(titles))), ticktext=titles, range=[-0.6, len(titles) - 0.4], showgrid=False
+        rows.append([title, "mean", mean, low, high])
+    zero = Series("0", [0, 0], [-0.6, len(titles) - 0.4], line="dotted", legend=False)
+    return Chart(
+        "Differences to LoRA, seed by seed",
+        Axis(f"difference to LoRA in {unit}"),
+        Axis("", names=dict(enumerate(titles))),
+        [zero, *series],
+        ["comparison", "seed", f"difference in {unit}", "low", "high"],
+        rows,
+        height=80 + 62 * max(1, len(titles)),
     )
-    return figure
 
 
-def curves(records: Sequence[Record]) -> go.Figure:
-    """Mean validation loss of each arm over the steps, its seeds thin behind it; untuned runs dashed."""
-    figure = go.Figure()
-    for phase, dash, suffix in (("final", "solid", ""), ("untuned", "dash", ", untuned")):
+def curves(records: Sequence[Record], over: Over = "step") -> Chart:
+    """Mean validation loss of each arm, its seeds faint behind it; untuned runs dashed.
+
+    Args:
+        records: of all phases.
+        over: steps, or seconds in steps: mean time of an arm's steps, without evaluation.
+    """
+    series: list[Series] = []
+    rows: list[Sequence[Cell]] = []
+    for phase, suffix in (("final", ""), ("untuned", ", untuned")):
         for arm, info in ALL.items():
             runs = [
                 r for r in records if r.trial.phase == phase and r.trial.arm == arm and r.status == "done" and r.curve
             ]
             if not runs:
                 continue
-            colour, name = COLOURS[arm], info.title + suffix
+            name, pace = info.title + suffix, fmean(run.seconds_per_step for run in runs)
+            look_of: dict[str, Any] = {"colour": COLOURS[arm], "line": "dashed" if suffix else "solid"}
             for run in runs if len(runs) > 1 else ():
-                figure.add_scatter(
-                    x=[point.step for point in run.curve], y=[point.eval_loss for point in run.curve], mode="lines",
-                    line={"color": colour, "width": 1, "dash": dash}, opacity=0.35, showlegend=False, hoverinfo="skip",
-                )  # fmt: skip
+                x = [point.step * (1 if over == "step" else run.seconds_per_step) for point in run.curve]
+                series.append(Series(name, x, [point.eval_loss for point in run.curve], faint=True, **look_of))
+                rows += [
+                    [name, run.trial.seed, point.step, point.step * run.seconds_per_step, point.eval_loss]
+                    for point in run.curve
+                ]
             steps = sorted(set.intersection(*({point.step for point in run.curve} for run in runs)))
             at = [{point.step: point.eval_loss for point in run.curve} for run in runs]
-            figure.add_scatter(
-                x=steps, y=[fmean(curve[step] for curve in at) for step in steps], mode="lines+markers", name=name,
-                line={"color": colour, "width": 2.5, "dash": dash}, marker={"symbol": SYMBOLS[arm], "size": 7},
-                hovertemplate=f"{name}<br>step %{{x}}<br>validation loss %{{y:.4f}}<extra></extra>",
+            means = {step: fmean(curve[step] for curve in at) for step in steps}
+            series.append(
+                Series(
+                    name, [step * (1 if over == "step" else pace) for step in steps], list(means.values()),
+                    marker=SYMBOLS[arm],
+                    told=[f"{name}: validation loss {loss:.4f} {_when(step, pace)}" for step, loss in means.items()],
+                    **look_of,
+                )
             )  # fmt: skip
-    return laid_out(figure, "step", "validation loss", 400)
+            rows += [[name, "mean", step, step * pace, loss] for step, loss in means.items()]
+    return Chart(
+        "Learning curves",
+        _axis_over(over),
+        Axis("validation loss"),
+        series,
+        ["arm", "seed", "step", "seconds", "validation loss"],
+        rows,
+    )
 
 
-def training(rows: Sequence[Mapping[str, float | None]]) -> go.Figure:
-    """Training and validation loss of one run over its steps.
+def training(
+    curve: Sequence[Mapping[str, float | None]], seconds_per_step: float | None = None, over: Over = "step"
+) -> Chart:
+    """Training and validation loss of one run.
 
     Args:
-        rows: of curves.csv, as numbers.
+        curve: rows of curves.csv, as numbers.
+        seconds_per_step: mean time of a step, without evaluation; None if it is not known.
+        over: steps, or seconds in steps, which need their time.
     """
-    figure = go.Figure()
-    for name, title, colour in (("train_loss", "training", NEUTRAL), ("eval_loss", "validation", PALETTE[1])):
-        points = [(row["step"], loss) for row in rows if (loss := row.get(name)) is not None]
-        figure.add_scatter(
-            x=[step for step, _ in points], y=[loss for _, loss in points], mode="lines+markers", name=title,
-            line={"color": colour, "width": 2.5 if name == "eval_loss" else 1.2}, marker={"size": 6},
-            hovertemplate=f"{title}<br>step %{{x}}<br>loss %{{y:.4f}}<extra></extra>",
+    pace = seconds_per_step or 0.0
+    series: list[Series] = []
+    rows: list[Sequence[Cell]] = []
+    for name, title, colour in (("train_loss", "training", None), ("eval_loss", "validation", 1)):
+        points = [
+            (step, loss) for row in curve if (loss := row.get(name)) is not None and (step := row["step"]) is not None
+        ]
+        series.append(
+            Series(
+                title, [step * (1 if over == "step" else pace) for step, _ in points], [loss for _, loss in points],
+                colour=colour, line="solid", marker="circle", size=5,
+                told=[f"{title} loss {loss:.4f} {_when(step, pace)}" for step, loss in points],
+            )
         )  # fmt: skip
-    return laid_out(figure, "step", "loss", 360)
+        rows += [[title, step, step * pace if pace else None, loss] for step, loss in points]
+    return Chart("Losses", _axis_over(over), Axis("loss"), series, ["loss", "step", "seconds", "value"], rows)
 
 
-def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Figure:
+def rates(records: Sequence[Record], best: Mapping[str, Mapping[str, float]]) -> Chart:
     """Every tuning run at its (η_A, η_B), coloured by validation loss; the diagonal is λ = 1.
 
     Arms that set their own rates have no tuning runs: their final runs stand where they arrived, if that is known.
@@ -148,53 +170,60 @@ def rates(records: Sequence[Record], best: dict[str, dict[str, float]]) -> go.Fi
     tuning = [record for record in records if record.trial.phase == "tuning"]
     shown = [*tuning, *(r for r in records if r.rates_reached and min(r.rates_reached) > 0)]
     finite = [record.eval_loss for record in shown if math.isfinite(record.eval_loss)]
-    figure = go.Figure()
+    series: list[Series] = []
     if shown:
-        low = min(lr for r in shown if (lr := r.lr)) / 3
-        high = max(lr for r in shown if (lr := r.lr_b)) * 3
-        figure.add_scatter(
-            x=[low, high], y=[low, high], mode="lines", line={"color": NEUTRAL, "dash": "dot", "width": 1.2},
-            name="λ = 1", hoverinfo="skip",
-        )  # fmt: skip
+        ends = [min(lr for r in shown if (lr := r.lr)) / 3, max(lr for r in shown if (lr := r.lr_b)) * 3]
+        series.append(Series("λ = 1", ends, ends, line="dotted"))
     for arm, info in ALL.items():
         runs = [r for r in shown if r.trial.arm == arm and math.isfinite(r.eval_loss)]
         if not runs and arm not in best:
             continue
-        figure.add_scatter(
-            x=[r.lr for r in runs], y=[r.lr_b for r in runs], mode="markers+text",
-            showlegend=not info.tuned,
-            name=info.title, text=[f"\u2003{r.eval_loss:.3f}" for r in runs], textposition="middle right",
-            textfont={"size": 11, "color": NEUTRAL}, cliponaxis=False,
-            marker={"symbol": SYMBOLS[arm], "size": 15, "color": [r.eval_loss for r in runs], "coloraxis": "coloraxis",
-                    "line": {"width": 1, "color": COLOURS[arm]}},
-            customdata=[[r.lr_ratio, r.eval_loss] for r in runs],
-            hovertemplate=f"{info.title}<br>η_A %{{x:.3g}} · η_B %{{y:.3g}} · λ %{{customdata[0]:.3g}}"
-                          "<br>validation loss %{customdata[1]:.4f}<extra></extra>",
+        series.append(
+            Series(
+                info.title, [r.lr or 0.0 for r in runs], [r.lr_b or 0.0 for r in runs], colour=COLOURS[arm],
+                marker=SYMBOLS[arm], size=14, values=[r.eval_loss for r in runs], told=[_run(r) for r in runs],
+            )
         )  # fmt: skip
         if arm in best:
-            lr, ratio = best[arm]["lr"], best[arm]["lr_ratio"]
-            figure.add_scatter(
-                x=[lr], y=[lr * ratio], mode="markers", name=f"best {info.title}", hoverinfo="skip",
-                marker={"symbol": SYMBOLS[arm] + "-open", "size": 25, "color": COLOURS[arm], "line": {"width": 2.5}},
-            )  # fmt: skip
+            lr, lr_b = best[arm]["lr"], best[arm]["lr"] * best[arm]["lr_ratio"]
+            ring: dict[str, Any] = {"colour": COLOURS[arm], "marker": SYMBOLS[arm], "size": 26, "hollow": True}
+            series.append(Series(f"best {info.title}", [lr], [lr_b], **ring))
     diverged = [r for r in shown if not math.isfinite(r.eval_loss)]
     if diverged:
-        figure.add_scatter(
-            x=[r.lr for r in diverged], y=[r.lr_b for r in diverged], mode="markers",
-            name="diverged", marker={"symbol": "x", "size": 11, "color": NEUTRAL},
+        series.append(
+            Series("diverged", [r.lr or 0.0 for r in diverged], [r.lr_b or 0.0 for r in diverged], marker="x", size=10,
+                   told=[_run(r) for r in diverged])
         )  # fmt: skip
-    figure.update_layout(
-        coloraxis={"colorscale": "Viridis", "reversescale": True, "cmin": min(finite, default=0),
-                   "cmax": max(finite, default=1),
-                   "colorbar": {"title": {"text": "loss"}, "thickness": 12, "outlinewidth": 0}},
+    return Chart(
+        "Rates tried",
+        Axis("η_A", log=True),
+        Axis("η_B", log=True),
+        series,
+        ["arm", "seed", "η_A", "η_B", "λ", "validation loss"],
+        [
+            [ALL[r.trial.arm].title, r.trial.seed, r.lr, r.lr_b, r.lr_ratio,
+             r.eval_loss if math.isfinite(r.eval_loss) else "diverged"]
+            for r in shown
+        ],
+        scale=Scale("loss", min(finite, default=0.0), max(finite, default=1.0)),
+        height=400,
     )  # fmt: skip
-    laid_out(figure, "η<sub>A</sub>", "η<sub>B</sub>", 460)
-    figure.update_xaxes(type="log", exponentformat="power", dtick=1)
-    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
-    return figure
 
 
-def as_json(figure: go.Figure) -> str:
-    """A figure's JSON that can stand inside a script element whatever text it holds."""
-    text: Any = figure.to_json()
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def _axis_over(over: Over) -> Axis:
+    return Axis("step" if over == "step" else "seconds in steps")
+
+
+def _when(step: float, pace: float) -> str:
+    return f"at step {step:g}" + (f", {step * pace:.3g} s" if pace else "")
+
+
+def _run(record: Record) -> str:
+    """What a tuning run tells when it is pointed at."""
+    loss = f"validation loss {record.eval_loss:.4f}" if math.isfinite(record.eval_loss) else "diverged"
+    at = f"η_A {_rate(record.lr)}, η_B {_rate(record.lr_b)}, λ {record.lr_ratio or 0:.3g}"
+    return f"{ALL[record.trial.arm].title}: {loss} at {at}"
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else rate(value)

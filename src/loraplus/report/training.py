@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
 from loraplus.errors import InputError
 from loraplus.files.commands import SCORES_FILE
 from loraplus.files.output import saved_config
@@ -17,6 +14,7 @@ from loraplus.files.single import read_json, write_atomically
 from loraplus.report import plots
 from loraplus.report.page import template
 from loraplus.report.scored import scored_parts
+from loraplus.tasks.command_line import command_line
 from loraplus.tasks.train import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 
 REPORT_FILE = "report.html"
@@ -51,8 +49,9 @@ def write_report(folder: str | Path) -> Path:
             samples=samples,
             base=metrics.get("base", {}),  # earlier versions did not ask it
             scored=None if scores is None else scored_parts(scores, metrics, curves),
-            plotly_js=Markup(get_plotlyjs()),
-            curves=Markup(plots.as_json(plots.training(curves))),
+            command=command_line("train", config),
+            curves=plots.training(curves, metrics["seconds_per_step"]),
+            curves_in_time=plots.training(curves, metrics["seconds_per_step"], "seconds"),
         )
     except Exception as error:  # a page of facts that are not there, or of another kind, fails wherever they are used
         raise InputError(f"the files of the run in {folder} are damaged ({type(error).__name__}: {error})") from None

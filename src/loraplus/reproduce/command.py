@@ -235,10 +235,9 @@ def write_results(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
     write_runs(folder / RUNS_FILE, evaluation.results)
     plots = folder / PLOTS_FOLDER
     plots.mkdir(exist_ok=True)
-    pictures = {figure.name: png.draw(figure) for figure in evaluation.report.figures}
-    for name, picture in pictures.items():
-        write_atomically(plots / f"{name}.png", picture)
-    write_atomically(folder / PAGE_FILE, render(evaluation.summary, evaluation.report, pictures))
+    for figure in evaluation.report.figures:
+        write_atomically(plots / f"{figure.name}.png", png.draw(figure))
+    write_atomically(folder / PAGE_FILE, render(evaluation.summary, evaluation.report))
     write_json(folder / SUMMARY_FILE, evaluation.summary)  # last: who sees it knows that the rest is there
     return evaluation.summary
 

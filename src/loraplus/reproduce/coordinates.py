@@ -28,6 +28,7 @@ from loraplus.reproduce.descriptions import DESCRIPTIONS
 from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
 from loraplus.reproduce.report import Figure, LinePlot, Report, Table, banded, interval
 from loraplus.study.statistics import exponent, t_interval
+from loraplus.study.wording import counted
 from loraplus.study.worker import OnStep
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -160,8 +161,13 @@ class Coordinates(Experiment):
         }
 
     def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
+        met = sum(choice["met"] for choice in figures.values())
         return Report(
-            _verdict(figures), [_figure(figures, self.widths), _table(figures), _steps_table(figures)], _METHOD, _LIMITS
+            _verdict(figures),
+            [_figure(figures, self.widths), _table(figures), _steps_table(figures)],
+            _METHOD,
+            _LIMITS,
+            headline=f"The condition is met by {met} of {counted(len(figures), 'choice')} of rates",
         )
 
 

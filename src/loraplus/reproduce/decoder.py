@@ -17,7 +17,7 @@ from loraplus.reproduce.descriptions import DESCRIPTIONS
 from loraplus.reproduce.experiment import Record, Records
 from loraplus.reproduce.report import Figure, LinePlot, Report, Series, Table, interval
 from loraplus.reproduce.small_training import WARMUP, SmallAdapter, batches, build, train
-from loraplus.reproduce.tuned_arms import HOW_TUNED, LOSS, TEST_LOSS, Case, Job, TunedArms, title, verdicts
+from loraplus.reproduce.tuned_arms import HOW_TUNED, LOSS, TEST_LOSS, Case, Job, TunedArms, headline, title, verdicts
 from loraplus.study.search.grid import lr_of
 from loraplus.study.statistics import Estimate, finite_t_interval
 from loraplus.study.worker import OnStep
@@ -87,6 +87,7 @@ class Decoder(TunedArms):
                 HOW_TUNED,
             ],
             limits=["Widths from 32 to 256 are far below those of the models that the paper trains."],
+            headline=headline(figures, TEST_LOSS, lower_is_better=True),
         )  # fmt: skip
 
     def _best_ratios(self, results: Records) -> list[str]:

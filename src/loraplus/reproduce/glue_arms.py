@@ -16,7 +16,7 @@ from loraplus.reproduce.experiment import Record, Records
 from loraplus.reproduce.glue import HUB_NAME, LENGTH, TASKS, check, encoded, in_folder_or_hub
 from loraplus.reproduce.report import Report
 from loraplus.reproduce.small_tasks import BOOK, Text, Texts, book_texts, domain_texts
-from loraplus.reproduce.tuned_arms import HOW_TUNED, TEST_ACCURACY, TEST_LOSS, Case, Job, TunedArms, verdicts
+from loraplus.reproduce.tuned_arms import HOW_TUNED, TEST_ACCURACY, TEST_LOSS, Case, Job, TunedArms, headline, verdicts
 from loraplus.study.search.grid import HALF_DECADE
 from loraplus.study.worker import OnStep
 from loraplus.tasks.classification import ClassificationData
@@ -141,6 +141,7 @@ class GlueArms(TunedArms):
                 "The published settings known to us give no warm-up; here it is 6% of the steps.",
             ],
             limits=self.limits(),
+            headline=headline(figures, TEST_ACCURACY, lower_is_better=False),
         )  # fmt: skip
 
     def limits(self) -> list[str]:

@@ -108,6 +108,7 @@ class RateGrid(Experiment):
         return Report(
             verdict,
             [table, Figure("grid", "Accuracy over the rates", [plot])],
+            headline=f"Best at λ = {best['lr_b'] / best['lr_a']:.3g}",
             limits=[
                 *self.unknown,
                 f"{sum(a == b for a, b in self.pairs)} of {len(self.pairs)} pairs are plain LoRA, and the best of each "

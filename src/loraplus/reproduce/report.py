@@ -1,6 +1,6 @@
 """What an experiment reports: sentences, tables and plots as plain data.
 
-`png.py` draws the plots (matplotlib), `page.py` puts all of it into an offline page.
+`png.py` draws the plots for documents (matplotlib), `page.py` puts all of it into an offline page.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Cell = str | float | int | None
+from loraplus.report.chart import Cell
 
 
 def interval(estimate: Mapping[str, float], digits: int = 2) -> str:
@@ -115,12 +115,14 @@ class Report:
         parts: Tables and figures.
         limits: What it does not tell.
         method: How it was done, in sentences.
+        headline: What was found in a few words; else the experiment's title stands there.
     """
 
     verdict: Sequence[str]
     parts: Sequence[Table | Figure]
     method: Sequence[str] = ()
     limits: Sequence[str] = ()
+    headline: str = ""
 
     @property
     def figures(self) -> list[Figure]:

@@ -34,6 +34,7 @@ from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
 from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Report, Series, Table, banded, interval
 from loraplus.study.search.blocks import Block, BlockGrid, Point, best, centre_of, good_region, rates
 from loraplus.study.statistics import exponent, t_interval
+from loraplus.study.wording import counted
 from loraplus.study.worker import OnStep
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -188,7 +189,10 @@ class Toy(Experiment):
             of_family = figures[f"{family.optimizer}/{family.readout}"]
             parts += [_track_figure(family, of_family, self.widths), _track_table(family, of_family)]
         parts.append(_tied_figure(figures, self.widths))
-        return Report(_verdict(figures, self.map_width), parts, _METHOD, _LIMITS)
+        ratios = [of_family["exponents"]["lr_ratio"] for of_family in figures.values()]
+        grows = sum(exponent["low"] > 0 for exponent in ratios)
+        headline = f"The best λ grows with the width in {grows} of {counted(len(ratios), 'setting')}"
+        return Report(_verdict(figures, self.map_width), parts, _METHOD, _LIMITS, headline)
 
     def _maps(self, tables: Tables) -> Figure:
         plots = []

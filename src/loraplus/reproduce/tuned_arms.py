@@ -18,6 +18,7 @@ from loraplus.reproduce.report import Figure, HeatMap, LinePlot, Series, Table, 
 from loraplus.study.records import Value
 from loraplus.study.search.grid import HALF_DECADE, RATIOS, Point, RatioGrid, best_of, lr_of
 from loraplus.study.statistics import Estimate, finite_t_interval, steps_to_target
+from loraplus.study.wording import counted
 from loraplus.study.worker import OnStep
 
 TUNING, FINAL, BASELINE = "tuning", "final", "baseline"
@@ -269,6 +270,16 @@ def title(case: Mapping[str, Value]) -> str:
         'width 64, movies'
     """
     return ", ".join(value if isinstance(value, str) else f"{name} {value}" for name, value in case.items())
+
+
+def headline(figures: Mapping[str, Any], measure: str, lower_is_better: bool) -> str:
+    """In how many cases LoRA+ is ahead, and in how many behind."""
+    gaps = [own["difference"][measure] for own in figures["cases"].values() if own["difference"][measure] is not None]
+    found = [gap["mean"] < 0 for gap in gaps if not gap["low"] <= 0 <= gap["high"]]
+    if not found:
+        return f"No difference found in {counted(len(gaps), 'case')}"
+    ahead = sum(lower == lower_is_better for lower in found)
+    return f"LoRA+ ahead in {ahead} and behind in {len(found) - ahead} of {counted(len(gaps), 'case')}"
 
 
 def verdicts(figures: Mapping[str, Any], measure: str, unit: str, lower_is_better: bool) -> list[str]:

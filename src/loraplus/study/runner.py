@@ -24,6 +24,7 @@ import torch
 
 from loraplus.errors import InterruptedRun, LoraPlusError
 from loraplus.files.scratch import scratch_folder
+from loraplus.notices import acknowledge
 from loraplus.study.records import Keyed, Record
 from loraplus.study.store import StudyStore
 from loraplus.study.worker import RunTrial, perform, set_up
@@ -305,8 +306,14 @@ def _signals_set(stop: threading.Event) -> Iterator[None]:
         yield
         return
     earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(*_: Any) -> None:
+        if not stop.is_set():
+            stop.set()
+            acknowledge("stopping; what has finished is kept")
+
     for number in earlier:
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, handle)
     try:
         yield
     finally:

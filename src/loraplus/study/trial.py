@@ -92,7 +92,8 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
     with scratch_folder() as scratch:
         trainer = _trainer(
             config, method, data, model, tokenizer,
-            seed=trial.seed, output=scratch, callbacks=[clock, DivergenceGuard(method.rates)],
+            seed=trial.seed, output=scratch, run=trial.key.replace("/", "-"),
+            callbacks=[clock, DivergenceGuard(method.rates)],
         )  # fmt: skip
         try:
             train_and_evaluate(trainer)

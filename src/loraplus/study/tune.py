@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.errors import DivergedError
+from loraplus.files.commands import NOT_COMPARED
 from loraplus.files.output import check_output, hold_output, prepare_output
 from loraplus.files.single import write_csv, write_json, write_yaml
 from loraplus.study.pairs import finite_perplexity
@@ -33,7 +34,7 @@ TRIALS_FILE = "trials.csv"
 BEST_FILE = "best.yaml"
 ADAPTER_FOLDER = "adapter"
 # Processes of one study may differ in these: where each of them works and writes.
-MAY_DIFFER = ("output", "workers", "storage", "study")
+MAY_DIFFER = (*NOT_COMPARED, "storage", "study")
 # Machines may keep these files in different folders, so their names are compared, and of data the content.
 COMPARED_BY_NAME = ("model", "data", "eval_data")
 

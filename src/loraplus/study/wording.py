@@ -33,6 +33,16 @@ def signed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
+def counted(count: float, noun: str) -> str:
+    """1 run, 2 runs; with two digits where parts of a run count.
+
+    Example:
+        >>> counted(1, "run"), counted(0, "run"), counted(2.25, "run")
+        ('1 run', '0 runs', '2.25 runs')
+    """
+    return f"{count:.2f}".rstrip("0").rstrip(".") + f" {noun}{'' if count == 1 else 's'}"
+
+
 def in_seeds(count: int) -> str:
     """1 seed, 2 seeds."""
-    return f"{count} seed{'' if count == 1 else 's'}"
+    return counted(count, "seed")

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from loraplus.errors import DivergedError
+from loraplus.notices import acknowledge
 from loraplus.rates import Rates
 from loraplus.tasks.data_parallel import any_process
 from loraplus.wrappers import unwrapped
@@ -46,6 +47,7 @@ class StopOnSignal(TrainerCallback):
 
         def handle(number: int, _: Any) -> None:
             self.stopped.set()
+            acknowledge("stopping after this step, whose checkpoint is saved; once more ends at once")
             signal.signal(number, earlier[signal.Signals(number)])
 
         for number in signals:

@@ -36,6 +36,7 @@ from loraplus.tasks.config import (
 )
 from loraplus.tasks.encodings import checked_encoding
 from loraplus.tasks.measures import MEASURES
+from loraplus.tasks.reporting import reporters
 from loraplus.tasks.splits import check_fraction, check_seed
 from loraplus.tasks.table import check_source
 
@@ -104,6 +105,7 @@ def check_settings(config: TaskConfig) -> None:
         check_fraction(config.eval_fraction)
     if isinstance(config, TrainConfig) and config.samples < 0:
         raise InputError(f"--samples must be 0 or more, got {config.samples}")
+    reporters(getattr(config, "report_to", "none"))
     if isinstance(config, CompareConfig):
         _check_comparison(config)
     if isinstance(config, TuneConfig):

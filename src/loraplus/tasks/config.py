@@ -169,7 +169,14 @@ class _LrFlag:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(_RatioFlags, _LrFlag, TaskConfig):
+class _ReportFlag:
+    report_to: str = _option(
+        "none", "Send losses and rates to tensorboard (logs/ in --output), trackio or wandb, comma-separated; or none."
+    )
+
+
+@dataclass(kw_only=True)
+class TrainConfig(_ReportFlag, _RatioFlags, _LrFlag, TaskConfig):
     """One training run; rates that are not given are filled in when it is made."""
 
     lr_ratio: float = _option(
@@ -185,7 +192,7 @@ class TrainConfig(_RatioFlags, _LrFlag, TaskConfig):
 
 
 @dataclass(kw_only=True)
-class CompareConfig(TaskConfig):
+class CompareConfig(_ReportFlag, TaskConfig):
     """LoRA against LoRA+ and other methods; what has rates to tune is tuned with the same number of runs."""
 
     arms: str = _option(DEFAULT_ARMS, "What to compare with LoRA, comma-separated: $arms.")  # the command fills in
@@ -204,7 +211,7 @@ class CompareConfig(TaskConfig):
 
 
 @dataclass(kw_only=True)
-class TuneConfig(TaskConfig):
+class TuneConfig(_ReportFlag, TaskConfig):
     """A search for η_A and λ within a budget."""
 
     tuning_runs: float | None = _option(

@@ -22,6 +22,7 @@ from loraplus.tasks.checks import check_numbers, check_parts
 from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.data_parallel import processes
 from loraplus.tasks.lengths import steps_between_evaluations, steps_of
+from loraplus.tasks.reporting import reporting
 from loraplus.tasks.task import TaskData, task_of
 
 _LOGS_PER_EVALUATION = 2
@@ -56,6 +57,7 @@ def build_trainer(
     auto: bool = False,
     optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    run: str = "train",
 ) -> LoraPlusTrainer:
     """The task's trainer with all levers on: length-grouped batches, fused AdamW, and `speed_up` on the model.
 
@@ -71,6 +73,7 @@ def build_trainer(
         auto: have `AutoRates` set η_A and η_B.
         optimizer: class and options of another optimizer.
         callbacks: watch the run.
+        run: what it is called where its figures are sent.
 
     Returns:
         A trainer, ready for `.train()`.
@@ -87,6 +90,7 @@ def build_trainer(
     task = task_of(config)
     if optimizer is not None:  # Trainer passes no learning_rate on
         optimizer = optimizer[0], {"lr": rates.lr, **optimizer[1]}
+    report, reporting_callbacks = reporting(getattr(config, "report_to", "none"), config.output, run)
     try:
         args = task.arguments(
             output_dir=output,
@@ -116,14 +120,20 @@ def build_trainer(
             bf16=config.bf16,
             use_cpu=not torch.accelerator.is_available(),  # Trainer refuses bf16 on a CPU unless told so
             disable_tqdm=True,
-            report_to=[],
+            **report,
             label_names=["labels"],
         )
     except ValueError as error:
         raise InputError(str(error).strip().splitlines()[0]) from None
     _check_schedule(args, steps)
     trainer = task.trainer(
-        config, data, model, tokenizer, args=args, callbacks=list(callbacks), optimizer_cls_and_kwargs=optimizer
+        config,
+        data,
+        model,
+        tokenizer,
+        args=args,
+        callbacks=[*callbacks, *reporting_callbacks],
+        optimizer_cls_and_kwargs=optimizer,
     )
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
