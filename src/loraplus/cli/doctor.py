@@ -9,11 +9,18 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.terminal import Console, print_json
 from loraplus.errors import InputError
 
 
-@app.command("doctor")
+@app.command(
+    "doctor",
+    epilog=examples(
+        "loraplus doctor -- python train.py --epochs 3",
+        "loraplus doctor runs/checkpoint-500 --lr-ratio 16",
+    ),
+)
 def run(
     what: Annotated[
         list[str],

@@ -8,12 +8,19 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import after_evaluate, show_next
 from loraplus.cli.scores import show_each, show_scores
 from loraplus.cli.terminal import Console, narrated, print_json
 
 
-@app.command("evaluate")
+@app.command(
+    "evaluate",
+    epilog=examples(
+        "loraplus evaluate --adapter runs/reviews --data kept-aside.csv",
+        "loraplus evaluate --adapter runs/reviews --data kept-aside.csv --output runs/scores",
+    ),
+)
 def run(
     adapter: Annotated[str, typer.Option(help="Folder that `loraplus train` wrote.")],
     data: Annotated[

@@ -9,10 +9,17 @@ from rich.text import Text
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import examples
 from loraplus.cli.terminal import Console, print_json
 
 
-@app.command("export")
+@app.command(
+    "export",
+    epilog=examples(
+        "loraplus export runs/chats --to trl",
+        "loraplus export runs/chats --to axolotl --output axolotl.yml",
+    ),
+)
 def run(
     path: Annotated[str, typer.Argument(metavar="RUN", help="Folder that `loraplus train` wrote.")],
     to: Annotated[str, typer.Option(help="peft-benchmark, axolotl, llamafactory, trl or torchtitan.")],
