@@ -31,8 +31,8 @@ from rates_training import Method, beside, fixed
 
 import loraplus
 from loraplus.auto import AutoRates, Rule
-from loraplus.movement import adapted_layers, factors
 from loraplus.roles import Role, trainable_parameters
+from loraplus.steps.movement import adapted_layers, factors
 from loraplus.variants.maximal_update import tied_rate
 
 USUAL, TRL_SFT, TRL_DPO = 3e-4, 2e-4, 5e-6

@@ -8,7 +8,7 @@ from conftest import tiny_bert
 from torch import nn
 
 import loraplus
-from loraplus.adapter_types import cause
+from loraplus.adapters.adapter_types import cause
 
 WIDE = {"target_modules": ["0"]}
 TOKENS = {"task_type": "SEQ_CLS", "num_virtual_tokens": 4}

@@ -11,8 +11,8 @@ from test_feature_updates import adapted, batch
 import loraplus
 from loraplus.auto import AutoRates, Rule
 from loraplus.errors import NoLoraFactorsError, TrainerSetupError
-from loraplus.movement import adapted_layers, factors, movement, rms
-from loraplus.recorder import Recorder, loss_terms
+from loraplus.steps.movement import adapted_layers, factors, movement, rms
+from loraplus.steps.recorder import Recorder, loss_terms
 
 
 def linear(optimizer, steps):

@@ -15,7 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import loraplus
 from loraplus.auto import AutoRates, Rule, installed
-from loraplus.compiled import run_eagerly
+from loraplus.automatic.compiled import run_eagerly
 from loraplus.errors import LoraPlusWarning, TrainerSetupError
 from loraplus.groups import rate_of_group
 

@@ -16,7 +16,7 @@ import loraplus
 from loraplus.auto import AutoRates, Rule
 from loraplus.errors import InvalidRateError, NoLoraFactorsError, TrainerSetupError
 from loraplus.groups import rate_of_group
-from loraplus.movement import adapted_layers, factors
+from loraplus.steps.movement import adapted_layers, factors
 
 SMALL = {
     "hidden_size": 32,

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 import loraplus
 from loraplus.errors import InputError, NoLoraFactorsError
 from loraplus.feature_updates import FeatureUpdates, feature_updates
-from loraplus.movement import adapted_layers, factors, movement
-from loraplus.recorder import Recorder
+from loraplus.steps.movement import adapted_layers, factors, movement
+from loraplus.steps.recorder import Recorder
 
 
 def adapted(seed: int = 0, **options):

@@ -14,7 +14,7 @@ from torch import nn
 
 import loraplus
 from loraplus import NoLoraFactorsError, Role, UnknownAdapterParameterError
-from loraplus.partners import partner_names
+from loraplus.adapters.partners import partner_names
 from loraplus.roles import register_layout, trainable_parameters, unregister_layout
 
 IN, OUT, RANK = 12, 20, 3
@@ -341,7 +341,7 @@ def test_loralib_embeddings_are_embedding_factors():
 
 def test_every_layout_leaves_the_names_of_others_alone_and_its_pairs_are_known():
     """A new layout has a name here."""
-    layouts = importlib.import_module("loraplus.layouts")
+    layouts = importlib.import_module("loraplus.adapters.layouts")
     names = {
         "peft": "q.lora_B.weight",  # without the adapter's name
         "diffusers": "to_q_lora.up.weight",

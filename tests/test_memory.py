@@ -11,7 +11,7 @@ from test_roles import tiny_gpt2
 from torch import nn
 
 import loraplus
-from loraplus.memory import overlapping
+from loraplus.adapters.memory import overlapping
 from loraplus.roles import trainable_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import loraplus
 from loraplus import Role
-from loraplus.orientation import input_side
+from loraplus.adapters.orientation import input_side
 from loraplus.roles import trainable_parameters
 
 SHAPE = {

@@ -13,7 +13,7 @@ import loraplus
 from loraplus.auto import AutoRates, Rule, installed
 from loraplus.errors import TrainerSetupError
 from loraplus.groups import rate_of_group
-from loraplus.movement import adapted_layers, factors
+from loraplus.steps.movement import adapted_layers, factors
 
 
 def build(**options):

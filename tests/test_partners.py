@@ -12,7 +12,7 @@ from torch import nn
 
 import loraplus
 from loraplus import Role, UnknownAdapterParameterError
-from loraplus.partners import fit, partner_names
+from loraplus.adapters.partners import fit, partner_names
 from loraplus.roles import register_layout, trainable_parameters, unregister_layout
 
 

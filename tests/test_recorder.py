@@ -11,8 +11,8 @@ from test_auto_scripts import decoder, tokens
 from test_feature_updates import adapted, batch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from loraplus.movement import adapted_layers, read
-from loraplus.recorder import Recorder
+from loraplus.steps.movement import adapted_layers, read
+from loraplus.steps.recorder import Recorder
 
 
 def recorded(model, **options):

@@ -13,7 +13,7 @@ from torch import nn
 
 import loraplus
 from loraplus.roles import trainable_parameters
-from loraplus.step_probe import try_step
+from loraplus.steps.step_probe import try_step
 
 RATIO = 16.0
 

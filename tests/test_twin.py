@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from loraplus.twin import step_of, twin_over
+from loraplus.steps.twin import step_of, twin_over
 
 
 class WithAttributes(torch.optim.SGD):

@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
 
 import loraplus
-from loraplus.watch import RateWatch, watch_rates
+from loraplus.watching.watch import RateWatch, watch_rates
 
 LR, RATIO, STEPS = 1e-3, 16.0, 12
 

@@ -12,7 +12,7 @@ from torch import matmul as times
 from torch import nn
 from torch.nn import functional as F
 
-from loraplus.orientation import input_side
+from loraplus.adapters.orientation import input_side
 
 IN, OUT, EXPERTS = 6, 10, 3
 

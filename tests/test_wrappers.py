@@ -14,9 +14,9 @@ import loraplus
 from loraplus.auto import AutoRates, installed
 from loraplus.groups import rate_of_group
 from loraplus.integrations.checkpoints import all_auto_rates
-from loraplus.step_probe import try_step
-from loraplus.watch import watch_rates
-from loraplus.wrappers import unwrapped
+from loraplus.steps.step_probe import try_step
+from loraplus.steps.wrappers import unwrapped
+from loraplus.watching.watch import watch_rates
 
 
 def accelerated(optimizer):

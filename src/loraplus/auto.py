@@ -31,10 +31,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraplus.compiled import anything_is_compiled, is_compiled, run_eagerly
+from loraplus.automatic.compiled import anything_is_compiled, is_compiled, run_eagerly
+from loraplus.automatic.owned_groups import OwnedGroups
+from loraplus.automatic.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
+from loraplus.automatic.rate_rule import LayerRates, Rule
 from loraplus.errors import LoraPlusWarning, NoLoraFactorsError, TrainerSetupError
-from loraplus.layer_updates import FeatureUpdates, LayerUpdate
-from loraplus.movement import (
+from loraplus.rates import SETTING_OF_ROLE, Rates
+from loraplus.roles import Role, trainable_parameters
+from loraplus.steps.layer_updates import FeatureUpdates, LayerUpdate
+from loraplus.steps.movement import (
     Movement,
     Size,
     adapted_layers,
@@ -47,13 +52,8 @@ from loraplus.movement import (
     read,
     size_of,
 )
-from loraplus.owned_groups import OwnedGroups
-from loraplus.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
-from loraplus.rate_rule import LayerRates, Rule
-from loraplus.rates import SETTING_OF_ROLE, Rates
-from loraplus.roles import Role, trainable_parameters
-from loraplus.step_watcher import StepWatcher, torch_optimizer
-from loraplus.wrappers import unwrapped
+from loraplus.steps.step_watcher import StepWatcher, torch_optimizer
+from loraplus.steps.wrappers import unwrapped
 
 _ROLES = (Role.A, Role.B)
 _AS_NUMBERS = "give lr and lr_ratio as numbers (--lr 3e-4 on the command line)"

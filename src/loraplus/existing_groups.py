@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from loraplus.errors import InvalidRateError, ParameterGroupError
-from loraplus.group_rates import in_form_of
 from loraplus.notices import told_once
 from loraplus.rate_keywords import takes_rates
 from loraplus.rates import SETTINGS, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, trainable_parameters
+from loraplus.steps.group_rates import in_form_of
 
 Groups = Iterable[Mapping[str, Any]]
 _PARAMETERS = frozenset({"params", "param_names"})

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from loraplus.errors import InputError
-from loraplus.group_rates import in_form_of
 from loraplus.groups import rate_of_group
-from loraplus.layer_updates import FeatureUpdates
-from loraplus.movement import adapted_layers, factors, movements
 from loraplus.optimizer import create_optimizer
 from loraplus.rates import DEFAULT_LR_RATIO
-from loraplus.recorder import Recorder
-from loraplus.step_watcher import StepWatcher, torch_optimizer
-from loraplus.twin import step_of, twin_over
+from loraplus.steps.group_rates import in_form_of
+from loraplus.steps.layer_updates import FeatureUpdates
+from loraplus.steps.movement import adapted_layers, factors, movements
+from loraplus.steps.recorder import Recorder
+from loraplus.steps.step_watcher import StepWatcher, torch_optimizer
+from loraplus.steps.twin import step_of, twin_over
 
 
 def feature_updates(

@@ -16,13 +16,13 @@ from torch import nn
 
 from loraplus.errors import FlattenedParametersError, InvalidRateError, RateMismatchError
 from loraplus.existing_groups import Groups, base_rates, refuse_beside_groups, with_prefix
-from loraplus.group_rates import base_rate, in_form_of, rate_as_number
 from loraplus.notices import told_once
 from loraplus.rate_keywords import takes_rates
 from loraplus.rates import OWN_RATES, Rates, as_number
 from loraplus.roles import Role, TrainableParameter, read_once, trainable_parameters
-from loraplus.step_probe import refusal, try_step, warn_unproved
-from loraplus.wrappers import unwrapped
+from loraplus.steps.group_rates import base_rate, in_form_of, rate_as_number
+from loraplus.steps.step_probe import refusal, try_step, warn_unproved
+from loraplus.steps.wrappers import unwrapped
 
 _RELATIVE_TOLERANCE = 1e-6
 _NAMED_IN_MESSAGE = 3  # all that a message has room for

@@ -10,7 +10,6 @@ from torch import nn
 from loraplus.auto import install
 from loraplus.errors import InvalidRateError, OptimizerSetupError
 from loraplus.existing_groups import Groups, split_groups
-from loraplus.group_rates import in_form_of
 from loraplus.groups import param_groups
 from loraplus.notices import told_once
 from loraplus.paper import LR_EMBEDDING, paper_groups
@@ -18,8 +17,9 @@ from loraplus.parts import EMBEDDINGS
 from loraplus.rate_keywords import takes_rates
 from loraplus.rates import Rates
 from loraplus.roles import read_once, trainable_parameters
-from loraplus.step_probe import refusal, try_step, warn_unproved
-from loraplus.watch import watch_rates
+from loraplus.steps.group_rates import in_form_of
+from loraplus.steps.step_probe import refusal, try_step, warn_unproved
+from loraplus.watching.watch import watch_rates
 
 
 @told_once()

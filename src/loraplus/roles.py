@@ -15,23 +15,23 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from loraplus.adapter_types import cause
-from loraplus.errors import (
-    FlattenedParametersError,
-    NoLoraFactorsError,
-    NoTrainableParametersError,
-    UnknownAdapterParameterError,
-)
-from loraplus.layouts import (
+from loraplus.adapters.adapter_types import cause
+from loraplus.adapters.layouts import (
     recognise,
     register_layout,
     registered,
     saved_in_full,
     unregister_layout,
 )
-from loraplus.memory import overlapping
+from loraplus.adapters.memory import overlapping
+from loraplus.adapters.structure import WRAPPERS, Structure
+from loraplus.errors import (
+    FlattenedParametersError,
+    NoLoraFactorsError,
+    NoTrainableParametersError,
+    UnknownAdapterParameterError,
+)
 from loraplus.parts import EMBEDDINGS, FACTORS, Role
-from loraplus.structure import WRAPPERS, Structure
 
 __all__ = [
     "FACTORS",

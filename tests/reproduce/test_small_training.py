@@ -11,12 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplus.files.single import write_csv
-from loraplus.movement import adapted_layers
 from loraplus.reproduce import small_decoders, small_tasks
 from loraplus.reproduce.init import RULES, Init, scale_of
 from loraplus.reproduce.small_tasks import Rows, SmallTask
 from loraplus.reproduce.small_training import SmallAdapter, batches, build, train
 from loraplus.reproduce.verses import train_tokenizer
+from loraplus.steps.movement import adapted_layers
 from loraplus.study.records import Record
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss, silu
 
-from loraplus.movement import TOKENS, AdaptedLayer, Sample, Size, movement, rms
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.coordinates import DELTAS, Coordinates, measure, rates_tried
 from loraplus.reproduce.png import draw
 from loraplus.reproduce.report import LinePlot
 from loraplus.reproduce.toy import FAMILIES, Toy, _factor, _tied_over_best
 from loraplus.reproduce.toy_model import Factors, Frozen
+from loraplus.steps.movement import TOKENS, AdaptedLayer, Sample, Size, movement, rms
 from loraplus.study.search.blocks import Block, BlockGrid, best, rates
 from loraplus.study.statistics import exponent
 

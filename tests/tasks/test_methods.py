@@ -8,7 +8,7 @@ from conftest import tiny_bert
 from peft import LoraConfig, get_peft_model
 from prodigyopt import Prodigy
 
-from loraplus.movement import adapted_layers
+from loraplus.steps.movement import adapted_layers
 from loraplus.study.arms import ALL
 from loraplus.study.trial import _trainer
 from loraplus.tasks import methods

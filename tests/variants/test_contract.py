@@ -184,7 +184,7 @@ def test_automatic_rates_serve_steps_of_adams_size():
 
 
 def test_a_bank_of_experts_is_refused():
-    from loraplus.movement import adapted_layers
+    from loraplus.steps.movement import adapted_layers
 
     model = adapted()
     adapted_layers(model)[0].layer.num_experts = 4

@@ -7,7 +7,7 @@ import torch
 from peft.optimizers import create_riemannian_optimizer
 
 from loraplus import variants
-from loraplus.movement import adapted_layers
+from loraplus.steps.movement import adapted_layers
 from loraplus.variants.lora_rite import LoraRite
 from loraplus.variants.muon import polar
 from loraplus.variants.pair_optimizer import adam

@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
+from loraplus.adapters.layouts import PAIRS
+from loraplus.adapters.partners import partner_names
+from loraplus.adapters.structure import Structure
 from loraplus.diagnosis.diagnosis import OptimizerSeen, Pair, ParameterStep
 from loraplus.diagnosis.measuring import decays, trial_rates
 from loraplus.diagnosis.observer import Observed
 from loraplus.errors import NoLoraFactorsError, NoTrainableParametersError
-from loraplus.group_rates import base_rate, group_labels, rate_as_number
 from loraplus.groups import parameters_by_group
-from loraplus.layouts import PAIRS
 from loraplus.notices import told_once
-from loraplus.partners import partner_names
 from loraplus.parts import Role
 from loraplus.roles import TrainableParameter, clean_name, trainable_parameters
-from loraplus.structure import Structure
-from loraplus.wrappers import unwrapped
+from loraplus.steps.group_rates import base_rate, group_labels, rate_as_number
+from loraplus.steps.wrappers import unwrapped
 
 _FACTOR_NAMES = frozenset(name for pair in PAIRS for name in pair if name.startswith("lora_"))
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from loraplus.adapters.memory import overlapping
 from loraplus.diagnosis.diagnosis import (
     Diagnosis,
     ParameterStep,
@@ -16,9 +17,8 @@ from loraplus.diagnosis.diagnosis import (
 )
 from loraplus.diagnosis.findings import Findings
 from loraplus.diagnosis.ratio import Expected, changed, ignored, later, near, ratio_problems
-from loraplus.group_rates import group_labels, rate_as_number
-from loraplus.memory import overlapping
 from loraplus.parts import Role
+from loraplus.steps.group_rates import group_labels, rate_as_number
 
 _HARDLY = 0.01  # of A's rate: an embedding's factors do not learn at less
 _FACTOR_ROLES = {Role.A, Role.B}

@@ -14,10 +14,10 @@ from loraplus.diagnosis.judging import judge
 from loraplus.diagnosis.observer import Observed
 from loraplus.diagnosis.ratio import Expected
 from loraplus.errors import InputError, LoraPlusError, TrainerSetupError
-from loraplus.group_rates import base_rate
 from loraplus.notices import told_once
 from loraplus.rates import as_number
-from loraplus.wrappers import unwrapped
+from loraplus.steps.group_rates import base_rate
+from loraplus.steps.wrappers import unwrapped
 
 _ARGUMENTS = ("loraplus_lr_ratio", "lr_ratio", "lorap_lr_ratio")
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraplus.group_rates import base_rate, in_form_of, rate_as_number
-from loraplus.step_probe import train_mode, trial_gradient
-from loraplus.twin import step_of, twin_over
+from loraplus.steps.group_rates import base_rate, in_form_of, rate_as_number
+from loraplus.steps.step_probe import train_mode, trial_gradient
+from loraplus.steps.twin import step_of, twin_over
 
 _LEAST_ALIKE = 0.98  # cosine of the two movements: below it a step is not linear in the rate, or lost to rounding
 _LARGEST = 2**28  # numbers that are copied for one step

@@ -17,8 +17,8 @@ from torch.optim.optimizer import (
 
 from loraplus.diagnosis.measuring import StepMeasurement
 from loraplus.diagnosis.unhooked import watch_unhooked
-from loraplus.group_rates import rate_as_number
-from loraplus.step_watcher import closure_called
+from loraplus.steps.group_rates import rate_as_number
+from loraplus.steps.step_watcher import closure_called
 
 
 class Observed:

@@ -10,9 +10,9 @@ from typing import Any
 from loraplus.diagnosis.diagnosis import NEAR, Pair, number, ratios_of, short, some
 from loraplus.diagnosis.findings import Findings, ratios_by_step
 from loraplus.diagnosis.observer import Observed
-from loraplus.group_rates import base_rate, group_labels, rate_as_number, reference_group
-from loraplus.schedulers import cause, will_flatten
-from loraplus.step_probe import refusal, try_step
+from loraplus.steps.group_rates import base_rate, group_labels, rate_as_number, reference_group
+from loraplus.steps.step_probe import refusal, try_step
+from loraplus.watching.schedulers import cause, will_flatten
 
 _REMEDY = "loraplus.param_groups, loraplus.create_optimizer or loraplus.attach(trainer, lr_ratio=...) do"
 

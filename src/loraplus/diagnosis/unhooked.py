@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from loraplus.wrappers import unwrapped
+from loraplus.steps.wrappers import unwrapped
 
 Hook = Callable[[Any, Any, Any], Any]
 

@@ -22,8 +22,8 @@ from loraplus.diagnosis.live import expected_of
 from loraplus.diagnosis.observer import Observed, Observer
 from loraplus.diagnosis.ratio import Expected
 from loraplus.errors import LoraPlusError
-from loraplus.group_rates import rate_as_number
-from loraplus.wrappers import unwrapped
+from loraplus.steps.group_rates import rate_as_number
+from loraplus.steps.wrappers import unwrapped
 
 _AT_ZERO = 200  # steps at a rate of 0, as in a warm-up, that are waited for
 _WITHOUT_FACTORS = 50  # steps of an optimizer that trains no adapter: another may follow

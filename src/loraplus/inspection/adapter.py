@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from loraplus.adapters.layouts import recognise
+from loraplus.adapters.partners import partner_names
 from loraplus.errors import InputError
 from loraplus.files.single import read_json
 from loraplus.inspection.tensors import TensorFiles
-from loraplus.layouts import recognise
-from loraplus.partners import partner_names
 from loraplus.parts import Role
 from loraplus.tasks.sandbox import check_patterns
 

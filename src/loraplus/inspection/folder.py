@@ -29,7 +29,7 @@ from loraplus.inspection.rates import (
     read_rates_file,
 )
 from loraplus.inspection.update import update_size
-from loraplus.movement import rms
+from loraplus.steps.movement import rms
 
 _PREFIX = "base_model.model."
 _NAMED_IN_MESSAGE = 3

@@ -30,7 +30,7 @@ from loraplus.integrations.deepspeed import check_plugin
 from loraplus.integrations.pytorch import rates_for_log
 from loraplus.notices import renamed
 from loraplus.rates import Rates
-from loraplus.watch import watch_rates
+from loraplus.watching.watch import watch_rates
 
 __all__ = ["guard_resume", "rates_for_log"]
 

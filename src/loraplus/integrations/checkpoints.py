@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraplus.adapters.partners import whole_shape
 from loraplus.auto import AutoRates
 from loraplus.errors import ResumeMismatchError
 from loraplus.files.checkpoints import AUTO_FILE, RATES_FILE
 from loraplus.files.whole import write_whole
 from loraplus.groups import ParameterRate, built_rates
 from loraplus.notices import told_once
-from loraplus.partners import whole_shape
 from loraplus.rates import OWN_RATES, SETTING_OF_ROLE, Rates
 from loraplus.roles import FACTORS, Role, trainable_parameters
-from loraplus.wrappers import unwrapped
+from loraplus.steps.wrappers import unwrapped
 
 OF_PARAMETERS_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "state1")
 """Names of an optimizer's states that have their parameter's own shape."""

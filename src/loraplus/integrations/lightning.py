@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAver
 
 from loraplus.auto import AutoRates
 from loraplus.errors import RateMismatchError, ResumeMismatchError, TrainerSetupError
-from loraplus.group_rates import base_rate, group_labels, reference_group
 from loraplus.groups import verify
 from loraplus.integrations.checkpoints import (
     LOOP_WAY,
@@ -25,8 +24,9 @@ from loraplus.integrations.checkpoints import (
 from loraplus.integrations.pytorch import rates_for_log
 from loraplus.rate_keywords import takes_rates
 from loraplus.rates import Rates
-from loraplus.watch import watch_rates
-from loraplus.wrappers import unwrapped
+from loraplus.steps.group_rates import base_rate, group_labels, reference_group
+from loraplus.steps.wrappers import unwrapped
+from loraplus.watching.watch import watch_rates
 
 RECORD = "loraplus"
 """Key of the rates in a Lightning checkpoint."""

@@ -19,7 +19,7 @@ from loraplus.notices import renamed
 from loraplus.optimizer import create_optimizer
 from loraplus.rate_keywords import takes_rates
 from loraplus.rates import Rates
-from loraplus.watch import watch_rates
+from loraplus.watching.watch import watch_rates
 
 
 class LoraPlusOptimizer:

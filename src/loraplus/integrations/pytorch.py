@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from loraplus.errors import LoraPlusWarning, ResumeMismatchError
-from loraplus.group_rates import Groups, base_rate, group_labels, reference_group
 from loraplus.groups import rate_of_group
 from loraplus.integrations.checkpoints import LOOP_WAY, OF_PARAMETERS_SHAPE, refuse_other_parameters
-from loraplus.watch import watch_rates
-from loraplus.wrappers import unwrapped
+from loraplus.steps.group_rates import Groups, base_rate, group_labels, reference_group
+from loraplus.steps.wrappers import unwrapped
+from loraplus.watching.watch import watch_rates
 
 _RELATIVE_TOLERANCE = 1e-6
 _RECORD = "loraplus"  # in the optimizer's state, beside torch's "state" and "param_groups"

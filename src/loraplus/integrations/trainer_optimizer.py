@@ -18,13 +18,13 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from loraplus.errors import InvalidRateError, ParameterGroupError, TrainerSetupError
 from loraplus.existing_groups import rate_of
-from loraplus.group_rates import in_form_of
 from loraplus.groups import groups_for
 from loraplus.integrations.trainer_settings import RateSettings, in_optim_args
 from loraplus.optimizer import check_class, finish
 from loraplus.rates import Rates
 from loraplus.roles import FACTORS, Role, TrainableParameter, read_once, trainable_parameters
-from loraplus.watch import unwatch_rates
+from loraplus.steps.group_rates import in_form_of
+from loraplus.watching.watch import unwatch_rates
 
 _GROUP_THEMSELVES = ("galore", "apollo", "lomo", "adalomo")
 _REST = "rest"  # what LoRA+ says nothing of: parameters that are frozen, or not the model's (a loss's)

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from loraplus.movement import TOKENS, rms
 from loraplus.reproduce import toy_model
 from loraplus.reproduce.descriptions import DESCRIPTIONS
 from loraplus.reproduce.experiment import Experiment, Record, Records, Run, mean
 from loraplus.reproduce.report import Figure, LinePlot, Report, Table, banded, interval
+from loraplus.steps.movement import TOKENS, rms
 from loraplus.study.statistics import exponent, t_interval
 from loraplus.study.wording import counted
 from loraplus.study.worker import OnStep

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.optimization import get_linear_schedule_with_warmup
 
 import loraplus
-from loraplus.movement import adapted_layers
 from loraplus.reproduce import small_decoders
 from loraplus.reproduce.small_tasks import Rows, SmallTask
+from loraplus.steps.movement import adapted_layers
 from loraplus.study.records import CurvePoint, Record, Run
 from loraplus.study.worker import OnStep
 

@@ -17,8 +17,8 @@ from transformers.trainer_callback import ExportableState
 from loraplus.errors import DivergedError
 from loraplus.notices import acknowledge
 from loraplus.rates import Rates
+from loraplus.steps.wrappers import unwrapped
 from loraplus.tasks.data_parallel import any_process
-from loraplus.wrappers import unwrapped
 
 
 class StopOnSignal(TrainerCallback):

@@ -7,8 +7,8 @@ from statistics import fmean
 
 from torch import nn
 
-from loraplus.movement import adapted_layers
 from loraplus.rates import DEFAULT_LR
+from loraplus.steps.movement import adapted_layers
 
 # n, r and s = α/r where the rule gives DEFAULT_LR: BERT's width at the default rank and α.
 REFERENCE_WIDTH, REFERENCE_RANK, REFERENCE_SCALING = 768, 8, 16.0 / 8

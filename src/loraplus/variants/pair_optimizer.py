@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from loraplus.errors import OptimizerSetupError
-from loraplus.movement import adapted_layers, gathered, is_sharded
+from loraplus.steps.movement import adapted_layers, gathered, is_sharded
 
 
 class PairOptimizer(torch.optim.Optimizer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from loraplus.movement import adapted_layers
+from loraplus.steps.movement import adapted_layers
 
 BASE, FACTOR, WIDTH = 5e-5, 10.0, 2000.0
 POWER = 0.781

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusWarning
-from loraplus.group_rates import in_form_of
-from loraplus.twin import step_of, twin_over
-from loraplus.wrappers import unwrapped
+from loraplus.steps.group_rates import in_form_of
+from loraplus.steps.twin import step_of, twin_over
+from loraplus.steps.wrappers import unwrapped
 
 _SHAPE = (4, 8)
 _SETTLING, _STEPS = 8, 8  # the first steps may set weights or states up, so the ones after them are measured

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from loraplus.layouts import without_adapter
-from loraplus.orientation import wrapped_roles
-from loraplus.partners import PARTNERS, fit, has_pair, partner_names
+from loraplus.adapters.layouts import without_adapter
+from loraplus.adapters.orientation import wrapped_roles
+from loraplus.adapters.partners import PARTNERS, fit, has_pair, partner_names
 from loraplus.parts import Role
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

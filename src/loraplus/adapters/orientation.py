@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from loraplus.adapters.weight_trace import Trace
 from loraplus.notices import tell, told_once
 from loraplus.parts import Role
-from loraplus.weight_trace import Trace
 
 _LAST, _BEFORE_LAST = -1, -2
 

@@ -26,7 +26,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraplus.axes import PRODUCTS, Axes, changed, contracted
+from loraplus.adapters.axes import PRODUCTS, Axes, changed, contracted
 
 _MOST_RUNS, _MOST_ANSWERS = 200, 2000  # a layer that asks for more is a whole model
 _SUMS = "add sub truediv floordiv mod pow neg pos abs".split()

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from loraplus.movement import AdaptedLayer, Movement
+from loraplus.steps.movement import AdaptedLayer, Movement
 
 STUCK_BELOW = 0.1
 """A factor counts as stuck if its δ is below this part of the other's."""

@@ -19,10 +19,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from loraplus.errors import LoraPlusWarning
-from loraplus.group_rates import Groups, base_rate, group_labels, rate_as_number, reference_group
-from loraplus.membership import Membership
-from loraplus.schedulers import cause
-from loraplus.wrappers import unwrapped
+from loraplus.steps.group_rates import Groups, base_rate, group_labels, rate_as_number, reference_group
+from loraplus.steps.wrappers import unwrapped
+from loraplus.watching.membership import Membership
+from loraplus.watching.schedulers import cause
 
 _TOLERANCE = 1e-3  # relative: above all rounding in a schedule, below any change of a ratio that matters
 _NOTHING = 1e-4  # a rate of which part of its own trains nothing: no more is said of it than of 0

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from loraplus.errors import TrainerSetupError
-from loraplus.movement import adapted_layers
-from loraplus.recorder import Recorder
-from loraplus.wrappers import unwrapped
+from loraplus.steps.movement import adapted_layers
+from loraplus.steps.recorder import Recorder
+from loraplus.steps.wrappers import unwrapped
 
 
 class StepWatcher:

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from loraplus.errors import LoraPlusError
-from loraplus.group_rates import Groups, base_rate, group_labels
-from loraplus.model_changes import ModelChanges
 from loraplus.notices import told_once
 from loraplus.roles import Role, TrainableParameter, clean_name, trainable_parameters
+from loraplus.steps.group_rates import Groups, base_rate, group_labels
+from loraplus.watching.model_changes import ModelChanges
 
 _TOLERANCE = 1e-3
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from loraplus.errors import LoraPlusError, TrainerSetupError
-from loraplus.group_rates import in_form_of
 from loraplus.notices import told_once
 from loraplus.roles import Role, clean_name, trainable_parameters
+from loraplus.steps.group_rates import in_form_of
 
 _FACTORS = (Role.A, Role.B)
 _DUMMY = 0.1  # a rate that no head is trained with, and that stands for "set automatically"

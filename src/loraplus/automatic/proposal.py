@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraplus.group_rates import in_form_of
-from loraplus.movement import local_part, rms
-from loraplus.twin import step_of, twin_over
+from loraplus.steps.group_rates import in_form_of
+from loraplus.steps.movement import local_part, rms
+from loraplus.steps.twin import step_of, twin_over
 
 _RATE = 1e-3
 _TRIED = 7  # steps; what looks back every fifth or sixth of them (Lookahead) shows too

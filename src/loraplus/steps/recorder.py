@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loraplus.movement import TOKENS, AdaptedLayer, Sample, factors, local_part, size_of
+from loraplus.steps.movement import TOKENS, AdaptedLayer, Sample, factors, local_part, size_of
 
 _REMEMBERED = 64  # calls of one layer without gradients within one pass; checkpointing makes one
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from loraplus.movement import Movement
+from loraplus.steps.movement import Movement
 
 
 @dataclass(frozen=True)

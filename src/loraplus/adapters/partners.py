@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from loraplus.layouts import PAIRS, without_adapter
+from loraplus.adapters.layouts import PAIRS, without_adapter
 
 PARTNERS: dict[str, tuple[str, ...]] = {"lora_magnitude_vector": ("lora_A", "lora_embedding_A")}
 PARTNERS |= {a: (b,) for a, b in PAIRS} | {b: (a,) for a, b in PAIRS}

@@ -1,0 +1,1 @@
+"""What becomes of an optimizer's groups after they were built."""
