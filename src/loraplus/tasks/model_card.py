@@ -241,10 +241,10 @@ def _training_part(config: TrainConfig, metrics: Mapping[str, Any]) -> list[str]
 
 
 def _versions() -> list[tuple[str, str]]:
-    found = [("Python", platform.python_version()), ("loraplus", loraplus.__version__)]
+    versions = [("Python", platform.python_version()), ("loraplus", loraplus.__version__)]
     for library in _LIBRARIES:
         try:
-            found.append((library, importlib.metadata.version(library)))
+            versions.append((library, importlib.metadata.version(library)))
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
