@@ -19,7 +19,7 @@ from loraplus.tasks.config import OF_LABELS, TrainConfig
 from loraplus.tasks.saved_adapter import adapter_settings
 
 _DEFAULTS = {each.name: each.default for each in dataclasses.fields(TrainConfig)}
-_OF_THE_PLACE = {"output"}
+_OF_THIS_MACHINE = {"output"}
 """Settings that say nothing of what was trained."""
 
 
@@ -60,7 +60,7 @@ class Run:
 
     def rest(self, target: str) -> None:
         """Adds a line for each setting that was used, and that nobody has asked for."""
-        for name in sorted(self.settings.keys() - self._passed_on - _OF_THE_PLACE):
+        for name in sorted(self.settings.keys() - self._passed_on - _OF_THIS_MACHINE):
             self.cannot(name, why=f"{target} has no such setting")
 
     def rates(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from loraplus.study.headline import headline
 from loraplus.study.pairs import deciding
 from loraplus.study.records import ARMS, Record
 from loraplus.study.wording import counted, p_value, rate
-from loraplus.tasks.command_line import command_line
+from loraplus.tasks.command_line import command_of_settings
 from loraplus.tasks.measures import ACCURACY, measures_of, perplexity
 
 _TEMPLATE = "compare.html.jinja"
@@ -41,7 +41,7 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
     return template(_TEMPLATE).render(
         summary=summary,
         headline=headline(summary),
-        command=command_line("compare", summary["config"]),
+        command=command_of_settings("compare", summary["config"]),
         records=records,
         arms=arms,
         main=ARMS,

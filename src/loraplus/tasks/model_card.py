@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ import loraplus
 from loraplus.errors import visible
 from loraplus.files.paths import is_folder, resolve_model, user_path
 from loraplus.rates import DEFAULT_LR, DEFAULT_LR_RATIO
+from loraplus.tasks.command_line import command_line
 from loraplus.tasks.config import CLASSIFICATION, MULTI_LABEL, OF_LABELS, REGRESSION, TrainConfig
 from loraplus.tasks.loading_code import loading_code
 
@@ -177,9 +177,8 @@ def _figure(value: float | None) -> str:
 
 def _command(config: TrainConfig, adapter: str) -> str:
     if config.task in OF_LABELS:
-        files = ["--data", "new.csv", "--output", "labelled.csv"]
-        return shlex.join(["loraplus", "predict", "--adapter", adapter, *files])
-    return shlex.join(["loraplus", "generate", "--adapter", adapter, "--prompt", "Hello"])
+        return command_line("predict", adapter=adapter, data="new.csv", output="labelled.csv")
+    return command_line("generate", adapter=adapter, prompt="Hello")
 
 
 def _data_part(config: TrainConfig, data: Mapping[str, Any], labels: Sequence[Any]) -> list[str]:
