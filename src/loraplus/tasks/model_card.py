@@ -20,6 +20,7 @@ from loraplus.rates import DEFAULT_LR, DEFAULT_LR_RATIO
 from loraplus.tasks.command_line import command_line
 from loraplus.tasks.config import CLASSIFICATION, MULTI_LABEL, OF_LABELS, REGRESSION, TrainConfig
 from loraplus.tasks.loading_code import loading_code
+from loraplus.tasks.scores import FIGURES
 
 _WHAT = {
     CLASSIFICATION: "gives a text one of {count} classes",
@@ -28,11 +29,7 @@ _WHAT = {
     "sft": "answers chats and prompts",
     "lm": "goes on from a text",
 }
-_TITLES = {
-    "eval_loss": "loss", "eval_accuracy": "accuracy", "eval_micro_f1": "micro-F1", "eval_macro_f1": "macro-F1",
-    "eval_mse": "mean squared error", "eval_mae": "mean absolute error", "eval_r2": "R²",
-    "eval_pearson": "Pearson's r", "eval_perplexity": "perplexity",
-}  # fmt: skip
+_TITLES = {f"eval_{name}": title for name, title in FIGURES.items()} | {"eval_perplexity": "perplexity"}
 _HUB_METRICS = {
     "eval_accuracy": "accuracy", "eval_micro_f1": "f1", "eval_macro_f1": "f1", "eval_mse": "mse", "eval_mae": "mae",
     "eval_r2": "r_squared", "eval_pearson": "pearsonr", "eval_perplexity": "perplexity", "eval_loss": "loss",

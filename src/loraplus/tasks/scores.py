@@ -23,8 +23,11 @@ from loraplus.tasks.metrics import (
 )
 from loraplus.tasks.targets import SEPARATOR
 
-FIGURES = ("loss", "accuracy", "micro_f1", "macro_f1", "mse", "mae", "r2", "pearson")
-"""The names that figures have in scores, in their order; `eval_` stands before them in metrics.json."""
+FIGURES = {
+    "loss": "loss", "accuracy": "accuracy", "micro_f1": "micro-F1", "macro_f1": "macro-F1",
+    "mse": "mean squared error", "mae": "mean absolute error", "r2": "R²", "pearson": "Pearson's r",
+}  # fmt: skip
+"""{the name that a figure has in scores: its title}, in their order; `eval_` stands before names in metrics.json."""
 _MOST_MISTAKES = 20
 _LONGEST_TEXT = 1000  # characters of a mistake that are kept
 _OVER = "the examples"
