@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,21 @@ EXPECTED = {  # script: (flags, what it says is off, λ found)
 }
 
 
+@pytest.fixture(scope="module")
+def diagnoses():
+    """{script: what the doctor says of it}; two run at a time, since most of a run is its imports."""
+
+    def diagnosed(name):
+        return diagnose_script(["python", str(EXAMPLES / f"{name}.py"), *EXPECTED[name][0]], steps=3)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(EXPECTED, pool.map(diagnosed, EXPECTED), strict=True))
+
+
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_broken_script_is_told_from_a_right_one(name):
-    flags, off, ratio = EXPECTED[name]
-    diagnosis = diagnose_script(["python", str(EXAMPLES / f"{name}.py"), *flags], steps=3)
+def test_a_broken_script_is_told_from_a_right_one(name, diagnoses):
+    _, off, ratio = EXPECTED[name]
+    diagnosis = diagnoses[name]
     assert diagnosis.ok == (name == "right")
     assert off in " ".join(diagnosis.problems)
     assert diagnosis.lr_ratio == ratio

@@ -436,7 +436,7 @@ def _check_layers(model: nn.Module) -> None:
 def _check_steps(optimizer: torch.optim.Optimizer, groups: OwnedGroups) -> float | None:
     """Refuses an optimizer that cannot be asked what it would do; tells the size that its steps need to be given."""
     if getattr(optimizer, "takes_model", False):  # what is tried below is a matrix without its partner
-        if optimizer.like_adam:  # type: ignore[attr-defined]
+        if getattr(optimizer, "like_adam", False):
             return None
         name = type(optimizer).__name__
         raise TrainerSetupError(f"AutoRates does not know how far steps of {name} lead; use AdamW, or {_AS_NUMBERS}")

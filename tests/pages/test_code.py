@@ -63,10 +63,10 @@ OWN: dict[str, dict[str, Make]] = {
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A folder as a reader's clone is after some commands: examples, and an adapter for chats."""
+def workplace(tmp_path_factory, model_folder):
+    """A folder as a reader's clone is after some commands: examples, an adapter for chats, and one for reviews."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("pages")
     (folder / "examples").symlink_to(ROOT / "examples")
@@ -75,6 +75,12 @@ def workplace(tmp_path_factory):
     for name in ("runs/chats", "runs/chat"):
         model.save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(base).save_pretrained(folder / name)
+    (folder / "MODEL").symlink_to(model_folder)
+    classifier = AutoModelForSequenceClassification.from_pretrained(model_folder)
+    model = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=2))
+    model.peft_config["default"].base_model_name_or_path = "MODEL"
+    for part in (model, classifier.config, AutoTokenizer.from_pretrained(model_folder)):
+        part.save_pretrained(folder / "runs/reviews")
     return folder
 
 

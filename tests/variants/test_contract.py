@@ -140,7 +140,14 @@ def test_an_optimizer_is_asked_for_its_step_without_being_touched(name):
         assert all(torch.equal(torch.as_tensor(kept[key]), torch.as_tensor(now[key])) for key in kept)
 
 
-def sharded_steps(name):
+SHARDED = ("lora-rite", "muon")
+
+
+def sharded_steps():
+    return {name: sharded_steps_of(name) for name in SHARDED}  # processes start slowly, so one pair serves all
+
+
+def sharded_steps_of(name):
     from torch.distributed.fsdp import fully_shard
 
     model = adapted(modules_to_save=["classifier"])
@@ -153,9 +160,14 @@ def sharded_steps(name):
     return {entry.name: entry.parameter.full_tensor() for entry in trainable_parameters(model)}
 
 
-@pytest.mark.parametrize("name", ["lora-rite", "muon"])
-def test_sharded_factors_move_as_whole_ones(name, tmp_path):
-    one, other = ranks.run(sharded_steps, tmp_path, name)
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return ranks.run(sharded_steps, tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_factors_move_as_whole_ones(name, sharded):
+    one, other = (steps[name] for steps in sharded)
     model = adapted(modules_to_save=["classifier"])
     whole = train(model, variants.create_optimizer(model, name, lr=1e-3, lr_ratio=4.0, weight_decay=0.1), 3)
     assert same(one, other)

@@ -22,7 +22,7 @@ from loraplus.cli.terminal import Console, narrated, print_json
     ),
 )
 def run(
-    adapter: Annotated[str, typer.Option(help="Folder that `loraplus train` wrote.")],
+    adapter: flags.TrainedAdapter,
     data: Annotated[
         str, typer.Option(help="Labelled texts: CSV, TSV, JSON Lines, Excel or Parquet file (or .gz), or a folder.")
     ],
@@ -30,16 +30,12 @@ def run(
         str | None, typer.Option(help="Folder for scores.json and CSV tables, or a .json file for the scores alone.")
     ] = None,
     model: flags.BaseModel = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column with the text. Default: that of training, else guessed.")
-    ] = None,
+    text_column: flags.TextColumn = None,
     label_column: Annotated[
         str | None, typer.Option(help="Column with the label or number. Default: that of training, else guessed.")
     ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="Encoding of a text file, such as cp1252; guessed if not given.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 64,
+    encoding: flags.Encoding = None,
+    batch_size: flags.BatchSize = 64,
     trust_remote_code: flags.TrustRemoteCode = False,
     overwrite: flags.Overwrite = False,
     json: flags.Json = False,
@@ -47,7 +43,7 @@ def run(
 ) -> None:
     """Score a trained adapter on labelled texts: figures, each class, what is confused with what."""
     from loraplus.files.single import check_file, write_json
-    from loraplus.tasks.evaluate import columns_of_training, facts_of_training, is_training_data, scores_of, truth_of
+    from loraplus.tasks.evaluate import columns_of_training, facts_of_training, notes_of_data, scores_of, truth_of
     from loraplus.tasks.evaluation_folder import check_output, write_evaluation
     from loraplus.tasks.saved_adapter import base_of
     from loraplus.tasks.table import check_source, read_table
@@ -76,7 +72,7 @@ def run(
     with counting_bar(console, "labelling", len(texts), plain=plain) as advance:
         logits = outputs_of(classifier, tokenizer, texts, batch_size=batch_size, on_batch=advance)
     scored = scores_of(table, truth, classifier.config, logits.numpy(), facts)
-    notes = [note_of_training_data(data)] if is_training_data(data, facts) else []
+    notes = notes_of_data(data, facts)
     record: dict[str, Any] = {
         "adapter": adapter, "data": data, "text_column": truth.text_column, "label_column": truth.label_column,
         **scored, "notes": notes,
@@ -98,8 +94,3 @@ def run(
     columns = {"text_column": text_column, "label_column": label_column}
     options = {"model": model, "encoding": encoding, "trust_remote_code": trust_remote_code}
     show_next(console, *after_evaluate(adapter, data, **columns, **options))
-
-
-def note_of_training_data(data: str) -> str:
-    """What is to be known of scores on the data of training."""
-    return f"the adapter was trained on texts of {data}, so these scores say little of new ones; score texts kept aside"

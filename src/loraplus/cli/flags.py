@@ -9,7 +9,11 @@ import typer
 from loraplus.cli.flag_groups import OF_COMMAND
 
 AdapterFolder = Annotated[str, typer.Option(help="Folder that PEFT or `loraplus train` wrote.")]
+TrainedAdapter = Annotated[str, typer.Option(help="Folder that `loraplus train` wrote.")]
 BaseModel = Annotated[str | None, typer.Option(help="Base model, if it is no longer where it was.")]
+TextColumn = Annotated[str | None, typer.Option(help="Column with the text. Default: that of training, else guessed.")]
+Encoding = Annotated[str | None, typer.Option(help="Encoding of a text file, such as cp1252; guessed if not given.")]
+BatchSize = Annotated[int, typer.Option(help="Texts at once.", min=1)]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what an earlier run left in --output.", rich_help_panel=OF_COMMAND)

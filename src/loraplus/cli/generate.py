@@ -46,7 +46,7 @@ def run(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest with this probability together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the drawing.", min=0)] = 0,
     num_samples: Annotated[int, typer.Option(help="Continuations of each prompt.", min=1)] = 1,
-    batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 8,
+    batch_size: flags.BatchSize = 8,
     output: Annotated[str | None, typer.Option(help="JSON Lines file to write.")] = None,
     trust_remote_code: flags.TrustRemoteCode = False,
     overwrite: flags.Overwrite = False,

@@ -11,29 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.cli.terminal import Console
-from loraplus.errors import visible
-from loraplus.tasks.command_line import command_line
+from loraplus.tasks.command_line import command_line, command_of_settings
 from loraplus.tasks.config import OF_LABELS, CompareConfig, TaskConfig, TrainConfig, TuneConfig
 
 _ADAPTER_FOLDER = "adapter"
 _PROMPT = "Hello"
-
-
-def command(*words: str, **flags: Any) -> str:
-    """The command line of a command with flags; None leaves one out.
-
-    Example:
-        >>> command("merge", adapter="runs/my run", output="merged", model=None)
-        "loraplus merge --adapter 'runs/my run' --output merged"
-    """
-    line = ["loraplus", *words]
-    for name, value in flags.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            line.append(flag)
-        elif value is not None:
-            line += [flag, str(value)]
-    return visible(shlex.join(line), kept="")
 
 
 def show_next(console: Console, purpose: str, line: str) -> None:
@@ -46,35 +28,37 @@ def after_train(config: TrainConfig, metrics: Mapping[str, Any]) -> tuple[str, s
     """(purpose, command): what was trained is used, or where nothing was learnt other rates are searched."""
     trust = config.trust_remote_code or None
     if config.task not in OF_LABELS:
-        line = command("generate", adapter=config.output, prompt=_PROMPT, trust_remote_code=trust)
+        line = command_line("generate", adapter=config.output, prompt=_PROMPT, trust_remote_code=trust)
         return "see what it answers", line
     if metrics.get("learnt", {}).get("learnt") is False:
         search = TuneConfig(**_shared(config) | {"output": free_path(f"{_plain(config.output)}-tune")})
-        return "search for better rates", command_line("tune", asdict(search))
+        return "search for better rates", command_of_settings("tune", asdict(search))
     shared = {"adapter": config.output, "trust_remote_code": trust, "encoding": config.encoding}
     if config.eval_data:
-        return "see its scores, class by class", command("evaluate", data=config.eval_data, **shared)
-    return "label texts with it", command("predict", data=config.data, output=_predictions(config.output), **shared)
+        return "see its scores, class by class", command_line("evaluate", data=config.eval_data, **shared)
+    return "label texts with it", command_line(
+        "predict", data=config.data, output=_predictions(config.output), **shared
+    )
 
 
 def after_predict(adapter: str, model: str | None, trust_remote_code: bool) -> tuple[str, str]:
     """(purpose, command): base model and adapter become one model."""
     options = {"model": model, "trust_remote_code": trust_remote_code or None}
     merged = free_path(f"{_plain(adapter)}-merged")
-    return "have one model without PEFT", command("merge", adapter=adapter, output=merged, **options)
+    return "have one model without PEFT", command_line("merge", adapter=adapter, output=merged, **options)
 
 
 def after_evaluate(adapter: str, data: str, **options: Any) -> tuple[str, str]:
     """(purpose, command): the answer to every text is written down."""
     given = {name: value or None for name, value in options.items()}
-    line = command("predict", adapter=adapter, data=data, output=_predictions(adapter), **given)
+    line = command_line("predict", adapter=adapter, data=data, output=_predictions(adapter), **given)
     return "see the answer to every text", line
 
 
 def after_merge(output: str, task: str | None) -> tuple[str, str]:
     """(purpose, command): the model is tried, by transformers alone where it labels texts."""
     if task == "CAUSAL_LM":
-        return "try it", command("generate", model=output, prompt=_PROMPT)
+        return "try it", command_line("generate", model=output, prompt=_PROMPT)
     folder = json.dumps(_path(output), ensure_ascii=False)  # in double quotes, which a shell's single ones hold
     code = f'from transformers import pipeline; print(pipeline("text-classification", {folder})("a text"))'
     return "try it", shlex.join(["python", "-c", code])
@@ -84,7 +68,7 @@ def after_compare(config: CompareConfig, summary: Mapping[str, Any]) -> tuple[st
     """(purpose, command): trains with the better of the two arms' rates; None where there is none."""
     if summary.get("learning", {}).get("nothing"):
         search = TuneConfig(**_shared(config) | {"output": free_path(f"{_plain(config.output)}-tune")})
-        return "search for better rates", command_line("tune", asdict(search))
+        return "search for better rates", command_of_settings("tune", asdict(search))
     losses = {
         name: row["test"]["loss"]["mean"]
         for name, row in summary["arms"].items()
@@ -95,13 +79,13 @@ def after_compare(config: CompareConfig, summary: Mapping[str, Any]) -> tuple[st
     best = summary["arms"][min(losses, key=lambda name: losses[name])]["best"]
     output = free_path(str(Path(config.output) / _ADAPTER_FOLDER))
     train = TrainConfig(**_shared(config) | {"output": output}, lr=best["lr"], lr_ratio=best["lr_ratio"])
-    return "train with the better rates", command_line("train", asdict(train))
+    return "train with the better rates", command_of_settings("train", asdict(train))
 
 
 def after_reproduce(name: str, scale: str, scales: tuple[str, ...]) -> tuple[str, str] | None:
     """(purpose, command): what the published scale would take; None where it was run, or there is none."""
     if scale != "paper" and "paper" in scales:
-        return "see what the published scale takes", command("reproduce", name, scale="paper", dry_run=True)
+        return "see what the published scale takes", command_line("reproduce", name, scale="paper", dry_run=True)
     return None
 
 

@@ -12,7 +12,6 @@ import typer
 
 from loraplus.cli import flags
 from loraplus.cli.app import app
-from loraplus.cli.evaluate import note_of_training_data
 from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import after_predict, show_next
 from loraplus.cli.scores import show_scores
@@ -33,23 +32,19 @@ _FORMATS = (".csv", ".tsv", ".jsonl")
     ),
 )
 def run(
-    adapter: Annotated[str, typer.Option(help="Folder that `loraplus train` wrote.")],
+    adapter: flags.TrainedAdapter,
     data: Annotated[
         str, typer.Option(help="CSV, TSV, JSON Lines, Excel or Parquet file (or .gz), or a folder of data.")
     ],
     output: Annotated[str, typer.Option(help="File to write: .csv, .tsv or .jsonl.")],
     model: flags.BaseModel = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column with the text. Default: that of training, else guessed.")
-    ] = None,
+    text_column: flags.TextColumn = None,
     label_column: Annotated[
         str | None,
         typer.Option(help="Column with labels, if scores are wanted. Default: that of training or a usual name."),
     ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="Encoding of a text file, such as cp1252; guessed if not given.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 64,
+    encoding: flags.Encoding = None,
+    batch_size: flags.BatchSize = 64,
     trust_remote_code: flags.TrustRemoteCode = False,
     overwrite: flags.Overwrite = False,
     json: flags.Json = False,
@@ -111,14 +106,14 @@ def _scored(
 
     A column that only looks like one of labels is passed over with a note; one that was asked for is not.
     """
-    from loraplus.tasks.evaluate import is_training_data, labelled_rows, scores_of, truth_of
+    from loraplus.tasks.evaluate import labelled_rows, notes_of_data, scores_of, truth_of
 
-    found = labelled_rows(table, config, label)
-    if found is None or found[1] == text:
+    labels = labelled_rows(table, config, label)
+    if labels is None or labels[1] == text:
         if asked:
             raise InputError(f"{data}: column {label!r} (--label-column) holds no label")
         return None, []
-    rows, label = found
+    rows, label = labels
     labelled = table if len(rows) == len(table) else table.take(rows)
     try:
         truth = truth_of(labelled, config, text, label)
@@ -127,8 +122,7 @@ def _scored(
             raise
         return None, [f"no scores: {error}"]
     notes = [] if labelled is table else [f"{len(table) - len(rows):,} of {len(table):,} texts have no {label!r}"]
-    notes += [note_of_training_data(data)] if is_training_data(data, facts) else []
-    return scores_of(labelled, truth, config, logits[rows], facts), notes
+    return scores_of(labelled, truth, config, logits[rows], facts), notes + notes_of_data(data, facts)
 
 
 def _notes(adapter: str, predicted: list[Any]) -> list[str]:

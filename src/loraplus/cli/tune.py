@@ -10,11 +10,12 @@ from rich.table import Table
 
 from loraplus.cli.app import app
 from loraplus.cli.flag_groups import examples
-from loraplus.cli.next_step import command, show_next
+from loraplus.cli.next_step import show_next
 from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, plain_table, print_json
 from loraplus.study.wording import counted
+from loraplus.tasks.command_line import command_line
 from loraplus.tasks.config import TuneConfig
 
 
@@ -54,7 +55,7 @@ def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain:
     )
     if best["at_edge"]:
         console.say("this is the lowest or highest rate tried: a better one may lie beyond")
-    console.say(f"the same settings as a file: {command('train', config=Path(config.output) / BEST_FILE)}")
+    console.say(f"the same settings as a file: {command_line('train', config=Path(config.output) / BEST_FILE)}")
     show_next(console, "train with them", result["train_command"])
 
 

@@ -115,7 +115,7 @@ def _entries(adapter: Adapter, rows: Sequence[Row]) -> Iterator[ParameterStep]:
 def _pairs(adapter: Adapter, rows: Sequence[Row]) -> list[Pair]:
     by_role = _rows_of(rows)
     rates = {role: {_rate(row) for row in by_role.get(role, [])} for role in (Role.A, Role.B)}
-    if any(len(found) != 1 for found in rates.values()):
+    if any(len(of_role) != 1 for of_role in rates.values()):
         return []
     of_a, of_b = (next(iter(rates[role])) for role in (Role.A, Role.B))
     return [Pair(pair.name, of_a, of_b) for pair in adapter.pairs if not pair.is_embedding]
@@ -170,6 +170,6 @@ def _logged(folder: Path) -> Iterator[str]:
 def _decay(rows: Sequence[Row]) -> Iterator[str]:
     by_role = _rows_of(rows)
     decays = {role: {row["weight_decay"] for row in by_role.get(role, [])} for role in (Role.A, Role.B)}
-    if all(len(found) == 1 for found in decays.values()) and decays[Role.A] != decays[Role.B]:
+    if all(len(of_role) == 1 for of_role in decays.values()) and decays[Role.A] != decays[Role.B]:
         of_a, of_b = (number(next(iter(decays[role]))) for role in (Role.A, Role.B))
         yield f"A decays at {of_a} and B at {of_b}; weight decay is meant for both, or for neither"

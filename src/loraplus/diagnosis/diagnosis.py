@@ -93,8 +93,8 @@ class Diagnosis:
     @property
     def lr_ratio(self) -> float | None:
         """λ, if all pairs have one."""
-        found = set(ratios_of(self.pairs))
-        return found.pop() if len(found) == 1 else None
+        ratios = set(ratios_of(self.pairs))
+        return ratios.pop() if len(ratios) == 1 else None
 
     @property
     def verdict(self) -> str:
@@ -110,7 +110,9 @@ class Diagnosis:
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         for entry in self.entries:
             shared = {name: getattr(entry, name) for name in ("optimizer", "group", "role", "lr")}
-            step_lr = entry.lr if entry.step_lr == entry.lr else _rounded(entry.step_lr)
+            step_lr = entry.step_lr
+            if step_lr is not None and step_lr != entry.lr:
+                step_lr = rounded(step_lr)
             shared |= {"step_lr": step_lr, "weight_decay": entry.weight_decay}
             row = rows.setdefault(tuple(shared.values()), {**shared, "tensors": 0, "parameters": 0})
             row["tensors"] += 1
@@ -174,12 +176,12 @@ class Diagnosis:
 
 def ratios_of(pairs: Iterable[Pair]) -> list[float]:
     """λ of every pair that has one; those alike within what a step shows are one number."""
-    found: list[float] = []
+    ratios: list[float] = []
     for pair in pairs:
         if pair.lr_ratio is not None:
-            near = (known for known in found if math.isclose(known, pair.lr_ratio, rel_tol=NEAR))
-            found.append(next(near, _rounded(pair.lr_ratio) or 0.0))
-    return found
+            alike = (known for known in ratios if math.isclose(known, pair.lr_ratio, rel_tol=NEAR))
+            ratios.append(next(alike, rounded(pair.lr_ratio)))
+    return ratios
 
 
 def in_words(pairs: Sequence[Pair]) -> str:
@@ -234,6 +236,6 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _rounded(value: float | None) -> float | None:
+def rounded(value: float) -> float:
     """To the digits that a step in 32 bits shows."""
-    return None if value is None else float(f"{value:.3g}")
+    return float(f"{value:.3g}")

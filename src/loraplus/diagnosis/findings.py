@@ -37,22 +37,22 @@ class Alive(NamedTuple):
 
 def alive() -> Alive:
     """Looks through all objects of the process."""
-    found = Alive([], [], [])
+    living = Alive([], [], [])
     homes: dict[type, list[Any] | None] = {}
     for each in gc.get_objects():
         kind = type(each)  # not isinstance: proxies answer that by importing what they stand for
         if kind not in homes:
             is_trainer = any(parent.__name__ == "Trainer" for parent in kind.__mro__)
             homes[kind] = (
-                found.modules if issubclass(kind, nn.Module)
-                else found.optimizers if issubclass(kind, Optimizer)
-                else found.trainers if is_trainer and hasattr(kind, "create_optimizer")
+                living.modules if issubclass(kind, nn.Module)
+                else living.optimizers if issubclass(kind, Optimizer)
+                else living.trainers if is_trainer and hasattr(kind, "create_optimizer")
                 else None
             )  # fmt: skip
         home = homes[kind]
         if home is not None:
             home.append(each)
-    return found
+    return living
 
 
 def models_of(optimizers: Sequence[Any], modules: Sequence[nn.Module]) -> list[nn.Module]:
@@ -64,13 +64,13 @@ def models_of(optimizers: Sequence[Any], modules: Sequence[nn.Module]) -> list[n
     roots = [module for module in modules if id(module) not in inner]
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     sized = sorted(((len(list(root.parameters())), root) for root in roots), key=lambda each: -each[0])
-    found, covered = [], set()
+    outermost, covered = [], set()
     for _, root in sized:
         own = {id(parameter) for parameter in root.parameters()}
         if own & held - covered:
-            found.append(root)
+            outermost.append(root)
             covered |= own
-    return found or [root for _, root in sized if has_factors(root)]
+    return outermost or [root for _, root in sized if has_factors(root)]
 
 
 def has_factors(model: nn.Module) -> bool:
@@ -139,7 +139,7 @@ class Findings:
                 }
                 for label, group in zip(group_labels(groups), groups, strict=True)
             ]
-            shown.append(OptimizerSeen(type(observed.optimizer).__name__, observed.steps, tuple(rows)))
+            shown.append(OptimizerSeen(observed.name, observed.steps, tuple(rows)))
         return shown
 
 
@@ -205,7 +205,7 @@ class _Place:
 
 def _places(seen: Sequence[Observed]) -> dict[int, _Place]:
     places: dict[int, _Place] = {}
-    kinds = [type(observed.optimizer).__name__ for observed in seen]
+    kinds = [observed.name for observed in seen]
     for index, observed in enumerate(seen):
         optimizer = observed.optimizer
         name = kinds[index] if kinds.count(kinds[index]) == 1 else f"{kinds[index]} {index + 1}"
@@ -213,7 +213,7 @@ def _places(seen: Sequence[Observed]) -> dict[int, _Place]:
         own = [p for group in optimizer.param_groups for p in group["params"]]
         watched = observed.measured()
         measured = trial_rates(optimizer, [p for p in own if id(p) not in watched]) | watched
-        stated = observed.stated[-1] if observed.stated else {}
+        stated = observed.last_stated
         labels = group_labels(optimizer.param_groups)
         for place, parameters in held:
             group = optimizer.param_groups[place]
@@ -224,9 +224,9 @@ def _places(seen: Sequence[Observed]) -> dict[int, _Place]:
             for parameter in parameters:
                 lr = stated.get(id(parameter)) or rate_as_number(group.get("lr")) or base_rate(group)
                 # DeepSpeed's groups hold flat copies: what their step had, the model's parameters had.
-                found = measured.get(id(parameter), of_group[0] if len(set(of_group)) == 1 else None)
+                step_lr = measured.get(id(parameter), of_group[0] if len(set(of_group)) == 1 else None)
                 places[id(parameter)] = _Place(
-                    name, labels[place], lr, lr if found is None else found, decay, found is not None
+                    name, labels[place], lr, lr if step_lr is None else step_lr, decay, step_lr is not None
                 )
     return places
 
@@ -282,7 +282,7 @@ def ratios_by_step(findings: Findings) -> Iterator[list[tuple[float, float]]]:
     for observed in findings.seen:
         by_step = []
         for rates in observed.stated:
-            found = [rates[b] / rates[a] for a, b in findings.pair_ids if rates.get(a) and b in rates]
-            if found:
-                by_step.append((min(found), max(found)))
+            ratios = [rates[b] / rates[a] for a, b in findings.pair_ids if rates.get(a) and b in rates]
+            if ratios:
+                by_step.append((min(ratios), max(ratios)))
         yield by_step

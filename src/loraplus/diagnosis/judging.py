@@ -73,7 +73,7 @@ def _idle(findings: Findings, expected: Expected) -> Iterator[str]:
     if any(observed.steps or observed.at_zero for observed in findings.seen):
         for observed in findings.seen:
             if not (observed.steps or observed.at_zero):
-                yield f"{type(observed.optimizer).__name__} holds factors and has taken no step while others stepped"
+                yield f"{observed.name} holds factors and has taken no step while others stepped"
 
 
 def _one_memory(findings: Findings, expected: Expected) -> Iterator[str]:
@@ -93,7 +93,7 @@ def _twice(findings: Findings, expected: Expected) -> Iterator[str]:
         groups = observed.optimizer.param_groups
         for label, group in zip(group_labels(groups), groups, strict=True):
             for parameter in group["params"]:
-                held[id(parameter)].append(f"{type(observed.optimizer).__name__}'s {label}")
+                held[id(parameter)].append(f"{observed.name}'s {label}")
     twice = [key for key, where in held.items() if len(where) > 1 and key in names]
     if twice:
         yield (
@@ -112,8 +112,8 @@ def _unmoved(findings: Findings, expected: Expected) -> Iterator[str]:
     for observed in findings.seen:
         factors = [
             entry.name for entry in findings.entries
-            if entry.role in _FACTOR_ROLES and id(findings.parameters.get(entry.name)) in observed.stated[-1]
-        ] if observed.stated else []  # fmt: skip
+            if entry.role in _FACTOR_ROLES and id(findings.parameters.get(entry.name)) in observed.last_stated
+        ]  # fmt: skip
         idle = [name for name in factors if id(findings.parameters[name]) not in observed.learnt]
         if idle and len(idle) == len(factors):
             yield f"no gradient reached a factor in {some(observed.steps, 'step')}: {named(idle)}"
@@ -125,7 +125,7 @@ def _b_and_a_rate(findings: Findings) -> tuple[float, float] | None:
         (pair.lr_b, pair.lr_a) for pair in findings.pairs if pair.lr_ratio is not None and not near(pair.lr_ratio, 1)
     }
     b_rates, a_rates = {b for b, _ in ratios if b}, {a for _, a in ratios if a}
-    ours = any(getattr(observed.optimizer, "loraplus_watch", None) is not None for observed in findings.seen)
+    ours = any(observed.is_ours for observed in findings.seen)
     return None if ours or not ratios or len(b_rates) != 1 else (b_rates.pop(), min(a_rates))
 
 
@@ -177,7 +177,7 @@ def _decay(findings: Findings, expected: Expected) -> Iterator[str]:
         asked, where = expected.weight_decay, "the training arguments"
         given = rate_as_number(getattr(observed.optimizer, "defaults", {}).get("weight_decay"))
         if not asked and given and given != _class_default(observed.optimizer):
-            asked, where = given, type(observed.optimizer).__name__
+            asked, where = given, observed.name
         without = [entry.name for entry in factors if entry.weight_decay == 0]
         if asked and factors and without:
             yield (
@@ -198,7 +198,7 @@ def _class_default(optimizer: Any) -> Any:
 
 def _notes(findings: Findings, expected: Expected) -> Iterator[str]:
     for observed in findings.seen:
-        name, groups = type(observed.optimizer).__name__, observed.optimizer.param_groups
+        name, groups = observed.name, observed.optimizer.param_groups
         empty = [label for label, group in zip(group_labels(groups), groups, strict=True) if not group["params"]]
         if empty:
             yield (
@@ -220,7 +220,7 @@ def _notes(findings: Findings, expected: Expected) -> Iterator[str]:
         if observed.steps
         for entry in findings.entries
         if entry.optimizer is not None
-        and (key := id(findings.parameters.get(entry.name))) in observed.stated[-1]
+        and (key := id(findings.parameters.get(entry.name))) in observed.last_stated
         and key not in observed.learnt
         and findings.parameters[entry.name].numel()  # the rest of a shard is elsewhere
     }
@@ -231,4 +231,4 @@ def _notes(findings: Findings, expected: Expected) -> Iterator[str]:
         held = [p for group in observed.optimizer.param_groups for p in group["params"] if id(p) in trained]
         still = [parameter for parameter in held if not parameter.requires_grad]
         if still:
-            yield f"{type(observed.optimizer).__name__} holds {some(len(still), 'parameter')} that are frozen"
+            yield f"{observed.name} holds {some(len(still), 'parameter')} that are frozen"

@@ -43,8 +43,8 @@ class StepMeasurement:
 
     def __init__(self, optimizer: Any) -> None:
         moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and p.numel()]
-        self._groups = _rate_by_id(optimizer)
-        self._unit = unit_rate(self._groups.values())
+        self._groups = rates_by_id(optimizer)
+        self._unit = _unit_rate(self._groups.values())
         self._reference = None
         if self._unit is None or not moving or sum(p.numel() for p in moving) > _LARGEST:
             return
@@ -67,7 +67,7 @@ class StepMeasurement:
         for parameter, before in self._before.items():
             rate = _rate(parameter.detach() - before, self._stand_ins[parameter].detach() - before, self._unit)
             if rate is not None:
-                rates[id(parameter)] = as_stated(rate, self._groups.get(id(parameter)))
+                rates[id(parameter)] = _as_stated(rate, self._groups.get(id(parameter)))
         return rates
 
 
@@ -79,8 +79,8 @@ def trial_rates(optimizer: Any, parameters: Iterable[torch.Tensor]) -> Rates:
         parameters: those to ask about, (…); small tensors of as many dimensions stand in for them.
     """
     wanted = list(parameters)
-    stated = _rate_by_id(optimizer)
-    unit = unit_rate(stated.values())
+    stated = rates_by_id(optimizer)
+    unit = _unit_rate(stated.values())
     if unit is None or not wanted:
         return {}
     for start, with_state in ((0.0, False), (0.5, False), (0.0, True)):
@@ -103,7 +103,7 @@ def trial_rates(optimizer: Any, parameters: Iterable[torch.Tensor]) -> Rates:
             moved, reference = (tensors[parameter].detach() - start for tensors in (own, alike))
             rate = _rate(moved, reference, unit)
             if rate is not None:
-                rates[id(parameter)] = as_stated(rate, stated.get(id(parameter)))
+                rates[id(parameter)] = _as_stated(rate, stated.get(id(parameter)))
         if rates:
             return rates
     return {}
@@ -130,23 +130,24 @@ def decays(optimizer: Any, group: Mapping[str, Any]) -> bool | None:
     return bool((stand_in.detach() < 1).any())
 
 
-def unit_rate(rates: Iterable[float | None]) -> float | None:
+def _unit_rate(rates: Iterable[float]) -> float | None:
     """A rate for all groups of a reference: the smallest of theirs above 0."""
-    return min((rate for rate in rates if rate and rate > 0 and math.isfinite(rate)), default=None)
+    return min((rate for rate in rates if rate > 0 and math.isfinite(rate)), default=None)
 
 
-def as_stated(rate: float, stated: float | None) -> float:
+def _as_stated(rate: float, stated: float | None) -> float:
     """The rate that a group states, where the measured one differs from it by rounding alone."""
     return stated if stated and math.isclose(rate, stated, rel_tol=_SAME) else rate
 
 
-def _rate_by_id(optimizer: Any) -> dict[int, float | None]:
-    """{id of a parameter: the rate of its group; its base rate where the present one is 0}."""
-    rates: dict[int, float | None] = {}
-    for group in optimizer.param_groups:
-        rate = rate_as_number(group.get("lr")) or base_rate(group)
-        rates |= {id(parameter): rate for parameter in group["params"]}
-    return rates
+def rates_by_id(optimizer: Any) -> dict[int, float]:
+    """{id of a parameter: the rate of its group, where that is a number; its base rate where the present one is 0}."""
+    return {
+        id(parameter): rate
+        for group in optimizer.param_groups
+        if (rate := rate_as_number(group.get("lr")) or base_rate(group)) is not None
+        for parameter in group["params"]
+    }
 
 
 def _at_one_rate(twin: Any, rate: float) -> None:
@@ -156,6 +157,7 @@ def _at_one_rate(twin: Any, rate: float) -> None:
 
 
 def _stand_ins(parameters: list[torch.Tensor], start: float, *, whole: bool) -> dict[torch.Tensor, torch.Tensor]:
+    """{parameter (…): a tensor filled with `start`, with a gradient}, of as many dimensions; of its shape if whole."""
     stand_ins: dict[torch.Tensor, torch.Tensor] = {}
     for parameter in parameters:
         shape = tuple(parameter.shape) if whole else _shape(parameter)
@@ -166,6 +168,7 @@ def _stand_ins(parameters: list[torch.Tensor], start: float, *, whole: bool) -> 
 
 
 def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Of a stand-in for a parameter (…): as many dimensions, none of them long."""
     return tuple(max(1, min(size, _SIDE)) for size in parameter.shape)
 
 

@@ -40,9 +40,24 @@ class Observed:
         self.learnt: set[int] = set()
         self.trouble = ""
 
+    @property
+    def name(self) -> str:
+        """The optimizer's class."""
+        return type(self.optimizer).__name__
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether loraplus built its groups, so that it has the rates that it was given."""
+        return getattr(self.optimizer, "loraplus_watch", None) is not None
+
+    @property
+    def last_stated(self) -> dict[int, float]:
+        """{id of a parameter: the rate of its group} at the last step; empty if there was none."""
+        return self.stated[-1] if self.stated else {}
+
     def measured(self) -> dict[int, float]:
         """{id of a parameter: the rate of its step}, all at the point of the schedule of the last step."""
-        stated = self.stated[-1] if self.stated else {}
+        stated = self.last_stated
         return {key: factor * stated[key] for key, factor in self.followed.items() if key in stated}
 
 
@@ -108,9 +123,9 @@ class Observer:
         if self._within:
             return
         observed = self._of(optimizer)
-        if measurement is not None and any(observed.stated[-1:]) and not self._at_zero(optimizer):
+        if measurement is not None and observed.last_stated and not self._at_zero(optimizer):
             try:
-                stated = observed.stated[-1]
+                stated = observed.last_stated
                 rates = {key: rate for key, rate in measurement.rates().items() if stated.get(key)}
                 observed.followed |= {key: rate / stated[key] for key, rate in rates.items()}
             except Exception as error:  # as above

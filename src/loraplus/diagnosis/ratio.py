@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loraplus.diagnosis.diagnosis import NEAR, Pair, number, ratios_of, short, some
+from loraplus.diagnosis.diagnosis import NEAR, Pair, number, ratios_of, rounded, short, some
 from loraplus.diagnosis.findings import Findings, ratios_by_step
+from loraplus.diagnosis.measuring import rates_by_id
 from loraplus.diagnosis.observer import Observed
-from loraplus.steps.group_rates import base_rate, group_labels, rate_as_number, reference_group
+from loraplus.steps.group_rates import base_rate, group_labels, reference_group
 from loraplus.steps.step_probe import refusal, try_step
 from loraplus.watching.schedulers import cause, will_flatten
 
@@ -45,7 +46,6 @@ def judge_ratio(pairs: Sequence[Pair], expected: Expected, why: Callable[[Pair],
         why: says what made a pair's λ.
     """
     known = [pair for pair in pairs if pair.lr_ratio is not None]
-    found = sorted(set(ratios_of(known)))
     if expected.lr_ratio is not None:
         off = [pair for pair in pairs if not near(pair.lr_ratio, expected.lr_ratio)]
         if off:
@@ -63,9 +63,10 @@ def judge_ratio(pairs: Sequence[Pair], expected: Expected, why: Callable[[Pair],
         )
     plain = [pair for pair in known if near(pair.lr_ratio, 1.0)]
     if plain and len(plain) < len(known) and not slower:
+        others = sorted(set(ratios_of(known)) - {1})
         yield (
             f"in {len(plain)} of {some(len(known), 'pair')} A and B share a rate ({short(plain[0].layer)}: "
-            f"{number(plain[0].lr_a)}), and λ is {', '.join(f'{r:g}' for r in found if r != 1)} in the others; "
+            f"{number(plain[0].lr_a)}), and λ is {', '.join(f'{ratio:g}' for ratio in others)} in the others; "
             f"{why(plain[0])}"
         )
     elif plain and len(plain) == len(known) and expected.names_ratio:
@@ -99,19 +100,15 @@ def ratio_problems(findings: Findings, expected: Expected) -> Iterator[str]:
 
 def _meant(findings: Findings) -> dict[str, Any]:
     """λ as groups were built, or as they say, where the steps have less: what they were built for has been lost."""
-    found = ratios_of(findings.pairs)
-    if not found or any(getattr(each.optimizer, "loraplus_autos", ()) for each in findings.seen):
+    measured = ratios_of(findings.pairs)
+    if not measured or any(getattr(each.optimizer, "loraplus_autos", ()) for each in findings.seen):
         return {}
-    stated = {key: rate for each in findings.seen for key, rate in (each.stated[-1] if each.stated else {}).items()}
+    stated = {key: rate for each in findings.seen for key, rate in each.last_stated.items()}
     for rates, where in ((findings.built, "it was built"), (stated, "its groups say")):
-        ratios = {_rounded(rates[b] / rates[a]) for a, b in findings.pair_ids if rates.get(a) and rates.get(b)}
-        if len(ratios) == 1 and max(found) < (ratio := ratios.pop()) * (1 - NEAR) and not near(ratio, 1):
+        ratios = {rounded(rates[b] / rates[a]) for a, b in findings.pair_ids if rates.get(a) and rates.get(b)}
+        if len(ratios) == 1 and max(measured) < (ratio := ratios.pop()) * (1 - NEAR) and not near(ratio, 1):
             return {"lr_ratio": ratio, "where": where}
     return {}
-
-
-def _rounded(ratio: float) -> float:
-    return float(f"{ratio:.3g}")
 
 
 def _why(findings: Findings, pair: Pair, a: int, b: int) -> str:
@@ -121,8 +118,8 @@ def _why(findings: Findings, pair: Pair, a: int, b: int) -> str:
         places = {id(p): place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
         if b not in places:
             continue
-        name, built = type(optimizer).__name__, findings.built
-        now = observed.stated[-1] if observed.stated else _rates_now(optimizer)
+        name, built = observed.name, findings.built
+        now = observed.last_stated or rates_by_id(optimizer)
         said = now[b] / now[a] if now.get(a) and b in now else None
         if said and pair.lr_ratio is not None and not near(pair.lr_ratio, said):
             return _refusal(observed) or f"the groups say λ = {said:.3g}, and something changes that within the step"
@@ -132,15 +129,6 @@ def _why(findings: Findings, pair: Pair, a: int, b: int) -> str:
             return f"A and B are in one group of {name} ({labels[places[b]]}); give each its own, as " + _REMEDY
         return f"{name} was built with these rates; build its groups with " + _REMEDY
     return "build the optimizer with " + _REMEDY
-
-
-def _rates_now(optimizer: Any) -> dict[int, float]:
-    return {
-        id(parameter): rate
-        for group in optimizer.param_groups
-        if (rate := rate_as_number(group.get("lr")) or base_rate(group)) is not None
-        for parameter in group["params"]
-    }
 
 
 def _relations(optimizer: Any, built: dict[int, float]) -> tuple[list[float | None], int]:
@@ -175,7 +163,7 @@ def ignored(findings: Findings, expected: Expected) -> Iterator[str]:
 def _refusal(observed: Observed) -> str:
     """What is wrong with an optimizer whose step takes no notice of its groups' rates; "" if nothing is."""
     groups = observed.optimizer.param_groups
-    stated = observed.stated[-1] if observed.stated else {}
+    stated = observed.last_stated
     rates = {
         place: stated.get(id(group["params"][0])) or base_rate(group)
         for place, group in enumerate(groups)
@@ -194,5 +182,5 @@ def later(findings: Findings, expected: Expected) -> Iterator[str]:
     if all(near(ratio, 1.0) for ratio in ratios_of(findings.pairs)):
         return
     for observed in findings.seen:
-        first = observed.stated[0] if observed.stated else _rates_now(observed.optimizer)
+        first = observed.stated[0] if observed.stated else rates_by_id(observed.optimizer)
         yield from will_flatten(observed.optimizer, *_relations(observed.optimizer, first))

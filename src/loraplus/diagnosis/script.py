@@ -55,14 +55,14 @@ def diagnose_script(command: Sequence[str], *, steps: int, lr_ratio: float | Non
             "named": _named(command),
         }
         code = _run(command, settings, Path(folder))
-        found = _results(Path(folder))
-    if not found:
+        contents = _results(Path(folder))
+    if not contents:
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise InputError(
             f"`{' '.join(command)}` {ended} before an optimizer of torch took a step, so there is nothing to see; "
             "does it train when it is run by itself?"
         )
-    content = found[0]
+    content = contents[0]
     if code and not any(optimizer["steps"] for optimizer in content.get("optimizers", ())):
         raise InputError(
             f"`{' '.join(command)}` ended with exit code {code} before its first step; see what it printed"
@@ -180,9 +180,9 @@ def _named(command: Sequence[str]) -> str:
         try:
             if path.suffix not in _TEXTS or not path.is_file():
                 continue
-            found = _NAMES.search(path.read_text(encoding="utf-8", errors="replace")[:_LARGEST_READ])
+            match = _NAMES.search(path.read_text(encoding="utf-8", errors="replace")[:_LARGEST_READ])
         except OSError:
             continue
-        if found:
-            return f"{path.name} speaks of {found[0]!r}"
+        if match:
+            return f"{path.name} speaks of {match[0]!r}"
     return ""

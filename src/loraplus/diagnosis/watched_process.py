@@ -147,7 +147,7 @@ class Watch:
         expected = expected_of(trainer, self._settings["lr_ratio"])
         if expected.lr_ratio is None and self._settings["asked"] is not None:
             return replace(expected, lr_ratio=self._settings["asked"], where="the command line says", watched=True)
-        ours = any(getattr(observed.optimizer, "loraplus_watch", None) is not None for observed in seen)
+        ours = any(observed.is_ours for observed in seen)
         names_ratio = bool(self._settings["named"]) and not ours  # ours has the ratio that it was given, 1 too
         where = expected.where or self._settings["named"]
         return replace(expected, where=where, names_ratio=names_ratio, watched=True)

@@ -33,11 +33,11 @@ def axolotl(run: Run) -> dict[str, str]:
         **({"peft_use_rslora": True} if run.adapter.get("use_rslora") else {}),
         **_prefixed(run.rates()),
         "datasets": [{"path": data, "type": "completion" if run.get("task") == "lm" else "chat_template"}],
-        "micro_batch_size": run.part(),
+        "micro_batch_size": run.micro_batch_size(),
         "gradient_accumulation_steps": run.get("gradient_accumulation_steps"),
         "lr_scheduler": run.get("lr_scheduler_type"),
         "optimizer": "adamw_torch",
-        **({} if run.longest() is None else {"sequence_len": run.longest()}),
+        **({} if run.max_length() is None else {"sequence_len": run.max_length()}),
         "sample_packing": bool(run.metrics.get("packing")),
         **_training(run, epochs="num_epochs"),
     }
@@ -48,10 +48,7 @@ def axolotl(run: Run) -> dict[str, str]:
 
 def llamafactory(run: Run) -> dict[str, str]:
     """{name of the file: its text}"""
-    rates, alpha = run.rates(), run.adapter["lora_alpha"]
-    if int(alpha) != alpha:
-        run.note(f"alpha = {alpha:g} becomes {int(alpha)}: LLaMA-Factory takes whole numbers")
-    targets = run.targets()
+    rates, targets = run.rates(), run.targets()
     others = [f"{name}={rates[name]!r}" for name in ("lr_head", "lr_magnitude") if name in rates]
     config: dict[str, Any] = {
         "model_name_or_path": run.get("model"),
@@ -59,7 +56,7 @@ def llamafactory(run: Run) -> dict[str, str]:
         "do_train": True,
         "finetuning_type": "lora",
         "lora_rank": run.adapter["r"],
-        "lora_alpha": int(alpha),
+        "lora_alpha": run.whole_alpha("LLaMA-Factory"),
         "lora_dropout": run.adapter["lora_dropout"],
         "lora_target": targets if isinstance(targets, str) else ",".join(targets),
         "use_dora": bool(run.adapter.get("use_dora")),
@@ -69,26 +66,23 @@ def llamafactory(run: Run) -> dict[str, str]:
         **({"loraplus_lr_embedding": rates["lr_embedding"]} if "lr_embedding" in rates else {}),
         **({"optim_args": ",".join(others)} if others else {}),
         "learning_rate": rates["lr"],
-        "per_device_train_batch_size": run.part(),
+        "per_device_train_batch_size": run.micro_batch_size(),
         "gradient_accumulation_steps": run.get("gradient_accumulation_steps"),
         "lr_scheduler_type": run.get("lr_scheduler_type"),
         "dataset": run.name,
         "packing": bool(run.metrics.get("packing")),
-        **({} if run.longest() is None else {"cutoff_len": run.longest()}),
+        **({} if run.max_length() is None else {"cutoff_len": run.max_length()}),
         **_training(run, epochs="num_train_epochs"),
     }
     run.note("train with python -m loraplus.integrations.llamafactory; llamafactory-cli gives vectors B's rate")
     run.note(_DATA.format(data=run.get("data"), how=f"list it in dataset_info.json under the name {run.name}"))
-    run.cannot("lr_overrides", "lr_ratio_overrides", why="LLaMA-Factory has no rates by name")
+    run.leave_out("lr_overrides", "lr_ratio_overrides", why="LLaMA-Factory has no rates by name")
     _of_the_adapter(run)
     return _yaml("llamafactory.yaml", config, run, "LLaMA-Factory")
 
 
 def trl(run: Run) -> dict[str, str]:
     """{name of the file: its text}"""
-    alpha = run.adapter["lora_alpha"]
-    if int(alpha) != alpha:
-        run.note(f"alpha = {alpha:g} becomes {int(alpha)}: TRL takes whole numbers")
     rates, targets, data = run.rates(), run.targets(), run.get("data")
     if "." in Path(str(data)).name:
         run.note(
@@ -102,18 +96,18 @@ def trl(run: Run) -> dict[str, str]:
         "dataset_name": data,
         "use_peft": True,
         "lora_r": run.adapter["r"],
-        "lora_alpha": int(alpha),
+        "lora_alpha": run.whole_alpha("TRL"),
         "lora_dropout": run.adapter["lora_dropout"],
         "lora_target_modules": targets if isinstance(targets, list) else [targets],
         "use_dora": bool(run.adapter.get("use_dora")),
         "use_rslora": bool(run.adapter.get("use_rslora")),
         "load_in_4bit": bool(run.get("load_in_4bit")),
         **_prefixed(rates),
-        "per_device_train_batch_size": run.part(),
+        "per_device_train_batch_size": run.micro_batch_size(),
         "gradient_accumulation_steps": run.get("gradient_accumulation_steps"),
         "lr_scheduler_type": run.get("lr_scheduler_type"),
         "packing": bool(run.metrics.get("packing")),
-        **({} if run.longest() is None else {"max_length": run.longest()}),
+        **({} if run.max_length() is None else {"max_length": run.max_length()}),
         **_training(run, epochs="num_train_epochs"),
     }
     run.note("the loraplus_ keys are read by a script whose TrlParser has LoraPlusArguments; `trl sft` refuses them")
@@ -148,5 +142,5 @@ def _of_the_adapter(run: Run) -> None:
 
 
 def _yaml(name: str, config: dict[str, Any], run: Run, target: str) -> dict[str, str]:
-    run.rest(target)
+    run.leave_out_the_rest(target)
     return {name: yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}

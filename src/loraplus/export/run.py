@@ -19,13 +19,13 @@ from loraplus.tasks.config import OF_LABELS, TrainConfig
 from loraplus.tasks.saved_adapter import adapter_settings
 
 _DEFAULTS = {each.name: each.default for each in dataclasses.fields(TrainConfig)}
-_OF_THE_PLACE = {"output"}
+_OF_THIS_MACHINE = {"output"}
 """Settings that say nothing of what was trained."""
 
 
 @dataclass
 class Run:
-    """A run's settings. What is asked for by `get` counts as passed on; `rest` names all that was not.
+    """A run's settings. What is asked for by `get` counts as passed on; `leave_out_the_rest` names all that was not.
 
     Args:
         name: of its folder.
@@ -51,17 +51,17 @@ class Run:
         """Adds a line."""
         self.notes.append(text)
 
-    def cannot(self, *names: str, why: str) -> None:
+    def leave_out(self, *names: str, why: str) -> None:
         """Adds a line for each of these settings that was used, and says why it is not passed on."""
         for name in names:
             value = self.get(name)
             if value not in (None, _DEFAULTS.get(name)):
                 self.note(f"{name} = {_text(value)} is left out: {why}")
 
-    def rest(self, target: str) -> None:
+    def leave_out_the_rest(self, target: str) -> None:
         """Adds a line for each setting that was used, and that nobody has asked for."""
-        for name in sorted(self.settings.keys() - self._passed_on - _OF_THE_PLACE):
-            self.cannot(name, why=f"{target} has no such setting")
+        for name in sorted(self.settings.keys() - self._passed_on - _OF_THIS_MACHINE):
+            self.leave_out(name, why=f"{target} has no such setting")
 
     def rates(self) -> dict[str, Any]:
         """lr and lr_ratio as numbers, and the other rates that were given; automatic rates are those arrived at."""
@@ -79,13 +79,20 @@ class Run:
                 rates[name] = json.loads(rates[name])
         return {name: rate for name, rate in rates.items() if rate is not None}
 
+    def whole_alpha(self, project: str) -> int:
+        """Alpha for a project that takes whole numbers only."""
+        alpha = self.adapter["lora_alpha"]
+        if int(alpha) != alpha:
+            self.note(f"alpha = {alpha:g} becomes {int(alpha)}: {project} takes whole numbers")
+        return int(alpha)
+
     def targets(self) -> list[str] | str:
         """The adapted layers: names in order, or one expression."""
         self.get("target_modules")
         given = self.adapter["target_modules"]
         return given if isinstance(given, str) else sorted(given)
 
-    def part(self) -> int:
+    def micro_batch_size(self) -> int:
         """Examples that are computed at once, in one process."""
         return max(1, self.get("batch_size") // (self.get("gradient_accumulation_steps") or 1))
 
@@ -93,7 +100,7 @@ class Run:
         """Steps of warm-up; the projects' versions differ in whether they take a ratio."""
         return math.ceil(self.get("warmup_ratio") * self.metrics["steps"])
 
-    def longest(self) -> int | None:
+    def max_length(self) -> int | None:
         """Tokens of the longest example: what was asked for, else what the data had."""
         return self.get("max_length") or self.metrics.get("data", {}).get("max_length")
 

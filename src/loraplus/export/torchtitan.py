@@ -47,7 +47,7 @@ def with_loraplus(config, model_spec):
     config.lr_scheduler.warmup_steps = {warmup_steps!r}
     config.lr_scheduler.decay_ratio = {decay_ratio!r}
     config.lr_scheduler.decay_type = {decay_type!r}
-    config.training.local_batch_size = {part!r}
+    config.training.local_batch_size = {micro_batch_size!r}
     config.training.global_batch_size = {batch_size!r}
     config.training.steps = {steps!r}{length}
     config.debug.seed = {seed!r}
@@ -71,24 +71,25 @@ def export(run: Run) -> dict[str, str]:
     constant = schedule in ("constant", "constant_with_warmup")
     if not constant and schedule not in _SCHEDULES:
         run.note(f"lr_scheduler_type = {schedule} becomes linear: torchtitan has linear, sqrt and cosine")
-    longest = run.longest()
+    longest = run.max_length()
     values: dict[str, Any] = {
         "name": run.name, "rank": run.adapter["r"], "alpha": float(run.adapter["lora_alpha"]), "targets": names,
         "weight_decay": run.get("weight_decay"), "lr_a": rates["lr"], "lr_b": rates["lr"] * rates["lr_ratio"],
         "warmup_steps": 0 if schedule == "constant" else run.warmup(),
-        "decay_ratio": 0.0 if constant else None, "decay_type": _SCHEDULES.get(schedule, "linear"), "part": run.part(),
-        "batch_size": run.get("batch_size"), "steps": steps, "seed": run.get("seed"),
+        "decay_ratio": 0.0 if constant else None, "decay_type": _SCHEDULES.get(schedule, "linear"),
+        "micro_batch_size": run.micro_batch_size(), "batch_size": run.get("batch_size"), "steps": steps,
+        "seed": run.get("seed"),
         "length": "" if longest is None else f"\n    config.training.seq_len = {longest!r}",
     }  # fmt: skip
     for name in ("rank", "alpha", "max_steps", "epochs", "gradient_accumulation_steps"):
         run.get(name)  # said by the adapter, the steps, and the two sizes of a batch
-    run.cannot("lora_dropout", "use_rslora", "use_dora", why="torchtitan's LoRA has none")
-    run.cannot("load_in_4bit", why="torchtitan has other converters for that")
-    run.cannot("lr_embedding", "lr_magnitude", why="torchtitan's LoRA trains no such parameter")
-    run.cannot("lr_overrides", "lr_ratio_overrides", why="add a ParamGroupConfig for each in front")
+    run.leave_out("lora_dropout", "use_rslora", "use_dora", why="torchtitan's LoRA has none")
+    run.leave_out("load_in_4bit", why="torchtitan has other converters for that")
+    run.leave_out("lr_embedding", "lr_magnitude", why="torchtitan's LoRA trains no such parameter")
+    run.leave_out("lr_overrides", "lr_ratio_overrides", why="add a ParamGroupConfig for each in front")
     run.note(f"model = {run.get('model')} is left out: call with_loraplus on the configuration of that model")
     run.note(f"data = {run.get('data')} is left out: torchtitan's loader has data sets of its own")
     if run.get("task") != "lm":
         run.note(f"task = {run.settings['task']} is left out: torchtitan learns every token of a text")
-    run.rest("torchtitan")
+    run.leave_out_the_rest("torchtitan")
     return {"loraplus_config.py": _FILE.format(**values)}

@@ -13,7 +13,7 @@ from loraplus.report.page import template
 from loraplus.study.arms import ALL
 from loraplus.study.records import Record
 from loraplus.study.runner import Event
-from loraplus.tasks.command_line import command_line
+from loraplus.tasks.command_line import command_of_settings
 from loraplus.tasks.measures import ACCURACY, measures_of
 
 _TEMPLATE = "running.html.jinja"
@@ -55,7 +55,7 @@ class LivePage:
             done=event.done,
             planned=event.planned,
             config=self._settings,
-            command=command_line("compare", self._settings),
+            command=command_of_settings("compare", self._settings),
             time=time.strftime("%H:%M:%S"),
             records=records,
             titles={arm: info.title for arm, info in ALL.items()},

@@ -16,8 +16,8 @@ from loraplus.study.arms import ALL
 from loraplus.study.headline import headline
 from loraplus.study.pairs import deciding
 from loraplus.study.records import ARMS, Record
-from loraplus.study.wording import counted, p_value, rate
-from loraplus.tasks.command_line import command_line
+from loraplus.study.wording import counted, p_value
+from loraplus.tasks.command_line import command_of_settings
 from loraplus.tasks.measures import ACCURACY, measures_of, perplexity
 
 _TEMPLATE = "compare.html.jinja"
@@ -41,7 +41,7 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
     return template(_TEMPLATE).render(
         summary=summary,
         headline=headline(summary),
-        command=command_line("compare", summary["config"]),
+        command=command_of_settings("compare", summary["config"]),
         records=records,
         arms=arms,
         main=ARMS,
@@ -70,9 +70,9 @@ def template(name: str, *packages: str) -> Template:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )  # fmt: skip
     pages.filters |= {
-        "rate": _rate, "percent": percent, "number": number, "points": points, "signed": signed, "p": p_value,
+        "rate": plots.rate_or_dash, "percent": percent, "number": number, "points": points, "signed": signed,
         "ratio": ratio, "factor": factor, "perplexity": perplexity, "decides": decides, "cell": cell, "svg": draw,
-        "counted": counted,
+        "counted": counted, "p": p_value,
     }  # fmt: skip
     return pages.get_template(name)
 
@@ -105,10 +105,6 @@ def _classes(data: dict[str, Any]) -> list[str]:
     return [
         f"{label} ({counts[str(label)]})" if str(label) in counts else str(label) for label in data.get("labels", ())
     ]
-
-
-def _rate(value: float | None) -> str:
-    return "–" if value is None else rate(value)
 
 
 def ratio(value: float | None) -> str:

@@ -221,9 +221,10 @@ def _when(step: float, pace: float) -> str:
 def _run(record: Record) -> str:
     """What a tuning run tells when it is pointed at."""
     loss = f"validation loss {record.eval_loss:.4f}" if math.isfinite(record.eval_loss) else "diverged"
-    at = f"η_A {_rate(record.lr)}, η_B {_rate(record.lr_b)}, λ {record.lr_ratio or 0:.3g}"
+    at = f"η_A {rate_or_dash(record.lr)}, η_B {rate_or_dash(record.lr_b)}, λ {record.lr_ratio or 0:.3g}"
     return f"{ALL[record.trial.arm].title}: {loss} at {at}"
 
 
-def _rate(value: float | None) -> str:
+def rate_or_dash(value: float | None) -> str:
+    """A rate, or a dash where there is none."""
     return "–" if value is None else rate(value)

@@ -10,16 +10,6 @@ from loraplus.tasks.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from loraplus.tasks.learnt import ADVICE
 from loraplus.tasks.scores import FIGURES
 
-_NAMES = {
-    "loss": "loss",
-    "accuracy": "accuracy",
-    "micro_f1": "micro-F1",
-    "macro_f1": "macro-F1",
-    "mse": "mean squared error",
-    "mae": "mean absolute error",
-    "r2": "R²",
-    "pearson": "Pearson's r",
-}
 _HEADLINE = {CLASSIFICATION: "accuracy", MULTI_LABEL: "micro_f1", REGRESSION: "r2"}
 _MOST_CLASSES_IN_A_MATRIX = 20  # on a page; more are shown as the pairs that are confused most
 
@@ -39,12 +29,12 @@ def scored_parts(
     return {
         "task": scores["task"],
         "examples": scores["examples"],
-        "headline": f"{_NAMES[measure]} {_written(measure)(scores[measure])}",
+        "headline": f"{FIGURES[measure]} {_written(measure)(scores[measure])}",
         "nothing": None if scores["learnt"]["learnt"] else ADVICE,
         "p_value": scores["learnt"]["p_value"],
         "majority_share": scores.get("majority_share"),
         "before_and_after": [
-            (_NAMES[name], _written(name)(metrics.get("base", {}).get(f"eval_{name}")), _written(name)(scores[name]))
+            (FIGURES[name], _written(name)(metrics.get("base", {}).get(f"eval_{name}")), _written(name)(scores[name]))
             for name in shown
         ],
         "each": scores.get("per_class") or scores.get("per_label") or [],
@@ -104,4 +94,4 @@ def _evaluations(curves: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> d
         for row in curves
         if row.get("eval_loss") is not None
     ]
-    return {"titles": ["step", *(_NAMES[name] for name in names)], "rows": rows}
+    return {"titles": ["step", *(FIGURES[name] for name in names)], "rows": rows}

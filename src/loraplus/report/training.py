@@ -14,7 +14,7 @@ from loraplus.files.single import read_json, write_atomically
 from loraplus.report import plots
 from loraplus.report.page import template
 from loraplus.report.scored import scored_parts
-from loraplus.tasks.command_line import command_line
+from loraplus.tasks.command_line import command_of_settings
 from loraplus.tasks.train import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 
 REPORT_FILE = "report.html"
@@ -49,7 +49,7 @@ def write_report(folder: str | Path) -> Path:
             samples=samples,
             base=metrics.get("base", {}),  # earlier versions did not ask it
             scored=None if scores is None else scored_parts(scores, metrics, curves),
-            command=command_line("train", config),
+            command=command_of_settings("train", config),
             curves=plots.training(curves, metrics["seconds_per_step"]),
             curves_in_time=plots.training(curves, metrics["seconds_per_step"], "seconds"),
         )

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from loraplus.reproduce.report import Report
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, OnEvent, default_workers, has_begun, run_all
 from loraplus.study.storage import without_password
 from loraplus.study.store import StudyStore
+from loraplus.tasks.command_line import command_line
 
 SCHEMA_VERSION = 1
 # Processes of one study may differ in these: where each of them works and writes.
@@ -59,7 +59,7 @@ class Options:
     @property
     def command(self) -> str:
         """The command line that gives these results."""
-        return shlex.join(["loraplus", "reproduce", self.name, "--scale", self.scale, "--seeds", str(self.seeds)])
+        return command_line("reproduce", self.name, scale=self.scale, seeds=self.seeds)
 
 
 def reproduce(

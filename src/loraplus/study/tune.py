@@ -24,7 +24,7 @@ from loraplus.study.store import StudyStore
 from loraplus.study.trial import data_facts, data_seen, run_trial
 from loraplus.study.tuning import TuningPlan
 from loraplus.tasks.checks import check_settings
-from loraplus.tasks.command_line import command_line
+from loraplus.tasks.command_line import command_of_settings
 from loraplus.tasks.config import DEFAULT_TUNING_RUNS, TaskConfig, TrainConfig, TuneConfig
 from loraplus.tasks.seen import Seen
 
@@ -125,7 +125,7 @@ def train_command(config: TrainConfig) -> str:
         >>> train_command(TrainConfig(model="m", data="d.csv", output="o", lr=1e-3, lr_ratio=4.0))
         'loraplus train --model m --data d.csv --output o --lr 0.001 --lr-ratio 4.0'
     """
-    return command_line("train", asdict(config))
+    return command_of_settings("train", asdict(config))
 
 
 def _with_budget(config: TuneConfig) -> TuneConfig:

@@ -93,6 +93,7 @@ class DivergenceGuard(TrainerCallback):
         self._check_tensors("weight", trained, step, optimizer)
 
     def _check_tensors(self, what: str, named: Sequence[tuple[str, torch.Tensor]], step: int, optimizer: Any) -> None:
+        """Stops at a number in one of these tensors (…) that is not finite; one sum looks at all of them."""
         if not named or torch.stack([tensor.detach().float().sum() for _, tensor in named]).sum().isfinite():
             return
         for name, tensor in named:

@@ -107,7 +107,7 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _seen(config: TaskConfig, table: Table, data: LabelledTexts, parts: Splits[LabelledTexts]) -> Seen:
-    found = repeats(data.texts, data.labels.codes)
+    repetition = repeats(data.texts, data.labels.codes)
     counts = data.labels.counts().most_common()
     held_out = parts.validation.labels.counts()
     frequent = parts.train.labels.counts().most_common(1)[0][0]
@@ -117,11 +117,11 @@ def _seen(config: TaskConfig, table: Table, data: LabelledTexts, parts: Splits[L
         "columns": columns_row(config, data.text_column, data.label_column),
         "classes": f"{len(counts)}: {shown([f'{label} {count:,}' for label, count in counts])}",
         "most frequent": f"{frequent}, {share} of the validation texts: the accuracy of always saying it",
-        "duplicates": repeats_row(found, parts.duplicates_removed),
+        "duplicates": repeats_row(repetition, parts.duplicates_removed),
     }
     return Seen(rows).with_([
         *doubts_of_table(table, data.text_column, [data.label_column], data.labels.distinct),
-        *doubt_of_contradictions(table, found, data.labels.value, data.texts),
+        *doubt_of_contradictions(table, repetition, data.labels.value, data.texts),
         *doubts_of_labels(data.labels, len(data)),
     ])  # fmt: skip
 
@@ -214,12 +214,13 @@ def _add_list(hashed: Any, values: Iterable[str]) -> None:
 
 
 def _max_length(lengths: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A length in tokens that covers 99% of the texts, a multiple of 8, within what the model takes."""
+    """A length in tokens that covers 99% of the lengths (texts,), a multiple of 8, within what the model takes."""
     wanted = int(np.ceil(np.quantile(lengths, _LENGTH_QUANTILE) / 8) * 8)
     return max(8, min(wanted, _LENGTH_CAP, tokenizer.model_max_length))
 
 
 def _indices(data: LabelledTexts, names: Sequence[str]) -> np.ndarray:
+    """The class of each text as an index into the names, (texts,)."""
     index = {name: i for i, name in enumerate(names)}
     return np.asarray([index[name] for name in data.labels.distinct], np.int32)[data.labels.codes]
 
@@ -317,7 +318,7 @@ class Classification(Task):
         return scores(config, _logits(output), truth, example, frequent=frequent)
 
     def truth(self, data: ClassificationData, labels: np.ndarray) -> np.ndarray:
-        """The labels as `scores` takes them."""
+        """The labels (examples,) or (examples, labels) as `scores` takes them."""
         return labels
 
     def outcome(self, data: ClassificationData, evaluation: Mapping[str, Any]) -> dict[str, Any]:

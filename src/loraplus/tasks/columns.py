@@ -45,7 +45,7 @@ class LabelledTexts:
         return self.texts
 
     def take(self, rows: np.ndarray) -> LabelledTexts:
-        """Some of them, in their order."""
+        """Those of some rows (n,), in that order."""
         return replace(self, texts=self.texts.take(rows), labels=self.labels.take(rows))
 
 

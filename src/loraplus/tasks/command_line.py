@@ -1,4 +1,4 @@
-"""The command line that runs a configuration, to be copied."""
+"""The command line that runs a configuration or a command, to be copied."""
 
 from __future__ import annotations
 
@@ -15,29 +15,48 @@ from loraplus.tasks.config import CompareConfig, TaskConfig, TrainConfig, TuneCo
 _CONFIGS: Mapping[str, type[TaskConfig]] = {"train": TrainConfig, "compare": CompareConfig, "tune": TuneConfig}
 
 
-def command_line(command: str, settings: Mapping[str, Any]) -> str:
-    r"""A command with the flags that are not at their defaults; the rates of `train` are always among them.
+def command_line(*words: str, **flags: Any) -> str:
+    """The command line of a command with these flags.
 
     What a terminal would obey is spelled out, so that pasting it does nothing else.
+
+    Args:
+        words: the command, and what follows it without a flag.
+        flags: {name: value}, in this order; None leaves one out.
+
+    Example:
+        >>> command_line("merge", adapter="runs/my run", output="merged", model=None, trust_remote_code=True)
+        "loraplus merge --adapter 'runs/my run' --output merged --trust-remote-code"
+    """
+    line = ["loraplus", *words]
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if value is True or value is False:
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            line += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return visible(shlex.join(line), kept="")
+
+
+def command_of_settings(command: str, settings: Mapping[str, Any]) -> str:
+    """A command with the flags that are not at their defaults; the rates of `train` are always among them.
 
     Args:
         command: train, compare or tune.
         settings: as saved; what the command has no flag for is left out.
 
     Example:
-        >>> command_line("compare", {"model": "m", "data": "my reviews.csv", "output": "o", "seeds": 5, "rank": 4})
+        >>> settings = {"model": "m", "data": "my reviews.csv", "output": "o", "seeds": 5, "rank": 4}
+        >>> command_of_settings("compare", settings)
         "loraplus compare --model m --data 'my reviews.csv' --output o --rank 4"
     """
-    words = ["loraplus", command]
+    flags = {}
     for spec in fields(_CONFIGS[command]):
-        if spec.name not in settings:
-            continue
-        value, flag = settings[spec.name], "--" + spec.name.replace("_", "-")
-        default = None if spec.default is MISSING else spec.default
-        if value is True or value is False:
-            words += [flag if value else "--no-" + flag.removeprefix("--")] if value is not default else []
-        elif command == "train" and spec.name in ("lr", "lr_ratio"):
-            words += [flag, str(value)] if spec.name == "lr" or settings.get("lr") != AUTO else []
-        elif value is not None and value != default:
-            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
-    return visible(shlex.join(words), kept="")
+        value = settings.get(spec.name)
+        if command == "train" and spec.name in ("lr", "lr_ratio"):
+            is_shown = spec.name == "lr" or settings.get("lr") != AUTO
+        else:
+            is_shown = value != (None if spec.default is MISSING else spec.default)
+        if is_shown:
+            flags[spec.name] = value
+    return command_line(command, **flags)

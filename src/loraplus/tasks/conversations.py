@@ -89,7 +89,7 @@ class LanguageExamples:
         return (row.content for row in self.rows)
 
     def take(self, rows: np.ndarray) -> LanguageExamples:
-        """Some of them, in their order."""
+        """Those of some rows (n,), in that order."""
         return replace(self, rows=self.rows.take(rows))
 
 
@@ -124,20 +124,20 @@ def read_examples(
         ' 4'
     """
     named = named or NamedColumns(text=text_column)
-    found = None if task == "lm" or named.text is not None else _found(table, named)
-    if found is None:
+    chosen = None if task == "lm" or named.text is not None else _found(table, named)
+    if chosen is None:
         column = choose_text_column(table, named.text)
         texts = strings(table, "text", column)
         rows = Made(lambda i, text: Example(table.place(i), text=text), (range(len(table)), texts))
         return LanguageExamples(TEXT, rows, columns=f"text {column!r}")
-    if isinstance(found, str):
-        kind, names, shown = CONVERSATION, [found], f"messages {found!r}"
+    if isinstance(chosen, str):
+        kind, names, shown = CONVERSATION, [chosen], f"messages {chosen!r}"
     else:
-        kind, names, shown = COMPLETION, list(found.names), found.shown()
+        kind, names, shown = COMPLETION, list(chosen.names), chosen.shown()
     names += ["tools"] if "tools" in table.columns else []
-    make: Any = partial(_conversation, names[0]) if isinstance(found, str) else _pair
-    if isinstance(found, PairColumns) and not found.is_literal:
-        make = partial(_instruction, found, as_chat, names)
+    make: Any = partial(_conversation, names[0]) if isinstance(chosen, str) else _pair
+    if isinstance(chosen, PairColumns) and not chosen.is_literal:
+        make = partial(_instruction, chosen, as_chat, names)
     columns = [table.columns[name] for name in names]
     rows = Made(lambda i, *cells: make(table.place(i), *cells), (range(len(table)), *columns))
     return LanguageExamples(

@@ -105,7 +105,7 @@ class OrderByPass(Sampler[int]):
     It is laid out a part at a time, so that a pass over millions of rows holds one number a row.
 
     Args:
-        lengths: of the rows, in tokens.
+        lengths: of the rows, in tokens, (rows,).
         batch_size: of an optimizer step.
         seed: asked for when a pass begins.
     """
@@ -160,7 +160,7 @@ class DataParallelTrainer(LoraPlusTrainer):
         )
 
     def lengths(self, rows: Any) -> Sequence[int] | np.ndarray:
-        """Tokens of each row."""
+        """Tokens of each row, (rows,)."""
         return rows.lengths if isinstance(rows, TokenRows) else [len(row["input_ids"]) for row in rows]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OrderByPass:

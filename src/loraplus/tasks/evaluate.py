@@ -37,10 +37,14 @@ def facts_of_training(adapter: str) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def is_training_data(data: str, facts: Mapping[str, Any]) -> bool:
-    """Whether a file is the one that an adapter was trained on."""
+def notes_of_data(data: str, facts: Mapping[str, Any]) -> list[str]:
+    """What is to be known of scores on the file that an adapter was trained on; nothing of another one."""
     source = facts.get("source")
-    return isinstance(source, str) and user_path(data).resolve() == user_path(source).resolve()
+    if not isinstance(source, str) or user_path(data).resolve() != user_path(source).resolve():
+        return []
+    return [
+        f"the adapter was trained on texts of {data}, so these scores say little of new ones; score texts kept aside"
+    ]
 
 
 def columns_of_training(

@@ -59,10 +59,10 @@ def _metrics(path: Path) -> dict[str, Any] | None:
 
 def _faults(folder: Path) -> dict[str, str]:
     if manifest.is_sealed(folder):
-        found = manifest.faults(folder)
-        if found.get(CARD_FILE) == "was changed":  # a card is there to be written in
-            del found[CARD_FILE]
-        return found
+        faults = manifest.faults(folder)
+        if faults.get(CARD_FILE) == "was changed":  # a card is there to be written in
+            del faults[CARD_FILE]
+        return faults
     lost = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]  # of an earlier version
     damaged = [name for name in _ADAPTER_FILES if name not in lost and not can_be_read(folder / name)]
     return {**dict.fromkeys(lost, "is missing"), **dict.fromkeys(damaged, "is damaged")}

@@ -235,6 +235,7 @@ class _Pieces(BaseStreamer):
         self._told = 0
 
     def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt (1, tokens) at first, then each new token (1,)."""
         if self._ids is None:
             self._ids = []
             return

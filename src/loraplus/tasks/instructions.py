@@ -76,13 +76,13 @@ def pair_columns(
             raise InputError(f"{source} has no column {name!r} ({flag}); it has {', '.join(map(repr, there))}")
     by_lower = {name.lower(): name for name in reversed(list(there))}
     for usual in _USUAL:
-        found = PairColumns(prompt or by_lower.get(usual[0], ""), completion or by_lower.get(usual[1], ""))
-        if found.prompt and found.completion and found.prompt != found.completion:
+        pair = PairColumns(prompt or by_lower.get(usual[0], ""), completion or by_lower.get(usual[1], ""))
+        if pair.prompt and pair.completion and pair.prompt != pair.completion:
             beside = (by_lower[name] for name in _CONTEXT if name in by_lower)
             if usual[0] != "instruction" or (prompt is not None and completion is not None):
-                return found
-            context = next((name for name in beside if name not in (found.prompt, found.completion)), None)
-            return PairColumns(found.prompt, found.completion, context)
+                return pair
+            context = next((name for name in beside if name not in (pair.prompt, pair.completion)), None)
+            return PairColumns(pair.prompt, pair.completion, context)
     if prompt is not None or completion is not None:
         missing = "--completion-column" if completion is None else "--prompt-column"
         raise InputError(

@@ -20,12 +20,12 @@ _MOST_EXAMPLES = 2000
 
 
 def same(answers: np.ndarray, truth: np.ndarray) -> float:
-    """How many are equal: classes, or labels of texts."""
+    """How many are equal: classes (examples,), or labels of texts (examples, labels)."""
     return float(np.count_nonzero(answers == truth))
 
 
 def product(answers: np.ndarray, truth: np.ndarray) -> float:
-    """Σ of products, which a correlation of numbers and its shuffles go by."""
+    """Σ of products of numbers (examples,), which a correlation and its shuffles go by."""
     return float(np.dot(answers, truth))
 
 

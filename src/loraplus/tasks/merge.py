@@ -153,6 +153,7 @@ def _fixed_inputs(model: Any) -> torch.Tensor:
 
 @torch.inference_mode()
 def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Logits (texts, tokens, vocabulary) or (texts, outputs) of token ids (texts, tokens)."""
     rows = rows.to(model.device)
     return model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits.float().cpu()
 
@@ -207,6 +208,7 @@ def _save(model: Any, tokenizer: Any, folder: Path, target: Path) -> None:
 
 
 def _compare(expected: torch.Tensor, written: torch.Tensor, dtype: str, target: Path) -> dict[str, float]:
+    """How far the written logits (texts, …) are from the expected ones; refuses more than rounding explains."""
     largest = float(expected.abs().max())
     difference = float((written - expected).abs().max())
     relative = difference / largest if largest else difference

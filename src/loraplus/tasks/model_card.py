@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +17,10 @@ import loraplus
 from loraplus.errors import visible
 from loraplus.files.paths import is_folder, resolve_model, user_path
 from loraplus.rates import DEFAULT_LR, DEFAULT_LR_RATIO
+from loraplus.tasks.command_line import command_line
 from loraplus.tasks.config import CLASSIFICATION, MULTI_LABEL, OF_LABELS, REGRESSION, TrainConfig
 from loraplus.tasks.loading_code import loading_code
+from loraplus.tasks.scores import FIGURES
 
 _WHAT = {
     CLASSIFICATION: "gives a text one of {count} classes",
@@ -28,11 +29,7 @@ _WHAT = {
     "sft": "answers chats and prompts",
     "lm": "goes on from a text",
 }
-_TITLES = {
-    "eval_loss": "loss", "eval_accuracy": "accuracy", "eval_micro_f1": "micro-F1", "eval_macro_f1": "macro-F1",
-    "eval_mse": "mean squared error", "eval_mae": "mean absolute error", "eval_r2": "R²",
-    "eval_pearson": "Pearson's r", "eval_perplexity": "perplexity",
-}  # fmt: skip
+_TITLES = {f"eval_{name}": title for name, title in FIGURES.items()} | {"eval_perplexity": "perplexity"}
 _HUB_METRICS = {
     "eval_accuracy": "accuracy", "eval_micro_f1": "f1", "eval_macro_f1": "f1", "eval_mse": "mse", "eval_mae": "mae",
     "eval_r2": "r_squared", "eval_pearson": "pearsonr", "eval_perplexity": "perplexity", "eval_loss": "loss",
@@ -177,9 +174,8 @@ def _figure(value: float | None) -> str:
 
 def _command(config: TrainConfig, adapter: str) -> str:
     if config.task in OF_LABELS:
-        files = ["--data", "new.csv", "--output", "labelled.csv"]
-        return shlex.join(["loraplus", "predict", "--adapter", adapter, *files])
-    return shlex.join(["loraplus", "generate", "--adapter", adapter, "--prompt", "Hello"])
+        return command_line("predict", adapter=adapter, data="new.csv", output="labelled.csv")
+    return command_line("generate", adapter=adapter, prompt="Hello")
 
 
 def _data_part(config: TrainConfig, data: Mapping[str, Any], labels: Sequence[Any]) -> list[str]:
@@ -241,10 +237,10 @@ def _training_part(config: TrainConfig, metrics: Mapping[str, Any]) -> list[str]
 
 
 def _versions() -> list[tuple[str, str]]:
-    found = [("Python", platform.python_version()), ("loraplus", loraplus.__version__)]
+    versions = [("Python", platform.python_version()), ("loraplus", loraplus.__version__)]
     for library in _LIBRARIES:
         try:
-            found.append((library, importlib.metadata.version(library)))
+            versions.append((library, importlib.metadata.version(library)))
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -57,7 +57,7 @@ def _seen(
 ) -> Seen:
     packed = np.packbits(data.targets[:MOST_LOOKED_AT], axis=1)
     sets = np.unique(packed, axis=0, return_inverse=True)[1].reshape(-1)
-    found = repeats(data.texts, sets)
+    repetition = repeats(data.texts, sets)
     counts = dict(zip(names, data.targets.sum(axis=0, dtype=np.int64).tolist(), strict=True))
     by_count = sorted(counts, key=lambda name: -counts[name])
 
@@ -69,11 +69,11 @@ def _seen(
         "columns": columns_row(config, data.text_column, ",".join(data.target_columns)),
         "labels": f"{len(names)}: {shown([f'{name} {counts[name]:,}' for name in by_count])}; "
         f"{data.targets.sum() / len(data):.2g} a text, {int((~data.targets.any(axis=1)).sum()):,} texts without one",
-        "duplicates": repeats_row(found, parts.duplicates_removed),
+        "duplicates": repeats_row(repetition, parts.duplicates_removed),
     }
     doubts = [
         *doubts_of_table(table, data.text_column, (), ()),
-        *doubt_of_contradictions(table, found, written, data.texts),
+        *doubt_of_contradictions(table, repetition, written, data.texts),
         *(
             f"labels that are nearly equal: {', '.join(map(repr, group))}; write them alike"
             for group in near_equal(names)
@@ -107,7 +107,7 @@ class MultiLabel(Classification):
         return model
 
     def measure(self, data: ClassificationData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """As `multi_label_metrics`; a label is said where it is likelier than not."""
+        """As `multi_label_metrics`, of (examples, labels); a label is said where it is likelier than not."""
         said, there = logits > 0, labels > 0.5
         return {**multi_label_metrics(said, there), "chance_p": chance_p(said, there)}
 
@@ -116,5 +116,5 @@ class MultiLabel(Classification):
         return {}
 
     def judge(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Mean binary cross-entropy over the labels of every example, and whether all of them were right."""
+        """Of (examples, labels): mean binary cross-entropy over the labels of each, and whether all were right."""
         return losses_of_sets(logits, labels), ((logits > 0) == (labels > 0.5)).all(axis=1)

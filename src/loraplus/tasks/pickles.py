@@ -44,5 +44,5 @@ def check_archive(path: Path) -> None:
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's memory holds as many numbers as its shape says: strides may count one twice."""
+    """Whether the memory of a tensor (…) holds as many numbers as its shape says: strides may count one twice."""
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

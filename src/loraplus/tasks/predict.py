@@ -14,6 +14,7 @@ from loraplus.tasks.adapter import put_adapter
 from loraplus.tasks.loading import from_pretrained, load_any_tokenizer, loading
 from loraplus.tasks.pretrained import load_base
 from loraplus.tasks.saved_adapter import adapter_settings, base_of, loading_base_of
+from loraplus.tasks.scores import in_data_scale
 from loraplus.tasks.targets import SEPARATOR
 
 
@@ -118,8 +119,7 @@ def _classes(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
 
 def _numbers(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
     """The number of each text, in the scale of the training data. Logits (texts, 1)."""
-    mean, deviation = getattr(config, "target_mean", 0.0), getattr(config, "target_deviation", 1.0)
-    return [{"prediction": round(value * deviation + mean, 6)} for value in logits.squeeze(-1).tolist()]
+    return [{"prediction": round(value, 6)} for value in in_data_scale(config, logits.numpy()).tolist()]
 
 
 def _sets(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:

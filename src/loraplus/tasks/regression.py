@@ -46,6 +46,7 @@ def load_regression(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> C
     }  # fmt: skip
 
     def scaled(part: TargetedTexts) -> np.ndarray:
+        """Targets (examples,) with mean 0 and deviation 1 over the training examples."""
         return ((part.targets - mean) / deviation).astype(np.float32)
 
     low, high = facts["target_range"]
@@ -78,7 +79,7 @@ class Regression(Classification):
         return model
 
     def measure(self, data: ClassificationData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """As `regression_metrics`."""
+        """As `regression_metrics`, of logits (examples, 1) and labels (examples,)."""
         predicted, targets = (_unscaled(data, values) for values in (logits, labels))
         about = targets - targets.mean()
         return {**regression_metrics(predicted, targets), "chance_p": chance_p(predicted, about, product)}
@@ -88,13 +89,14 @@ class Regression(Classification):
         return {}
 
     def truth(self, data: ClassificationData, labels: np.ndarray) -> np.ndarray:
-        """The targets in the data's own scale."""
+        """The targets (examples,) in the data's own scale."""
         return _unscaled(data, labels)
 
     def judge(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """The squared error of every example, in the scale of the loss; nothing is right or wrong."""
+        """The squared error of every example (examples,), in the scale of the loss; nothing is right or wrong."""
         return (logits.reshape(-1) - labels.reshape(-1)) ** 2, None
 
 
 def _unscaled(data: ClassificationData, values: np.ndarray) -> np.ndarray:
+    """Outputs or targets (examples,) or (examples, 1) in the data's own scale, (examples,)."""
     return np.asarray(values, np.float64).reshape(-1) * data.facts["target_deviation"] + data.facts["target_mean"]

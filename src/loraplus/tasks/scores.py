@@ -23,8 +23,11 @@ from loraplus.tasks.metrics import (
 )
 from loraplus.tasks.targets import SEPARATOR
 
-FIGURES = ("loss", "accuracy", "micro_f1", "macro_f1", "mse", "mae", "r2", "pearson")
-"""The names that figures have in scores, in their order; `eval_` stands before them in metrics.json."""
+FIGURES = {
+    "loss": "loss", "accuracy": "accuracy", "micro_f1": "micro-F1", "macro_f1": "macro-F1",
+    "mse": "mean squared error", "mae": "mean absolute error", "r2": "R²", "pearson": "Pearson's r",
+}  # fmt: skip
+"""{the name that a figure has in scores: its title}, in their order; `eval_` stands before names in metrics.json."""
 _MOST_MISTAKES = 20
 _LONGEST_TEXT = 1000  # characters of a mistake that are kept
 _OVER = "the examples"
@@ -83,6 +86,7 @@ def in_data_scale(config: Any, outputs: np.ndarray) -> np.ndarray:
 def _of_classes(
     names: list[str], logits: np.ndarray, truth: np.ndarray, example: Example, frequent: int | None
 ) -> dict[str, Any]:
+    """Scores of logits (examples, classes) by true classes (examples,)."""
     truth = truth.astype(np.int64)
     guess = logits.argmax(axis=1)
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -113,6 +117,7 @@ def _of_classes(
 
 
 def _of_sets(names: list[str], logits: np.ndarray, truth: np.ndarray, example: Example) -> dict[str, Any]:
+    """Scores of logits (examples, labels) by booleans (examples, labels)."""
     said = logits > 0
     hits, support, guesses = (bits.sum(axis=0) for bits in (said & truth, truth, said))
     # How sure the model is of its answer to each label: the sigmoid of the logit's size.
@@ -144,6 +149,7 @@ def _of_sets(names: list[str], logits: np.ndarray, truth: np.ndarray, example: E
 
 
 def _of_numbers(config: Any, logits: np.ndarray, truth: np.ndarray, example: Example) -> dict[str, Any]:
+    """Scores of outputs (examples, 1) by numbers (examples,) in the data's own scale."""
     predicted, truth = in_data_scale(config, logits), truth.reshape(-1)
     errors = predicted - truth
     sizes = np.abs(errors)
@@ -170,7 +176,7 @@ def _of_numbers(config: Any, logits: np.ndarray, truth: np.ndarray, example: Exa
 
 
 def _first(places: np.ndarray, order: np.ndarray) -> list[int]:
-    """The places with the smallest `order`, few enough to read."""
+    """The places (n,) with the smallest `order` (n,), few enough to read."""
     return places[np.argsort(order, kind="stable")[:_MOST_MISTAKES]].tolist()
 
 

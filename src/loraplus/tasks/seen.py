@@ -122,10 +122,10 @@ def source_row(table: Table) -> str:
     return f"{len(table):,} rows of {table.source}{how}"
 
 
-def repeats_row(found: Repeats, removed: int) -> str:
+def repeats_row(repetition: Repeats, removed: int) -> str:
     """How many texts stand there twice, and how many were removed for it."""
-    among = f" among the first {found.looked_at:,}" if found.looked_at == MOST_LOOKED_AT else ""
-    return f"{found.repeated:,} repeat an earlier one{among}; {removed:,} removed, since held-out data has them"
+    among = f" among the first {repetition.looked_at:,}" if repetition.looked_at == MOST_LOOKED_AT else ""
+    return f"{repetition.repeated:,} repeat an earlier one{among}; {removed:,} removed, since held-out data has them"
 
 
 def split_row(train: int, validation: int, test: int) -> str:
@@ -141,17 +141,17 @@ def length_row(max_length: int, asked: bool, longest: int, covers: str) -> str:
 
 def doubts_of_table(table: Table, text_column: str, label_columns: Sequence[str], labels: Iterable[str]) -> list[str]:
     """What the table itself makes doubtful: a header that reads like a row, an encoding that was guessed."""
-    found = []
+    doubts = []
     names = list(table.columns)
     named_like_labels = set(label_columns) & set(labels)
     numbers = [name for name in names if re.fullmatch(r"[+-]?\d+([.,]\d+)?", name)]
     is_sentence = len(text_column.split()) >= _WORDS_OF_A_ROW and not text_column.endswith("?")  # a survey's question
     if named_like_labels or numbers or is_sentence:
-        found.append(
+        doubts.append(
             f"the first row of {table.source} was taken for column names ({shown(list(map(repr, names)))}), and reads "
             "like one of the others; put a row of names above it"
         )
-    return found + doubts_of_encoding(table)
+    return doubts + doubts_of_encoding(table)
 
 
 def doubts_of_encoding(table: Table) -> list[str]:
@@ -170,43 +170,43 @@ def doubts_of_encoding(table: Table) -> list[str]:
 def doubts_of_labels(labels: Labels, total: int) -> list[str]:
     """What the classes make doubtful: near-equal names, single examples, one that has nearly all, too many of them."""
     counts = labels.counts()
-    found = []
+    doubts = []
     for group in near_equal(counts):
         written = ", ".join(f"{label!r} ({counts[label]})" for label in group)
-        found.append(f"labels that are nearly equal count as different classes: {written}; write them alike")
+        doubts.append(f"labels that are nearly equal count as different classes: {written}; write them alike")
     if single := [label for label, count in counts.items() if count == 1]:
-        found.append(
+        doubts.append(
             f"classes with one example: {shown(list(map(repr, single)))}; they are never validated, so add examples or "
             "remove them"
         )
     label, most = counts.most_common(1)[0]
     if most / total >= _UNEVEN:
-        found.append(
+        doubts.append(
             f"{100 * most / total:.1f}% of the rows are of the class {label!r}, so accuracy says little; see macro-F1"
         )
     if len(counts) > max(20, total / 5):
         numbers = all(re.fullmatch(r"[+-]?\d+", label) for label in counts)
         advice = "--task regression is for numbers" if numbers else "is --label-column the right one?"
-        found.append(f"{len(counts)} classes among {total} rows leave few examples for each; {advice}")
+        doubts.append(f"{len(counts)} classes among {total} rows leave few examples for each; {advice}")
     for separator in "|;":
         parts = {part.strip() for label in counts if separator in label for part in label.split(separator)}
         if parts & counts.keys():
-            found.append(
+            doubts.append(
                 f"labels such as {next(label for label in counts if separator in label)!r} seem to be several; "
                 "--task multi-label takes them apart"
             )
             break
-    return found
+    return doubts
 
 
 def doubt_of_contradictions(
-    table: Table, found: Repeats, label_of: Callable[[int], str], texts: Sequence[str]
+    table: Table, repetition: Repeats, label_of: Callable[[int], str], texts: Sequence[str]
 ) -> list[str]:
     """The same text with two labels, with the first two places of it."""
-    if found.first is None:
+    if repetition.first is None:
         return []
-    one, other = found.first
-    many = f"{found.contradicted:,} text{' stands' if found.contradicted == 1 else 's stand'}"
+    one, other = repetition.first
+    many = f"{repetition.contradicted:,} text{' stands' if repetition.contradicted == 1 else 's stand'}"
     return [
         f"{many} there with several labels, such as {_quoted(texts[one])} ({table.row_name(one)}: {label_of(one)}, "
         f"{table.row_name(other)}: {label_of(other)}); decide on one each"
@@ -215,17 +215,17 @@ def doubt_of_contradictions(
 
 def doubts_of_size(cut: int, examples: int, held_out: int, asked: bool) -> list[str]:
     """What the sizes make doubtful: many texts cut, few to validate on."""
-    found = []
+    doubts = []
     if cut > _MANY_CUT * examples:
         advice = "raise --max-length" if asked else "give a larger --max-length if the model takes it"
-        found.append(f"{100 * cut / examples:.0f}% of the training texts lose their end; {advice}")
+        doubts.append(f"{100 * cut / examples:.0f}% of the training texts lose their end; {advice}")
     if held_out < _FEW_HELD_OUT:
         half = min(50, 98 / held_out**0.5)  # 1.96·√(p(1 − p)/n) at p = 1/2, in points
-        found.append(
+        doubts.append(
             f"{held_out} validation examples tell an accuracy to about ±{half:.0f} points; name more with "
             "--eval-data or --eval-fraction"
         )
-    return found
+    return doubts
 
 
 def _quoted(text: str, longest: int = 60) -> str:

@@ -29,7 +29,7 @@ def check_seed(config: TaskConfig) -> None:
 
 
 def _shuffled_classes(labels: Sequence[str], seed: int) -> list[np.ndarray]:
-    """The indices of every class, each in an order fixed by the seed."""
+    """The indices (rows of it,) of every class, each in an order fixed by the seed."""
     generator = np.random.default_rng(seed)
     return [generator.permutation(rows) for rows in Labels.of(labels).classes()]
 
@@ -91,6 +91,7 @@ def stratified_split(labels: Sequence[str], fraction: float, seed: int) -> tuple
 
 
 def _first_of_each(classes: Sequence[np.ndarray], quotas: Sequence[int]) -> np.ndarray:
+    """The first rows of each class (rows of it,), as many as its quota, in the order of the data."""
     parts = [rows[:quota] for rows, quota in zip(classes, quotas, strict=True)]
     return np.sort(np.concatenate(parts)) if parts else np.arange(0)
 

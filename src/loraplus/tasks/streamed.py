@@ -47,7 +47,7 @@ class Made(Streamed[T]):
     Args:
         make: takes one value of each column.
         columns: of equal length.
-        rows: which, in their order; None for all.
+        rows: which (n,), in their order; None for all.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Made(Streamed[T]):
         return map(self._make, *(compress(column, chosen) for column in self._columns))
 
     def take(self, indices: np.ndarray) -> Self:
-        """Some of them, in their order."""
+        """Those at some indices (n,), in that order."""
         taken = copy(self)
         taken._rows = indices if self._rows is None else self._rows[indices]
         return taken
@@ -85,7 +85,7 @@ class Texts(Made[str]):
 
     Args:
         values: of the column.
-        rows: which, in their order; None for all.
+        rows: which (n,), in their order; None for all.
     """
 
     def __init__(self, values: Sequence[Any], rows: np.ndarray | None = None) -> None:
@@ -97,7 +97,7 @@ class Labels(Streamed[str]):
 
     Args:
         distinct: labels; some need not occur.
-        codes: one a row.
+        codes: one a row, (rows,).
     """
 
     def __init__(self, distinct: Sequence[str], codes: np.ndarray) -> None:
@@ -123,7 +123,7 @@ class Labels(Streamed[str]):
         return map(self.distinct.__getitem__, self.codes)
 
     def take(self, indices: np.ndarray) -> Labels:
-        """Those of some rows."""
+        """Those at some indices (n,)."""
         return Labels(self.distinct, self.codes[indices])
 
     def counts(self) -> Counter[str]:
@@ -132,7 +132,7 @@ class Labels(Streamed[str]):
         return Counter({label: count for label, count in zip(self.distinct, counts, strict=True) if count})
 
     def classes(self) -> list[np.ndarray]:
-        """The rows of each label that occurs, by alphabet."""
+        """The rows (rows of it,) of each label that occurs, by alphabet."""
         order = np.argsort(self.codes, kind="stable")
         ends = np.cumsum(np.bincount(self.codes, minlength=len(self.distinct)))
         rows = dict(zip(self.distinct, np.split(order, ends[:-1]), strict=True)) if len(order) else {}

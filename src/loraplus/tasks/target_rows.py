@@ -58,7 +58,9 @@ class TargetRows(TokenRows):
         return {"input_ids": _ids(tokens).tolist(), "labels": [IGNORED, *labels[1:]]}
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-        """(first token's place, tokens, starts among them, lengths) of some rows at a time, rows in the file's order.
+        """(first token's place, tokens (tokens,), starts among them (rows,), lengths (rows,)) of some rows at a time.
+
+        Rows come in the file's order.
 
         The file is read, not looked at: what is mapped would count as this process's memory.
         """
@@ -73,17 +75,19 @@ class TargetRows(TokenRows):
             first = rows.stop
 
     def at(self, starts: np.ndarray, lengths: np.ndarray) -> TargetRows:
-        """Other rows of the same file."""
+        """Other rows of the same file, (rows,) both, in tokens."""
         return TargetRows(self._file, starts, lengths)
 
 
 def _complemented(part: Sequence[Encoded]) -> tuple[np.ndarray, list[int]]:
+    """(ids of all rows, one row after another (tokens,), ~id where there is no loss; the length of each row)"""
     ids = np.fromiter(chain.from_iterable(row.ids for row in part), TOKEN)
     learnt = np.fromiter(chain.from_iterable(row.learnt for row in part), bool)
     return np.where(learnt, ids, ~ids), [len(row.ids) for row in part]
 
 
 def _ids(tokens: np.ndarray) -> np.ndarray:
+    """The ids (tokens,) of what `_complemented` wrote."""
     return np.where(tokens < 0, ~tokens, tokens)
 
 

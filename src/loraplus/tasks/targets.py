@@ -54,7 +54,7 @@ class TargetedTexts:
         return self.texts
 
     def take(self, rows: np.ndarray) -> TargetedTexts:
-        """Some of them, in their order."""
+        """Those of some rows (n,), in that order."""
         return replace(self, texts=self.texts.take(rows), targets=self.targets[rows])
 
 
@@ -172,18 +172,18 @@ def labelled_sets(
     if text in columns:
         raise InputError(f"{table.source}: text and label are both column {text!r}; name them apart")
     if more:
-        found, there = _of_columns(table, columns), list(columns)
+        targets, there = _of_columns(table, columns), list(columns)
         if names is not None and there != list(names):
             raise InputError(f"{table.source}: its labels are the columns {listed(there)}, in training {listed(names)}")
     else:
         sets = _sets(table, first)
         there = sorted({label for labels in sets for label in labels}) if names is None else list(names)
-        found = _of_sets(table, first, sets, there)
+        targets = _of_sets(table, first, sets, there)
     if len(there) < 2:
         raise InputError(
             f"{table.source}: there is one label only ({', '.join(there) or 'none'}); --task multi-label takes several"
         )
-    return TargetedTexts(strings(table, "text", text), found, text, columns), there
+    return TargetedTexts(strings(table, "text", text), targets, text, columns), there
 
 
 def _set_columns(table: Table, text_column: str | None, asked: str | None) -> tuple[str, ...]:
@@ -213,6 +213,7 @@ def _as_bit(value: Any) -> int | None:
 
 
 def _of_columns(table: Table, columns: Sequence[str]) -> np.ndarray:
+    """Columns of 0 and 1 as bits (rows, columns)."""
     check_size(table.source, cells=len(table) * len(columns))
     bits = np.empty((len(table), len(columns)), np.uint8)
     for place, name in enumerate(columns):
@@ -258,6 +259,7 @@ def _labels_of(table: Table, column: str, index: int, value: Any, separator: str
 
 
 def _of_sets(table: Table, column: str, sets: Sequence[tuple[str, ...]], names: Sequence[str]) -> np.ndarray:
+    """Which of the names each set holds, as bits (rows, names)."""
     check_size(table.source, cells=len(sets) * len(names))
     place = {name: i for i, name in enumerate(names)}
     bits = np.zeros((len(sets), len(names)), np.uint8)

@@ -24,8 +24,8 @@ class TokenRows(Sequence[dict[str, Any]]):
 
     Args:
         file: holds tokens.
-        starts: of each row, in tokens from the file's beginning.
-        lengths: of each row.
+        starts: of each row, in tokens from the file's beginning, (rows,).
+        lengths: of each row, in tokens, (rows,).
     """
 
     def __init__(self, file: ScratchFile, starts: np.ndarray, lengths: np.ndarray) -> None:
@@ -46,13 +46,13 @@ class TokenRows(Sequence[dict[str, Any]]):
         raise NotImplementedError
 
     def take(self, rows: np.ndarray) -> Self:
-        """Some of the rows, in the order that they are named in."""
+        """Those at some places (n,), in that order."""
         taken = copy(self)
         taken._starts, taken.lengths = self._starts[rows], self.lengths[rows]
         return taken
 
     def order_by_length(self) -> np.ndarray:
-        """The places of the rows, short ones first, equal ones in their order."""
+        """The places of the rows (rows,), short ones first, equal ones in their order."""
         return np.argsort(self.lengths, kind="stable")
 
     def by_length(self) -> Self:
@@ -65,7 +65,7 @@ class LabelledRows(TokenRows):
 
     Args:
         file, starts, lengths: as of `TokenRows`.
-        labels: one a row: whole numbers, fractions, or (rows, labels).
+        labels: one a row (rows,), whole numbers or fractions; or (rows, labels).
         largest: token id.
     """
 
@@ -104,7 +104,7 @@ def tokenised(
 
     Args:
         texts: any number.
-        labels: one a text.
+        labels: one a text, (texts,) or (texts, labels).
         tokenizer: of the model.
         max_length: cut to so many tokens; None for all of them.
     """
@@ -116,6 +116,7 @@ def tokenised(
 def _tokenised(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """(ids of some texts one after another (tokens,), the length of each), a part of the texts at a time."""
     cutting: dict[str, Any] = (
         {"truncation": False} if max_length is None else {"truncation": True, "max_length": max_length}
     )

@@ -42,7 +42,7 @@ class LoraRite(PairOptimizer):
         state: dict[str, Any],
         options: dict[str, Any],
     ) -> torch.Tensor:
-        """(d, r) of (d, r), (d', r) and (d, r)."""
+        """As `PairOptimizer.direction`: u (d, r) of P (d, r), Q (d', r) and ∂L/∂P (d, r)."""
         (beta1, beta2), step = options["betas"], state["step"]
         basis, triangle = torch.linalg.qr(partner)
         inverse = torch.linalg.pinv(triangle)

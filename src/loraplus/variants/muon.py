@@ -41,7 +41,7 @@ class Muon(PairOptimizer):
         state: dict[str, Any],
         options: dict[str, Any],
     ) -> torch.Tensor:
-        """(d, r) of (d, r), (d', r) and (d, r)."""
+        """As `PairOptimizer.direction`: u (d, r) of P (d, r), Q (d', r) and ∂L/∂P (d, r)."""
         momentum = options["momentum"]
         state["m"] = torch.lerp(state["m"], gradient, 1 - momentum) if "m" in state else gradient * (1 - momentum)
         return _LIKE_ADAM * max(factor.shape) ** 0.5 * polar(torch.lerp(gradient, state["m"], momentum))

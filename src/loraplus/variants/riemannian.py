@@ -40,7 +40,7 @@ class Riemannian(PairOptimizer):
         state: dict[str, Any],
         options: dict[str, Any],
     ) -> torch.Tensor:
-        """(d, r) of (d, r), (d', r) and (d, r)."""
+        """As `PairOptimizer.direction`: u (d, r) of P (d, r), Q (d', r) and ∂L/∂P (d, r)."""
         metric = partner.T @ partner
         metric.diagonal().add_(options["damping"])
         return adam(torch.linalg.solve(metric, gradient, left=False), state, options)
