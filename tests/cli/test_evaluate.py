@@ -172,6 +172,7 @@ def test_the_report_shows_each_class_and_hides_no_text_in_its_code(trained):
     assert EVIL not in page and "&lt;b&gt;" in page and "<script>alert" not in page
     metrics = json.loads((trained / "run 1" / "metrics.json").read_text())
     scores = json.loads((trained / "run 1" / "scores.json").read_text())
+    assert metrics["learnt"]["p_value"] == scores["learnt"]["p_value"]
     assert scores["accuracy"] == pytest.approx(metrics["eval_accuracy"])
     assert scores["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
     labels = {row["text"]: row["label"] for row in csv.DictReader((trained / "all of it.csv").open())}
