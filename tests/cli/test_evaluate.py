@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -145,6 +146,20 @@ def test_predict_scores_the_rows_that_have_labels_and_says_why_it_scores_none(
     assert scores is None and not any("score" in note for note in notes)
     _, scores = notes_and_scores([("a", "neither"), ("b", "neither")], "--label-column", "kind", names=("text", "kind"))
     assert scores["examples"] == 2
+
+
+def test_scores_that_show_something_was_learnt_are_not_contradicted(trained, held_out, tmp_path, loraplus_command):
+    adapter = tmp_path / "run"
+    shutil.copytree(trained / "run 1", adapter)
+    metrics = json.loads((adapter / "metrics.json").read_text())
+    metrics["learnt"]["learnt"] = False  # few validation examples can tell so little
+    (adapter / "metrics.json").write_text(json.dumps(metrics))
+    unlabelled = write(tmp_path / "new.csv", [(text,) for text, _ in rows_of(20, 2)], ("text",))
+    for data, told in ((held_out, False), (unlabelled, True)):
+        predicted = loraplus_command(
+            "predict", "--adapter", adapter, "--data", data, "--output", tmp_path / f"{told}.csv"
+        )
+        assert predicted.code == 0 and ("nothing was learnt when" in predicted.out) is told
 
 
 def test_scores_on_the_data_of_training_come_with_a_warning(trained, loraplus_command):
