@@ -51,10 +51,11 @@ def after_train(config: TrainConfig, metrics: Mapping[str, Any]) -> tuple[str, s
     if metrics.get("learnt", {}).get("learnt") is False:
         search = TuneConfig(**_shared(config) | {"output": free_path(f"{_plain(config.output)}-tune")})
         return "search for better rates", command_line("tune", asdict(search))
-    shared = {"adapter": config.output, "trust_remote_code": trust, "encoding": config.encoding}
+    adapter, how = config.output, {"trust_remote_code": trust, "encoding": config.encoding}
     if config.eval_data:
-        return "see its scores, class by class", command("evaluate", data=config.eval_data, **shared)
-    return "label texts with it", command("predict", data=config.data, output=_predictions(config.output), **shared)
+        return "see its scores, class by class", command("evaluate", adapter=adapter, data=config.eval_data, **how)
+    line = command("predict", adapter=adapter, data=config.data, output=_predictions(adapter), **how)
+    return "label texts with it", line
 
 
 def after_predict(adapter: str, model: str | None, trust_remote_code: bool) -> tuple[str, str]:
