@@ -45,7 +45,7 @@ demo: install
 
 # The head of the demo's report, as README.md and docs/report.md show it.
 picture: demo
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=920,700 --virtual-time-budget=6000 \
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=920,748 --virtual-time-budget=6000 \
 		--screenshot=docs/images/report.png file://$(CURDIR)/runs/demo/report.html
 
 # Warnings are errors: a link or heading that is not there, a page in no table of contents. Nothing is fetched.

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -147,6 +148,20 @@ def test_predict_scores_the_rows_that_have_labels_and_says_why_it_scores_none(
     assert scores["examples"] == 2
 
 
+def test_scores_that_show_something_was_learnt_are_not_contradicted(trained, held_out, tmp_path, loraplus_command):
+    adapter = tmp_path / "run"
+    shutil.copytree(trained / "run 1", adapter)
+    metrics = json.loads((adapter / "metrics.json").read_text())
+    metrics["learnt"]["learnt"] = False  # few validation examples can tell so little
+    (adapter / "metrics.json").write_text(json.dumps(metrics))
+    unlabelled = write(tmp_path / "new.csv", [(text,) for text, _ in rows_of(20, 2)], ("text",))
+    for data, told in ((held_out, False), (unlabelled, True)):
+        predicted = loraplus_command(
+            "predict", "--adapter", adapter, "--data", data, "--output", tmp_path / f"{told}.csv"
+        )
+        assert predicted.code == 0 and ("nothing was learnt when" in predicted.out) is told
+
+
 def test_scores_on_the_data_of_training_come_with_a_warning(trained, loraplus_command):
     outcome = loraplus_command("evaluate", "--adapter", trained / "run 1", "--data", trained / "all of it.csv")
     assert "! the adapter was trained on texts of" in outcome.out
@@ -172,6 +187,7 @@ def test_the_report_shows_each_class_and_hides_no_text_in_its_code(trained):
     assert EVIL not in page and "&lt;b&gt;" in page and "<script>alert" not in page
     metrics = json.loads((trained / "run 1" / "metrics.json").read_text())
     scores = json.loads((trained / "run 1" / "scores.json").read_text())
+    assert metrics["learnt"]["p_value"] == scores["learnt"]["p_value"]
     assert scores["accuracy"] == pytest.approx(metrics["eval_accuracy"])
     assert scores["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
     labels = {row["text"]: row["label"] for row in csv.DictReader((trained / "all of it.csv").open())}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import unescape
 from xml.etree import ElementTree
 
@@ -118,7 +118,7 @@ def test_what_a_chart_says_cannot_become_markup():
     series = [Series(EVIL, [1, 2], [1, 2], marker="star", told=[EVIL] * 2, labels=[EVIL] * 2)] * 2
     text = draw(Chart(EVIL, Axis(EVIL), Axis(EVIL, names={1: EVIL}), series, [EVIL], [[EVIL]]))
     assert "<script" not in text and "<img" not in text and text.count("&lt;script&gt;") > 5
-    assert ElementTree.fromstring(text).get("aria-label").startswith(EVIL)
+    assert ElementTree.fromstring(text).get("aria-label", "").startswith(EVIL)
 
 
 def test_a_chart_leaves_out_what_no_place_is_for():
@@ -203,3 +203,12 @@ def test_a_p_value_is_never_told_as_zero(value, words):
 
 def test_no_two_arms_look_the_same_however_many_there_are():
     assert len({look(place) for place in range(36)}) == 36
+
+
+def test_where_nothing_was_learnt_no_difference_is_drawn():
+    by_chance = {"chance_p": 0.6, "macro_f1": 0.4, "majority_share": 0.7}
+    _, told = page()
+    summary, html = page([replace(record, values=by_chance) for record in study(0.8)])
+    assert "loraplus" in summary["learning"]["nothing"] and "<h1>Nothing was learnt</h1>" in html
+    for words in ("Seed by seed", "Student's t over one difference", "The p beside a difference"):
+        assert words in told and words not in html

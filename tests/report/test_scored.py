@@ -81,6 +81,7 @@ def test_many_classes_are_shown_by_what_is_confused_most(tmp_path):
 def test_a_run_that_learnt_nothing_says_so_on_top(tmp_path):
     page = page_of(tmp_path, "classification", learnt={**LEARNT, "learnt": False, "p_value": 0.4})
     assert page.index("Nothing was learnt.") < page.index("Losses")
+    assert "<h1>Nothing was learnt after 20 steps</h1>" in page  # of the whole run, not of its best evaluation
 
 
 def test_a_damaged_file_of_scores_is_one_line(tmp_path):

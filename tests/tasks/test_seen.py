@@ -16,6 +16,7 @@ from loraplus.tasks.look import look, seen_of_run
 from loraplus.tasks.seen import (
     doubts_of_encoding,
     doubts_of_labels,
+    doubts_of_size,
     doubts_of_table,
     near_equal,
     repeats,
@@ -159,3 +160,9 @@ def test_what_is_looked_at_is_not_trained_and_nothing_is_written(tmp_path, model
     assert found.rows["classes"] == "2: negative 200, positive 200" and "400 rows" in found.rows["data"]
     assert "40 of 32 examples" in found.rows["steps"] and "s a step" in found.rows["time"]
     assert json.loads(json.dumps(found.to_dict()))["rows"] == found.rows
+
+
+def test_few_validation_examples_are_questioned_in_the_words_of_the_task():
+    (of_labels,), (of_numbers,) = (doubts_of_size(0, 270, 30, False, of_labels) for of_labels in (True, False))
+    assert "accuracy to about ±18 points" in of_labels
+    assert "accuracy" not in of_numbers and "--eval-fraction" in of_numbers

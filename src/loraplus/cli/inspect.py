@@ -187,7 +187,7 @@ def _table(first: str, *others: str) -> Table:
 
 
 def _names(value: Any) -> str:
-    return _NONE if not value else value if isinstance(value, str) else ", ".join(sorted(map(str, value)))
+    return _NONE if not value else value if isinstance(value, str) else ", ".join(sorted(set(map(str, value))))
 
 
 def _number(value: float | None) -> str:

@@ -24,6 +24,12 @@ def show_next(console: Console, purpose: str, line: str) -> None:
     console.copyable(line)
 
 
+def after_check(name: str, config: TaskConfig) -> tuple[str, str]:
+    """(purpose, command): what was checked is run; without an --output, into a folder named after the data."""
+    output = config.output or free_path(str(Path("runs") / (Path(config.data).name.split(".")[0] or "run")))
+    return "run it", command_line(name, asdict(config) | {"output": output})
+
+
 def after_train(config: TrainConfig, metrics: Mapping[str, Any]) -> tuple[str, str]:
     """(purpose, command): what was trained is used, or where nothing was learnt other rates are searched."""
     trust = config.trust_remote_code or None
@@ -33,12 +39,11 @@ def after_train(config: TrainConfig, metrics: Mapping[str, Any]) -> tuple[str, s
     if metrics.get("learnt", {}).get("learnt") is False:
         search = TuneConfig(**_shared(config) | {"output": free_path(f"{_plain(config.output)}-tune")})
         return "search for better rates", command_of_settings("tune", asdict(search))
-    shared = {"adapter": config.output, "trust_remote_code": trust, "encoding": config.encoding}
+    adapter, how = config.output, {"trust_remote_code": trust, "encoding": config.encoding}
     if config.eval_data:
-        return "see its scores, class by class", command_line("evaluate", data=config.eval_data, **shared)
-    return "label texts with it", command_line(
-        "predict", data=config.data, output=_predictions(config.output), **shared
-    )
+        return "see its scores, class by class", command_line("evaluate", adapter=adapter, data=config.eval_data, **how)
+    line = command_line("predict", adapter=adapter, data=config.data, output=_predictions(adapter), **how)
+    return "label texts with it", line
 
 
 def after_predict(adapter: str, model: str | None, trust_remote_code: bool) -> tuple[str, str]:

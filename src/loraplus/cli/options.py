@@ -148,7 +148,7 @@ def config_command(
             if only_checked:
                 from loraplus.cli.seen import run_check
 
-                return run_check(config, json=extra["json"], plain=extra["plain"])
+                return run_check(name, config, json=extra["json"], plain=extra["plain"])
             return run(config, **extra)
 
         parameters = [_parameter(spec, hints[spec.name], names, required) for spec in specs]

@@ -85,7 +85,7 @@ def run(
     labelled = ({**{name: values[i] for name, values in table.columns.items()}, **row} for i, row in enumerate(rows))
     write_atomically(target, _render(labelled, names, target.suffix))
     counts = _summary(rows, classifier.config)
-    notes = [*_notes(adapter, [row["prediction"] for row in rows]), *scoring]
+    notes = [*_notes(adapter, [row["prediction"] for row in rows], scored), *scoring]
     if json:
         print_json({"output": output, "examples": len(rows), "predictions": counts, "scores": scored, "notes": notes})
     else:
@@ -125,8 +125,8 @@ def _scored(
     return scores_of(labelled, truth, config, logits[rows], facts), notes + notes_of_data(data, facts)
 
 
-def _notes(adapter: str, predicted: list[Any]) -> list[str]:
-    """That the adapter's training learnt nothing, or that its answers do not depend on the text."""
+def _notes(adapter: str, predicted: list[Any], scored: dict[str, Any] | None) -> list[str]:
+    """That the adapter's training learnt nothing, unless these scores show that it did; that all answers are alike."""
     from loraplus.files.paths import is_file, user_path
     from loraplus.files.single import read_json
     from loraplus.tasks.finished import METRICS_FILE
@@ -136,7 +136,8 @@ def _notes(adapter: str, predicted: list[Any]) -> list[str]:
     path = user_path(adapter) / METRICS_FILE
     metrics = read_json(path) if is_file(path) else {}
     learnt = metrics.get("learnt") if isinstance(metrics, dict) else None
-    if isinstance(learnt, dict) and learnt.get("learnt") is False:
+    shown = scored is not None and scored["learnt"]["learnt"]  # on more texts than were kept for validation
+    if isinstance(learnt, dict) and learnt.get("learnt") is False and not shown:
         notes.append(f"nothing was learnt when {adapter} was trained, by the permutation test; {ADVICE}")
     if len(predicted) > 1 and len(set(predicted)) == 1:
         notes.append(f"every text is given {str(predicted[0])!r}")

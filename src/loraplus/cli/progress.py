@@ -6,6 +6,7 @@ import time
 from typing import Any, Protocol
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from loraplus.cli.terminal import Console
@@ -167,7 +168,7 @@ class _TimeLeft(ProgressColumn):
     """Time left, on the line of the whole study only."""
 
     def __init__(self, estimate: TimeEstimate) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))  # a narrow terminal shortens the bars
         self._estimate = estimate
 
     def render(self, task: Task) -> Text:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from loraplus.cli.next_step import after_check, show_next
 from loraplus.cli.terminal import Console, narrated, print_json
 from loraplus.tasks.config import TaskConfig
 
@@ -23,8 +24,8 @@ def show(console: Console, seen: Seen) -> None:
     console.widened().print(table)
 
 
-def run_check(config: TaskConfig, *, json: bool, plain: bool) -> None:
-    """All of --check: what was seen, what is doubtful, how long a run takes."""
+def run_check(command: str, config: TaskConfig, *, json: bool, plain: bool) -> None:
+    """All of --check: what was seen, what is doubtful, how long a run takes, and the command without it."""
     from loraplus.cli.console import quiet_libraries
 
     quiet_libraries()
@@ -39,3 +40,5 @@ def run_check(config: TaskConfig, *, json: bool, plain: bool) -> None:
         seen.tell()
     many = len(seen.doubts)
     console.say(f"checked, {'nothing stands in the way' if not many else f'with {many} doubt' + 's' * (many > 1)}")
+    if not json:
+        show_next(console, *after_check(command, config))

@@ -88,7 +88,11 @@ def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> Non
         )
     console.say(_about_rates(metrics))
     data = metrics["data"]
-    about = _about_tokens(data, metrics["packing"]) if "packing" in metrics else _about_labels(data)
+    about = (
+        _about_tokens(data, metrics["packing"])
+        if "packing" in metrics
+        else _about_labels(data, "eval_micro_f1" in metrics)
+    )
     console.say(
         f"data: {data['train_examples']} training and {data['validation_examples']} validation examples, {about}"
     )
@@ -107,8 +111,9 @@ def _about_rates(metrics: dict[str, Any]) -> str:
     return f"{rates}, set automatically, as last measured{why}{flags}"
 
 
-def _about_labels(data: dict[str, Any]) -> str:
-    what = f"{len(data['labels'])} classes, " if "labels" in data else ""
+def _about_labels(data: dict[str, Any], several: bool) -> str:
+    """What was counted; `several`: a text has any number of labels."""
+    what = f"{len(data['labels'])} {'labels' if several else 'classes'}, " if "labels" in data else ""
     return (
         f"{what}{data['duplicates_removed']} duplicates removed, "
         f"max length {data['max_length']} ({data['truncated_train_examples']} texts cut)"

@@ -22,6 +22,7 @@ from loraplus.tasks.measures import ACCURACY, measures_of, perplexity
 
 _TEMPLATE = "compare.html.jinja"
 _MAIN = "loraplus"
+_UNTUNED = f"{ALL[_MAIN].title}, untuned"
 
 
 def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
@@ -37,7 +38,7 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
     summary = {"untuned": None, "config": {}, "cost": {"seconds_per_step_ratio": None}, **summary}
     best = {arm: row["best"] for arm, row in summary["arms"].items() if ALL[arm].tuned}
     arms = [arm for arm in ALL if arm in summary["arms"]]
-    measures, learning = measures_of(summary["config"]), summary.get("learning", {})
+    measures, learning, pairs = measures_of(summary["config"]), summary.get("learning", {}), _pairs(summary)
     return template(_TEMPLATE).render(
         summary=summary,
         headline=headline(summary),
@@ -52,7 +53,7 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
         has_accuracy=ACCURACY in measures,
         nothing=learning.get("nothing", ()),
         nothing_untuned=bool(learning.get("nothing_untuned")),
-        seeds=plots.differences(_pairs(summary), deciding(measures)),
+        seeds=plots.differences(pairs, deciding(measures)) if pairs else None,
         curves=plots.curves(records),
         curves_in_time=plots.curves(records, "seconds"),
         rates=plots.rates(records, best),
@@ -90,13 +91,17 @@ def cell(value: Cell) -> str:
 
 
 def _pairs(summary: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every comparison with LoRA that has seeds: {title: (arm, its part of the summary)}."""
+    """Every comparison with LoRA that has seeds, and something learnt: {title: (arm, its part of the summary)}."""
+    learning = summary.get("learning", {})
+    empty = {ALL[arm].title for arm in learning.get("nothing", ())}
+    if learning.get("nothing_untuned"):
+        empty.add(_UNTUNED)
     by_title = {
         ALL[_MAIN].title: (_MAIN, summary["paired"]),
         **{ALL[arm].title: (arm, pair) for arm, pair in summary.get("paired_with_lora", {}).items()},
-        f"{ALL[_MAIN].title}, untuned": (_MAIN, summary["untuned"] or {}),
+        _UNTUNED: (_MAIN, summary["untuned"] or {}),
     }
-    return {title: (arm, pair) for title, (arm, pair) in by_title.items() if pair.get("by_seed")}
+    return {title: (arm, pair) for title, (arm, pair) in by_title.items() if pair.get("by_seed") and title not in empty}
 
 
 def _classes(data: dict[str, Any]) -> list[str]:

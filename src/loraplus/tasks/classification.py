@@ -17,7 +17,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from loraplus.errors import InputError
 from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.tasks.columns import LabelledTexts, choose_columns, label_names, labelled_texts
-from loraplus.tasks.config import TaskConfig
+from loraplus.tasks.config import REGRESSION, TaskConfig
 from loraplus.tasks.data_parallel import DataParallelTrainer
 from loraplus.tasks.learnt import chance_p, learnt_record
 from loraplus.tasks.metrics import classification_metrics, losses_of_classes
@@ -189,7 +189,10 @@ def encoded(
         largest_token=tokens.largest,
         answers=held_out.labels,
         validation_text=lambda example: validation.texts[int(order[example])],
-        seen=seen.with_(doubts_of_size(cut, len(train), len(validation), config.max_length is not None), **rows),
+        seen=seen.with_(
+            doubts_of_size(cut, len(train), len(validation), config.max_length is not None, config.task != REGRESSION),
+            **rows,
+        ),
     )
 
 
@@ -321,10 +324,10 @@ class Classification(Task):
         """The labels (examples,) or (examples, labels) as `scores` takes them."""
         return labels
 
-    def outcome(self, data: ClassificationData, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    def outcome(self, data: ClassificationData, scored: Mapping[str, Any]) -> dict[str, Any]:
         """Whether anything was learnt, and what was to be had for nothing."""
-        p = evaluation.get("eval_chance_p")  # earlier versions did not log it
-        return {**self.baseline(data, data.answers), **({} if p is None else {"learnt": learnt_record(p)})}
+        # The test shuffles: asked once, so that the terminal, the card and the page say the same p.
+        return {**self.baseline(data, data.answers), "learnt": learnt_record(scored["learnt"]["p_value"])}
 
     def save_beside_adapter(
         self, model: PeftModel, data: ClassificationData, tokenizer: PreTrainedTokenizerBase, folder: Path

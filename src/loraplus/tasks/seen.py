@@ -213,18 +213,16 @@ def doubt_of_contradictions(
     ]
 
 
-def doubts_of_size(cut: int, examples: int, held_out: int, asked: bool) -> list[str]:
-    """What the sizes make doubtful: many texts cut, few to validate on."""
+def doubts_of_size(cut: int, examples: int, held_out: int, asked: bool, of_labels: bool = True) -> list[str]:
+    """What the sizes make doubtful: many texts cut, few to validate on. `of_labels`: answers are right or wrong."""
     doubts = []
     if cut > _MANY_CUT * examples:
         advice = "raise --max-length" if asked else "give a larger --max-length if the model takes it"
         doubts.append(f"{100 * cut / examples:.0f}% of the training texts lose their end; {advice}")
     if held_out < _FEW_HELD_OUT:
         half = min(50, 98 / held_out**0.5)  # 1.96·√(p(1 − p)/n) at p = 1/2, in points
-        doubts.append(
-            f"{held_out} validation examples tell an accuracy to about ±{half:.0f} points; name more with "
-            "--eval-data or --eval-fraction"
-        )
+        tell = f"an accuracy to about ±{half:.0f} points" if of_labels else "little of how far off the numbers are"
+        doubts.append(f"{held_out} validation examples tell {tell}; name more with --eval-data or --eval-fraction")
     return doubts
 
 

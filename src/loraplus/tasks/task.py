@@ -70,7 +70,7 @@ class Task:
         """What was decided for this model, for the metrics."""
         return {}
 
-    def outcome(self, data: Any, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    def outcome(self, data: Any, scored: Mapping[str, Any]) -> dict[str, Any]:
         """What the metrics say beside the measures: whether anything was learnt, where that can be told."""
         return {}
 

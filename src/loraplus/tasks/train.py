@@ -142,7 +142,7 @@ def train(
         metrics = {
             "eval_loss": evaluation["eval_loss"],
             **{name: evaluation[name] for name in task.metrics},
-            **task.outcome(data, evaluation),
+            **task.outcome(data, scored),
             "base": _of_base(task, trainer, data),
             "steps": step,
             "best_step": best if best is not None else step,
