@@ -17,6 +17,7 @@ from loraplus.diagnosis.diagnosis import (
 )
 from loraplus.diagnosis.findings import Findings
 from loraplus.diagnosis.ratio import Expected, changed, ignored, later, near, ratio_problems
+from loraplus.groups import parameters_by_group
 from loraplus.parts import Role
 from loraplus.steps.group_rates import group_labels, rate_as_number
 
@@ -97,7 +98,7 @@ def _twice(findings: Findings, expected: Expected) -> Iterator[str]:
     twice = [key for key, where in held.items() if len(where) > 1 and key in names]
     if twice:
         yield (
-            f"{some(len(twice), 'parameter')} are in several groups, and every step moves them as often: "
+            f"{some(len(twice), 'parameter')} in more than one group, so a step moves it as often: "
             f"{named([names[key] for key in twice])} in {' and '.join(held[twice[0]])}; leave each in one"
         )
 
@@ -172,8 +173,10 @@ def _heads(findings: Findings, expected: Expected) -> Iterator[str]:
 
 
 def _decay(findings: Findings, expected: Expected) -> Iterator[str]:
-    factors = [entry for entry in findings.entries if entry.role in _FACTOR_ROLES and entry.optimizer is not None]
+    every = [entry for entry in findings.entries if entry.role in _FACTOR_ROLES and entry.optimizer is not None]
     for observed in findings.seen:
+        held = {id(parameter) for _, own in parameters_by_group(observed.optimizer) for parameter in own}
+        factors = [entry for entry in every if id(findings.parameters.get(entry.name)) in held]
         asked, where = expected.weight_decay, "the training arguments"
         given = rate_as_number(getattr(observed.optimizer, "defaults", {}).get("weight_decay"))
         if not asked and given and given != _class_default(observed.optimizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -80,8 +81,9 @@ def expected_of(trainer: Any, lr_ratio: float | None) -> Expected:
     decay = getattr(arguments, "weight_decay", None) or None
     if lr_ratio is not None:
         return Expected(lr_ratio, "was asked for", decay)
-    given = getattr(getattr(trainer, "_given", None), "rates", None)  # `attach` keeps what it was given
-    sources = [(given, "lr_ratio"), *((arguments, name) for name in _ARGUMENTS)]
+    asked = getattr(getattr(trainer, "loraplus_settings", None), "rates", None)  # of a trainer with LoRA+
+    in_text = _in_optim_args(getattr(arguments, "optim_args", None)) if asked is None else None
+    sources = [(asked, "lr_ratio"), (in_text, "lr_ratio"), *((arguments, name) for name in _ARGUMENTS)]
     for source, name in sources:
         value = getattr(source, name, None)
         own = getattr(source, "lr_ratio_overrides", None) or getattr(source, "loraplus_lr_ratio_overrides", None)
@@ -89,6 +91,15 @@ def expected_of(trainer: Any, lr_ratio: float | None) -> Expected:
         if isinstance(value, (int, float)) and not own and not automatic:
             return Expected(float(value), f"the trainer says ({name} = {value:g})", decay)
     return Expected(None, "", decay)
+
+
+def _in_optim_args(text: Any) -> Any:
+    """What `optim_args` of training arguments asks for, which transformers alone does nothing with."""
+    if not text:
+        return None
+    from loraplus.integrations.trainer_settings import in_optim_args
+
+    return SimpleNamespace(**in_optim_args(text)[0])
 
 
 def _diagnose(optimizers: list[Any], models: list[nn.Module], expected: Expected, source: str) -> Diagnosis:
