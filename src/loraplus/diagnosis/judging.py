@@ -34,7 +34,7 @@ def judge(findings: Findings, expected: Expected, source: str) -> Diagnosis:
         source: what was looked at.
     """
     rules: tuple[Callable[[Findings, Expected], Iterable[str]], ...] = (
-        _nothing_trains, _not_held, _idle, ratio_problems, changed, ignored, _one_memory, _twice, _unmoved,
+        _uncalled, _nothing_trains, _not_held, _idle, ratio_problems, changed, ignored, _one_memory, _twice, _unmoved,
         _at_b_rate, _embeddings, _heads, _decay, later,
     )  # fmt: skip
     problems = list(dict.fromkeys(problem for rule in rules for problem in rule(findings, expected)))
@@ -42,6 +42,14 @@ def judge(findings: Findings, expected: Expected, source: str) -> Diagnosis:
         source, tuple(findings.entries), tuple(findings.pairs), tuple(findings.optimizers()), tuple(problems),
         tuple(_notes(findings, expected)),
     )  # fmt: skip
+
+
+def _uncalled(findings: Findings, expected: Expected) -> Iterator[str]:
+    if expected.uncalled:
+        yield (
+            f"{expected.uncalled} is never called, so what it builds does not train; this version of transformers "
+            "calls create_optimizer and create_scheduler, each by itself: override these"
+        )
 
 
 def _nothing_trains(findings: Findings, expected: Expected) -> Iterator[str]:

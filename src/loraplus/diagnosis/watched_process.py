@@ -21,6 +21,7 @@ from loraplus.diagnosis.judging import judge
 from loraplus.diagnosis.live import expected_of
 from loraplus.diagnosis.observer import Observed, Observer
 from loraplus.diagnosis.ratio import Expected
+from loraplus.diagnosis.script import SO_FAR
 from loraplus.errors import LoraPlusError
 from loraplus.steps.group_rates import rate_as_number
 from loraplus.steps.wrappers import unwrapped
@@ -94,6 +95,7 @@ class Watch:
         trains = any(map(has_factors, models_of([observed.optimizer], alive().modules)))
         if trains:
             self._look(self._observer.seen)
+            self._put(SO_FAR)
         if observed.at_zero >= _AT_ZERO or observed.steps >= (wanted if trains else wanted + _WITHOUT_FACTORS):
             if not self._found:
                 self._look(self._observer.seen)
@@ -129,9 +131,12 @@ class Watch:
     def _write(self) -> None:
         self._observer.remove()
         if self._found:
-            path = Path(self._settings["folder"], f"{os.environ.get('RANK', '0')}-{self._process}")
-            path.with_suffix(".tmp").write_text(json.dumps(self._found), encoding="utf-8")
-            path.with_suffix(".tmp").replace(path.with_suffix(".json"))
+            self._put(".json")
+
+    def _put(self, ending: str) -> None:
+        path = Path(self._settings["folder"], f"{os.environ.get('RANK', '0')}-{self._process}")
+        path.with_suffix(".tmp").write_text(json.dumps(self._found), encoding="utf-8")
+        path.with_suffix(".tmp").replace(path.with_suffix(ending))
 
     def _diagnosis(self, seen: Sequence[Observed]) -> dict[str, Any]:
         gc.collect()  # optimizers and models that nobody has any more
