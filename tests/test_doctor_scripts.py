@@ -136,6 +136,31 @@ def test_a_script_that_ends_by_itself_has_shown_the_steps_it_took(end, tmp_path)
     assert "the command ended by itself after 2 steps, with exit code 3" in found["notes"][-1]
 
 
+SPAWNS = """
+import torch
+from small import loss_of, network
+
+def work(rank):
+    model = network()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(9):
+        loss_of(model).backward()
+        optimizer.step()
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(work, nprocs=1)
+    open("saved", "w").close()
+"""
+
+
+def test_what_a_script_does_after_the_processes_that_it_trains_in_is_not_done(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(SPAWNS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]))
+    assert diagnose_script(["python", "train.py"], steps=2).lr_ratio == 1
+    assert not Path("saved").exists()
+
+
 def test_a_module_and_an_own_sitecustomize_run_as_they_would(tmp_path, monkeypatch):
     """`python -m`, and the path's next `sitecustomize`, which ours stands in front of."""
     (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.there = True")

@@ -24,6 +24,8 @@ from loraplus.errors import InputError
 VARIABLE = "LORAPLUS_DOCTOR"
 SO_FAR = ".so_far"
 """Of the file of a process that goes on."""
+STOPPED = ".stopped.json"
+"""Of the file of a process that waits to be ended."""
 _SECONDS_TO_END = 10.0  # that other processes of a launcher are given once one has written what it found
 _LARGEST_READ = 2**20
 _TEXTS = {".py", ".yaml", ".yml", ".json", ".toml", ".sh"}
@@ -127,6 +129,8 @@ def _run(command: list[str], settings: dict[str, Any], folder: Path) -> int:
         while process.poll() is None:
             if seen_at is None and any(folder.glob("*.json")):
                 seen_at = time.monotonic()
+            if any(folder.glob(f"0-*{STOPPED}")):  # nothing is left to wait for: rank 0 is the one that is shown
+                break
             if seen_at is not None and time.monotonic() - seen_at > _SECONDS_TO_END:
                 break
             time.sleep(0.05)

@@ -166,7 +166,7 @@ class PairOptimizer(torch.optim.Optimizer):
         factor, gradient = _rank_last(gathered(parameter), is_a), _rank_last(gathered(gradient), is_a)
         try:
             update = self.direction(factor, _rank_last(gathered(partner), not is_a), gradient, state, group)
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:  # torch.linalg's
             if all(bool(tensor.isfinite().all()) for tensor in (gradient, factor)):
                 raise
             raise DivergedError(
