@@ -136,6 +136,25 @@ def test_a_script_that_ends_by_itself_has_shown_the_steps_it_took(end, tmp_path)
     assert "the command ended by itself after 2 steps, with exit code 3" in found["notes"][-1]
 
 
+BFLOAT16 = """
+import torch
+from small import loss_of, network
+model = network().bfloat16()
+a, b = ([p for name, p in model.named_parameters() if part in name] for part in ("lora_A", "lora_B"))
+optimizer = torch.optim.AdamW([{"params": a}, {"params": b, "lr": 16e-3}], lr=1e-3)
+for _ in range(9):
+    model(torch.randn(8, 16).bfloat16()).square().mean().backward()
+    optimizer.step()
+"""
+
+
+def test_the_rounding_of_weights_in_16_bits_is_no_other_rate(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(BFLOAT16)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]))
+    found = diagnose_script(["python", str(tmp_path / "train.py")], steps=5, lr_ratio=16)
+    assert found.ok and found.lr_ratio == 16
+
+
 SPAWNS = """
 import torch
 from small import loss_of, network
