@@ -128,7 +128,7 @@ OFF = {
         "in 2 of 4 pairs A and B share a rate",
     ),
     "parameters on one memory": (one_memory, "parameters on one memory learn at several rates"),
-    "a parameter in two groups": (in_two_groups, "1 parameter are in several groups"),
+    "a parameter in two groups": (in_two_groups, "1 parameter in more than one group, so a step moves it as often"),
     "a rate of 0": (lambda m: torch.optim.SGD([{"params": trained(m), "lr": 0.0}]), "trainable parameters is 0"),
 }  # fmt: skip
 
@@ -209,6 +209,35 @@ def test_a_trainer_whose_ratio_is_overridden_by_its_own_create_optimizer(tmp_pat
     found = loraplus.doctor(own)
     assert "should be 16, as the trainer says (loraplus_lr_ratio = 16)" in found.problems[0]
     assert "left out" not in " ".join(found.problems)  # AdamW's own decay is another number, and decays
+
+
+def test_a_hook_of_a_trainer_that_nothing_calls_is_named(tmp_path):
+    class Own(Trainer):
+        def create_optimizer_and_scheduler(self, num_training_steps):
+            self.optimizer = by_factor(self.model)
+
+    class Calls(Own):
+        def create_optimizer(self, model=None):
+            self.create_optimizer_and_scheduler(2)
+            return self.optimizer
+
+    own, calls = (loraplus.doctor(trainer(tmp_path, cls=cls)) for cls in (Own, Calls))
+    assert own.lr_ratio == 1 and "Own.create_optimizer_and_scheduler is never called" in own.problems[0]
+    assert calls.lr_ratio == 16 and "never called" not in " ".join(calls.problems)
+
+
+def test_a_ratio_in_optim_args_is_what_a_trainer_should_have(tmp_path):
+    plain = trainer(tmp_path)
+    plain.args.optim_args = "ratio=16"
+    assert "should be 16, as the trainer says" in loraplus.doctor(plain).problems[0]
+    assert loraplus.doctor(loraplus.attach(plain)).ok
+
+
+def test_the_decay_of_a_heads_own_optimizer_is_not_asked_of_the_factors():
+    model = adapted(modules_to_save=["classifier"])
+    head = [p for name, p in model.named_parameters() if p.requires_grad and "lora" not in name]
+    heads = torch.optim.SGD(head, lr=0.1, weight_decay=0.1)
+    assert loraplus.doctor([by_factor(model), heads], model).problems == ()
 
 
 def test_trls_trainer(tmp_path, decoder_folder):

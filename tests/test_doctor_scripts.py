@@ -118,6 +118,80 @@ def test_a_script_that_fails_or_trains_nothing_is_a_mistake(tmp_path):
         diagnose_script([sys.executable, str(script)], steps=1)
 
 
+ENDS = """
+import os, sys, torch
+from small import loss_of, network
+rate = float(sys.stdin.readline())
+model = network()
+a, b = ([p for name, p in model.named_parameters() if part in name] for part in ("lora_A", "lora_B"))
+optimizer = torch.optim.SGD([{{"params": a}}, {{"params": b, "lr": 16 * rate}}], lr=rate)
+for _ in range(2):
+    loss_of(model).backward()
+    optimizer.step()
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["os._exit(3)", "raise SystemExit(3)"])
+def test_a_script_that_ends_by_itself_has_shown_the_steps_it_took(end, tmp_path):
+    """And it reads what it would read: its own standard input."""
+    script = tmp_path / "train.py"
+    script.write_text(ENDS.format(end=end))
+    command = [sys.executable, "-m", "loraplus", "doctor", "--json", "--", sys.executable, str(script)]
+    path = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        command, input="0.001\n", capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["lr_ratio"] == 16 and found["optimizers"][0]["steps"] == 2
+    assert "the command ended by itself after 2 steps, with exit code 3" in found["notes"][-1]
+
+
+BFLOAT16 = """
+import torch
+from small import loss_of, network
+model = network().bfloat16()
+a, b = ([p for name, p in model.named_parameters() if part in name] for part in ("lora_A", "lora_B"))
+optimizer = torch.optim.AdamW([{"params": a}, {"params": b, "lr": 16e-3}], lr=1e-3)
+for _ in range(9):
+    model(torch.randn(8, 16).bfloat16()).square().mean().backward()
+    optimizer.step()
+"""
+
+
+def test_the_rounding_of_weights_in_16_bits_is_no_other_rate(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(BFLOAT16)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]))
+    found = diagnose_script(["python", str(tmp_path / "train.py")], steps=5, lr_ratio=16)
+    assert found.ok and found.lr_ratio == 16
+
+
+SPAWNS = """
+import torch
+from small import loss_of, network
+
+def work(rank):
+    model = network()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(9):
+        loss_of(model).backward()
+        optimizer.step()
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(work, nprocs=1)
+    open("saved", "w").close()
+"""
+
+
+def test_what_a_script_does_after_the_processes_that_it_trains_in_is_not_done(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(SPAWNS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]))
+    assert diagnose_script(["python", "train.py"], steps=2).lr_ratio == 1
+    assert not Path("saved").exists()
+
+
 def test_a_module_and_an_own_sitecustomize_run_as_they_would(tmp_path, monkeypatch):
     """`python -m`, and the path's next `sitecustomize`, which ours stands in front of."""
     (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.there = True")

@@ -54,7 +54,7 @@ def test_a_rates_object_splits_groups_and_makes_a_callback():
     assert shown(loraplus.split_groups(model, own, Rates(lr_ratio=8.0))) == expected
     with pytest.raises(InvalidRateError, match="lr_head is not used when groups are given"):
         loraplus.split_groups(model, own, Rates(lr_ratio=8.0, lr_head=1e-3))
-    assert LoraPlusCallback(Rates(lr_ratio=8.0))._asked == LoraPlusCallback(8.0)._asked == Rates(lr_ratio=8.0)
+    assert LoraPlusCallback(Rates(lr_ratio=8.0)).asked == LoraPlusCallback(8.0).asked == Rates(lr_ratio=8.0)
 
 
 def test_rates_are_given_once_and_where_they_are_needed():

@@ -20,7 +20,11 @@ Result = TypeVar("Result")
 
 
 def takes_rates(
-    *in_place: str, needed: Collection[str] = (), left_out: Collection[str] = (), prefix: str = ""
+    *in_place: str,
+    needed: Collection[str] = (),
+    left_out: Collection[str] = (),
+    prefix: str = "",
+    optional: bool = False,
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Has a function with a keyword `rates` take a `Rates` anywhere among its arguments, or the fields as keywords.
 
@@ -29,6 +33,7 @@ def takes_rates(
         needed: keywords without a default.
         left_out: fields of `Rates` that are no keywords.
         prefix: of all keywords but `lr`.
+        optional: `rates` is None where none of them is given, which differs from giving the defaults.
 
     Example:
         >>> @takes_rates("lr", needed=["lr"])
@@ -57,7 +62,7 @@ def takes_rates(
             except TypeError as error:
                 raise TypeError(f"{function.__name__}() {error}") from None
             fields = {name: bound.arguments.pop(key) for name, key in keyword_of.items() if key in bound.arguments}
-            return function(*bound.args, **bound.kwargs, rates=Rates(**fields))
+            return function(*bound.args, **bound.kwargs, rates=Rates(**fields) if fields or not optional else None)
 
         with_rates.__signature__ = signature  # type: ignore[attr-defined]
         return with_rates

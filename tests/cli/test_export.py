@@ -104,7 +104,7 @@ def test_published_interface_of_llamafactory_with_further_rates_in_optim_args(ru
 
     config, notes = exported(run({"lora_alpha": 12.5}, lr_magnitude=1e-4), "llamafactory", tmp_path)
     assert (config["loraplus_lr_ratio"], config["lora_target"], config["cutoff_len"]) == (8.0, "q_proj,v_proj", 512)
-    assert in_optim_args(config["optim_args"])[0].rates.lr_magnitude == 1e-4
+    assert in_optim_args(config["optim_args"])[0]["lr_magnitude"] == 1e-4
     assert "alpha = 12.5 becomes 12: LLaMA-Factory takes whole numbers" in notes
 
 

@@ -116,9 +116,8 @@ def test_published_interface_a_setting_that_cannot_be_used_is_refused_with_the_f
         config(**written)
 
 
-def test_a_plugin_registered_beside_attach_at_another_ratio_is_refused(tmp_path):
-    cfg = config(loraplus_lr_ratio=4)
-    ours = trainer(tmp_path, cfg)
-    with pytest.raises(TrainerSetupError, match=r"lr_ratio = 2.0, loraplus.attach for 4.0"):
-        ours.args.optim_args = "ratio=2"
-        Plugin().post_trainer_create(cfg, ours)
+@pytest.mark.parametrize(("ratio", "text"), [(4, "ratio=2"), (16, "ratio=2"), (4, "ratio=16")])
+def test_published_interface_a_ratio_of_the_yaml_beside_another_in_optim_args_is_refused(tmp_path, ratio, text):
+    cfg = config(loraplus_lr_ratio=ratio)
+    with pytest.raises(TrainerSetupError, match=rf"lr_ratio = {text.partition('=')[2]}.0, loraplus.attach for {ratio}"):
+        Plugin().post_trainer_create(cfg, trainer(tmp_path, cfg, optim_args=text))

@@ -87,6 +87,8 @@ def test_published_interface_a_run_without_a_ratio_is_refused(factory):
 def test_published_interface_two_ratios_are_refused(factory):
     with pytest.raises(TrainerSetupError, match=r"is 4, optim_args asks for 2"):
         run_exp({"loraplus_lr_ratio": 4, "optim_args": "ratio=2"})
+    with pytest.raises(TrainerSetupError, match=r"is 4, optim_args asks for 16"):
+        run_exp({"loraplus_lr_ratio": 4, "optim_args": "ratio=16"})
 
 
 def test_published_interface_an_embeddings_rate_counts_unless_it_is_the_default():

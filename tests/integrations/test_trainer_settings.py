@@ -403,9 +403,14 @@ def test_optim_args_that_say_no_number_are_refused(tmp_path, text):
         loraplus.attach(Trainer(classifier(), args, train_dataset=Tokens()))
 
 
-def test_optim_args_beside_another_ratio_in_the_arguments_are_refused(tmp_path):
-    args = LoraPlusTrainingArguments(
-        str(tmp_path), loraplus_lr_ratio=2, optim_args="ratio=4", report_to=[], use_cpu=True
-    )
-    with pytest.raises(TrainerSetupError, match=r"lr_ratio = 2.*optim_args for 4"):
-        LoraPlusTrainer(classifier(), args, train_dataset=Tokens())
+@pytest.mark.parametrize(("ratio", "text"), [(2, "ratio=4"), (16, "ratio=4"), (4, "ratio=16")])
+def test_optim_args_beside_another_ratio_are_refused_be_it_the_default(tmp_path, ratio, text):
+    common = {"output_dir": str(tmp_path), "optim_args": text, "report_to": [], "use_cpu": True}
+    with pytest.raises(TrainerSetupError, match=rf"lr_ratio = {ratio}.*optim_args for {text.partition('=')[2]}"):
+        LoraPlusTrainer(
+            classifier(), LoraPlusTrainingArguments(loraplus_lr_ratio=ratio, **common), train_dataset=Tokens()
+        )
+    trainer = Trainer(classifier(), TrainingArguments(**common), train_dataset=Tokens())
+    with pytest.raises(TrainerSetupError, match=rf"lr_ratio = {text.partition('=')[2]}.*attach for {ratio}"):
+        loraplus.attach(trainer, lr_ratio=ratio)
+    loraplus.attach(trainer, lr_ratio=float(text.partition("=")[2]))  # the same twice is no matter

@@ -7,6 +7,7 @@ import torch
 from peft.optimizers import create_riemannian_optimizer
 
 from loraplus import variants
+from loraplus.errors import DivergedError, OptimizerSetupError
 from loraplus.steps.movement import adapted_layers
 from loraplus.variants.lora_rite import LoraRite
 from loraplus.variants.muon import polar
@@ -100,3 +101,37 @@ def test_a_factor_that_is_frozen_stays_and_its_partner_moves():
     before = [entry.weights[0].clone() for entry in adapted_layers(model)]
     after = train(model, LoraRite([e.weights[1] for e in adapted_layers(model)], factors_of=model, lr=1e-2), 2)
     assert after and all(torch.equal(one, e.weights[0]) for one, e in zip(before, adapted_layers(model), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("riemannian", {"dampingg": 1.0}, "Riemannian has no option dampingg"),
+        ("riemannian", {"damping": 0.0}, "Riemannian needs damping > 0"),
+        ("muon", {"momentum": 1.0}, r"Muon needs momentum in \[0, 1\)"),
+        ("lora-rite", {"betas": (0.9, 1.5)}, r"LoraRite needs betas in \[0, 1\)"),
+        ("lora-rite", {"momentum": 0.9}, "LoraRite has no option momentum"),
+    ],
+)
+def test_an_option_that_a_method_does_not_have_or_cannot_use_is_refused(name, options, told):
+    with pytest.raises(OptimizerSetupError, match=told):
+        variants.create_optimizer(adapted(), name, **options)
+
+
+def test_a_method_without_the_model_says_what_to_call():
+    model = adapted()
+    with pytest.raises(OptimizerSetupError, match=r"build it with loraplus.create_optimizer\(model, Muon"):
+        variants.Muon([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lora-rite", "muon"])
+def test_a_gradient_that_is_not_finite_is_said_and_moves_nothing(name):
+    model = adapted()
+    optimizer = variants.create_optimizer(model, name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, float("nan"))
+    with pytest.raises(DivergedError, match="is not finite; lower the rate"):
+        optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

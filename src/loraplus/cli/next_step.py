@@ -27,7 +27,7 @@ def show_next(console: Console, purpose: str, line: str) -> None:
 def after_check(name: str, config: TaskConfig) -> tuple[str, str]:
     """(purpose, command): what was checked is run; without an --output, into a folder named after the data."""
     output = config.output or free_path(str(Path("runs") / (Path(config.data).name.split(".")[0] or "run")))
-    return "run it", command_line(name, asdict(config) | {"output": output})
+    return "run it", command_of_settings(name, asdict(config) | {"output": output})
 
 
 def after_train(config: TrainConfig, metrics: Mapping[str, Any]) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from loraplus.diagnosis.diagnosis import (
 )
 from loraplus.diagnosis.findings import Findings
 from loraplus.diagnosis.ratio import Expected, changed, ignored, later, near, ratio_problems
+from loraplus.groups import parameters_by_group
 from loraplus.parts import Role
 from loraplus.steps.group_rates import group_labels, rate_as_number
 
@@ -33,7 +34,7 @@ def judge(findings: Findings, expected: Expected, source: str) -> Diagnosis:
         source: what was looked at.
     """
     rules: tuple[Callable[[Findings, Expected], Iterable[str]], ...] = (
-        _nothing_trains, _not_held, _idle, ratio_problems, changed, ignored, _one_memory, _twice, _unmoved,
+        _uncalled, _nothing_trains, _not_held, _idle, ratio_problems, changed, ignored, _one_memory, _twice, _unmoved,
         _at_b_rate, _embeddings, _heads, _decay, later,
     )  # fmt: skip
     problems = list(dict.fromkeys(problem for rule in rules for problem in rule(findings, expected)))
@@ -41,6 +42,14 @@ def judge(findings: Findings, expected: Expected, source: str) -> Diagnosis:
         source, tuple(findings.entries), tuple(findings.pairs), tuple(findings.optimizers()), tuple(problems),
         tuple(_notes(findings, expected)),
     )  # fmt: skip
+
+
+def _uncalled(findings: Findings, expected: Expected) -> Iterator[str]:
+    if expected.uncalled:
+        yield (
+            f"{expected.uncalled} is never called, so what it builds does not train; this version of transformers "
+            "calls create_optimizer and create_scheduler, each by itself: override these"
+        )
 
 
 def _nothing_trains(findings: Findings, expected: Expected) -> Iterator[str]:
@@ -97,7 +106,7 @@ def _twice(findings: Findings, expected: Expected) -> Iterator[str]:
     twice = [key for key, where in held.items() if len(where) > 1 and key in names]
     if twice:
         yield (
-            f"{some(len(twice), 'parameter')} are in several groups, and every step moves them as often: "
+            f"{some(len(twice), 'parameter')} in more than one group, so a step moves it as often: "
             f"{named([names[key] for key in twice])} in {' and '.join(held[twice[0]])}; leave each in one"
         )
 
@@ -172,8 +181,10 @@ def _heads(findings: Findings, expected: Expected) -> Iterator[str]:
 
 
 def _decay(findings: Findings, expected: Expected) -> Iterator[str]:
-    factors = [entry for entry in findings.entries if entry.role in _FACTOR_ROLES and entry.optimizer is not None]
+    every = [entry for entry in findings.entries if entry.role in _FACTOR_ROLES and entry.optimizer is not None]
     for observed in findings.seen:
+        held = {id(parameter) for _, own in parameters_by_group(observed.optimizer) for parameter in own}
+        factors = [entry for entry in every if id(findings.parameters.get(entry.name)) in held]
         asked, where = expected.weight_decay, "the training arguments"
         given = rate_as_number(getattr(observed.optimizer, "defaults", {}).get("weight_decay"))
         if not asked and given and given != _class_default(observed.optimizer):

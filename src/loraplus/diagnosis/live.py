@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -78,17 +79,45 @@ def expected_of(trainer: Any, lr_ratio: float | None) -> Expected:
     """What a run should have: what is given, else what a trainer's arguments say."""
     arguments = getattr(trainer, "args", None)
     decay = getattr(arguments, "weight_decay", None) or None
-    if lr_ratio is not None:
-        return Expected(lr_ratio, "was asked for", decay)
-    given = getattr(getattr(trainer, "_given", None), "rates", None)  # `attach` keeps what it was given
-    sources = [(given, "lr_ratio"), *((arguments, name) for name in _ARGUMENTS)]
+    ratio, where = (lr_ratio, "was asked for") if lr_ratio is not None else _ratio_of(trainer, arguments)
+    return Expected(ratio, where, decay, uncalled=_uncalled(trainer))
+
+
+def _ratio_of(trainer: Any, arguments: Any) -> tuple[float | None, str]:
+    """(λ that a trainer asks for, where it says so)"""
+    asked = getattr(getattr(trainer, "loraplus_settings", None), "rates", None)  # of a trainer with LoRA+
+    in_text = _in_optim_args(getattr(arguments, "optim_args", None)) if asked is None else None
+    sources = [(asked, "lr_ratio"), (in_text, "lr_ratio"), *((arguments, name) for name in _ARGUMENTS)]
     for source, name in sources:
         value = getattr(source, name, None)
         own = getattr(source, "lr_ratio_overrides", None) or getattr(source, "loraplus_lr_ratio_overrides", None)
         automatic = "auto" in (getattr(source, "lr", None), getattr(source, "loraplus_lr", None))
         if isinstance(value, (int, float)) and not own and not automatic:
-            return Expected(float(value), f"the trainer says ({name} = {value:g})", decay)
-    return Expected(None, "", decay)
+            return float(value), f"the trainer says ({name} = {value:g})"
+    return None, ""
+
+
+def _uncalled(trainer: Any) -> str:
+    """A trainer's class and its own `create_optimizer_and_scheduler`, where nothing calls it; "" if there is none.
+
+    transformers has it called by nobody since version 5.
+    """
+    name, kinds = "create_optimizer_and_scheduler", type(trainer).__mro__
+    base = next((place for place, kind in enumerate(kinds) if kind.__module__ == "transformers.trainer"), len(kinds))
+    if base == len(kinds) or not any(name in vars(each) for each in (trainer, *kinds[:base])):
+        return ""
+    functions = [(key, value) for kind in kinds for key, value in vars(kind).items() if hasattr(value, "__code__")]
+    calls = any(name in function.__code__.co_names for key, function in functions if key != name)
+    return "" if calls else f"{type(trainer).__name__}.{name}"
+
+
+def _in_optim_args(text: Any) -> Any:
+    """What `optim_args` of training arguments asks for, which transformers alone does nothing with."""
+    if not text:
+        return None
+    from loraplus.integrations.trainer_settings import in_optim_args
+
+    return SimpleNamespace(**in_optim_args(text)[0])
 
 
 def _diagnose(optimizers: list[Any], models: list[nn.Module], expected: Expected, source: str) -> Diagnosis:

@@ -26,6 +26,7 @@ _LEAST_ALIKE = 0.98  # cosine of the two movements: below it a step is not linea
 _LARGEST = 2**28  # numbers that are copied for one step
 _SIDE = 8  # of a stand-in, at most
 _SAME = 1e-3  # relative: a rate that is the group's but for rounding is the group's
+_SAME_IN_16_BITS = 0.05  # of parameters in bfloat16, whose step is a few of the weight's last digits
 
 Rates = dict[int, float]
 """{id of a parameter: the rate that its step had}"""
@@ -67,7 +68,8 @@ class StepMeasurement:
         for parameter, before in self._before.items():
             rate = _rate(parameter.detach() - before, self._stand_ins[parameter].detach() - before, self._unit)
             if rate is not None:
-                rates[id(parameter)] = _as_stated(rate, self._groups.get(id(parameter)))
+                same = _SAME if parameter.element_size() > 2 else _SAME_IN_16_BITS
+                rates[id(parameter)] = _as_stated(rate, self._groups.get(id(parameter)), same)
         return rates
 
 
@@ -135,9 +137,9 @@ def _unit_rate(rates: Iterable[float]) -> float | None:
     return min((rate for rate in rates if rate > 0 and math.isfinite(rate)), default=None)
 
 
-def _as_stated(rate: float, stated: float | None) -> float:
+def _as_stated(rate: float, stated: float | None, same: float = _SAME) -> float:
     """The rate that a group states, where the measured one differs from it by rounding alone."""
-    return stated if stated and math.isclose(rate, stated, rel_tol=_SAME) else rate
+    return stated if stated and math.isclose(rate, stated, rel_tol=same) else rate
 
 
 def rates_by_id(optimizer: Any) -> dict[int, float]:

@@ -28,6 +28,7 @@ class Expected:
         weight_decay: of the factors; None: whatever they have.
         watched: steps were waited for.
         names_ratio: the script speaks of a ratio, so plain LoRA is not what was meant.
+        uncalled: a method of the trainer that was to build the optimizer, and is never called; "" if there is none.
     """
 
     lr_ratio: float | None = None
@@ -35,6 +36,7 @@ class Expected:
     weight_decay: float | None = None
     names_ratio: bool = False
     watched: bool = False
+    uncalled: str = ""
 
 
 def judge_ratio(pairs: Sequence[Pair], expected: Expected, why: Callable[[Pair], str]) -> Iterator[str]:

@@ -13,14 +13,19 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import loraplus
-from loraplus.diagnosis.diagnosis import Diagnosis
+from loraplus.diagnosis.diagnosis import Diagnosis, some
 from loraplus.errors import InputError
 
 VARIABLE = "LORAPLUS_DOCTOR"
+SO_FAR = ".so_far"
+"""Of the file of a process that goes on."""
+STOPPED = ".stopped.json"
+"""Of the file of a process that waits to be ended."""
 _SECONDS_TO_END = 10.0  # that other processes of a launcher are given once one has written what it found
 _LARGEST_READ = 2**20
 _TEXTS = {".py", ".yaml", ".yml", ".json", ".toml", ".sh"}
@@ -71,7 +76,12 @@ def diagnose_script(command: Sequence[str], *, steps: int, lr_ratio: float | Non
         raise InputError(content["refused"])
     if "failed" in content:
         raise InputError(f"the script's optimizers could not be read ({content['failed']})")
-    return Diagnosis.from_dict(content)
+    diagnosis = Diagnosis.from_dict(content)
+    taken = max((optimizer.steps for optimizer in diagnosis.optimizers), default=0)
+    if code and taken < steps:
+        said = f"the command ended by itself after {some(taken, 'step')}, with exit code {code}; see what it printed"
+        diagnosis = replace(diagnosis, notes=(*diagnosis.notes, said))
+    return diagnosis
 
 
 def _runnable(command: Sequence[str]) -> list[str]:
@@ -110,7 +120,8 @@ def _run(command: list[str], settings: dict[str, Any], folder: Path) -> int:
     sys.stderr.flush()  # the script writes there, too
     program = shutil.which(command[0], path=environment["PATH"]) or command[0]
     process = subprocess.Popen(
-        command, executable=program, env=environment, stdin=subprocess.DEVNULL, stdout=2,
+        command, executable=program, env=environment, stdout=2,
+        stdin=subprocess.DEVNULL if sys.stdin is None or sys.stdin.isatty() else None,  # in a session of its own
         start_new_session=True,
     )  # fmt: skip
     try:
@@ -118,6 +129,8 @@ def _run(command: list[str], settings: dict[str, Any], folder: Path) -> int:
         while process.poll() is None:
             if seen_at is None and any(folder.glob("*.json")):
                 seen_at = time.monotonic()
+            if any(folder.glob(f"0-*{STOPPED}")):  # nothing is left to wait for: rank 0 is the one that is shown
+                break
             if seen_at is not None and time.monotonic() - seen_at > _SECONDS_TO_END:
                 break
             time.sleep(0.05)
@@ -152,8 +165,12 @@ def _marked(mark: str) -> Iterator[int]:
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
-    """What the processes wrote; that of rank 0 first, and what was read before what was refused."""
-    paths = sorted(folder.glob("*.json"), key=lambda path: int(path.stem.partition("-")[0]))
+    """What the processes wrote; that of rank 0 first, and what was read before what was refused.
+
+    A process that ended without a word (`os._exit`, a signal) has left what its last step showed.
+    """
+    written = list(folder.glob("*.json")) or list(folder.glob(f"*{SO_FAR}"))
+    paths = sorted(written, key=lambda path: int(path.stem.partition("-")[0]))
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return sorted(contents, key=lambda content: "verdict" not in content)
 

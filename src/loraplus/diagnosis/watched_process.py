@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from loraplus.diagnosis.judging import judge
 from loraplus.diagnosis.live import expected_of
 from loraplus.diagnosis.observer import Observed, Observer
 from loraplus.diagnosis.ratio import Expected
+from loraplus.diagnosis.script import SO_FAR, STOPPED
 from loraplus.errors import LoraPlusError
 from loraplus.steps.group_rates import rate_as_number
 from loraplus.steps.wrappers import unwrapped
@@ -28,6 +30,7 @@ from loraplus.steps.wrappers import unwrapped
 _AT_ZERO = 200  # steps at a rate of 0, as in a warm-up, that are waited for
 _WITHOUT_FACTORS = 50  # steps of an optimizer that trains no adapter: another may follow
 _LOOKS = 3  # backward passes before which optimizers are looked for that torch's hooks do not reach
+_SECONDS_TO_BE_ENDED = 60.0  # by the doctor, who may have been killed
 _A_RUN = 2  # steps: optimizers that step in turn have not taken as many when the next one begins
 _watches: list[Watch] = []
 
@@ -94,6 +97,7 @@ class Watch:
         trains = any(map(has_factors, models_of([observed.optimizer], alive().modules)))
         if trains:
             self._look(self._observer.seen)
+            self._put(SO_FAR)
         if observed.at_zero >= _AT_ZERO or observed.steps >= (wanted if trains else wanted + _WITHOUT_FACTORS):
             if not self._found:
                 self._look(self._observer.seen)
@@ -113,10 +117,14 @@ class Watch:
             self._write()
 
     def _stop(self) -> None:
-        self._write()
+        """Nothing that the script would do after this is done, and nothing that its parent does once it has ended."""
+        self._write(STOPPED)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(0)  # nothing that the script would do at its end is done: no save, no upload
+        folder, until = Path(self._settings["folder"]), time.monotonic() + _SECONDS_TO_BE_ENDED
+        while folder.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        os._exit(0)
 
     def _look(self, seen: Sequence[Observed]) -> None:
         try:
@@ -126,12 +134,15 @@ class Watch:
         except Exception as error:  # told by the process that started this one
             self._found = {"failed": f"{type(error).__name__}: {error}"}
 
-    def _write(self) -> None:
+    def _write(self, ending: str = ".json") -> None:
         self._observer.remove()
         if self._found:
-            path = Path(self._settings["folder"], f"{os.environ.get('RANK', '0')}-{self._process}")
-            path.with_suffix(".tmp").write_text(json.dumps(self._found), encoding="utf-8")
-            path.with_suffix(".tmp").replace(path.with_suffix(".json"))
+            self._put(ending)
+
+    def _put(self, ending: str) -> None:
+        path = Path(self._settings["folder"], f"{os.environ.get('RANK', '0')}-{self._process}")
+        path.with_suffix(".tmp").write_text(json.dumps(self._found), encoding="utf-8")
+        path.with_suffix(".tmp").replace(path.with_suffix(ending))
 
     def _diagnosis(self, seen: Sequence[Observed]) -> dict[str, Any]:
         gc.collect()  # optimizers and models that nobody has any more

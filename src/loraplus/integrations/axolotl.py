@@ -28,6 +28,7 @@ else:
         BasePlugin = object  # its settings and hooks can be read and tried without axolotl
 
 _kinds: dict[str, Any] = {name: kind for name, kind, _ in rate_fields(prefix=PREFIX, overrides=dict[str, float])}
+_RATES = [*_kinds, PREFIX + "auto_rates"]  # without any of them in the file, those in `optim_args` count
 _kinds |= {PREFIX + "auto_rates": bool, PREFIX + "log_updates": int, PREFIX + "log_layers": bool}
 _help = {name: field.metadata["help"] for name, field in RateArguments.__dataclass_fields__.items()}
 _fields: dict[str, Any] = {
@@ -80,8 +81,10 @@ class Plugin(BasePlugin):
         Raises:
             TrainerSetupError, InvalidRateError, NoLoraFactorsError: as `loraplus.attach`.
         """
-        settings = settings_from(SimpleNamespace(**cfg) if isinstance(cfg, Mapping) else cfg)
+        written = SimpleNamespace(**cfg) if isinstance(cfg, Mapping) else cfg
+        settings = settings_from(written)
         for name in ("loraplus_lr_ratio", "loraplus_lr_embedding"):
             if hasattr(trainer.args, name):
                 setattr(trainer.args, name, None)
-        attach(trainer, settings.rates, log_updates=settings.log_updates, log_layers=settings.log_layers)
+        rates = [settings.rates] if any(getattr(written, name, None) is not None for name in _RATES) else []
+        attach(trainer, *rates, log_updates=settings.log_updates, log_layers=settings.log_layers)

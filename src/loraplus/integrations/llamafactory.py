@@ -7,7 +7,6 @@ kto, rm, ppo) in one function, and this module puts another in its place; everyt
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,15 +45,16 @@ def create_loraplus_optimizer(model: nn.Module, training_args: Any, finetuning_a
 
     Source: LLaMA-Factory, `train/trainer_utils.py` (0.9.5).
     """
-    settings, rest = in_optim_args(training_args.optim_args)
+    named, rest = in_optim_args(training_args.optim_args)
     ratio, embedding = float(finetuning_args.loraplus_lr_ratio), finetuning_args.loraplus_lr_embedding
-    if settings.rates.lr_ratio not in (Rates().lr_ratio, ratio):
+    if named.get("lr_ratio", ratio) != ratio:
         raise TrainerSetupError(
-            f"loraplus_lr_ratio is {ratio:g}, optim_args asks for {settings.rates.lr_ratio:g}; give one of them"
+            f"loraplus_lr_ratio is {ratio:g}, optim_args asks for {named['lr_ratio']:g}; give one of them"
         )
-    rates = replace(settings.rates, lr=training_args.learning_rate, lr_ratio=ratio)
+    settings: dict[str, Any] = {**named, "lr_ratio": ratio}
     if embedding not in (None, _DEFAULT_LR_EMBEDDING):
-        rates = replace(rates, lr_embedding=float(embedding))
+        settings["lr_embedding"] = float(embedding)
+    rates = Rates(training_args.learning_rate, **settings)
     given = training_args.optim_args
     try:
         training_args.optim_args = rest

@@ -86,7 +86,8 @@ class LoraPlusMixin(WholeCheckpoints):
     def loraplus_settings(self) -> RateSettings:
         """What is asked for at this moment: what `attach` was given, else the training arguments."""
         # The arguments may have been changed since.
-        return (None if self._given is None else without_repetition(self.args, self._given)) or settings_of(self.args)
+        given = None if self._given is None else without_repetition(self.args, self._given)
+        return given or settings_of(self.args) or RateSettings()
 
     @property
     def loraplus_rates(self) -> Rates:
@@ -299,11 +300,15 @@ def _builds_as_trainer(trainer: Any) -> bool:
 
 
 def without_repetition(args: TrainingArguments, given: RateSettings) -> RateSettings | None:
-    """What was given to `attach`, or None if the arguments say the same, or alone say something."""
-    asked, nothing = settings_of(args), RateSettings()
-    if given in (asked, nothing):
+    """What was given to `attach`, or None if the arguments say the same.
+
+    Raises:
+        TrainerSetupError: they say something else.
+    """
+    asked = settings_of(args)
+    if given == (asked or RateSettings()):
         return None
-    if asked == nothing:
+    if asked is None:
         return given
     name, in_arguments, in_attach = asked.differs_in(given) or ("", None, None)
     raise TrainerSetupError(

@@ -83,8 +83,8 @@ class LoraPlusTrainingArguments(RateArguments, TrainingArguments):
                 setattr(self, PREFIX + name, overrides_from(PREFIX + name, getattr(self, PREFIX + name)))
 
 
-def in_optim_args(text: Any) -> tuple[RateSettings, str | None]:
-    """What `optim_args` says of LoRA+, "ratio=16, lr_head=1e-3", and the rest of it, which is the optimizer's own.
+def in_optim_args(text: Any) -> tuple[dict[str, float], str | None]:
+    """The fields of `Rates` that `optim_args` names, "ratio=16, lr_head=1e-3", and the rest, the optimizer's own.
 
     Every setting that is a number has its name in `Rates`, with or without `loraplus_`; `ratio` is short for lr_ratio.
 
@@ -92,11 +92,10 @@ def in_optim_args(text: Any) -> tuple[RateSettings, str | None]:
         TrainerSetupError: a value that is no number, or a setting that maps names to numbers.
 
     Example:
-        >>> settings, rest = in_optim_args("ratio=8, momentum=0.9")
-        >>> settings.rates.lr_ratio, rest
-        (8.0, 'momentum=0.9')
+        >>> in_optim_args("ratio=8, momentum=0.9")
+        ({'lr_ratio': 8.0}, 'momentum=0.9')
     """
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, float] = {}
     rest: list[str] = []
     for part in str(text or "").replace(" ", "").split(","):
         key, _, value = part.partition("=")
@@ -113,21 +112,24 @@ def in_optim_args(text: Any) -> tuple[RateSettings, str | None]:
                 f"optim_args has {part}; give {key} once, as a number, or give the rates to loraplus.attach"
             )
         numbers[name] = number
-    with told_once(silent=True):
-        return RateSettings(Rates(**numbers)), (",".join(rest) or None) if numbers else text
+    return numbers, (",".join(rest) or None) if numbers else text
 
 
-def settings_of(args: TrainingArguments) -> RateSettings:
-    """What training arguments ask for: in fields of their own, or in `optim_args`.
+def settings_of(args: TrainingArguments) -> RateSettings | None:
+    """What training arguments ask for: in fields of their own, or in `optim_args`; None if in neither.
 
     Raises:
-        TrainerSetupError: in both, and not the same.
+        TrainerSetupError: in both, and not the same. Fields have defaults, so one that was left out counts, too.
     """
-    fields = args.loraplus_settings() if isinstance(args, LoraPlusTrainingArguments) else RateSettings()
-    named = in_optim_args(args.optim_args)[0]
-    if RateSettings() in (fields, named) or named == fields:
-        return named if fields == RateSettings() else fields
-    name, here, there = fields.differs_in(named) or ("", None, None)
-    raise TrainerSetupError(
-        f"the training arguments ask for {name} = {here}, optim_args for {there}; set the rates in one of them"
-    )
+    fields = args.loraplus_settings() if isinstance(args, LoraPlusTrainingArguments) else None
+    numbers: dict[str, Any] = {**in_optim_args(args.optim_args)[0]}
+    with told_once(silent=True):  # of a low ratio, as in `settings_from`
+        named = RateSettings(Rates(**numbers)) if numbers else None
+    difference = fields.differs_in(named) if fields is not None and named is not None else None
+    if difference is not None:
+        name, here, there = difference
+        raise TrainerSetupError(
+            f"the training arguments ask for {name} = {here}, optim_args for {there}; set {PREFIX}{name}, and take it "
+            "out of optim_args"
+        )
+    return named if fields is None or fields == RateSettings() else fields

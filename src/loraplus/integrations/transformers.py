@@ -73,8 +73,8 @@ class LoraPlusTrainer(LoraPlusMixin, Trainer):
 
 
 @told_once()
-@takes_rates("lr_ratio")
-def attach(trainer: AnyTrainer, *, rates: Rates, log_updates: int = 0, log_layers: bool = False) -> AnyTrainer:
+@takes_rates("lr_ratio", optional=True)
+def attach(trainer: AnyTrainer, *, rates: Rates | None, log_updates: int = 0, log_layers: bool = False) -> AnyTrainer:
     """Gives a trainer LoRA+ before `.train()`; works for Trainer and every subclass, TRL's included.
 
     The trainer builds the optimizer that it would have built, with its own hooks; its groups are then split by role.
@@ -101,7 +101,9 @@ def attach(trainer: AnyTrainer, *, rates: Rates, log_updates: int = 0, log_layer
     """
     if not isinstance(trainer, Trainer):
         raise TrainerSetupError(f"attach takes a transformers Trainer, got {type(trainer).__name__}")
-    given = without_repetition(trainer.args, RateSettings(rates, log_updates, log_layers))
+    given = None
+    if rates is not None or log_updates or log_layers:
+        given = without_repetition(trainer.args, RateSettings(rates or Rates(), log_updates, log_layers))
     if trainer.optimizer is None and not isinstance(trainer, LoraPlusMixin):
         trainer.__class__ = _with_mixin(type(trainer))
     _set_up(trainer, given)

@@ -85,3 +85,11 @@ def create_optimizer(
         lr = made(model) if lr is None else lr
         return loraplus.create_optimizer(model, lr=lr, lr_ratio=lr_ratio, **options)
     return loraplus.create_optimizer(model, made, lr=variant.lr if lr is None else lr, lr_ratio=lr_ratio, **options)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of the methods, `variants.Muon`, once they are asked for."""
+    variant = next((each for each in ALL.values() if each.home[1] == name and each.lr is not None), None)
+    if variant is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return variant.load()

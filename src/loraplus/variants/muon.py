@@ -31,6 +31,7 @@ class Muon(PairOptimizer):
     """
 
     def __init__(self, params: Any, *, momentum: float = 0.95, **options: Any) -> None:
+        self.require(0 <= momentum < 1, f"momentum in [0, 1), got {momentum}")
         super().__init__(params, momentum=momentum, **options)
 
     def direction(

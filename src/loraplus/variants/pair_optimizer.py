@@ -9,13 +9,14 @@ by AdamW.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from loraplus.errors import OptimizerSetupError
+from loraplus.errors import DivergedError, OptimizerSetupError
 from loraplus.steps.movement import adapted_layers, gathered, is_sharded
 
 
@@ -37,7 +38,9 @@ class PairOptimizer(torch.optim.Optimizer):
 
     Raises:
         NoLoraFactorsError: no layer of the model has a trainable factor.
-        OptimizerSetupError: a bank of experts, or factors that are flattened or sharded away (FSDP1, ZeRO-3).
+        OptimizerSetupError: no model; an option that the method does not have, or out of its range; a bank of experts,
+            or factors that are flattened or sharded away (FSDP1, ZeRO-3).
+        DivergedError: in `step`, a gradient is not finite, and the method cannot make a direction of it.
     """
 
     takes_model = True
@@ -49,15 +52,41 @@ class PairOptimizer(torch.optim.Optimizer):
         self,
         params: Any,
         *,
-        factors_of: nn.Module,
+        factors_of: nn.Module | None = None,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:
-        self.pairs = _pairs(factors_of, type(self).__name__)
+        kind = type(self)
+        if factors_of is None:
+            raise OptimizerSetupError(
+                f"{kind.__name__} needs the model, to know which factors belong together: build it with "
+                f"loraplus.create_optimizer(model, {kind.__name__}, ...), or call loraplus.attach(trainer)"
+            )
+        steppers = [each for each in kind.__mro__ if issubclass(each, PairOptimizer)]
+        known = {name for each in steppers for name in inspect.signature(each.__init__).parameters}
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise OptimizerSetupError(f"{kind.__name__} has no option {unknown[0]}")
+        self.require(all(0 <= beta < 1 for beta in betas), f"betas in [0, 1), got {betas}")
+        self.require(eps > 0, f"eps > 0, got {eps}")
+        self.pairs = _pairs(factors_of, kind.__name__)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options})
+
+    def require(self, holds: bool, what: str) -> None:
+        """Refuses an option that is out of its range.
+
+        Args:
+            holds: it is not.
+            what: the method needs.
+
+        Raises:
+            OptimizerSetupError: it is.
+        """
+        if not holds:
+            raise OptimizerSetupError(f"{type(self).__name__} needs {what}")
 
     def direction(
         self,
@@ -135,7 +164,15 @@ class PairOptimizer(torch.optim.Optimizer):
             return adam(gradient.float(), state, group).to(parameter.dtype)
         partner, is_a = pair
         factor, gradient = _rank_last(gathered(parameter), is_a), _rank_last(gathered(gradient), is_a)
-        update = self.direction(factor, _rank_last(gathered(partner), not is_a), gradient, state, group)
+        try:
+            update = self.direction(factor, _rank_last(gathered(partner), not is_a), gradient, state, group)
+        except RuntimeError as error:  # torch.linalg's
+            if all(bool(tensor.isfinite().all()) for tensor in (gradient, factor)):
+                raise
+            raise DivergedError(
+                f"{type(self).__name__}: the gradient of a factor {tuple(parameter.shape)}, or the factor itself, is "
+                "not finite; lower the rate, or step through a GradScaler, which skips such steps"
+            ) from error
         whole = (update.T if is_a else update).reshape(parameter.shape).to(parameter.dtype)
         if not is_sharded(parameter):
             return whole

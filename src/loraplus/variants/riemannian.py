@@ -30,6 +30,7 @@ class Riemannian(PairOptimizer):
     like_adam = True
 
     def __init__(self, params: Any, *, damping: float = 1e-2, **options: Any) -> None:
+        self.require(damping > 0, f"damping > 0, got {damping}")  # B is 0 at first
         super().__init__(params, damping=damping, **options)
 
     def direction(
