@@ -12,7 +12,8 @@ import yaml
 
 from loraplus.study.arms import ALL
 
-EVERY = ",".join(ALL)
+SIX = ("lora", "loraplus", "auto", "mua", "prodigy", "schedulefree")  # of every kind
+EVERY = ",".join(SIX)
 
 
 def flags(model_folder, data, output, *more):
@@ -68,10 +69,10 @@ def test_arms_are_added_without_doing_a_run_again(added_to):
 def test_every_arm_is_in_the_table_the_lines_the_files_and_the_verdict(added_to):
     output, _, _, second = added_to
     summary = json.loads(second.stdout)
-    assert list(summary["arms"]) == list(ALL)
+    assert list(summary["arms"]) == list(SIX)
     assert list(summary["paired_with_lora"]) == ["auto", "mua", "prodigy", "schedulefree"]
     report = (output / "report.html").read_text()
-    for arm in ALL.values():
+    for arm in (ALL[name] for name in SIX):
         assert f"final {arm.title} " in second.stderr or arm.name in ("lora", "mua")
         assert any(line.startswith(arm.title + " ") for line in second.stderr.splitlines())
         assert arm.title in summary["verdict"] and arm.title in report

@@ -96,7 +96,7 @@ def test_an_interrupted_search_goes_on_to_the_same_pair(run, tuned, tmp_path, mo
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     again = [line for line in done.stderr.splitlines() if "tuning LoRA+" in line]
-    assert len(again) == len(result["trials"]) - done_before
+    assert len(again) == len(result["trials"]) - done_before, (seen, again)
     assert result["best"] == tuned[1]["best"]
 
 

@@ -18,7 +18,7 @@ import typer
 
 from loraplus.cli import flags as common_flags
 from loraplus.cli.flag_groups import OF_COMMAND, ORDER, group_of
-from loraplus.cli.terminal import Console, is_speaker
+from loraplus.cli.terminal import Console, is_speaker, without_chatter
 from loraplus.errors import InputError
 from loraplus.files.parsing import LONGEST_YAML, ParseError, parse_yaml
 from loraplus.files.single import read_text
@@ -145,11 +145,12 @@ def config_command(
                     console = Console(plain=extra["plain"])
                     into = "nothing is written (--check)" if only_checked else f"into {config.output}"
                     console.say(f"{name}: {config.task} on {config.data} with {config.model}, {into}")
-            if only_checked:
-                from loraplus.cli.seen import run_check
+            with without_chatter():  # what a command imports is not quiet either
+                if only_checked:
+                    from loraplus.cli.seen import run_check
 
-                return run_check(name, config, json=extra["json"], plain=extra["plain"])
-            return run(config, **extra)
+                    return run_check(name, config, json=extra["json"], plain=extra["plain"])
+                return run(config, **extra)
 
         parameters = [_parameter(spec, hints[spec.name], names, required) for spec in specs]
         parameters += [

@@ -163,6 +163,7 @@ def narrated(console: Console, *, doubts: bool = True) -> Iterator[None]:
     log = logging.getLogger("loraplus")
     handler = _Lines(console)
     handler.addFilter(lambda record: doubts or record.levelno < logging.WARNING)
+    handler.addFilter(lambda record: record.name != "loraplus.proof")  # once a run of a study, and the result has it
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)

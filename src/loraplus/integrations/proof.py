@@ -11,7 +11,7 @@ from loraplus.existing_groups import Groups
 from loraplus.groups import RateTable, explain, verify
 from loraplus.rates import Rates
 
-logger = logging.getLogger("loraplus")
+logger = logging.getLogger("loraplus.proof")  # a script's; commands tell the rates at their end
 
 
 def prove(
