@@ -11,6 +11,7 @@ from language import save_decoder
 from stacks.models import language_model, tokenizer
 from stacks.trainers import TRL_OPTIONS, rows_for
 
+from loraplus.adapters import layouts
 from pages.blocks import PAGES, ROOT, blocks, name_of
 from pages.script import Make, Script, in_a_group, kohya, on_decoder, trl_trainer
 
@@ -88,6 +89,7 @@ def workplace(tmp_path_factory, model_folder):
 def test_the_python_of_a_page_runs(page, workplace, monkeypatch, tmp_path):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr("sys.argv", ["script.py", *FLAGS.split()])
+    monkeypatch.setattr(layouts, "_registered", {})  # what a page registers ends with it
     script = Script(tmp_path, OWN.get(name_of(page), {}))
     try:
         for block in blocks(page):
