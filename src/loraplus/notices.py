@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from loraplus.errors import LoraPlusWarning
@@ -76,6 +77,9 @@ def renamed(module: str, name: str, new_names: Mapping[str, str]) -> str:
 
 
 def acknowledge(text: str) -> None:
-    """Says, from the handler of a signal, that it has come and what happens now."""
-    with suppress(RuntimeError):  # it came in the middle of another line's write, which cannot be begun again
-        logging.getLogger(__name__).info(text)
+    """Says, from the handler of a signal, that it has come and what happens now.
+
+    In a thread of its own, which waits for the line that the signal came in the middle of. In the same thread that line
+    would be written twice.
+    """
+    threading.Thread(target=logging.getLogger(__name__).info, args=(text,)).start()

@@ -149,11 +149,7 @@ def tell(text: str) -> None:
     if _narrators and _narrators[-1].is_terminal:
         _narrators[-1].say(text)
     else:
-        stream = screen()[1]
-        try:  # past the stream: a signal may have come while a line was written to it, which would be written twice
-            os.write(stream.fileno(), f"{text}\n".encode())
-        except (OSError, ValueError):  # a stream without a file
-            print(text, file=stream)
+        print(text, file=screen()[1])
 
 
 @contextmanager
