@@ -34,6 +34,7 @@ from loraplus.auto import AutoRates, Rule
 from loraplus.roles import Role, trainable_parameters
 from loraplus.steps.movement import adapted_layers, factors
 from loraplus.variants.maximal_update import tied_rate
+from loraplus.variants.width_rate import width_rate
 
 USUAL, TRL_SFT, TRL_DPO = 3e-4, 2e-4, 5e-6
 Optimizers = list[torch.optim.Optimizer]
@@ -70,8 +71,7 @@ def trl(problem: Problem, setting: Setting) -> Optimizers:
 
 def tinker(problem: Problem, setting: Setting) -> Optimizers:
     """The cookbook's formula, at the width of the adapted layers' inputs."""
-    width = min(entry.weights[0].shape[1] for entry in adapted_layers(problem.model))
-    return adamw(problem, setting, 5e-5 * 10 * (2000 / width) ** 0.781)
+    return adamw(problem, setting, width_rate(problem.model))
 
 
 def _named_groups(problem: Problem, setting: Setting) -> list[dict[str, Any]]:

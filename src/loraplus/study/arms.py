@@ -50,16 +50,16 @@ ALL: dict[str, Arm] = {
             tuned=True, has_ratio=True, tunes_ratio=True,
         ),
         Arm("auto", "LoRA+ auto", "AdamW with both rates set from what each layer's output does", methods.automatic),
-        Arm("mua", "μA", "AdamW at one rate that follows from width, rank and α", methods.maximal_update),
-        Arm("tinker", "Tinker's formula", "AdamW at one rate that follows from the width", methods.width_rate),
+        Arm("mua", "μA", "AdamW at one rate that follows from width, rank and α", methods.variant("mua")),
+        Arm("tinker", "Tinker's formula", "AdamW at one rate that follows from the width", methods.variant("tinker")),
         Arm(
-            "lora-rite", "LoRA-RITE", "steps of B·A however it is split", methods.lora_rite, tuned=True
+            "lora-rite", "LoRA-RITE", "steps of B·A however it is split", methods.variant("lora-rite"), tuned=True
         ),
         Arm(
-            "riemannian", "Riemannian", "AdamW on gradients in the metric of the other factor", methods.riemannian,
-            tuned=True,
+            "riemannian", "Riemannian", "AdamW on gradients in the metric of the other factor",
+            methods.variant("riemannian"), tuned=True,
         ),
-        Arm("muon", "Muon", "orthogonal steps of A and B", methods.muon, tuned=True),
+        Arm("muon", "Muon", "orthogonal steps of A and B", methods.variant("muon"), tuned=True),
         Arm(
             "prodigy", "Prodigy", "Prodigy with an estimate each for A, B and the head", methods.prodigy,
             package="prodigyopt",

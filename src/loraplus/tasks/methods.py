@@ -7,6 +7,7 @@ no notice of lr and lr_ratio. The head learns at `--lr-head` in all of them but 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,39 +48,18 @@ def automatic(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, 
     return Method(rates_of(config, DEFAULT_LR), auto=True)
 
 
-def maximal_update(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
-    """AdamW at the one rate of `variants.maximal_update` for A and B."""
-    from loraplus.variants.maximal_update import tied_rate
+def variant(name: str) -> Callable[..., Method]:
+    """The method of `loraplus.variants` with this name: AdamW at the rate that it computes, or its own steps at lr."""
 
-    return Method(rates_of(config, tied_rate(model)))
+    def method(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
+        from loraplus.variants import ALL
 
+        made = ALL[name].load()
+        if ALL[name].lr is None:
+            return Method(rates_of(config, made(model)))
+        return Method(rates_of(config, lr), optimizer=(made, {}))
 
-def width_rate(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
-    """AdamW at the one rate of `variants.width_rate` for A and B."""
-    from loraplus.variants.width_rate import width_rate
-
-    return Method(rates_of(config, width_rate(model)))
-
-
-def lora_rite(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
-    """LoRA-RITE at one rate for A and B."""
-    from loraplus.variants.lora_rite import LoraRite
-
-    return Method(rates_of(config, lr), optimizer=(LoraRite, {}))
-
-
-def riemannian(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
-    """Riemannian preconditioning at one rate for A and B."""
-    from loraplus.variants.riemannian import Riemannian
-
-    return Method(rates_of(config, lr), optimizer=(Riemannian, {}))
-
-
-def muon(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
-    """Muon on A and B at one rate for both."""
-    from loraplus.variants.muon import Muon
-
-    return Method(rates_of(config, lr), optimizer=(Muon, {}))
+    return method
 
 
 def prodigy(config: TaskConfig, lr: float, lr_ratio: float, model: nn.Module, steps: int) -> Method:
