@@ -96,8 +96,8 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         return aside
 
     train, validation, test, removed, unused = split(data, config, read)
-    encoded, fingerprint = _encoded((train.rows, validation.rows, test.rows), encoder)
-    max_length = checked_length(config, _max_length(int(encoded[0].lengths.max()), tokenizer), tokenizer)
+    encoded, fingerprint = encoded_splits((train.rows, validation.rows, test.rows), encoder)
+    max_length = checked_length(config, longest_within(int(encoded[0].lengths.max()), tokenizer), tokenizer)
     fitted = [fit(rows, max_length, how) for rows in encoded]
     for name, part in zip(("training", "validation", "test"), fitted, strict=True):
         if not part.rows and (name != "test" or len(test)):
@@ -172,12 +172,12 @@ def _seen(
     return Seen(rows, tuple(doubts))
 
 
-def _max_length(longest: int, tokenizer: PreTrainedTokenizerBase) -> int:
+def longest_within(longest: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """The length of the longest example, within what TRL and the model take."""
     return max(2, min(longest, _LENGTH_CAP, tokenizer.model_max_length))
 
 
-def _encoded(splits: Sequence[Made[Example]], encoder: Encoder) -> tuple[list[TargetRows], str]:
+def encoded_splits(splits: Sequence[Made[Example]], encoder: Encoder) -> tuple[list[TargetRows], str]:
     """(splits as tokens, hash of all tokens and labels as JSON).
 
     The hash tells edited data, and another template, when a run is resumed.
