@@ -199,7 +199,8 @@ def test_a_chart_tells_what_is_pointed_at_and_its_table_has_it_all(pages, visit)
         assert seen.page.locator(f'[data-name="{name}"] tbody tr').count() > 1
 
 
-def test_no_flag_in_a_sentence_is_broken_at_a_hyphen(tmp_path, visit):
+def test_no_flag_or_rate_in_a_sentence_is_broken_at_a_hyphen(pages, tmp_path, visit):
+    assert "1e-3" in visit(pages["train"]).page.locator(".verdict .whole").all_inner_texts()
     _, html = comparison(study(0.9, seeds=2))
     (tmp_path / "few.html").write_text(html)
     seen = visit(tmp_path / "few.html", 375)

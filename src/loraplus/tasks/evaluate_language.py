@@ -115,7 +115,7 @@ def losses(
                 report_to="none",
                 disable_tqdm=True,
             ),
-            callbacks=[_Rows(on_batch, batch_size)] if on_batch else [],
+            callbacks=[_Rows(on_batch, batch_size, len(data.rows))] if on_batch else [],
         )
         adapted = trainer.answers(data.rows).metrics
         with model.disable_adapter():
@@ -128,10 +128,13 @@ def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Rows(TrainerCallback):
-    """Tells how many more rows were evaluated."""
+    """Tells how many more rows were evaluated; a last batch may be smaller."""
 
-    def __init__(self, on_batch: Callable[[int], None], batch_size: int) -> None:
-        self._on_batch, self._batch_size = on_batch, batch_size
+    def __init__(self, on_batch: Callable[[int], None], batch_size: int, rows: int) -> None:
+        self._on_batch, self._batch_size, self._rows = on_batch, batch_size, rows
+        self._left = rows
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._on_batch(self._batch_size)
+        done = min(self._batch_size, self._left)
+        self._left = self._left - done or self._rows  # another pass
+        self._on_batch(done)
