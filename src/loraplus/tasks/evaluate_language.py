@@ -50,7 +50,7 @@ def kept_aside(
         InputError: data that cannot be used; the message names the file, column or line.
     """
     saved = saved_config(user_path(adapter)) or {}
-    task = saved.get("task") if saved.get("task") in ("sft", "lm") else "sft"
+    task = "lm" if saved.get("task") == "lm" else "sft"
     if not any(astuple(named)):
         names = (saved.get(f"{what}_column") for what in ("text", "messages", "prompt", "completion"))
         named = NamedColumns(*(name if name in table.columns else None for name in names))
