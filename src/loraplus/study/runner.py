@@ -80,7 +80,7 @@ class Event:
     reused: bool = False
     elsewhere: bool = False
     full_steps: int | None = None
-    records: Records = field(default_factory=dict, repr=False)
+    records: Records = field(default_factory=dict, repr=False, compare=False)
 
 
 OnEvent = Callable[[Event], None]
