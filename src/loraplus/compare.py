@@ -15,7 +15,7 @@ from loraplus.files.commands import CONFIG_FILE, LATER_SETTINGS, NOT_COMPARED
 from loraplus.files.output import check_output, hold_output, prepare_output, saved_config
 from loraplus.files.single import write_atomically, write_csv, write_json, write_yaml
 from loraplus.report import render
-from loraplus.report.live import LivePage
+from loraplus.report.live import LivePage, study_page
 from loraplus.study.arms import chosen
 from loraplus.study.plan import Plan
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, Event, default_workers, has_begun, run_all
@@ -91,7 +91,7 @@ def compare(
             store,
             partial(run_trial, config),
             workers=workers,
-            on_event=LivePage(folder / REPORT_FILE, settings, lambda: store.records().values(), progress),
+            on_event=LivePage(folder / REPORT_FILE, study_page("compare", settings), progress),
             log=folder / LOG_FILE,
         )
         in_order = list(records.values())

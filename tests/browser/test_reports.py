@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from report.test_page import EVIL
 from report.test_page import page as comparison
+from report.test_scored import page_of
 from report.test_training import METRICS
 from study.test_summary import study
 
@@ -35,14 +36,18 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     sample = {"source": "d, line 1", "prompt": EVIL * 3, "reference": EVIL, "base": "a" * 400, "adapted": "=1+1\n" * 9}
     write_json(run / "samples.json", [sample])
     redraw(Options(name="coordinates", output=str(folder / "experiment")), RESULTS / "coordinates")
+    (folder / "scored").mkdir()
+    mistake = {"text": "=1+1\n" * 9, "truth": EVIL, "prediction": "@SUM(A1)", "probability": 0.9}
+    page_of(folder / "scored", "classification", mistakes=[mistake])
     return {
         "compare": folder / "compare.html",
         "train": write_report(run),
+        "scored": folder / "scored" / "report.html",
         "experiment": folder / "experiment" / "index.html",
     }
 
 
-@pytest.mark.parametrize("name", ["compare", "train", "experiment"])
+@pytest.mark.parametrize("name", ["compare", "train", "scored", "experiment"])
 @pytest.mark.parametrize(("width", "dark"), [(375, False), (375, True), (1280, False), (1280, True)])
 def test_a_page_is_whole_quiet_and_not_cut_off(pages, visit, name, width, dark):
     seen = visit(pages[name], width, dark=dark)
@@ -104,13 +109,82 @@ def test_a_table_is_filtered_and_what_is_shown_is_downloaded(pages, visit, tmp_p
 
 
 def test_a_download_holds_no_formula(pages, visit, tmp_path):
-    seen = visit(pages["train"])
+    seen = visit(pages["scored"])
     with seen.page.expect_download() as download:
-        seen.page.locator(".table").last.get_by_role("button", name="CSV").click()
-    download.value.save_as(tmp_path / "sample.csv")
-    with (tmp_path / "sample.csv").open(newline="", encoding="utf-8-sig") as file:
+        seen.page.get_by_role("button", name="Download as CSV: Mistakes").click()
+    download.value.save_as(tmp_path / "mistakes.csv")
+    with (tmp_path / "mistakes.csv").open(newline="", encoding="utf-8-sig") as file:
         (_, row) = csv.reader(file)
-    assert row[1] == EVIL and row[3].startswith("'=1+1")
+    assert row[0].startswith("'=1+1") and row[1] == EVIL and row[2] == "'@SUM(A1)"
+
+
+def test_a_sample_is_a_list_of_who_says_what(pages, visit):
+    sample = visit(pages["train"]).page.locator(".sample")
+    assert sample.locator("dt").all_inner_texts() == ["prompt", "the data says", "base model", "adapted"]
+    said = sample.locator("dd").all_inner_texts()
+    assert said[1] == EVIL and said[2] == "a" * 400 and said[3].startswith("=1+1")
+
+
+def ends(chart):
+    """First and last label of the x axis."""
+    values = [float(text) for text in chart.locator(".ticks-x text").all_text_contents()]
+    return values[0], values[-1]
+
+
+def test_a_chart_is_zoomed_by_dragging_and_shows_all_again(pages, visit):
+    seen = visit(pages["train"])
+    chart = seen.page.locator("svg.chart").first
+    left, top, width, height = map(float, chart.get_attribute("data-box").split())
+    box, whole = chart.bounding_box(), ends(chart)
+    scale, drawn = box["width"] / 480, chart.locator(".ticks-x").inner_html()
+
+    def point(across, down):
+        return box["x"] + scale * (left + across * width), box["y"] + scale * (top + down * height)
+
+    def size():
+        return chart.locator(".mark").nth(5).locator("circle").first.bounding_box()["width"]
+
+    mark = size()
+    seen.page.mouse.move(*point(0.25, 0.5))
+    seen.page.mouse.down()
+    seen.page.mouse.move(*point(0.5, 0.502), steps=4)
+    assert chart.locator(".brush").count() == 1
+    seen.page.mouse.up()
+    shown = ends(chart)
+    assert whole[0] < shown[0] < shown[1] < (whole[0] + whole[1]) * 0.6 and chart.locator(".brush").count() == 0
+    assert size() == pytest.approx(mark, rel=0.02)
+    # A point that the zoom has moved still tells what it is, where it is now.
+    middle = chart.locator("[data-tip*='at step 4']").first.bounding_box()
+    seen.page.mouse.move(middle["x"] + middle["width"] / 2, middle["y"] + middle["height"] / 2)
+    assert "loss" in seen.page.locator(".tip").inner_text() and "at step 4" in seen.page.locator(".tip").inner_text()
+    seen.keep("zoomed")
+    seen.page.mouse.dblclick(*point(0.9, 0.2))
+    assert chart.locator(".ticks-x").inner_html() == drawn
+    assert not seen.errors and not seen.requests
+
+
+def test_a_chart_is_zoomed_by_keys_and_buttons_and_names_stand_still(pages, visit):
+    seen = visit(pages["compare"])
+    charts = seen.page.locator("svg.chart")
+    for place in range(charts.count()):
+        chart, bar = charts.nth(place), seen.page.locator(".bar.zoom").nth(place)
+        drawn = [chart.locator(f".ticks-{axis}").inner_html() for axis in "xy"]
+        back = bar.get_by_role("button", name="Show all")
+        assert back.is_hidden()
+        bar.get_by_role("button", name="Zoom in").click()
+        zoomed = [chart.locator(f".ticks-{axis}").inner_html() for axis in "xy"]
+        assert zoomed[0] != drawn[0] and (zoomed[1] == drawn[1]) == ("names" in chart.get_attribute("data-y"))
+        chart.press("ArrowRight")
+        assert chart.locator(".ticks-x").inner_html() != zoomed[0]
+        chart.press("Escape")
+        assert [chart.locator(f".ticks-{axis}").inner_html() for axis in "xy"] == drawn and back.is_hidden()
+        for _ in range(30):
+            chart.press("+")
+        assert all(word not in chart.inner_html() for word in ("NaN", "Infinity"))
+        back.click()
+        chart.press("-")  # there is no more to see
+        assert [chart.locator(f".ticks-{axis}").inner_html() for axis in "xy"] == drawn
+    assert not seen.errors
 
 
 def test_a_chart_tells_what_is_pointed_at_and_its_table_has_it_all(pages, visit):
@@ -123,6 +197,18 @@ def test_a_chart_tells_what_is_pointed_at_and_its_table_has_it_all(pages, visit)
     for name in ("Learning curves", "Rates tried", "Differences to LoRA, seed by seed"):
         seen.page.get_by_text(f"{name}: the numbers").click()
         assert seen.page.locator(f'[data-name="{name}"] tbody tr').count() > 1
+
+
+def test_no_flag_or_rate_in_a_sentence_is_broken_at_a_hyphen(pages, tmp_path, visit):
+    assert "1e-3" in visit(pages["train"]).page.locator(".verdict .whole").all_inner_texts()
+    _, html = comparison(study(0.9, seeds=2))
+    (tmp_path / "few.html").write_text(html)
+    seen = visit(tmp_path / "few.html", 375)
+    verdict = seen.page.locator(".verdict")
+    assert verdict.locator(".whole").all_inner_texts() == ["--seeds"]
+    seen.page.evaluate("document.querySelector('.verdict').style.width = '8rem'")
+    assert verdict.locator(".whole").evaluate("part => part.getClientRects().length") == 1
+    assert verdict.inner_text() in " ".join(html.split()).replace("&#39;", "'")
 
 
 def test_the_command_is_copied(pages, visit):

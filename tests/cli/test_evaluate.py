@@ -14,6 +14,7 @@ import sys
 import pytest
 from conftest import review
 from huggingface_hub import ModelCard
+from language import chat_rows, text_rows, write_lines
 from peft import PeftModel
 from sklearn.metrics import f1_score
 from transformers import AutoModelForSequenceClassification
@@ -248,3 +249,75 @@ def test_a_card_that_somebody_wrote_in_is_kept_and_ours_is_replaced(trained, mod
     assert "README.md is not what loraplus wrote, so it stays" in outcome.out + outcome.err
     model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=3)
     PeftModel.from_pretrained(model, tmp_path / "out")
+
+
+@pytest.fixture(scope="module", params=["sft", "lm"])
+def language_run(request, tmp_path_factory, decoder_folder):
+    """(folder of an adapter, file that it was validated on, its metrics)"""
+    from loraplus.tasks.config import TrainConfig
+    from loraplus.tasks.train import train
+
+    place = tmp_path_factory.mktemp("language")
+    rows, more = (chat_rows, {"loss_on": "assistant"}) if request.param == "sft" else (text_rows, {"max_length": 24})
+    data, aside = (write_lines(place / f"{seed}.jsonl", rows(60, seed)) for seed in (0, 1))
+    config = TrainConfig(
+        task=request.param, model=str(decoder_folder), data=str(data), eval_data=str(aside), output=str(place / "run"),
+        max_steps=8, batch_size=8, rank=4, lr=5e-3, samples=0, **more,
+    )  # fmt: skip
+    return place / "run", aside, train(config)
+
+
+def test_a_language_model_has_the_loss_a_token_that_training_measured_and_so_has_its_base(
+    language_run, tmp_path, loraplus_command
+):
+    adapter, aside, metrics = language_run
+    arguments = ["evaluate", "--adapter", adapter, "--data", aside, "--batch-size", 7]
+    outcome = loraplus_command(*arguments, "--json", "--output", tmp_path / "scores")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert found["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert found["perplexity"] == pytest.approx(metrics["eval_perplexity"], rel=1e-4)
+    assert found["base"]["loss"] == pytest.approx(metrics["base"]["eval_loss"], rel=1e-4) != found["loss"]
+    assert found["target_tokens"] == metrics["data"]["validation_target_tokens"]
+    assert found["loss_on"] == metrics["data"]["loss_on"] and not found["notes"]
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["loss"] == found["loss"]
+    outcome = loraplus_command(*arguments)
+    assert (
+        f"loss {found['loss']:.4f} a token" in outcome.out and f"base model {found['base']['loss']:.4f}" in outcome.out
+    )
+    words = shlex.split(last_line(outcome))
+    assert words[:2] == ["loraplus", "generate"] and loraplus_command(*words[1:], "--max-new-tokens", 2).code == 0
+
+
+def test_what_is_not_of_a_kind_of_adapter_is_refused_and_another_kind_of_data_is_told(
+    language_run, trained, held_out, tmp_path, loraplus_command, refused
+):
+    adapter, aside, metrics = language_run
+    assert "no labels" in refused("evaluate", "--adapter", adapter, "--data", aside, "--label-column", "x")
+    assert "no prompts" in refused(
+        "evaluate", "--adapter", trained / "run 1", "--data", held_out, "--prompt-column", "text"
+    )
+    if metrics["data"]["format"] == "text":
+        return
+    texts = write(tmp_path / "t.csv", [("a text of words", 1)], ("body", "n"))
+    outcome = loraplus_command("evaluate", "--adapter", adapter, "--data", texts, "--text-column", "body", "--json")
+    found = json.loads(outcome.out)
+    assert found["format"] == "text" and found["loss_on"] == "all" and "another kind" in found["notes"][0]
+    (tmp_path / "e.jsonl").write_text(json.dumps({"messages": []}) + "\n")
+    assert "e.jsonl, line 1" in refused("evaluate", "--adapter", adapter, "--data", tmp_path / "e.jsonl")
+
+
+def test_a_merged_model_is_told_from_an_adapter_with_what_to_type(
+    trained, language_run, held_out, tmp_path, loraplus_command, refused
+):
+    merged = tmp_path / "one model"
+    assert loraplus_command("merge", "--adapter", trained / "run 1", "--output", merged).code == 0
+    line = refused("predict", "--adapter", merged, "--data", held_out, "--output", tmp_path / "p.csv")
+    words = shlex.split(line[line.index("--adapter") :])
+    assert "is a whole model" in line and words == ["--adapter", str(trained / "run 1")]
+    decoder = tmp_path / "decoder"
+    assert loraplus_command("merge", "--adapter", language_run[0], "--output", decoder).code == 0
+    line = refused("evaluate", "--adapter", decoder, "--data", language_run[1])
+    words = shlex.split(line[line.index("loraplus generate") :])
+    assert words == ["loraplus", "generate", "--model", str(decoder)]
+    assert loraplus_command(*words[1:], "--prompt", "Hello", "--max-new-tokens", 2).code == 0

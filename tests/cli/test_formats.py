@@ -1,9 +1,10 @@
-"""Ten files as people have them, each given to `loraplus train` as it is: trained on, or refused in one line."""
+"""Files as people have them, each given to `loraplus train` as it is: trained on, or refused in one line."""
 
 from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
 import json
 import random
 import shlex
@@ -67,6 +68,10 @@ FILES = {
         ]),
         ("--task", "sft"), "prompt 'instruction' with 'input', completion 'output'",
     ),
+    "questions and answers": (
+        lambda p: separated(p / "d.csv", ("Question", "Answer"), CLASSES), ("--task", "sft"),
+        "prompt 'Question', completion 'Answer'",
+    ),
     "questions and answers in columns of other names": (
         lambda p: separated(p / "d.csv", ("asked", "said"), CLASSES, ";", "utf-8-sig"),
         ("--task", "sft", "--prompt-column", "asked", "--completion-column", "said"), "prompt 'asked'",
@@ -93,7 +98,10 @@ def as_json(path, values):
 
 
 def stands_in_for_packages(monkeypatch):
+    """Has something stand in for openpyxl and charset-normalizer where they are not installed."""
     with_openpyxl(monkeypatch)
+    if importlib.util.find_spec("charset_normalizer"):
+        return
     match = types.SimpleNamespace(encoding="cp1252", chaos=0.0, could_be_from_charset=["cp1252"])
     monkeypatch.setitem(sys.modules, "charset_normalizer", types.SimpleNamespace(from_bytes=lambda *_, **__: [match]))
 

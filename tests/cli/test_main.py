@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -24,6 +25,14 @@ def seen(monkeypatch):
 
     monkeypatch.setattr(sys.modules[train.__module__], "train", run)
     return configs
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_no_flag_is_cut_off_where_the_terminal_is_narrow(command, monkeypatch, loraplus_command):
+    monkeypatch.setenv("COLUMNS", "60")
+    outcome = loraplus_command(command, "--help")
+    assert outcome.code == 0 and all(len(line) <= 60 for line in outcome.out.splitlines())
+    assert "--trust-remo" in outcome.out and not re.search(r"--[a-z-]*…", outcome.out)
 
 
 def test_a_terminal_that_is_not_utf8_gets_question_marks(tmp_path, model_folder, reviews_csv):

@@ -135,6 +135,10 @@ def test_interrupting_saves_a_checkpoint_and_exits_cleanly(tmp_path, model_folde
     step = int(err.split("interrupted after step ")[1].split()[0])
     assert (output / f"checkpoint-{step}" / "optimizer.pt").is_file()
     assert not (output / "metrics.json").exists()
+    page = (output / "report.html").read_text()  # what `watch` shows of a run under way
+    assert " of 100,000</h1>" in page and 'http-equiv="refresh"' in page
+    arguments = flags(model_folder, reviews_csv, output, "--max-steps", 2, "--eval-steps", 2, "--overwrite")
+    assert loraplus_command(*arguments).code == 0 and "refresh" not in (output / "report.html").read_text()
 
 
 def test_a_config_file_sets_flags_and_a_flag_wins(tmp_path, model_folder, reviews_csv, loraplus_command):

@@ -55,7 +55,9 @@ def test_files_and_terminal_tell_the_same(tuned):
     assert [row["part"] for row in rows].count("1.0") == sum(row["part"] == 1 for row in result["trials"])
     config = yaml.safe_load((output / "config.yaml").read_text())
     assert (config["tuning_runs"], config["minutes"], config["study"]) == (2.5, None, "loraplus-tune")
-    assert result["train_command"] in err
+    assert result["train_command"] in err and f"report: {output / 'report.html'}" in err.replace("\n", "")
+    page = (output / "report.html").read_text()
+    assert "Best rates" in page and "refresh" not in page and page.count("<svg") == 2
     assert f"{len(rows)}" and "eval loss" in err and "min left" in err
 
 
@@ -91,6 +93,8 @@ def test_an_interrupted_search_goes_on_to_the_same_pair(run, tuned, tmp_path, mo
     seen.append(process.communicate(timeout=60)[1])
     assert process.returncode == 130, seen
     assert "--resume" in seen[-1]
+    page = (output / "report.html").read_text()
+    assert "of 2.5 runs done</h1>" in page and 'http-equiv="refresh"' in page
     done_before = sum("tuning LoRA+" in line for line in "".join(seen).splitlines())
     done = run(*flags(model_folder, reviews_csv, output, "--resume", "--json"))
     assert done.returncode == 0, done.stderr

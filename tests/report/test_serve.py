@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from loraplus.errors import InputError
-from loraplus.report.live import LivePage
+from loraplus.report.live import LivePage, study_page
 from loraplus.report.serve import server
 from loraplus.study.runner import Event
 
@@ -139,13 +139,14 @@ def test_while_a_comparison_runs_its_page_is_written_and_loads_itself_again(tmp_
     records, seen = study(0.9), []
     path = tmp_path / "report.html"
     settings = {"data": "<b>d.csv", "model": "m", "task": "classification"}
-    page = LivePage(path, settings, lambda: records[:3], seen.append)
+    page = LivePage(path, study_page("compare", settings), seen.append)
+    finished = {record.trial.key: record for record in records[:3]}
     events = [Event("planned", 0, 20), Event("finished", 3, 20, trial=records[2].trial, record=records[2])]
     for event in events:
         page(event)
     assert seen == events and "<h1>0 of 20 runs done</h1>" in path.read_text()  # not again within two seconds
-    page._written = -1e9
-    page(Event("step", 3, 20))
+    page._file._written = -1e9
+    page(Event("step", 3, 20, records=finished))
     text = path.read_text()
     assert "<h1>3 of 20 runs done</h1>" in text and '<meta http-equiv="refresh" content="5">' in text
     assert text.count("<tr><td>") > 3 and "&lt;b&gt;d.csv" in text and "<b>d" not in text

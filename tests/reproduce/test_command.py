@@ -141,6 +141,8 @@ def test_an_interrupted_command_and_a_killed_one_go_on_where_they_stopped(comman
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 130
     assert said.strip().splitlines()[-1].endswith("go on with the same command and --resume")
+    page = (output / "index.html").read_text()
+    assert re.search(r"<h1>\d+ of \d+ runs? done</h1>", page) and 'http-equiv="refresh"' in page
     process = started(data, output, "--resume")
     wait_for(lambda: len(noted(data)) >= 6, process)
     process.kill()

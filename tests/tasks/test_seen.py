@@ -166,3 +166,19 @@ def test_few_validation_examples_are_questioned_in_the_words_of_the_task():
     (of_labels,), (of_numbers,) = (doubts_of_size(0, 270, 30, False, of_labels) for of_labels in (True, False))
     assert "accuracy to about ±18 points" in of_labels
     assert "accuracy" not in of_numbers and "--eval-fraction" in of_numbers
+    (unused,) = doubts_of_size(0, 360, 32, False, unused=8)
+    assert "--max-eval-samples" in unused and "--eval-fraction" not in unused
+
+
+def test_examples_that_a_short_run_does_not_validate_on_are_counted_with_the_flag_that_takes_them(
+    model_folder, reviews_csv
+):
+    for more, told in (
+        ({}, "360 to train on, 32 of 40 to validate (all would take over a fifth of so short a run; "
+             "--max-eval-samples 40 takes all)"),
+        ({"max_eval_samples": 20}, "360 to train on, 20 of 40 to validate (as --max-eval-samples says)"),
+        ({"max_eval_samples": 40}, "360 to train on, 40 to validate"),
+    ):  # fmt: skip
+        config = TrainConfig(model=str(model_folder), data=str(reviews_csv), output="o", max_steps=4, **more)
+        task = task_of(config)
+        assert task.load_data(config, task.load_tokenizer(config)).seen.rows["split"] == told

@@ -41,13 +41,13 @@ _NAMES = {
 def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Compare LoRA with LoRA+ (and others: --arms) on your task: tuned with equal budgets, tested on fresh seeds."""
     from loraplus.cli.console import quiet_libraries
-    from loraplus.cli.progress import study_progress
+    from loraplus.cli.progress import TrainingWording, study_progress
 
     quiet_libraries()
     from loraplus.compare import REPORT_FILE, compare
 
     console = Console(stderr=json, plain=plain)
-    with narrated(console), study_progress(console, plain=plain) as progress:
+    with narrated(console), study_progress(console, TrainingWording(config.task), plain=plain) as progress:
         summary = compare(
             config,
             overwrite=overwrite,

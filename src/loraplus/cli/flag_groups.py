@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
 NEEDED, REST, OF_COMMAND = "Needed (flags, or keys of --config)", "Training", "This command"
 _GROUPS = {
@@ -29,6 +30,22 @@ def group_of(name: str, needed: Container[str]) -> str:
         needed: fields that the command must be given.
     """
     return NEEDED if name in needed else _GROUP_OF.get(name, REST)
+
+
+def keep_flags_whole() -> None:
+    """Has --help go on in the next line where a flag is longer than its column, which would cut it off."""
+    from typer import rich_utils  # here, since it takes a while and only --help needs it
+
+    def whole(kind: type[Any]) -> Any:
+        class Whole(kind):
+            def highlight(self, text: Any) -> None:
+                text.overflow = "fold"
+                super().highlight(text)
+
+        return Whole()
+
+    rich_utils.highlighter = whole(rich_utils.OptionHighlighter)
+    rich_utils.negative_highlighter = whole(rich_utils.NegativeOptionHighlighter)
 
 
 def examples(*lines: str) -> str:

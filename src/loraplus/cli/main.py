@@ -27,6 +27,7 @@ from loraplus.cli import (  # noqa: F401  (each registers its command on `app`)
     watch,
 )
 from loraplus.cli.app import app
+from loraplus.cli.flag_groups import keep_flags_whole
 from loraplus.cli.terminal import is_speaker, tell
 from loraplus.errors import InterruptedRun, LoraPlusError, LoraPlusWarning, LostProcessError, one_line, visible
 
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 has no η, λ or ·
             stream.reconfigure(errors="replace")
+    if "--help" in (sys.argv[1:] if arguments is None else arguments):
+        keep_flags_whole()
     try:
         with _plain_warnings():
             code = app(args=arguments, standalone_mode=False)

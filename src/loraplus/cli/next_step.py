@@ -60,6 +60,12 @@ def after_evaluate(adapter: str, data: str, **options: Any) -> tuple[str, str]:
     return "see the answer to every text", line
 
 
+def after_evaluate_language(adapter: str, **options: Any) -> tuple[str, str]:
+    """(purpose, command): the model answers a prompt."""
+    given = {name: value or None for name, value in options.items()}
+    return "see what it answers", command_line("generate", adapter=adapter, prompt=_PROMPT, **given)
+
+
 def after_merge(output: str, task: str | None) -> tuple[str, str]:
     """(purpose, command): the model is tried, by transformers alone where it labels texts."""
     if task == "CAUSAL_LM":

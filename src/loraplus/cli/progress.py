@@ -14,7 +14,8 @@ from loraplus.study.arms import ALL
 from loraplus.study.records import Record, Trial
 from loraplus.study.runner import Event
 from loraplus.study.wording import counted, rate
-from loraplus.tasks.measures import perplexity
+from loraplus.tasks.config import CLASSIFICATION
+from loraplus.tasks.measures import MEASURES, PERPLEXITY, perplexity
 
 MINIMAL_SECONDS_FOR_ESTIMATE = 2.0
 
@@ -39,21 +40,27 @@ class Wording(Protocol):
         ...
 
 
-def study_progress(console: Console, *, plain: bool, wording: Wording | None = None) -> StudyProgress:
+def study_progress(console: Console, wording: Wording, *, plain: bool) -> StudyProgress:
     """The display that suits the console: bars on a terminal, lines otherwise or if `plain`.
 
     Args:
         console: Where to show it.
+        wording: Of what is run.
         plain: Lines even on a terminal.
-        wording: Of other runs than training runs.
     """
-    wording = wording or TrainingWording()
     moving = console.is_terminal and not plain
     return BarProgress(console, wording) if moving else PlainProgress(console, wording)
 
 
 class TrainingWording:
-    """Of training runs: rates, seed, and the loss that came out."""
+    """Of training runs: rates, seed, and the loss that came out.
+
+    Args:
+        task: whose models have an accuracy, a perplexity, or neither beside the loss.
+    """
+
+    def __init__(self, task: str = CLASSIFICATION) -> None:
+        self._measures = MEASURES[task]
 
     def describe(self, trial: Trial) -> str:
         """`tuning LoRA+ η_A 2.5e-4 λ 16 seed 0`; without rates if the method sets them itself."""
@@ -66,11 +73,11 @@ class TrainingWording:
         if record.status == "diverged":
             result = f"diverged at step {record.steps}"
         else:
-            accuracy = record.eval_accuracy
-            measure = (
-                f"perplexity {perplexity(record.eval_loss):.4g}" if accuracy is None else f"accuracy {accuracy:.2%}"
-            )
-            result = f"eval loss {record.eval_loss:.4f}, {measure}"
+            result = f"eval loss {record.eval_loss:.4f}"
+            if record.eval_accuracy is not None:
+                result += f", accuracy {record.eval_accuracy:.2%}"
+            elif PERPLEXITY in self._measures:
+                result += f", perplexity {perplexity(record.eval_loss):.4g}"
         if record.rates_reached:
             lr_a, lr_b = record.rates_reached
             result += f", came to η_A {rate(lr_a)} η_B {rate(lr_b)}"

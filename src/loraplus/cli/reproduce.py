@@ -100,7 +100,7 @@ def _run(console: Console, options: Any, *, overwrite: bool, resume: bool, plain
     from loraplus.reproduce.command import reproduce
 
     wording = _ExperimentWording(options.experiment)
-    with study_progress(console, plain=plain, wording=wording) as progress:
+    with study_progress(console, wording, plain=plain) as progress:
         return reproduce(options, overwrite=overwrite, resume=resume, progress=progress, say=console.say)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraplus.cli.terminal import Console, plain_table
+from loraplus.study.wording import counted
 from loraplus.tasks.learnt import ADVICE
 from loraplus.tasks.scores import figures
 
@@ -34,6 +35,27 @@ def show_scores(console: Console, scored: Mapping[str, Any]) -> None:
             f"the answers fit no better than shuffled ones (permutation test, p = {scored['learnt']['p_value']:.2g}): "
             f"nothing shows that anything was learnt; {ADVICE}"
         )
+
+
+def show_losses(console: Console, measured: Mapping[str, Any]) -> None:
+    """Loss and perplexity of a language model and of its base, and over what they were measured.
+
+    Args:
+        console: to show it on.
+        measured: the scores of `loraplus evaluate`.
+    """
+    left_out = f", {counted(measured['examples_dropped'], 'example')} left out" if measured["examples_dropped"] else ""
+    long = measured["longer_than_context"]
+    cut = f"; {counted(long, 'longer one')}, {measured['tokens_cut']:,} tokens cut{left_out}" if long else left_out
+    console.say(
+        f"{measured['columns']}: {measured['format']}, loss on {measured['loss_on']}: {measured['target_tokens']:,} "
+        f"tokens of {measured['examples']:,} examples, each up to {measured['max_length']} tokens{cut}"
+    )
+    base = measured["base"]
+    console.say(
+        f"loss {measured['loss']:.4f} a token · perplexity {measured['perplexity']:.4g}; base model {base['loss']:.4f} "
+        f"and {base['perplexity']:.4g}"
+    )
 
 
 def show_each(console: Console, scored: Mapping[str, Any]) -> None:

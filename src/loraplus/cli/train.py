@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
     from loraplus.cli.console import TrainingProgress, quiet_libraries
 
     quiet_libraries()
+    from loraplus.report.live_training import LiveTraining
     from loraplus.tasks.data_parallel import is_main_process
     from loraplus.tasks.train import train
 
@@ -54,7 +56,7 @@ def run(config: TrainConfig, *, overwrite: bool, resume: bool, json: bool, plain
             config,
             overwrite=overwrite,
             resume=resume,
-            callbacks=[progress],
+            callbacks=[progress, LiveTraining(asdict(config))],
             on_seen=None if json else partial(show, console),
         )
     report = None

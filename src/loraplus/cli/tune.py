@@ -31,20 +31,24 @@ from loraplus.tasks.config import TuneConfig
 def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Find η_A and λ for your task within a budget, in one process or in several that share a study."""
     from loraplus.cli.console import quiet_libraries
-    from loraplus.cli.progress import rate, study_progress
+    from loraplus.cli.progress import TrainingWording, rate, study_progress
 
     quiet_libraries()
-    from loraplus.study.tune import BEST_FILE, tune
+    from loraplus.report.live import LivePage, study_page
+    from loraplus.report.training import REPORT_FILE
+    from loraplus.report.tuned import write_search_report
+    from loraplus.study.tune import BEST_FILE, settings_of, tune
 
     console = Console(stderr=json, plain=plain)
-    with narrated(console), study_progress(console, plain=plain) as progress:
+    with narrated(console), study_progress(console, TrainingWording(config.task), plain=plain) as progress:
         result = tune(
             config,
             overwrite=overwrite,
             resume=resume,
-            progress=progress,
+            progress=LivePage(Path(config.output) / REPORT_FILE, study_page("tune", settings_of(config)), progress),
             on_seen=None if json else partial(show, console),
         )
+    report = write_search_report(config.output)
     if json:
         print_json(result)
     best, cost = result["best"], result["cost"]
@@ -56,6 +60,7 @@ def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain:
     if best["at_edge"]:
         console.say("this is the lowest or highest rate tried: a better one may lie beyond")
     console.say(f"the same settings as a file: {command_line('train', config=Path(config.output) / BEST_FILE)}")
+    console.say(f"report: {report}")
     show_next(console, "train with them", result["train_command"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
@@ -60,6 +61,7 @@ def render(summary: dict[str, Any], records: Sequence[Record]) -> str:
     )
 
 
+@cache  # a page of something under way is written again and again
 def template(name: str, *packages: str) -> Template:
     """A page of these packages, or of this one. What is put into it is escaped.
 

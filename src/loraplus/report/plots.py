@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any, Literal
 
 from loraplus.report.chart import Axis, Cell, Chart, Scale, Series
 from loraplus.study.arms import ALL
 from loraplus.study.records import Record
-from loraplus.study.wording import rate
+from loraplus.study.wording import counted, rate
 from loraplus.tasks.measures import ACCURACY
 
 # Okabe and Ito's palette: told apart with any colour vision. A page has a lighter one of its own for the dark.
@@ -208,6 +209,20 @@ def rates(records: Sequence[Record], best: Mapping[str, Mapping[str, float]]) ->
         scale=Scale("loss", min(finite, default=0.0), max(finite, default=1.0)),
         height=400,
     )  # fmt: skip
+
+
+def rates_by_length(records: Sequence[Record], best: Mapping[str, Mapping[str, float]]) -> list[Chart]:
+    """As `rates`, a chart for each length of tuning runs, short ones first: a loss tells nothing beside one of a longer
+    run. What is best is ringed in the last."""
+    lengths = sorted({record.trial.steps or 0 for record in records if record.trial.phase == "tuning"})
+    if len(lengths) < 2:
+        return [rates(records, best)]
+    charts = []
+    for steps in lengths:
+        of_length = [r for r in records if r.trial.phase != "tuning" or (r.trial.steps or 0) == steps]
+        chart = rates(of_length, best if steps == lengths[-1] else {})
+        charts.append(replace(chart, title=f"Rates tried in {counted(steps, 'step')}"))
+    return charts
 
 
 def _axis_over(over: Over) -> Axis:

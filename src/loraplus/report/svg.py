@@ -1,7 +1,9 @@
 """Draws a chart as an SVG element that stands inside a page: its colours are the page's, light or dark.
 
 No picture of a library is as small, follows the page's colours and needs no script (docs/decisions.md). Shapes that
-tell something when they are pointed at carry it as `data-tip`; the page's script shows it.
+tell something when they are pointed at carry it as `data-tip`; the page's script shows it. Another script zooms: the
+picture tells it where the axes stand (`data-box`, `data-x`, `data-y`), and every marker is drawn around its own origin,
+so that it keeps its shape while the plot is stretched.
 """
 
 from __future__ import annotations
@@ -56,19 +58,31 @@ def draw(chart: Chart) -> Markup:
     bottom = chart.height - 46
     x_range, y_range = _range(chart, series, 0), _range(chart, series, 1)
     x_at, y_at = _placer(chart.x, x_range, left, right), _placer(chart.y, y_range, bottom, top)
-    parts = [
-        *_axes(chart, x_range, y_range, x_at, y_at, (left, right, top, bottom)),
+    drawn = [
         *(_cells(chart, x_at, y_at) if chart.cells else ()),
         *(
             part
             for one in sorted(series, key=lambda one: not one.faint)
             for part in _series(one, chart.scale, x_at, y_at)
         ),
+    ]
+    parts = [
+        *_axes(chart, x_range, y_range, x_at, y_at, (left, right, top, bottom)),
+        _tag("g", _tag("g", *drawn, class_="plot")),  # the outer one is what a zoom cuts off at the axes
         *(_scale(chart.scale, right + 14, top, bottom) if chart.scale else ()),
         legend,
     ]
     label = f"{chart.title}: {chart.y.label or ', '.join(chart.y.names.values())} over {chart.x.label}"
-    return _tag("svg", *parts, viewBox=f"0 0 {WIDTH} {chart.height}", role="img", aria_label=label, class_="chart")
+    return _tag(
+        "svg", *parts, viewBox=f"0 0 {WIDTH} {chart.height}", role="img", aria_label=label, class_="chart",
+        data_box=f"{left:.1f} {top} {right - left:.1f} {bottom - top}",
+        data_x=_told(chart.x, x_range), data_y=_told(chart.y, y_range),
+    )  # fmt: skip
+
+
+def _told(axis: Axis, ends: tuple[float, float]) -> str:
+    """An axis for the script: its two ends, logarithms on a logarithmic one, and its kind."""
+    return f"{ends[0]:.9g} {ends[1]:.9g} {'names' if axis.names else 'log' if axis.log else 'linear'}"
 
 
 def _tag(name: str, *content: str, **attributes: object) -> Markup:
@@ -162,15 +176,17 @@ def _axes(
     box: tuple[float, float, float, float],
 ) -> Iterable[Markup]:  # fmt: skip
     left, right, top, bottom = box
+    below, beside = [], []
     for value, text in _ticks(chart.x, x_range):
         x = x_at(value)
-        yield _tag("line", x1=x, x2=x, y1=top, y2=bottom, class_="grid")
-        yield _text(text, x, bottom + 18, class_="tick", text_anchor="middle")
+        below.append(_tag("line", x1=x, x2=x, y1=top, y2=bottom, class_="grid"))
+        below.append(_text(text, x, bottom + 18, class_="tick", text_anchor="middle"))
     for value, text in _ticks(chart.y, y_range):
         y = y_at(value)
         if not chart.y.names:
-            yield _tag("line", x1=left, x2=right, y1=y, y2=y, class_="grid")
-        yield _text(text, left - 8, y + 4, class_="tick", text_anchor="end")
+            beside.append(_tag("line", x1=left, x2=right, y1=y, y2=y, class_="grid"))
+        beside.append(_text(text, left - 8, y + 4, class_="tick", text_anchor="end"))
+    yield from (_tag("g", *below, class_="ticks-x"), _tag("g", *beside, class_="ticks-y"))
     yield _tag("path", d=f"M{left:.1f} {top}V{bottom}H{right}", class_="axis")
     yield _text(chart.x.label, (left + right) / 2, chart.height - 8, class_="label", text_anchor="middle")
     if chart.y.label:
@@ -202,13 +218,13 @@ def _series(one: Series, scale: Scale | None, x_at: Place, y_at: Place) -> Itera
     for place, (x, y) in enumerate(at):
         shades = scale is not None and len(one.values) > place
         fill = _shade(one.values[place], scale) if shades and scale else "none" if one.hollow else colour
-        parts = [_shape(one.marker, x, y, one.size / 2, fill=fill, stroke=colour, stroke_width=1.6)]
+        parts = [_shape(one.marker, 0, 0, one.size / 2, fill=fill, stroke=colour, stroke_width=1.6)]
         if one.labels:
-            parts.append(_text(one.labels[place], x + one.size / 2 + 5, y + 4, class_="beside"))
+            parts.append(_text(one.labels[place], one.size / 2 + 5, 4, class_="beside"))
         told = one.told[place] if one.told else None
         if told:  # fingers need more than a marker's size
-            parts.append(_tag("circle", cx=x, cy=y, r=max(9.0, one.size / 2), class_="touch"))
-        yield _tag("g", *parts, data_tip=told)
+            parts.append(_tag("circle", r=max(9.0, one.size / 2), class_="touch"))
+        yield _tag("g", *parts, class_="mark", transform=f"translate({x:.1f} {y:.1f})", data_tip=told)
 
 
 def _shape(marker: str, x: float, y: float, radius: float, **look: object) -> Markup:

@@ -15,11 +15,12 @@ from loraplus.errors import InputError
 from loraplus.files.commands import PLOTS_FOLDER
 from loraplus.files.output import check_output, hold_output, prepare_output
 from loraplus.files.single import read_json, write_atomically, write_json
+from loraplus.report.live import LivePage
 from loraplus.reproduce import png
 from loraplus.reproduce.assets import obtain
 from loraplus.reproduce.experiment import Experiment, Record, Records
 from loraplus.reproduce.files import RUNS_FILE, SUMMARY_FILE, columns_of, read_runs, write_runs
-from loraplus.reproduce.page import PAGE_FILE, render
+from loraplus.reproduce.page import PAGE_FILE, render, running
 from loraplus.reproduce.registry import experiment_class
 from loraplus.reproduce.report import Report
 from loraplus.study.runner import JOURNAL_FILE, LOG_FILE, OnEvent, default_workers, has_begun, run_all
@@ -113,7 +114,7 @@ def reproduce(
             store or _open(str(folder / JOURNAL_FILE), experiment, settings, shared=False, begun=begun),
             experiment.timed_run,
             workers=options.workers or default_workers(),
-            on_event=progress,
+            on_event=LivePage(folder / PAGE_FILE, running(experiment, options.command), progress),
             log=folder / LOG_FILE,
         )
         evaluation = evaluate(experiment, results, command=options.command, versions=_versions())

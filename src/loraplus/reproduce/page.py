@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from loraplus.report import chart
+from loraplus.report.live import running_page
 from loraplus.report.page import template
 from loraplus.report.plots import PALETTE
+from loraplus.reproduce.experiment import Experiment, Record
 from loraplus.reproduce.report import Cell, Figure, HeatMap, LinePlot, Report
+from loraplus.study.runner import Event
+from loraplus.study.wording import counted
 
 PAGE_FILE = "index.html"
 _TEMPLATE = "experiment.html.jinja"
 _MARKS = ("circle", "diamond", "square", "triangle-up")
 _FEW_CELLS = 12
+_MOST_RUNS = 200  # on a page that is written again and again
 
 
 def render(summary: Mapping[str, Any], report: Report) -> str:
@@ -29,6 +34,42 @@ def render(summary: Mapping[str, Any], report: Report) -> str:
     """
     page = template(_TEMPLATE, "loraplus.reproduce")
     return page.render(summary=summary, report=report, charts=charts)
+
+
+def running(experiment: Experiment, command: str) -> Callable[[Event], str]:
+    """The page of an experiment under way at each event of its study: how far it is, and its last runs.
+
+    Args:
+        experiment: that is run.
+        command: that runs it.
+    """
+
+    def page(event: Event) -> str:
+        last = list(event.records.values())[-_MOST_RUNS:]
+        names = list(dict.fromkeys(name for record in last for name in record.trial.params))
+        return running_page(
+            f"{event.done:g} of {counted(event.planned, 'run')} done",
+            about=experiment.title,
+            command=command,
+            charts=[],
+            table={
+                "title": "The last runs",
+                "columns": [*names, "result"],
+                "rows": [
+                    [*(record.trial.params.get(name) for name in names), _came_to(experiment, record)]
+                    for record in reversed(last)
+                ],
+            },
+        )
+
+    return page
+
+
+def _came_to(experiment: Experiment, record: Record) -> str:
+    if record.status == "diverged":
+        return "diverged"
+    main = experiment.main(record)
+    return f"{main[0].replace('_', ' ')} {main[1]:.4g}" if main else "done"
 
 
 def charts(figure: Figure) -> list[chart.Chart]:

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -65,7 +65,8 @@ class Event:
     """Something that a progress display may want to show.
 
     `planned` comes first, without a trial; then `started`, any number of `step`, and `finished` for every run. A run
-    whose training another run had already done is finished with `reused` set, without having been started.
+    whose training another run had already done is finished with `reused` set, without having been started. `records`
+    are those of all runs that have finished so far, by key.
     """
 
     kind: Literal["planned", "started", "step", "finished"]
@@ -79,6 +80,7 @@ class Event:
     reused: bool = False
     elsewhere: bool = False
     full_steps: int | None = None
+    records: Records = field(default_factory=dict, repr=False, compare=False)
 
 
 OnEvent = Callable[[Event], None]
@@ -201,7 +203,8 @@ class _Coordinator:
 
     def emit(self, kind: Literal["planned", "started", "step", "finished"], **details: Any) -> None:
         done, planned = self.plan.done(self.records)
-        self.on_event(Event(kind, done=done, planned=planned, full_steps=self.plan.full_length, **details))
+        length = self.plan.full_length
+        self.on_event(Event(kind, done=done, planned=planned, full_steps=length, records=self.records, **details))
 
     @property
     def progress(self) -> str:

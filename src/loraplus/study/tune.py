@@ -26,6 +26,7 @@ from loraplus.study.tuning import TuningPlan
 from loraplus.tasks.checks import check_settings
 from loraplus.tasks.command_line import command_of_settings
 from loraplus.tasks.config import DEFAULT_TUNING_RUNS, TaskConfig, TrainConfig, TuneConfig
+from loraplus.tasks.measures import ACCURACY, PERPLEXITY, measures_of
 from loraplus.tasks.seen import Seen
 
 SCHEMA_VERSION = 1
@@ -76,7 +77,7 @@ def tune(
     """
     check_settings(config)
     config = _with_budget(config)
-    settings = asdict(config) | {"storage": config.storage and without_password(config.storage)}
+    settings = settings_of(config)
     check_output(config.output, settings, overwrite=overwrite, resume=resume)
     start = Point.from_geometric_mean(START_GEOMETRIC_MEAN_LR, RATIO)
     facts = data_facts(config, start.lr, start.lr_ratio)
@@ -109,6 +110,11 @@ def tune(
         write_yaml(folder / BEST_FILE, asdict(train_config(config, best)))
         write_json(folder / RESULT_FILE, result)  # last: who sees it knows that the rest is there
     return result
+
+
+def settings_of(config: TuneConfig) -> dict[str, Any]:
+    """The configuration as it is saved and shown: without the password of a storage."""
+    return asdict(config) | {"storage": config.storage and without_password(config.storage)}
 
 
 def train_config(config: TuneConfig, best: Record) -> TrainConfig:
@@ -160,7 +166,7 @@ def _result(
             "lr": best.trial.lr,
             "lr_ratio": best.trial.lr_ratio,
             "eval_loss": best.eval_loss,
-            **_beside_loss(best),
+            **_beside_loss(best, measures_of(settings)),
             "at_edge": best.trial.geometric_mean_lr in (min(rates), max(rates)),
         },
         "cost": {
@@ -171,21 +177,21 @@ def _result(
             "seconds": sum(record.seconds for record in records.values()),
         },
         "train_command": train_command(train_config(config, best)),
-        "trials": _rows(list(records.values()), plan.full_steps),
+        "trials": _rows(list(records.values()), plan.full_steps, measures_of(settings)),
         "data": dict(facts),
         "config": dict(settings),
     }
 
 
-def _beside_loss(record: Record) -> dict[str, float | None]:
-    """Accuracy, or of a language model perplexity."""
+def _beside_loss(record: Record, measures: Sequence[str]) -> dict[str, float | None]:
+    """Accuracy, or of a language model perplexity; of numbers nothing."""
     done = record.status == "done"
-    if record.eval_accuracy is None:
-        return {"eval_perplexity": finite_perplexity(record.eval_loss) if done else None}
-    return {"eval_accuracy": record.eval_accuracy if done else None}
+    if ACCURACY in measures:
+        return {"eval_accuracy": record.eval_accuracy if done else None}
+    return {"eval_perplexity": finite_perplexity(record.eval_loss) if done else None} if PERPLEXITY in measures else {}
 
 
-def _rows(records: Sequence[Record], full_steps: int) -> list[dict[str, Any]]:
+def _rows(records: Sequence[Record], full_steps: int, measures: Sequence[str]) -> list[dict[str, Any]]:
     """One row a run, short runs first and in each rung the best first."""
     rows = [
         {
@@ -197,7 +203,7 @@ def _rows(records: Sequence[Record], full_steps: int) -> list[dict[str, Any]]:
             "geometric_mean_lr": record.trial.geometric_mean_lr,
             "status": record.status,
             "eval_loss": record.eval_loss if math.isfinite(record.eval_loss) else None,
-            **_beside_loss(record),
+            **_beside_loss(record, measures),
             "seed": record.trial.seed,
             "seconds": round(record.seconds, 3),
         }

@@ -154,7 +154,7 @@ def encoded(
         facts: of the task.
         seen: of the data so far.
     """
-    train, validation, test, removed = parts
+    train, validation, test, removed, unused = parts
     tokens = tokenised(train.texts, targets(train), tokenizer)
     max_length = checked_length(config, _max_length(tokens.lengths, tokenizer), tokenizer)
     cut = int((tokens.lengths > max_length).sum())
@@ -162,7 +162,7 @@ def encoded(
     if max_length < _LENGTH_CAP:
         covers = f"which covers {100 * _LENGTH_QUANTILE:.0f}% of the texts"
     rows = {
-        "split": split_row(len(train), len(validation), len(test)),
+        "split": split_row(len(train), len(validation), len(test), unused, config.max_eval_samples is not None),
         "length": length_row(max_length, config.max_length is not None, int(tokens.lengths.max()), covers),
         "cut": f"{cut:,} of {len(train):,} training texts lose their end" if cut else "nothing",
     }
@@ -190,7 +190,9 @@ def encoded(
         answers=held_out.labels,
         validation_text=lambda example: validation.texts[int(order[example])],
         seen=seen.with_(
-            doubts_of_size(cut, len(train), len(validation), config.max_length is not None, config.task != REGRESSION),
+            doubts_of_size(
+                cut, len(train), len(validation), config.max_length is not None, config.task != REGRESSION, unused
+            ),
             **rows,
         ),
     )

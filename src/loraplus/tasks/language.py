@@ -95,9 +95,9 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
             raise InputError(f"{source} is of the kind {aside.kind}, but {config.data} is of the kind {data.kind}")
         return aside
 
-    train, validation, test, removed = split(data, config, read)
-    encoded, fingerprint = _encoded((train.rows, validation.rows, test.rows), encoder)
-    max_length = checked_length(config, _max_length(int(encoded[0].lengths.max()), tokenizer), tokenizer)
+    train, validation, test, removed, unused = split(data, config, read)
+    encoded, fingerprint = encoded_splits((train.rows, validation.rows, test.rows), encoder)
+    max_length = checked_length(config, longest_within(int(encoded[0].lengths.max()), tokenizer), tokenizer)
     fitted = [fit(rows, max_length, how) for rows in encoded]
     for name, part in zip(("training", "validation", "test"), fitted, strict=True):
         if not part.rows and (name != "test" or len(test)):
@@ -134,11 +134,13 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         max_length=max_length,
         facts=facts,
         largest_token=fitted[0].largest,
-        seen=_seen(config, table, data, facts, int(encoded[0].lengths.max())),
+        seen=_seen(config, table, data, facts, int(encoded[0].lengths.max()), unused),
     )
 
 
-def _seen(config: TaskConfig, table: Table, data: LanguageExamples, facts: dict[str, Any], longest: int) -> Seen:
+def _seen(
+    config: TaskConfig, table: Table, data: LanguageExamples, facts: dict[str, Any], longest: int, unused: int
+) -> Seen:
     done = {"cut": f"cut, {facts['tokens_cut']:,} tokens lost", "drop": "dropped", "split": "split, nothing lost"}
     long, target = facts["longer_than_context"], facts["train_target_tokens"]
     rows = {
@@ -146,7 +148,13 @@ def _seen(config: TaskConfig, table: Table, data: LanguageExamples, facts: dict[
         "columns": f"{data.columns}: {data.kind}{' as a chat' if data.are_chats and data.kind == COMPLETION else ''}",
         "loss on": f"{facts['loss_on']}: {target:,} of {facts['train_tokens']:,} training tokens are learnt",
         "duplicates": repeats_row(repeats(data.contents()), facts["duplicates_removed"]),
-        "split": split_row(facts["train_examples"], facts["validation_examples"], facts["test_examples"]),
+        "split": split_row(
+            facts["train_examples"],
+            facts["validation_examples"],
+            facts["test_examples"],
+            unused,
+            config.max_eval_samples is not None,
+        ),
         "length": length_row(facts["max_length"], config.max_length is not None, longest, _COVERS),
         "cut": f"{long:,} longer ones, {done[facts['long_examples']]}" if long else "nothing",
     }
@@ -164,12 +172,12 @@ def _seen(config: TaskConfig, table: Table, data: LanguageExamples, facts: dict[
     return Seen(rows, tuple(doubts))
 
 
-def _max_length(longest: int, tokenizer: PreTrainedTokenizerBase) -> int:
+def longest_within(longest: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """The length of the longest example, within what TRL and the model take."""
     return max(2, min(longest, _LENGTH_CAP, tokenizer.model_max_length))
 
 
-def _encoded(splits: Sequence[Made[Example]], encoder: Encoder) -> tuple[list[TargetRows], str]:
+def encoded_splits(splits: Sequence[Made[Example]], encoder: Encoder) -> tuple[list[TargetRows], str]:
     """(splits as tokens, hash of all tokens and labels as JSON).
 
     The hash tells edited data, and another template, when a run is resumed.

@@ -24,9 +24,8 @@ from loraplus.files.whole import follow_umask
 from loraplus.tasks.adapter import load_causal
 from loraplus.tasks.loading import first_line, from_pretrained, loading
 from loraplus.tasks.predict import load_adapter
-from loraplus.tasks.saved_adapter import adapter_settings, base_of, loading_base_of
+from loraplus.tasks.saved_adapter import MERGE_FILE, adapter_settings, base_of, loading_base_of
 
-RECORD_FILE = "merge.json"
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """By data type written: how far a logit may be off, as part of the largest."""
 _CLASSIFIER = "SEQ_CLS"
@@ -88,9 +87,9 @@ def merge(
             "adapter": str(user_path(adapter).resolve()), "base": base, "task": settings.get("task_type"),
             "dtype": dtype, "parameters": written.num_parameters(),
             **_compare(expected, _logits(written, rows), dtype, target),
-            "files": sorted([RECORD_FILE, *(path.name for path in partial.iterdir())]),
+            "files": sorted([MERGE_FILE, *(path.name for path in partial.iterdir())]),
         }  # fmt: skip
-        write_json(partial / RECORD_FILE, record)
+        write_json(partial / MERGE_FILE, record)
         try:
             replace_folder(partial, target, _files_of_merge(target) or set())
         except OSError as error:
@@ -113,12 +112,12 @@ def _check_output(target: Path, sources: dict[str, str], overwrite: bool) -> Non
         if not overwrite:
             raise InputError(f"{target} is not empty: --overwrite replaces an earlier merge, or name another --output")
         if _files_of_merge(target) is None:
-            raise not_ours(target, f"{RECORD_FILE} of an earlier merge")
+            raise not_ours(target, f"{MERGE_FILE} of an earlier merge")
 
 
 def _files_of_merge(folder: Path) -> set[str] | None:
     """What an earlier merge wrote there; None if there was none."""
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else None
+    record = read_json(folder / MERGE_FILE) if (folder / MERGE_FILE).is_file() else None
     files = record.get("files") if isinstance(record, dict) else None
     return set(files) if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
 

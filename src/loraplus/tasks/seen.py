@@ -22,6 +22,7 @@ MOST_LOOKED_AT = 1_000_000
 """Rows that are looked through for texts that stand there twice; all but huge tables have fewer."""
 _MOST_SHOWN = 6
 _WORDS_OF_A_ROW = 4
+_SHORT_RUN = "all would take over a fifth of so short a run"
 _MANY_CUT, _UNEVEN, _FEW_HELD_OUT = 0.05, 0.9, 50
 
 
@@ -128,9 +129,24 @@ def repeats_row(repetition: Repeats, removed: int) -> str:
     return f"{repetition.repeated:,} repeat an earlier one{among}; {removed:,} removed, since held-out data has them"
 
 
-def split_row(train: int, validation: int, test: int) -> str:
-    """How many examples each part has."""
-    return f"{train:,} to train on, {validation:,} to validate{f', {test:,} to test' if test else ''}"
+def split_row(train: int, validation: int, test: int, unused: int = 0, asked: bool = False) -> str:
+    """How many examples each part has, and why not all that were kept aside are used to validate.
+
+    Args:
+        train, validation, test: examples of each part.
+        unused: kept aside for validation beside those.
+        asked: whether --max-eval-samples says so.
+
+    Example:
+        >>> split_row(360, 32, 0, unused=8, asked=True)
+        '360 to train on, 32 of 40 to validate (as --max-eval-samples says)'
+    """
+    parts = f"{train:,} to train on, {validation:,} to validate{f', {test:,} to test' if test else ''}"
+    if not unused:
+        return parts
+    aside = validation + unused
+    why = "as --max-eval-samples says" if asked else f"{_SHORT_RUN}; --max-eval-samples {aside} takes all"
+    return f"{parts.replace(' to validate', f' of {aside:,} to validate')} ({why})"
 
 
 def length_row(max_length: int, asked: bool, longest: int, covers: str) -> str:
@@ -213,8 +229,19 @@ def doubt_of_contradictions(
     ]
 
 
-def doubts_of_size(cut: int, examples: int, held_out: int, asked: bool, of_labels: bool = True) -> list[str]:
-    """What the sizes make doubtful: many texts cut, few to validate on. `of_labels`: answers are right or wrong."""
+def doubts_of_size(
+    cut: int, examples: int, held_out: int, asked: bool, of_labels: bool = True, unused: int = 0
+) -> list[str]:
+    """What the sizes make doubtful: many texts cut, few to validate on.
+
+    Args:
+        cut: training texts that lose their end.
+        examples: to train on.
+        held_out: to validate.
+        asked: whether the length is --max-length.
+        of_labels: answers are right or wrong.
+        unused: examples kept aside and not used to validate.
+    """
     doubts = []
     if cut > _MANY_CUT * examples:
         advice = "raise --max-length" if asked else "give a larger --max-length if the model takes it"
@@ -222,7 +249,8 @@ def doubts_of_size(cut: int, examples: int, held_out: int, asked: bool, of_label
     if held_out < _FEW_HELD_OUT:
         half = min(50, 98 / held_out**0.5)  # 1.96·√(p(1 − p)/n) at p = 1/2, in points
         tell = f"an accuracy to about ±{half:.0f} points" if of_labels else "little of how far off the numbers are"
-        doubts.append(f"{held_out} validation examples tell {tell}; name more with --eval-data or --eval-fraction")
+        more = "take more with --max-eval-samples" if unused else "name more with --eval-data or --eval-fraction"
+        doubts.append(f"{held_out} validation examples tell {tell}; {more}")
     return doubts
 
 

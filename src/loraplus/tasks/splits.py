@@ -174,12 +174,14 @@ Reader = Callable[[str, str], D]
 
 
 class Splits(NamedTuple, Generic[D]):
-    """The parts, and how many examples were removed because a part that is held out has them, too."""
+    """The parts, how many examples were removed because a part that is held out has them, too, and how many of those
+    kept aside for validation are not used, since a short run has no time for them or --max-eval-samples says so."""
 
     train: D
     validation: D
     test: D
     duplicates_removed: int
+    validation_unused: int
 
 
 def split(data: D, config: TaskConfig, read: Reader[D]) -> Splits[D]:
@@ -197,14 +199,15 @@ def split(data: D, config: TaskConfig, read: Reader[D]) -> Splits[D]:
     train, test = data, data.take(np.arange(0))
     if isinstance(config, CompareConfig):
         options = config.test_data, "--test-data", config.test_fraction, config.max_test_samples
-        train, test = _hold_out(train, config, read, *options)
+        train, test, _ = _hold_out(train, config, read, *options)
     most = most_validation_examples(config, len(train))
-    train, validation = _hold_out(train, config, read, config.eval_data, "--eval-data", config.eval_fraction, most)
+    options = config.eval_data, "--eval-data", config.eval_fraction, most
+    train, validation, unused = _hold_out(train, config, read, *options)
     kept, removed = without_duplicates(train.contents(), chain(validation.contents(), test.contents()))
     kept_validation, removed_validation = without_duplicates(validation.contents(), test.contents())
     if not len(kept) or not len(kept_validation):
         raise InputError(f"{config.data}: nothing is left to train on after examples of the held-out data were removed")
-    return Splits(train.take(kept), validation.take(kept_validation), test, removed + removed_validation)
+    return Splits(train.take(kept), validation.take(kept_validation), test, removed + removed_validation, unused)
 
 
 def _hold_out(
@@ -215,8 +218,8 @@ def _hold_out(
     option: str,
     fraction: float,
     at_most: int | None,
-) -> tuple[D, D]:
-    """(rest, held out): from a file of its own, or a stratified part of `data`."""
+) -> tuple[D, D, int]:
+    """(rest, held out, kept aside and not used): from a file of its own, or a stratified part of `data`."""
     if source is not None:
         rest, held_out = data, read(source, option)
     elif len(data) < 2:
@@ -224,6 +227,7 @@ def _hold_out(
     else:
         kept, aside = stratified_split(data.labels, fraction, config.seed)
         rest, held_out = data.take(kept), data.take(aside)
-    if at_most is not None and at_most < len(held_out):
-        held_out = held_out.take(stratified_sample(held_out.labels, at_most, config.seed))
-    return rest, held_out
+    if at_most is None or at_most >= len(held_out):
+        return rest, held_out, 0
+    used = held_out.take(stratified_sample(held_out.labels, at_most, config.seed))
+    return rest, used, len(held_out) - len(used)

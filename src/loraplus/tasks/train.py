@@ -126,7 +126,7 @@ def train(
                     raise
                 raise _lost_process(trainer.state.global_step, output) from None
         step = trainer.state.global_step
-        curves = _curves(trainer.state.log_history, task.metrics)
+        curves = curve_rows(trainer.state.log_history, task.metrics)
         if main:
             write_csv(output / CURVES_FILE, curves)
         if stop.stopped.is_set() and step < trainer.state.max_steps:
@@ -239,8 +239,13 @@ def _may_write_card(output: Path) -> bool:
     return False
 
 
-def _curves(log_history: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a logged step: training loss and rates, and the evaluation where there was one."""
+def curve_rows(log_history: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a logged step: training loss and rates, and the evaluation where there was one.
+
+    Args:
+        log_history: of a Trainer's state.
+        metrics: what an evaluation tells beside `eval_loss`.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for entry in log_history:
         if "loss" not in entry and "eval_loss" not in entry:
