@@ -17,6 +17,8 @@ import loraplus
 from loraplus.errors import TrainerSetupError
 from loraplus.integrations.axolotl import LoraPlusArgs, Plugin
 
+pytestmark = pytest.mark.plugin("axolotl")
+
 
 @dataclass
 class AxolotlArguments(TrainingArguments):

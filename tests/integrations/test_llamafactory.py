@@ -15,6 +15,8 @@ import loraplus
 from loraplus.errors import ResumeMismatchError, TrainerSetupError
 from loraplus.integrations.llamafactory import create_loraplus_optimizer, install, run_exp
 
+pytestmark = pytest.mark.plugin("LLaMA-Factory")
+
 
 @dataclass
 class FinetuningArguments:

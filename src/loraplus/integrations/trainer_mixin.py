@@ -300,17 +300,17 @@ def _builds_as_trainer(trainer: Any) -> bool:
 
 
 def without_repetition(args: TrainingArguments, given: RateSettings) -> RateSettings | None:
-    """What was given to `attach`, or None if the arguments say the same.
+    """What was given to `attach`, with what it left to the arguments; None if the arguments say the same.
 
     Raises:
         TrainerSetupError: they say something else.
     """
     asked = settings_of(args)
-    if given == (asked or RateSettings()):
-        return None
-    if asked is None:
-        return given
-    name, in_arguments, in_attach = asked.differs_in(given) or ("", None, None)
+    together = given.filled(asked or RateSettings())
+    difference = None if asked is None else asked.filled(given).differs_in(together)
+    if difference is None:
+        return None if together == asked else together
+    name, in_arguments, in_attach = difference
     raise TrainerSetupError(
         f"the training arguments ask for {name} = {in_arguments}, loraplus.attach for {in_attach}; "
         "set the rates in one of them"
