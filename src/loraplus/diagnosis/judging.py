@@ -11,7 +11,7 @@ from loraplus.adapters.memory import overlapping
 from loraplus.diagnosis.beside_factors import beside_factors
 from loraplus.diagnosis.diagnosis import Diagnosis, named, number, some
 from loraplus.diagnosis.findings import Findings
-from loraplus.diagnosis.ratio import Expected, changed, ignored, later, near, ratio_problems
+from loraplus.diagnosis.ratio import Expected, changed, ignored, later, ratio_problems
 from loraplus.groups import parameters_by_group
 from loraplus.parts import Role
 from loraplus.steps.group_rates import group_labels, rate_as_number
