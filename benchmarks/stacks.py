@@ -393,7 +393,7 @@ def versions() -> str:
     """Of the libraries here; of those that are absent, what the page says that their lines were run with."""
     names = (
         "torch transformers peft trl accelerate lightning diffusers lycoris-lora litgpt torchtune bitsandbytes "
-        "prodigyopt pytorch-optimizer"
+        "prodigyopt pytorch-optimizer deepspeed"
     ).split()
     line = re.search(r"^Run with (.*)\.$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     known = dict(part.split(" ") for part in line[1].split(", ")) if line else {}

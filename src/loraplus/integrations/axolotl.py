@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
+from loraplus.integrations.proof import tell_through
 from loraplus.integrations.trainer_settings import PREFIX, RateArguments, settings_from
 from loraplus.integrations.transformers import attach
 from loraplus.rate_keywords import rate_fields
@@ -81,6 +82,7 @@ class Plugin(BasePlugin):
         Raises:
             TrainerSetupError, InvalidRateError, NoLoraFactorsError: as `loraplus.attach`.
         """
+        tell_through("axolotl")
         written = SimpleNamespace(**cfg) if isinstance(cfg, Mapping) else cfg
         settings = settings_from(written)
         for name in ("loraplus_lr_ratio", "loraplus_lr_embedding"):

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from loraplus.errors import TrainerSetupError
 from loraplus.integrations.optimizer_factory import LoraPlusCallback
-from loraplus.integrations.proof import prove
+from loraplus.integrations.proof import prove, tell_through
 from loraplus.integrations.pytorch import guard_resume
 from loraplus.integrations.trainer_settings import in_optim_args
 from loraplus.notices import told_once
@@ -82,6 +82,7 @@ def install() -> None:
             f"this version of LLaMA-Factory has no {_FUNCTION} in train/trainer_utils.py, so LoRA+ cannot take its "
             "place; 0.9.5 has it"
         )
+    tell_through("llamafactory")
     setattr(utils, _FUNCTION, create_loraplus_optimizer)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
+from loraplus.integrations.proof import tell_through
 from loraplus.integrations.trainer_mixin import LoraPlusMixin
 from loraplus.integrations.transformers import attach
 
@@ -44,6 +45,7 @@ class LoraPlusOptimizerCallback(OptimizerCallback):
 
     def _attach(self) -> None:
         vars(self.trainer).pop("train", None)
+        tell_through("swift")
         ratio = _ratio(self.args, self.trainer.model)
         attach(self.trainer, **({} if ratio is None else {"lr_ratio": ratio}))
 

@@ -17,6 +17,15 @@ from loraplus.rates import Rates
 logger = logging.getLogger("loraplus.proof")  # a script's; commands tell the rates at their end
 
 
+def tell_through(framework: str) -> None:
+    """Has the line come out where a framework's own lines do, of which many show nothing else below a warning.
+
+    Args:
+        framework: the name of its logger.
+    """
+    logger.parent, logger.disabled = logging.getLogger(framework), False  # which dictConfig does to all there are
+
+
 def prove(
     model: nn.Module, optimizer: torch.optim.Optimizer, rates: Rates, *, groups: Groups | None = None
 ) -> RateTable:
