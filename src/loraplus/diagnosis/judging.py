@@ -119,7 +119,10 @@ def _unmoved(findings: Findings, expected: Expected) -> Iterator[str]:
         ]  # fmt: skip
         idle = [name for name in factors if id(findings.parameters[name]) not in observed.learnt]
         if idle and len(idle) == len(factors):
-            yield f"no gradient reached a factor in {some(observed.steps, 'step')}: {named(idle)}"
+            yield (
+                f"no gradient reached a factor in {some(observed.steps, 'step')}: {named(idle)}; is the model that the "
+                f"loss is computed with the one whose parameters {observed.name} was given?"
+            )
 
 
 def _beside_factors(findings: Findings, expected: Expected) -> Iterator[str]:
