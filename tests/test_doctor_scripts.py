@@ -82,7 +82,8 @@ OTHERS = {  # name: (script, λ that it should have, what is off; "" if nothing 
         "B learns at A's rate (0.001) in all 2 pairs: this is plain LoRA, though",
     ),
     "an optimizer over another model": (
-        "train(network(), of_ours(model))", None, "is the model that the loss is computed with the one whose parameters",
+        "train(network(), of_ours(model))", None,
+        "is the model that the loss is computed with the one whose parameters",
     ),
     "a list of lambdas that differ": (
         "o = of_ours(model)\ns = torch.optim.lr_scheduler.LambdaLR(o, [lambda s: 1.0, lambda s: 1 / (1 + s)])\n"
@@ -94,8 +95,8 @@ OTHERS = {  # name: (script, λ that it should have, what is off; "" if nothing 
         "λ is 1 and should be 16, as it was built",
     ),
     "one optimizer a factor": (
-        "train(model, *(torch.optim.SGD(factors(model, part), lr) for part, lr in (('lora_A', 1e-3), ('lora_B', 16e-3))))",
-        16, "",
+        "rates = {'lora_A': 1e-3, 'lora_B': 16e-3}\n"
+        "train(model, *(torch.optim.SGD(factors(model, part), lr) for part, lr in rates.items()))", 16, "",
     ),
     "steps that a scaler skips": (
         "scaler = torch.amp.GradScaler('cpu', init_scale=2.0**120)\no = of_ours(model)\nfor _ in range(100):\n"

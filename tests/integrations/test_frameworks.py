@@ -1,7 +1,7 @@
 """Whole runs of axolotl, ms-swift and LeRobot by their own commands, where these are installed.
 
-Each runs in a process of its own, on a CPU. They want other versions of transformers and TRL than CI has; their pages in
-docs/plugins say with which they were run.
+Each runs in a process of its own, on a CPU. They want other versions of transformers and TRL than CI has; their pages
+in docs/plugins say with which they were run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ data.save_episode()
 data.finalize()
 common = "--dataset.repo_id=some/data --dataset.root=data --policy.push_to_hub=false --policy.device=cpu --batch_size=4"
 common += " --num_workers=0 --eval_freq=0 --wandb.enable=false "
-small = "dim_model=32 n_heads=2 dim_feedforward=32 n_encoder_layers=1 n_vae_encoder_layers=1 chunk_size=8 n_action_steps=8"
+small = "dim_model=32 n_heads=2 dim_feedforward=32 n_encoder_layers=1 n_vae_encoder_layers=1 chunk_size=8"
+small += " n_action_steps=8"
 sys.argv[1:] = (common + "--policy.type=act --steps=1 --save_freq=1 --output_dir=base").split()
 sys.argv += ["--policy." + option for option in small.split()]
 from lerobot.scripts.lerobot_train import main
@@ -110,7 +111,8 @@ def test_ms_swift_trains_what_its_flags_say(decoder_folder, tmp_path):
     turns = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "green"}]
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 32))
     flags = {
-        "model": decoder_folder, "model_type": "llama", "template": "llama", "dataset": "rows.jsonl", "tuner_type": "lora",
+        "model": decoder_folder, "model_type": "llama", "template": "llama", "dataset": "rows.jsonl",
+        "tuner_type": "lora",
         "external_plugins": EXAMPLES / "ms_swift_plugin.py", "optimizer": "loraplus", "optim_args": "ratio=8",
         "learning_rate": 1e-3, "max_steps": 2, "save_steps": 2, "logging_steps": 1, "output_dir": "out",
         "torch_dtype": "float32", "per_device_train_batch_size": 4, "report_to": "none", "max_length": 512,
