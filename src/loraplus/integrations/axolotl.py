@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
-from loraplus.integrations.proof import tell_through
 from loraplus.integrations.trainer_settings import PREFIX, RateArguments, settings_from
 from loraplus.integrations.transformers import attach
 from loraplus.rate_keywords import rate_fields
@@ -82,7 +81,6 @@ class Plugin(BasePlugin):
         Raises:
             TrainerSetupError, InvalidRateError, NoLoraFactorsError: as `loraplus.attach`.
         """
-        tell_through("axolotl")
         written = SimpleNamespace(**cfg) if isinstance(cfg, Mapping) else cfg
         settings = settings_from(written)
         for name in ("loraplus_lr_ratio", "loraplus_lr_embedding"):
@@ -90,3 +88,4 @@ class Plugin(BasePlugin):
                 setattr(trainer.args, name, None)
         rates = [settings.rates] if any(getattr(written, name, None) is not None for name in _RATES) else []
         attach(trainer, *rates, log_updates=settings.log_updates, log_layers=settings.log_layers)
+        trainer._told_by = "axolotl.loraplus"

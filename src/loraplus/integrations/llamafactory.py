@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from loraplus.errors import TrainerSetupError
 from loraplus.integrations.optimizer_factory import LoraPlusCallback
-from loraplus.integrations.proof import prove, tell_through
+from loraplus.integrations.proof import prove
 from loraplus.integrations.pytorch import guard_resume
 from loraplus.integrations.trainer_settings import in_optim_args
 from loraplus.notices import told_once
@@ -65,7 +65,7 @@ def create_loraplus_optimizer(model: nn.Module, training_args: Any, finetuning_a
     del options["lr"]
     with told_once():
         optimizer = create_optimizer(model, optimizer_cls, rates, **options)
-        prove(model, optimizer, rates)
+        prove(model, optimizer, rates, told_by="llamafactory.loraplus")
     guard_resume(optimizer, model)
     return optimizer
 
@@ -82,7 +82,6 @@ def install() -> None:
             f"this version of LLaMA-Factory has no {_FUNCTION} in train/trainer_utils.py, so LoRA+ cannot take its "
             "place; 0.9.5 has it"
         )
-    tell_through("llamafactory")
     setattr(utils, _FUNCTION, create_loraplus_optimizer)
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
-from loraplus.integrations.proof import tell_through
 from loraplus.integrations.trainer_mixin import LoraPlusMixin
 from loraplus.integrations.transformers import attach
 
@@ -45,9 +44,9 @@ class LoraPlusOptimizerCallback(OptimizerCallback):
 
     def _attach(self) -> None:
         vars(self.trainer).pop("train", None)
-        tell_through("swift")
         ratio = _ratio(self.args, self.trainer.model)
         attach(self.trainer, **({} if ratio is None else {"lr_ratio": ratio}))
+        self.trainer._told_by = "swift.loraplus"
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Has the trainer make both by the methods that LoRA+ stands in."""

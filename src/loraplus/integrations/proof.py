@@ -14,20 +14,17 @@ from loraplus.existing_groups import Groups
 from loraplus.groups import RateTable, explain, verify
 from loraplus.rates import Rates
 
-logger = logging.getLogger("loraplus.proof")  # a script's; commands tell the rates at their end
-
-
-def tell_through(framework: str) -> None:
-    """Has the line come out where a framework's own lines do, of which many show nothing else below a warning.
-
-    Args:
-        framework: the name of its logger.
-    """
-    logger.parent, logger.disabled = logging.getLogger(framework), False  # which dictConfig does to all there are
+LOGGER = "loraplus.proof"
+"""Of a script; commands tell the rates at their end."""
 
 
 def prove(
-    model: nn.Module, optimizer: torch.optim.Optimizer, rates: Rates, *, groups: Groups | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rates: Rates,
+    *,
+    groups: Groups | None = None,
+    told_by: str = LOGGER,
 ) -> RateTable:
     """Verifies the rates of an optimizer that somebody has just built, and logs them in one line.
 
@@ -36,6 +33,7 @@ def prove(
         optimizer: as the trainer will use it.
         rates: that it should have.
         groups: the groups that it had before they were split; each parameter's η_A is then its group's lr.
+        told_by: the logger; frameworks show what their own say, and nothing else below a warning.
 
     Returns:
         The table of `verify`; that of `explain` where the optimizer leaves out parameters that are no factors, which
@@ -49,7 +47,7 @@ def prove(
     if not missing:
         table = verify(model, optimizer, rates, groups=groups)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        logger.info(line(table))
+        logging.getLogger(told_by).info(line(table))
     return table
 
 
