@@ -44,9 +44,9 @@ def optimizer_in_json(who: str) -> Seen:
 
 def scheduler_in_json(who: str) -> Seen:
     """λ after DeepSpeed's own WarmupLR has taken three steps."""
-    schedules: Any = library("deepspeed.runtime.lr_schedules")
     if who == "loraplus":
         check_deepspeed_config(SCHEDULER)
+    schedules: Any = library("deepspeed.runtime.lr_schedules")
     model = adapted()
     own = peft_optimizer(model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=RATIO)  # type: ignore[arg-type]
     scheduler = schedules.WarmupLR(own, **SCHEDULER["scheduler"]["params"])
