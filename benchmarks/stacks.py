@@ -42,6 +42,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from peft.optimizers import create_loraplus_optimizer as peft_optimizer
 from stacks_cases import RATES, CannotRun, Case, adapted, kohya, library, tied
+from stacks_deepspeed import DEEPSPEED
 from stacks_later import LATER
 from stacks_processes import WRAPPINGS
 from stacks_reports import PUBLIC, REPORTS
@@ -360,7 +361,7 @@ CASES: dict[str, Judge] = {
     "ratio 1 is plain AdamW after 20 steps": ratio_one,
     "8-bit AdamW: embeddings in 32 bits": eight_bit,
     "resuming under another ratio": resume,
-    **{name: judged(case) for name, case in (LATER | TRAINER | PUBLIC).items()},
+    **{name: judged(case) for name, case in (LATER | TRAINER | PUBLIC | DEEPSPEED).items()},
     **{name: in_two_processes(wrapping) for wrapping, name in WRAPPINGS.items()},
 }
 
@@ -392,7 +393,7 @@ def versions() -> str:
     """Of the libraries here; of those that are absent, what the page says that their lines were run with."""
     names = (
         "torch transformers peft trl accelerate lightning diffusers lycoris-lora litgpt torchtune bitsandbytes "
-        "prodigyopt pytorch-optimizer"
+        "prodigyopt pytorch-optimizer deepspeed"
     ).split()
     line = re.search(r"^Run with (.*)\.$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     known = dict(part.split(" ") for part in line[1].split(", ")) if line else {}

@@ -32,7 +32,11 @@ REPORTS = {
     "mmengine #482, Lightning #7981, sd-scripts #1347: the log has one rate": "Trainer logs every group's rate",
     "sd-scripts #1233: which factor is B": "kohya layout (LyCORIS)",
     "sd-scripts #1929: Prodigy and two rates": "Prodigy",
-    "DeepSpeed #6873, #8171: a scheduler's rate replaces those of the groups": "OneCycleLR with one max_lr",
+    "DeepSpeed #7713: an optimizer of the JSON replaces the one with groups": "DeepSpeed's JSON names the optimizer",
+    "DeepSpeed #6873, #8171: a scheduler's rate replaces those of the groups": "DeepSpeed's JSON names WarmupLR",
+    "axolotl: the embedding's rate changes on resume": "resuming under another rate of embeddings",
+    "all: a scheduler with rates of its own takes all groups to one": "OneCycleLR with one max_lr",
+    "PEFT: embeddings in 8-bit optimizers": "8-bit AdamW: embeddings in 32 bits",
     "PEFT: a weight_decay that is given is overridden": "weight_decay= is honoured",
     "PEFT: FSDP1 puts every A at B's rate": "FSDP1, 2 processes, use_orig_params=True",
     "PEFT: DoRA's magnitudes at B's rate": "DoRA",
@@ -207,6 +211,33 @@ def added_later(who: str) -> Seen:
     return ("warned", told[0]) if told else ("wrong", "the second adapter does not learn, silently")
 
 
+def embeddings_resume(who: str) -> Seen:
+    """A Trainer's checkpoint with embeddings at 1e-4, resumed by a run that asks for 1e-6 there."""
+
+    def trainer(folder: str, rate: float, steps: int) -> Trainer:
+        args = TrainingArguments(
+            folder, **{**QUIET, "max_steps": steps, "save_strategy": "steps", "save_steps": 2, "learning_rate": LR}
+        )
+        model = adapted(target_modules=["query", "word_embeddings"])
+        if who == "PEFT":
+            rates: dict[str, Any] = {"lr": LR, "loraplus_lr_ratio": RATIO, "loraplus_lr_embedding": rate}
+            own = peft_optimizer(model, torch.optim.AdamW, **rates)  # type: ignore[arg-type]
+            return Trainer(model, args, train_dataset=DATA, optimizers=(own, None))  # type: ignore[arg-type]
+        return loraplus.attach(Trainer(model, args, train_dataset=DATA), lr_ratio=RATIO, lr_embedding=rate)  # type: ignore[arg-type]
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer(folder, 1e-4, 2).train()
+        second = trainer(folder, 1e-6, 4)
+        try:
+            second.train(resume_from_checkpoint=True)
+        except loraplus.ResumeMismatchError as error:
+            return "refused", f"ResumeMismatchError: {error}".replace(folder, "out")
+        names = {id(p): name for name, p in second.model.named_parameters()}
+        groups = second.optimizer.param_groups
+        rate = next(g["initial_lr"] for g in groups for p in g["params"] if "embedding" in names[id(p)])
+    return ("right" if math.isclose(rate, 1e-6) else "wrong"), f"goes on at {rate:g}, silently"
+
+
 def accelerate_resume(who: str) -> Seen:
     """Accelerate's load_state of a run at ratio 16, in a run that asks for 2."""
     accelerate = library("accelerate")
@@ -346,6 +377,7 @@ PUBLIC: dict[str, Callable[[str], Seen]] = {
     "TRL's RewardTrainer": trl_trainer(
         "Reward", {"chosen": "grass is green", "rejected": "grass is red"}, rewards=True
     ),
+    "resuming under another rate of embeddings": embeddings_resume,
     "Accelerate, load_state under another ratio": accelerate_resume,
     "Lightning, StochasticWeightAveraging with one rate": averaged_weights,
     "Prodigy": estimates_its_rate("prodigyopt", "Prodigy", 1.0),

@@ -18,6 +18,7 @@ import torch
 from language import save_decoder
 from matrix import (  # noqa: F401  (hooks: how work is shared out, and what ran, as a table)
     pytest_runtest_logreport,
+    pytest_runtest_setup,
     pytest_terminal_summary,
     pytest_xdist_make_scheduler,
 )

@@ -293,3 +293,38 @@ def test_a_checkpoint(kind, tmp_path):
         (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
         with pytest.raises(loraplus.InputError, match="no optimizer in it"):
             diagnose_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "off"),
+    [
+        ({"use_dora": True}, "4 tensors of another kind (DoRA magnitude) learn at B's rate, 0.016"),
+        (
+            {"target_modules": ["query", "word_embeddings"], "rank_pattern": {"word_embeddings": 2}},
+            "2 tensors of embeddings learn at 1e-06",
+        ),
+    ],
+)
+def test_what_pefts_rule_did_to_what_is_no_factor_is_off_in_a_checkpoint_as_in_a_run(options, off, tmp_path):
+    from loraplus.diagnosis.checkpoint import diagnose_checkpoint
+
+    for kind in ("peft", "attached"):
+        model = adapted(**options)
+        own = peft_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+        run = trainer(tmp_path / kind, model, **({"optimizers": (own, None)} if kind == "peft" else {}))
+        (loraplus.attach(run, lr_ratio=16) if kind == "attached" else run).train()
+        found = diagnose_checkpoint(str(tmp_path / kind / "checkpoint-2"))
+        assert found.lr_ratio == 16 and found.ok == (kind == "attached")
+        assert off in " ".join(found.problems) or kind == "attached"
+
+
+def test_a_checkpoint_whose_shapes_do_not_tell_a_from_b_is_neither_right_nor_wrong(tmp_path):
+    from loraplus.diagnosis.checkpoint import diagnose_checkpoint
+
+    model = adapted(target_modules=["query", "word_embeddings"])  # an embedding's B has the shape of a layer's
+    own = peft_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    trainer(tmp_path, model, optimizers=(own, None)).train()
+    folder = str(tmp_path / "checkpoint-2")
+    assert diagnose_checkpoint(folder).verdict == "λ is not known in 2 pairs"
+    with pytest.raises(loraplus.InputError, match="do not tell A from B, so λ is not known; run the script itself"):
+        diagnose_checkpoint(folder, lr_ratio=16)

@@ -52,6 +52,76 @@ def test_a_broken_script_is_told_from_a_right_one(name, diagnoses):
         assert (of_b.lr, of_b.step_lr) == (0.016, pytest.approx(0.001, rel=1e-3))
 
 
+HEAD = """
+import torch
+from small import loss_of, network
+
+import loraplus
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+def factors(model, part):
+    return [p for name, p in model.named_parameters() if part in name]
+
+def train(model, *optimizers, after=lambda: None):
+    for _ in range(20):
+        loss_of(model).backward()
+        for each in optimizers:
+            each.step()
+        after()
+
+def of_ours(model):
+    return torch.optim.AdamW(loraplus.param_groups(model, lr=1e-3, lr_ratio=16))
+
+model = network()
+"""
+OTHERS = {  # name: (script, λ that it should have, what is off; "" if nothing is)
+    "an optimizer that is built again after the one with groups": (
+        "optimizer = of_ours(model)\ntrain(model, torch.optim.AdamW(trained(model), lr=1e-3))", None,
+        "B learns at A's rate (0.001) in all 2 pairs: this is plain LoRA, though",
+    ),
+    "an optimizer over another model": (
+        "train(network(), of_ours(model))", None,
+        "is the model that the loss is computed with the one whose parameters",
+    ),
+    "a list of lambdas that differ": (
+        "o = of_ours(model)\ns = torch.optim.lr_scheduler.LambdaLR(o, [lambda s: 1.0, lambda s: 1 / (1 + s)])\n"
+        "train(model, o, after=s.step)", None, "LambdaLR did it: its lambdas differ between the groups",
+    ),
+    "groups that a loaded state replaces": (
+        "plain = torch.optim.AdamW([{'params': factors(model, part)} for part in ('lora_A', 'lora_B')])\n"
+        "o = of_ours(model)\no.load_state_dict(plain.state_dict())\ntrain(model, o)", None,
+        "λ is 1 and should be 16, as it was built",
+    ),
+    "one optimizer a factor": (
+        "rates = {'lora_A': 1e-3, 'lora_B': 16e-3}\n"
+        "train(model, *(torch.optim.SGD(factors(model, part), lr) for part, lr in rates.items()))", 16, "",
+    ),
+    "steps that a scaler skips": (
+        "scaler = torch.amp.GradScaler('cpu', init_scale=2.0**120)\no = of_ours(model)\nfor _ in range(100):\n"
+        "    scaler.scale(loss_of(model)).backward()\n    scaler.step(o)\n    scaler.update()\n    o.zero_grad()",
+        16, "",
+    ),
+}  # fmt: skip
+
+
+def test_scripts_of_other_kinds(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]))
+
+    def diagnosed(item):
+        number, (script, lr_ratio, _) = item
+        path = tmp_path / f"{number}.py"
+        path.write_text(HEAD + script)
+        return diagnose_script(["python", str(path)], steps=3, lr_ratio=lr_ratio)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(diagnosed, enumerate(OTHERS.values())))
+    for name, (_, _, off), diagnosis in zip(OTHERS, OTHERS.values(), found, strict=True):
+        assert diagnosis.ok == (off == ""), (name, diagnosis)
+        assert off in " ".join(diagnosis.problems), (name, diagnosis.problems)
+
+
 def test_every_example_is_one_of_these():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*EXPECTED, "small"}
 

@@ -290,8 +290,9 @@ def parallel_adapter(ranks: int) -> nn.Module:
     return adapter
 
 
+@pytest.mark.plugin("NeMo, Megatron-Bridge")
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_megatron_bridge_names_whole_or_on_ranks(ranks):
+def test_published_interface_of_megatron_bridge_names_whole_or_on_ranks(ranks):
     layer = nn.Module()
     layer.adapter = parallel_adapter(ranks)
     canonical = nn.Module()
@@ -306,6 +307,35 @@ def test_megatron_bridge_names_whole_or_on_ranks(ranks):
     assert found.pop("linear_fc1.adapter.weight_magnitude") is Role.MAGNITUDE
     assert len(found) == 10
     assert all(role is (Role.A if ".linear_in." in name else Role.B) for name, role in found.items())
+
+
+def linear_adapter(inputs: int, outputs: int, a: str, b: str) -> nn.Linear:
+    """Megatron-Bridge's LinearAdapter, a linear layer with its factors right beside its weight; under any names."""
+    layer = nn.Linear(inputs, outputs).requires_grad_(False)
+    layer.add_module(b, nn.Linear(RANK, outputs, bias=False))
+    layer.add_module(a, nn.Linear(inputs, RANK, bias=False))
+    return layer
+
+
+@pytest.mark.parametrize("names", [("linear_in", "linear_out"), ("down", "up"), ("first", "second")])
+@pytest.mark.parametrize("outputs", [IN, OUT])
+def test_two_layers_within_a_linear_one_that_make_a_product_of_its_size_are_its_factors(names, outputs):
+    a, b = names
+    model = nn.ModuleDict({"q": linear_adapter(IN, outputs, a, b), "k": Torchtune()})
+    found = roles(model)
+    assert found["q." + a + ".weight"] is Role.A and found["q." + b + ".weight"] is Role.B
+    optimizer = loraplus.create_optimizer(model, torch.optim.SGD, lr=0.1, lr_ratio=16)
+    doctored = loraplus.doctor(optimizer, model, lr_ratio=16)
+    assert doctored.ok and {pair.layer for pair in doctored.pairs} == {"q", "k"}
+
+
+def test_layers_within_a_linear_one_that_make_no_low_rank_of_its_size_are_none():
+    wide = nn.Linear(4, 6).requires_grad_(False)  # its "rank" would be above its own
+    wide.first, wide.second = nn.Linear(4, 8, bias=False), nn.Linear(8, 6, bias=False)
+    other = nn.Linear(12, 20).requires_grad_(False)
+    other.first, other.second = nn.Linear(12, 4, bias=False), nn.Linear(4, 12, bias=False)
+    found = roles(nn.ModuleDict({"wide": wide, "other": other, "q_proj": Torchtune()}))
+    assert {role for name, role in found.items() if not name.startswith("q_proj.")} == {Role.OTHER}
 
 
 def test_layers_of_an_mlp_that_are_called_as_megatrons_factors_are_none():

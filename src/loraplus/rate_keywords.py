@@ -110,17 +110,24 @@ def rate_fields(
         overrides: type of the settings that map names to numbers.
     """
     made = []
-    for name, setting in SETTINGS.items():
-        if name != "lr" and sets_ratio in (None, setting.metadata.get("sets_ratio", False)):
-            default, metadata = _default(name), {"help": setting.metadata["help"]}
-            kind = overrides if "by_name" in setting.metadata else float | None if default is None else float
-            made.append((prefix + name, kind, field(default=default, metadata=metadata)))
+    for name in _names(sets_ratio):
+        setting, default = SETTINGS[name], _default(name)
+        kind = overrides if "by_name" in setting.metadata else float | None if default is None else float
+        made.append((prefix + name, kind, field(default=default, metadata={"help": setting.metadata["help"]})))
     return made
 
 
-def fields_of(rates: Rates, *, prefix: str = "") -> dict[str, Any]:
+def _names(sets_ratio: bool | None) -> list[str]:
+    return [
+        name
+        for name, setting in SETTINGS.items()
+        if name != "lr" and sets_ratio in (None, setting.metadata.get("sets_ratio", False))
+    ]
+
+
+def fields_of(rates: Rates, *, sets_ratio: bool | None = None, prefix: str = "") -> dict[str, Any]:
     """{name: value} of each setting but lr, as `rate_fields` names them."""
-    return {prefix + name: getattr(rates, name) for name in SETTINGS if name != "lr"}
+    return {prefix + name: getattr(rates, name) for name in _names(sets_ratio)}
 
 
 def rates_from(settings: Any, lr: float | str | None = None, *, prefix: str = "") -> Rates:

@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 DEFAULT_LR_RATIO = 16.0
 """The paper's rule of thumb, λ = 2⁴."""
 
+
+class Default(float):
+    """A number that stands where none was given, told from the same number that somebody asked for.
+
+    Example:
+        >>> Rates(lr_ratio=16) == Rates(), Rates(lr_ratio=16).is_given, Rates().is_given
+        (True, True, False)
+    """
+
+
 AUTO = "auto"
 """Instead of a number for `lr`: `AutoRates` sets η_A and η_B."""
 
@@ -65,6 +75,10 @@ def _check_lr(name: str, value: Any) -> float | str | None:
         raise
 
 
+def _check_ratio(name: str, value: Any) -> float:
+    return value if isinstance(value, Default) else _check_positive(name, value)
+
+
 def _check_own_rate(name: str, value: Any) -> float | None:
     return None if value is None else _check_positive(name, value)
 
@@ -83,7 +97,7 @@ def _check_patterns(name: str, overrides: Mapping[str, float] | None) -> dict[st
 
 
 def _ratio(help: str) -> Any:
-    return field(default=DEFAULT_LR_RATIO, metadata={"help": help, "check": _check_positive, "sets_ratio": True})
+    return field(default=Default(DEFAULT_LR_RATIO), metadata={"help": help, "check": _check_ratio, "sets_ratio": True})
 
 
 def _rate_of(roles: frozenset[Role], what: str, help: str) -> Any:
@@ -169,6 +183,18 @@ class Rates:
         """Whether `AutoRates` is to set η_A and η_B."""
         return self.lr == AUTO
 
+    @property
+    def given_ratio(self) -> str | None:
+        """The setting that gives a ratio; None where it is left to its default, or to automatic rates."""
+        if not isinstance(self.lr_ratio, Default):
+            return "lr_ratio"
+        return "lr_ratio_overrides" if self.lr_ratio_overrides else None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything was asked for, be it what is the default."""
+        return self.given_ratio is not None or self != Rates()
+
     def at(self, lr: float) -> Rates:
         """The same with another η_A."""
         with told_once(silent=True):  # a low ratio was warned of when this was made
@@ -185,9 +211,11 @@ class Rates:
         """
         if not self.auto:
             return dataclasses.replace(self, lr=lr if self.lr is None else self.lr)
-        for name, setting in SETTINGS.items():
-            if setting.metadata.get("sets_ratio") and getattr(self, name) != getattr(_NOTHING_ASKED, name):
-                raise InvalidRateError(f"{name} is not used with automatic rates, which set the ratio; leave it out")
+        if self.given_ratio is not None:
+            raise InvalidRateError(
+                f"{self.given_ratio} is not used with automatic rates, which set the ratio; leave it out, or give lr "
+                "as a number"
+            )
         return dataclasses.replace(self, lr=lr, lr_ratio=1.0)
 
     def beside_automatic(self, roles: Collection[Role]) -> Rates:
@@ -297,4 +325,3 @@ SETTINGS = {each.name: each for each in dataclasses.fields(Rates)}
 OWN_RATES = {name: each for name, each in SETTINGS.items() if "roles" in each.metadata}
 """The settings that are the rate of some roles, whatever lr is."""
 SETTING_OF_ROLE = {role: name for role in Role for name, each in OWN_RATES.items() if role in each.metadata["roles"]}
-_NOTHING_ASKED = Rates()

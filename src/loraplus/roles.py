@@ -113,7 +113,9 @@ class _Reading:
         if role is not None:
             return role
         role = recognise(name, owner, self.structure.holder(owner))
-        if role is not None and role in _TAKE_TWO and not self.structure.has_partner(name, parameter, owner, role):
+        if role is None:
+            return self.structure.role_within_layer(name, owner)
+        if role in _TAKE_TWO and not self.structure.has_partner(name, parameter, owner, role):
             return saved_in_full(name, owner)
         return role
 

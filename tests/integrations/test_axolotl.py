@@ -17,6 +17,8 @@ import loraplus
 from loraplus.errors import TrainerSetupError
 from loraplus.integrations.axolotl import LoraPlusArgs, Plugin
 
+pytestmark = pytest.mark.plugin("axolotl")
+
 
 @dataclass
 class AxolotlArguments(TrainingArguments):
@@ -81,12 +83,12 @@ def test_published_interface_the_ratio_of_the_yaml_is_that_of_the_step_with_axol
     cfg = config(loraplus_lr_ratio=4, loraplus_lr_head=5e-4)
     ours = trainer(tmp_path, cfg)
     Plugin().post_trainer_create(cfg, ours)
-    with caplog.at_level(logging.INFO, "loraplus"):
+    with caplog.at_level(logging.INFO, "axolotl"):
         ours.train()
     loraplus.verify(ours.model, ours.optimizer, lr=1e-3, lr_ratio=4, lr_head=5e-4)
     decays = {entry.role: entry.weight_decay for entry in loraplus.explain(ours.model, ours.optimizer).entries}
     assert decays["lora_A"] == decays["lora_B"] == 0.1
-    assert [r.getMessage() for r in caplog.records if r.name == "loraplus.proof"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "axolotl.loraplus"] == [
         "LoRA+ verified: lora_A at 0.001 (4 tensors), lora_B at 0.004 (4 tensors), head at 0.0005 (2 tensors)"
     ]
 

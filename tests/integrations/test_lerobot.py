@@ -15,6 +15,8 @@ import loraplus
 from loraplus.errors import ResumeMismatchError, TrainerSetupError
 from loraplus.integrations import lerobot
 
+pytestmark = pytest.mark.plugin("LeRobot")
+
 
 class Policy(nn.Module):
     def __init__(self) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch import cli  # noqa: E402
 from loraplus.integrations.lightning import LoraPlusCallback  # noqa: E402
 from loraplus.integrations.lightning_cli import LoraPlusCLI  # noqa: E402
 
+pytestmark = pytest.mark.plugin("Lightning's CLI")
 REAL = bool(cli._JSONARGPARSE_SIGNATURES_AVAILABLE)
 
 

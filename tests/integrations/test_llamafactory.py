@@ -15,6 +15,8 @@ import loraplus
 from loraplus.errors import ResumeMismatchError, TrainerSetupError
 from loraplus.integrations.llamafactory import create_loraplus_optimizer, install, run_exp
 
+pytestmark = pytest.mark.plugin("LLaMA-Factory")
+
 
 @dataclass
 class FinetuningArguments:
@@ -99,7 +101,7 @@ def test_published_interface_an_embeddings_rate_counts_unless_it_is_the_default(
         loraplus.verify(model, optimizer, lr=1e-3, lr_ratio=4, lr_embedding=rate)
 
 
-def test_a_version_without_the_function_is_refused(factory):
+def test_published_interface_a_version_without_the_function_is_refused(factory):
     del factory.utils._create_loraplus_optimizer
     with pytest.raises(TrainerSetupError, match="has no _create_loraplus_optimizer"):
         install()

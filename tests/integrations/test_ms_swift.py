@@ -14,6 +14,8 @@ from transformers import Trainer, TrainingArguments
 import loraplus
 from loraplus.errors import ResumeMismatchError, TrainerSetupError
 
+pytestmark = pytest.mark.plugin("ms-swift")
+
 
 class OptimizerCallback:
     """ms-swift's base class."""

@@ -38,6 +38,7 @@ def proved(trainer: Any, **rates: float) -> None:
     assert trainer.loraplus_rates.lr_ratio == 4
 
 
+@pytest.mark.plugin("Seq2SeqTrainer")
 def test_seq2seq_trainer_trains_at_the_ratio(tmp_path):
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(
@@ -68,6 +69,7 @@ def folder(tmp_path, model: Any) -> str:
     return str(path)
 
 
+@pytest.mark.plugin("sentence-transformers")
 def test_sentence_transformer_trainer_trains_at_the_ratio_with_a_loss_of_parameters_beside(sentence_modules, tmp_path):
     st = sentence_modules
     from sentence_transformers.sentence_transformer.losses import SoftmaxLoss
@@ -84,6 +86,7 @@ def test_sentence_transformer_trainer_trains_at_the_ratio_with_a_loss_of_paramet
     assert id(loss.classifier.weight) in held
 
 
+@pytest.mark.plugin("sentence-transformers")
 def test_cross_encoder_trainer_trains_at_the_ratio(sentence_modules, tmp_path):
     st = sentence_modules
     model = st.CrossEncoder(folder(tmp_path, tiny_bert(num_labels=1)), device="cpu", num_labels=1)
@@ -93,6 +96,7 @@ def test_cross_encoder_trainer_trains_at_the_ratio(sentence_modules, tmp_path):
     proved(st.cross_encoder.CrossEncoderTrainer(model, args, train_dataset=rows), lr_head=5e-4)
 
 
+@pytest.mark.plugin("sentence-transformers")
 def test_sparse_encoder_trainer_trains_at_the_ratio(sentence_modules, tmp_path):
     sparse = sentence_modules.sparse_encoder
     torch.manual_seed(0)
@@ -134,10 +138,12 @@ def unsloth(tmp_path):
     return make
 
 
+@pytest.mark.plugin("Unsloth")
 def test_published_interface_of_unsloth_trains_at_the_ratio(unsloth):
     proved(unsloth(language_model()))
 
 
+@pytest.mark.plugin("Unsloth")
 def test_published_interface_of_unsloth_keeps_the_rate_of_its_embeddings(unsloth):
     model = language_model("none").unload()
     model.config.tie_word_embeddings = False
@@ -148,6 +154,7 @@ def test_published_interface_of_unsloth_keeps_the_rate_of_its_embeddings(unsloth
     assert rates == pytest.approx({"lora_A": 1e-3, "lora_B": 4e-3, "embedding": 5e-5})
 
 
+@pytest.mark.plugin("Unsloth")
 def test_published_interface_of_unsloth_a_ratio_in_both_places_is_refused(unsloth):
     with pytest.raises(TrainerSetupError, match="set LoRA"):
         loraplus.attach(unsloth(language_model(), loraplus_lr_ratio=16), lr_ratio=16).create_optimizer()

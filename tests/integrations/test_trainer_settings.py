@@ -335,12 +335,6 @@ def test_trainers_own_space_holds_a_rate_that_attach_was_given(tmp_path):
         loraplus.attach(trainer, lr=1e-3).hyperparameter_search(n_trials=1, backend="optuna")
 
 
-def test_a_ratio_beside_automatic_rates_is_refused(tmp_path):
-    trainer = Trainer(factors(), TrainingArguments(**common(tmp_path)), train_dataset=Tokens())
-    with pytest.raises(InvalidRateError, match="lr_ratio is not used with automatic rates"):
-        loraplus.attach(trainer, 4, lr="auto")
-
-
 class ByLayer(Trainer):
     """Rates of its own for query and value."""
 
@@ -384,6 +378,7 @@ def test_evaluation_only_needs_no_rate(tmp_path):
     assert "eval_loss" in loraplus.attach(Trainer(factors(), args, eval_dataset=Tokens(8))).evaluate()
 
 
+@pytest.mark.plugin("optim_args")
 def test_optim_args_give_the_rates_and_the_optimizer_gets_the_rest(tmp_path):
     args = TrainingArguments(
         str(tmp_path), optim="sgd", optim_args="ratio=4, momentum=0.5, lr_head=1e-3", learning_rate=1e-2, report_to=[],
@@ -414,3 +409,37 @@ def test_optim_args_beside_another_ratio_are_refused_be_it_the_default(tmp_path,
     with pytest.raises(TrainerSetupError, match=rf"lr_ratio = {text.partition('=')[2]}.*attach for {ratio}"):
         loraplus.attach(trainer, lr_ratio=ratio)
     loraplus.attach(trainer, lr_ratio=float(text.partition("=")[2]))  # the same twice is no matter
+
+
+def test_a_ratio_of_the_arguments_beside_another_of_attach_is_refused_be_it_the_default(tmp_path):
+    args = LoraPlusTrainingArguments(**common(tmp_path), loraplus_lr_ratio=16)
+    with pytest.raises(TrainerSetupError, match=r"ask for lr_ratio = 16.*attach for 4.*set the rates in one of them"):
+        loraplus.attach(Trainer(factors(), args, train_dataset=Tokens()), lr_ratio=4)
+    left_out = LoraPlusTrainingArguments(**common(tmp_path))
+    trainer = loraplus.attach(Trainer(factors(), left_out, train_dataset=Tokens()), lr_ratio=4)
+    assert trainer.loraplus_rates.lr_ratio == 4
+
+
+def test_attach_that_asks_for_logs_alone_leaves_the_rates_to_the_arguments(tmp_path):
+    args = TrainingArguments(**common(tmp_path), optim_args="ratio=4, lr_head=1e-3")
+    trainer = loraplus.attach(Trainer(factors(), args, train_dataset=Tokens()), log_updates=10)
+    assert trainer.loraplus_settings.log_updates == 10
+    assert (trainer.loraplus_rates.lr_ratio, trainer.loraplus_rates.lr_head) == (4, 1e-3)
+    ours = LoraPlusTrainingArguments(**common(tmp_path), loraplus_lr_ratio=8, loraplus_log_updates=5)
+    with pytest.raises(TrainerSetupError, match="ask for log_updates = 5, loraplus.attach for 10"):
+        loraplus.attach(Trainer(factors(), ours, train_dataset=Tokens()), log_updates=10)
+
+
+@pytest.mark.parametrize("ratio", [4, 16])
+def test_a_ratio_beside_automatic_rates_is_refused_be_it_the_default(tmp_path, ratio):
+    told = "lr_ratio is not used with automatic rates, which set the ratio; leave it out, or give lr as a number"
+    trainer = Trainer(factors(), TrainingArguments(**common(tmp_path)), train_dataset=Tokens())
+    with pytest.raises(InvalidRateError, match=told):
+        loraplus.attach(trainer, lr="auto", lr_ratio=ratio)
+    args = LoraPlusTrainingArguments(**common(tmp_path), loraplus_auto_rates=True, loraplus_lr_ratio=ratio)
+    with pytest.raises(InvalidRateError, match=told):
+        LoraPlusTrainer(factors(), args, train_dataset=Tokens())
+    with pytest.raises(InvalidRateError, match=told):
+        loraplus.create_optimizer(factors(), lr="auto", lr_ratio=ratio)
+    with pytest.raises(InvalidRateError, match=told):
+        loraplus.create_optimizer(factors(), rates=loraplus.Rates("auto", ratio))

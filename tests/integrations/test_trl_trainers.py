@@ -20,6 +20,8 @@ from loraplus.errors import TrainerSetupError
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
+pytestmark = pytest.mark.plugin("TRL's trainers")
+
 ELSEWHERE = {"SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RewardTrainer"}
 """tests/stacks trains them."""
 WITH_A_SERVER = {"AsyncGRPOTrainer", "AsyncDistillationTrainer", "ServerDistillationTrainer"}

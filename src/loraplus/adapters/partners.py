@@ -57,6 +57,31 @@ def has_pair(layer: nn.Module) -> bool:
     return any(fit(of(a), of(b)) for a, b in PAIRS if parts.get(a) is not None and parts.get(b) is not None)
 
 
+def pair_within(layer: nn.Module | None) -> tuple[str, str] | None:
+    """What A and B are called in a linear layer that has them right beside its own weight, whatever they are called.
+
+    A takes the layer's inputs to r numbers and B takes these to its outputs, with r below both: a product of low rank,
+    of the layer's own size. None where there is no such pair, or more than one.
+
+    Example:
+        >>> layer = nn.Linear(8, 6)
+        >>> layer.first, layer.second = nn.Linear(8, 2, bias=False), nn.Linear(2, 6, bias=False)
+        >>> pair_within(layer)
+        ('first', 'second')
+    """
+    inputs, outputs = (0, 0) if layer is None else (_width(layer, "in"), _width(layer, "out"))
+    if layer is None or not inputs or not outputs:
+        return None
+    widths = {name: (_width(part, "in"), _width(part, "out")) for name, part in layer.named_children()}
+    found = [
+        (a, b)
+        for a, (taken, rank) in widths.items()
+        for b, (given, made) in widths.items()
+        if taken == inputs and rank == given and made == outputs and 0 < rank < min(inputs, outputs)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
 def fit(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
     """Whether a product of two can be: what A gives is what B takes.
 

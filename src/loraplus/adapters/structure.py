@@ -10,7 +10,7 @@ from torch import nn
 
 from loraplus.adapters.layouts import without_adapter
 from loraplus.adapters.orientation import wrapped_roles
-from loraplus.adapters.partners import PARTNERS, fit, has_pair, partner_names
+from loraplus.adapters.partners import PARTNERS, fit, has_pair, pair_within, partner_names
 from loraplus.parts import Role
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -80,6 +80,20 @@ class Structure:
             if makes_pair:
                 return True
         return not others  # its layout knows it by more than a name
+
+    def role_within_layer(self, name: str, owner: nn.Module) -> Role | None:
+        """The role of a matrix that no layout knows and that has its partner in the linear layer which holds both."""
+        pair, parts = pair_within(self.holder(owner)), name.split(".")
+        if pair is None or parts[-1] != "weight":
+            return None
+        return dict(zip(pair, (Role.A, Role.B), strict=True)).get(parts[-2])
+
+    def partner_names(self, name: str, owner: nn.Module) -> Iterator[str]:
+        """The names that the other factor of a pair may have: a layout's, and by its place in the layer of both."""
+        yield from partner_names(name, owner, self.holder(owner))
+        role, pair = self.role_within_layer(name, owner), pair_within(self.holder(owner))
+        if role is not None and pair is not None:
+            yield ".".join([*name.split(".")[:-2], pair[role is Role.A], "weight"]).removeprefix(".")
 
     def is_factor(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether a parameter that no layout knows is part of an adapter's product all the same.

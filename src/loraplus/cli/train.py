@@ -89,6 +89,7 @@ def _print_result(console: Console, output: str, metrics: dict[str, Any]) -> Non
             f"{metrics['learnt']['p_value']:.2g}); {ADVICE}"
         )
     console.say(_about_rates(metrics))
+    console.say(_about_groups(metrics))
     data = metrics["data"]
     about = (
         _about_tokens(data, metrics["packing"])
@@ -111,6 +112,13 @@ def _about_rates(metrics: dict[str, Any]) -> str:
     why = f": {metrics['auto_why']}" if "auto_why" in metrics else ""
     flags = f"; near them without: --lr {lr:.3g} --lr-ratio {ratio:.3g}" if lr and ratio else ""
     return f"{rates}, set automatically, as last measured{why}{flags}"
+
+
+def _about_groups(metrics: dict[str, Any]) -> str:
+    """What learnt at which rate, read off the optimizer; rates that were given as numbers have been verified."""
+    from loraplus.integrations.proof import rates_in_words
+
+    return f"{'trained' if metrics['auto'] else 'verified'}: {rates_in_words(metrics['groups'])}"
 
 
 def _about_labels(data: dict[str, Any], several: bool) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loraplus.diagnosis.beside_factors import beside_factors
 from loraplus.diagnosis.diagnosis import NEAR, Diagnosis, OptimizerSeen, Pair, ParameterStep, named, number, some
 from loraplus.diagnosis.ratio import Expected, judge_ratio
 from loraplus.errors import InputError
@@ -32,7 +33,7 @@ def diagnose_checkpoint(path: str, *, lr_ratio: float | None = None) -> Diagnosi
         lr_ratio: λ that it should have; None: what loraplus.json in it says, else whatever it is.
 
     Raises:
-        InputError: no adapter or no optimizer.pt, or a damaged file.
+        InputError: no adapter or no optimizer.pt, a damaged file, or a λ to hold it to and no telling what it has.
     """
     folder = _newest(user_path(path))
     for name, what in ((CONFIG_FILE, "no adapter"), (OPTIMIZER_FILE, "no optimizer")):
@@ -50,7 +51,7 @@ def diagnose_checkpoint(path: str, *, lr_ratio: float | None = None) -> Diagnosi
          "tensors": len(g["params"])}
         for i, g in enumerate(content["param_groups"])
     ]  # fmt: skip
-    entries = _entries(adapter, rows)
+    entries = list(_entries(adapter, rows))
     pairs = _pairs(adapter, rows)
     expected = _expected(saved, lr_ratio)
     problems = [
@@ -58,12 +59,17 @@ def diagnose_checkpoint(path: str, *, lr_ratio: float | None = None) -> Diagnosi
         *judge_ratio(pairs, expected, lambda pair: _why(rows)),
         *_schedule(rows),
         *_logged(folder),
+        *beside_factors(entries, pairs, asked_by_name=saved is not None),
         *_decay(rows),
     ]
     empty = [str(group["name"]) for group in groups if not group["tensors"]]
     notes = [f"{len(empty)} of {some(len(groups), 'group')} are empty ({named(empty)})"] if empty else []
     if not pairs:
-        notes.append("the shapes of the optimizer's states do not tell A from B, so λ is not known")
+        unknown = "the shapes of the optimizer's states do not tell A from B, so λ is not known"
+        if lr_ratio is not None:
+            raise InputError(f"{path}: {unknown}; run the script itself: loraplus doctor -- python train.py …")
+        notes.append(unknown)
+        pairs = [Pair(pair.name, None, None) for pair in adapter.pairs if not pair.is_embedding]
     notes.append("these are the rates of the groups; what a step makes of them, only a run of the script shows")
     seen = (OptimizerSeen("optimizer of the checkpoint", 0, tuple(groups)),)
     return Diagnosis(str(folder), tuple(entries), tuple(pairs), seen, tuple(problems), tuple(notes))

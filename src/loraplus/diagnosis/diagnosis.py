@@ -101,7 +101,8 @@ class Diagnosis:
         """One line."""
         if self.ok:
             words = in_words(self.pairs)
-            return words if self.lr_ratio == 1 else f"right: {words}"
+            known = all(pair.lr_ratio is not None or pair.a_frozen for pair in self.pairs)
+            return f"right: {words}" if known and self.lr_ratio != 1 else words
         worst, *others = self.problems
         return f"wrong: {worst.partition('; ')[0]}{f' (and {len(others)} more)' if others else ''}"
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from loraplus.adapters.layouts import PAIRS
-from loraplus.adapters.partners import partner_names
 from loraplus.adapters.structure import Structure
 from loraplus.diagnosis.diagnosis import OptimizerSeen, Pair, ParameterStep
 from loraplus.diagnosis.measuring import decays, trial_rates
@@ -253,7 +252,7 @@ def _add_pairs(findings: Findings, model: nn.Module, start: str, listed: Sequenc
         if each.role not in (Role.A, Role.B) or each.name in done:
             continue
         owner = owners[id(each.parameter)]
-        other = next((n for n in partner_names(each.name, owner, structure.holder(owner)) if n in every), None)
+        other = next((other for other in structure.partner_names(each.name, owner) if other in every), None)
         if other is None:
             continue
         done |= {each.name, other}

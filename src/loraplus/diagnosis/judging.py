@@ -8,20 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from loraplus.adapters.memory import overlapping
-from loraplus.diagnosis.diagnosis import (
-    Diagnosis,
-    ParameterStep,
-    named,
-    number,
-    some,
-)
+from loraplus.diagnosis.beside_factors import beside_factors
+from loraplus.diagnosis.diagnosis import Diagnosis, named, number, some
 from loraplus.diagnosis.findings import Findings
-from loraplus.diagnosis.ratio import Expected, changed, ignored, later, near, ratio_problems
+from loraplus.diagnosis.ratio import Expected, changed, ignored, later, ratio_problems
 from loraplus.groups import parameters_by_group
 from loraplus.parts import Role
 from loraplus.steps.group_rates import group_labels, rate_as_number
 
-_HARDLY = 0.01  # of A's rate: an embedding's factors do not learn at less
 _FACTOR_ROLES = {Role.A, Role.B}
 
 
@@ -35,7 +29,7 @@ def judge(findings: Findings, expected: Expected, source: str) -> Diagnosis:
     """
     rules: tuple[Callable[[Findings, Expected], Iterable[str]], ...] = (
         _uncalled, _nothing_trains, _not_held, _idle, ratio_problems, changed, ignored, _one_memory, _twice, _unmoved,
-        _at_b_rate, _embeddings, _heads, _decay, later,
+        _beside_factors, _decay, later,
     )  # fmt: skip
     problems = list(dict.fromkeys(problem for rule in rules for problem in rule(findings, expected)))
     return Diagnosis(
@@ -125,59 +119,15 @@ def _unmoved(findings: Findings, expected: Expected) -> Iterator[str]:
         ]  # fmt: skip
         idle = [name for name in factors if id(findings.parameters[name]) not in observed.learnt]
         if idle and len(idle) == len(factors):
-            yield f"no gradient reached a factor in {some(observed.steps, 'step')}: {named(idle)}"
-
-
-def _b_and_a_rate(findings: Findings) -> tuple[float, float] | None:
-    """(B's rate, A's rate) where they are one each and differ, and nobody asked for the others' rates by name."""
-    ratios = {
-        (pair.lr_b, pair.lr_a) for pair in findings.pairs if pair.lr_ratio is not None and not near(pair.lr_ratio, 1)
-    }
-    b_rates, a_rates = {b for b, _ in ratios if b}, {a for _, a in ratios if a}
-    ours = any(observed.is_ours for observed in findings.seen)
-    return None if ours or not ratios or len(b_rates) != 1 else (b_rates.pop(), min(a_rates))
-
-
-def _at_b_rate(findings: Findings, expected: Expected) -> Iterator[str]:
-    rates = _b_and_a_rate(findings)
-    kinds = {Role.MAGNITUDE: "DoRA magnitude", Role.NORM_BIAS: "norm or bias", Role.EMBEDDING: "embedding"}
-    if rates is None:
-        return
-    for role, what in kinds.items():
-        mine = [entry for entry in findings.entries if entry.role == role and near(entry.step_lr, rates[0])]
-        if mine:
             yield (
-                f"{some(len(mine), 'tensor')} of another kind ({what}) learn at B's rate, {number(rates[0])}: "
-                f"{named([entry.name for entry in mine])}; the argument for a faster B is about a linear layer's "
-                "factor alone, so give them A's rate"
+                f"no gradient reached a factor in {some(observed.steps, 'step')}: {named(idle)}; is the model that the "
+                f"loss is computed with the one whose parameters {observed.name} was given?"
             )
 
 
-def _embeddings(findings: Findings, expected: Expected) -> Iterator[str]:
-    rates_a = [pair.lr_a for pair in findings.pairs if pair.lr_a]
-    kinds = {Role.EMBEDDING_A, Role.EMBEDDING_B, Role.EMBEDDING}
-    slow = [
-        entry
-        for entry in findings.entries
-        if entry.role in kinds and rates_a and entry.step_lr and entry.step_lr < _HARDLY * min(rates_a)
-    ]
-    if slow:
-        yield (
-            f"{some(len(slow), 'tensor')} of embeddings learn at {number(slow[0].step_lr)}, which is "
-            f"{(slow[0].step_lr or 0) / min(rates_a):.2g} of A's rate, so they hardly train: "
-            f"{named([entry.name for entry in slow])}; set loraplus_lr_embedding (its default in PEFT is 1e-6)"
-        )
-
-
-def _heads(findings: Findings, expected: Expected) -> Iterator[str]:
-    by_module: dict[str, list[ParameterStep]] = defaultdict(list)
-    for entry in findings.entries:
-        if entry.role == Role.HEAD and entry.step_lr:
-            by_module[entry.name.rpartition(".")[0]].append(entry)
-    for entries in by_module.values():
-        if len({entry.step_lr for entry in entries}) > 1 and _b_and_a_rate(findings):
-            told = ", ".join(f"{entry.name} at {number(entry.step_lr)}" for entry in entries)
-            yield f"one head learns at several rates: {told}; give its bias the rate of its weight"
+def _beside_factors(findings: Findings, expected: Expected) -> Iterator[str]:
+    asked_by_name = any(observed.is_ours for observed in findings.seen)
+    yield from beside_factors(findings.entries, findings.pairs, asked_by_name=asked_by_name)
 
 
 def _decay(findings: Findings, expected: Expected) -> Iterator[str]:

@@ -98,6 +98,7 @@ def rates_record(rates: Rates, model: nn.Module, auto: AutoRates | None = None) 
     return {
         "format_version": _FORMAT_VERSION,
         **asdict(rates),
+        "lr_ratio": float(rates.lr_ratio),  # no class of ours in what torch pickles
         **({} if auto is None else {"auto": auto.summary()}),
         "roles": roles_of(model),
         "shapes": shapes_of(model),

@@ -65,7 +65,7 @@ def create_loraplus_optimizer(model: nn.Module, training_args: Any, finetuning_a
     del options["lr"]
     with told_once():
         optimizer = create_optimizer(model, optimizer_cls, rates, **options)
-        prove(model, optimizer, rates)
+        prove(model, optimizer, rates, told_by="llamafactory.loraplus")
     guard_resume(optimizer, model)
     return optimizer
 

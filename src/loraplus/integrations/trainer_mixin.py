@@ -28,7 +28,7 @@ from loraplus.integrations.checkpoints import (
     write_rates,
 )
 from loraplus.integrations.deepspeed import check_plugin
-from loraplus.integrations.proof import prove
+from loraplus.integrations.proof import LOGGER, prove
 from loraplus.integrations.pytorch import rates_for_log
 from loraplus.integrations.trainer_checkpoints import WholeCheckpoints
 from loraplus.integrations.trainer_optimizer import Split, own_class, split
@@ -66,6 +66,7 @@ class LoraPlusMixin(WholeCheckpoints):
     """Gives any Trainer class LoRA+ parameter groups, their logs, whole checkpoints, and a guard on resuming."""
 
     loraplus_auto: AutoRates | None = None
+    _told_by: str = LOGGER
     _given: RateSettings | None = None
     _made: Made | None = None
     _making: bool = False
@@ -140,7 +141,7 @@ class LoraPlusMixin(WholeCheckpoints):
             self._check_resumed()
             if not settings.auto:  # whose rates come with the first step
                 with told_once(silent=True):  # `split` has warned
-                    prove(model, new.optimizer, rates)
+                    prove(model, new.optimizer, rates, told_by=self._told_by)
         self._watch(model)
         return self.optimizer
 
@@ -300,17 +301,17 @@ def _builds_as_trainer(trainer: Any) -> bool:
 
 
 def without_repetition(args: TrainingArguments, given: RateSettings) -> RateSettings | None:
-    """What was given to `attach`, or None if the arguments say the same.
+    """What was given to `attach`, with what it left to the arguments; None if the arguments say the same.
 
     Raises:
         TrainerSetupError: they say something else.
     """
     asked = settings_of(args)
-    if given == (asked or RateSettings()):
-        return None
-    if asked is None:
-        return given
-    name, in_arguments, in_attach = asked.differs_in(given) or ("", None, None)
+    together = given.filled(asked or RateSettings())
+    difference = None if asked is None else asked.filled(given).differs_in(together)
+    if difference is None:
+        return None if together == asked else together
+    name, in_arguments, in_attach = difference
     raise TrainerSetupError(
         f"the training arguments ask for {name} = {in_arguments}, loraplus.attach for {in_attach}; "
         "set the rates in one of them"

@@ -42,7 +42,7 @@ def check_searched(trainer: Any, name: str) -> None:
     settings = trainer.loraplus_settings
     if name == "learning_rate" and "lr" in settings.rates.own_rates():
         why = "loraplus.attach was given lr, so it would reach nothing; leave lr out"
-    elif name.startswith("loraplus_") and trainer._given is not None:
+    elif name.startswith("loraplus_") and trainer._given is not None and trainer._given.rates.is_given:
         why = (
             "loraplus.attach was given the rates, so it would reach nothing; call loraplus.attach(trainer) without them"
         )

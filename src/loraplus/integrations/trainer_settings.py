@@ -30,6 +30,16 @@ class RateSettings:
         """Whether `AutoRates` sets η_A and η_B."""
         return self.rates.auto
 
+    @property
+    def is_given(self) -> bool:
+        """Whether anything was asked for, be it what is the default."""
+        return self.rates.is_given or self != RateSettings()
+
+    def filled(self, other: RateSettings) -> RateSettings:
+        """What is asked for here, and in what is left open here what the other asks for."""
+        rates = self.rates if self.rates.is_given else other.rates
+        return RateSettings(rates, self.log_updates or other.log_updates, self.log_layers or other.log_layers)
+
     def differs_in(self, other: RateSettings) -> tuple[str, Any, Any] | None:
         """(name of the first setting that is another, its value here, its value there)."""
         here, there = ({**vars(each.rates), **vars(each)} for each in (self, other))
@@ -119,9 +129,11 @@ def settings_of(args: TrainingArguments) -> RateSettings | None:
     """What training arguments ask for: in fields of their own, or in `optim_args`; None if in neither.
 
     Raises:
-        TrainerSetupError: in both, and not the same. Fields have defaults, so one that was left out counts, too.
+        TrainerSetupError: in both, and not the same.
     """
     fields = args.loraplus_settings() if isinstance(args, LoraPlusTrainingArguments) else None
+    if fields is not None and not fields.is_given:
+        fields = None
     numbers: dict[str, Any] = {**in_optim_args(args.optim_args)[0]}
     with told_once(silent=True):  # of a low ratio, as in `settings_from`
         named = RateSettings(Rates(**numbers)) if numbers else None
@@ -132,4 +144,4 @@ def settings_of(args: TrainingArguments) -> RateSettings | None:
             f"the training arguments ask for {name} = {here}, optim_args for {there}; set {PREFIX}{name}, and take it "
             "out of optim_args"
         )
-    return named if fields is None or fields == RateSettings() else fields
+    return named if fields is None else fields

@@ -103,7 +103,8 @@ def attach(trainer: AnyTrainer, *, rates: Rates | None, log_updates: int = 0, lo
         raise TrainerSetupError(f"attach takes a transformers Trainer, got {type(trainer).__name__}")
     given = None
     if rates is not None or log_updates or log_layers:
-        given = without_repetition(trainer.args, RateSettings(rates or Rates(), log_updates, log_layers))
+        given = RateSettings(rates or Rates(), log_updates, log_layers)
+        given = None if without_repetition(trainer.args, given) is None else given
     if trainer.optimizer is None and not isinstance(trainer, LoraPlusMixin):
         trainer.__class__ = _with_mixin(type(trainer))
     _set_up(trainer, given)

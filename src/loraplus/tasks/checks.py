@@ -126,7 +126,8 @@ def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float = 1.0) -> Rate
             f"--lr-ratio {lr_ratio:g} is not used with --lr auto, which sets the ratio; leave it out, or give --lr a "
             "number"
         )
-    return replace(asked, lr_ratio=lr_ratio, lr_head=config.head_rate).resolved(DEFAULT_LR)
+    ratio = Rates().lr_ratio if asked.auto else lr_ratio
+    return replace(asked, lr_ratio=ratio, lr_head=config.head_rate).resolved(DEFAULT_LR)
 
 
 def check_task(config: TaskConfig) -> None:

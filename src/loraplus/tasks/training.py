@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from loraplus.errors import InputError
 from loraplus.integrations.trainer_settings import PREFIX
 from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
 from loraplus.rate_keywords import fields_of
-from loraplus.rates import DEFAULT_LR_RATIO, Rates
+from loraplus.rates import Rates
 from loraplus.speed import speed_up
 from loraplus.tasks.checks import check_numbers, check_parts
 from loraplus.tasks.config import TaskConfig
@@ -95,7 +94,7 @@ def build_trainer(
         args = task.arguments(
             output_dir=output,
             learning_rate=rates.lr,
-            **fields_of(replace(rates, lr_ratio=DEFAULT_LR_RATIO) if auto else rates, prefix=PREFIX),
+            **fields_of(rates, sets_ratio=False if auto else None, prefix=PREFIX),
             loraplus_auto_rates=auto,
             loraplus_log_layers=auto,
             weight_decay=config.weight_decay,
