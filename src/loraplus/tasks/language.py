@@ -37,7 +37,7 @@ from loraplus.tasks.seen import Seen, doubts_of_encoding, length_row, repeats, r
 from loraplus.tasks.splits import split
 from loraplus.tasks.streamed import Made, in_parts
 from loraplus.tasks.table import Table, read_table
-from loraplus.tasks.target_rows import Encoded, TargetRows, fit, how_to_fit
+from loraplus.tasks.target_rows import Encoded, Fitted, TargetRows, fit, how_to_fit
 from loraplus.tasks.task import Task, Tested
 from loraplus.tasks.token_rows import AT_ONCE
 
@@ -113,15 +113,7 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         "test_examples": len(test),
         "duplicates_removed": removed,
         "max_length": max_length,
-        "longer_than_context": sum(part.longer for part in fitted),
-        "long_examples": how,
-        "tokens_cut": sum(part.cut for part in fitted),
-        "examples_dropped": sum(part.dropped for part in fitted),
-        "train_rows": len(fitted[0].rows),
-        "train_tokens": int(fitted[0].rows.lengths.sum(dtype=np.int64)),
-        "train_target_tokens": fitted[0].targets,
-        "validation_target_tokens": fitted[1].targets,
-        "test_target_tokens": fitted[2].targets,
+        **_facts_of_tokens(fitted, how),
         "split_seed": config.seed,
         "sha256": fingerprint,
     }
@@ -136,6 +128,22 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         largest_token=fitted[0].largest,
         seen=_seen(config, table, data, facts, int(encoded[0].lengths.max())),
     )
+
+
+def _facts_of_tokens(splits: Sequence[Fitted], how: str) -> dict[str, Any]:
+    """What stands in the training, validation and test split, and what was done with longer examples."""
+    train, validation, test = splits
+    return {
+        "longer_than_context": sum(part.longer for part in splits),
+        "long_examples": how,
+        "tokens_cut": sum(part.cut for part in splits),
+        "examples_dropped": sum(part.dropped for part in splits),
+        "train_rows": len(train.rows),
+        "train_tokens": int(train.rows.lengths.sum(dtype=np.int64)),
+        "train_target_tokens": train.targets,
+        "validation_target_tokens": validation.targets,
+        "test_target_tokens": test.targets,
+    }
 
 
 def _seen(config: TaskConfig, table: Table, data: LanguageExamples, facts: dict[str, Any], longest: int) -> Seen:
