@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from loraplus.cli.terminal import Console
+from loraplus.cli.seen import show
+from loraplus.cli.terminal import Console, narrated, print_json
 from loraplus.study.arms import ALL
 from loraplus.study.records import Record, Trial
 from loraplus.study.runner import Event
 from loraplus.study.wording import counted, rate
+from loraplus.tasks.config import TaskConfig
 from loraplus.tasks.measures import perplexity
 
 MINIMAL_SECONDS_FOR_ESTIMATE = 2.0
@@ -50,6 +54,25 @@ def study_progress(console: Console, *, plain: bool, wording: Wording | None = N
     wording = wording or TrainingWording()
     moving = console.is_terminal and not plain
     return BarProgress(console, wording) if moving else PlainProgress(console, wording)
+
+
+def run_study(
+    study: Callable[..., dict[str, Any]],
+    config: TaskConfig,
+    console: Console,
+    *,
+    overwrite: bool,
+    resume: bool,
+    json: bool,
+    plain: bool,
+) -> dict[str, Any]:
+    """Runs `compare` or `tune` while the console shows how far it is; with `json`, prints what it came to."""
+    with narrated(console), study_progress(console, plain=plain) as progress:
+        on_seen = None if json else partial(show, console)
+        result = study(config, overwrite=overwrite, resume=resume, progress=progress, on_seen=on_seen)
+    if json:
+        print_json(result)
+    return result
 
 
 class TrainingWording:

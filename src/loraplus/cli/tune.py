@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from loraplus.cli.app import app
 from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import show_next
 from loraplus.cli.options import config_command
-from loraplus.cli.seen import show
-from loraplus.cli.terminal import Console, narrated, plain_table, print_json
+from loraplus.cli.terminal import Console, plain_table
 from loraplus.study.wording import counted
 from loraplus.tasks.command_line import command_line
 from loraplus.tasks.config import TuneConfig
@@ -31,22 +29,13 @@ from loraplus.tasks.config import TuneConfig
 def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Find η_A and λ for your task within a budget, in one process or in several that share a study."""
     from loraplus.cli.console import quiet_libraries
-    from loraplus.cli.progress import rate, study_progress
+    from loraplus.cli.progress import rate, run_study
 
     quiet_libraries()
     from loraplus.study.tune import BEST_FILE, tune
 
     console = Console(stderr=json, plain=plain)
-    with narrated(console), study_progress(console, plain=plain) as progress:
-        result = tune(
-            config,
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-            on_seen=None if json else partial(show, console),
-        )
-    if json:
-        print_json(result)
+    result = run_study(tune, config, console, overwrite=overwrite, resume=resume, json=json, plain=plain)
     best, cost = result["best"], result["cost"]
     console.print(trials_table(result))
     console.say(
