@@ -134,13 +134,19 @@ def _trl(arm: Arm, prepared: Prepared, model: Any, output: str) -> Any:
         options["per_device_train_batch_size"] = max(1, round(batch))
     pad: Any = prepared.tokenizer.pad_token_id
     args = SFTConfig(
-        **options, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, padding_free=arm.packed,
-    )  # fmt: skip
+        **options,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        padding_free=arm.packed,
+    )
     # Without padding SFTTrainer insists on a collator that it makes itself.
     trainer = SFTTrainer(
-        model=model, args=args, train_dataset=rows, processing_class=prepared.tokenizer,
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=prepared.tokenizer,
         data_collator=None if arm.packed else DataCollatorForLanguageModeling(pad),
-    )  # fmt: skip
+    )
     trainer._send_telemetry = lambda: None
     return trainer
 

@@ -49,9 +49,12 @@ class Decoder(TunedArms):
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
-            "targets": ["q_proj", "v_proj"], "schedule": "linear", "warmup": WARMUP,
-            "max_length": small_tasks.LENGTH, "held_out": small_tasks.HELD_OUT,
-        }  # fmt: skip
+            "targets": ["q_proj", "v_proj"],
+            "schedule": "linear",
+            "warmup": WARMUP,
+            "max_length": small_tasks.LENGTH,
+            "held_out": small_tasks.HELD_OUT,
+        }
 
     def needs(self) -> list[str]:
         family = ", ".join(str(width) for width in self.widths if width != small_decoders.WIDEST)

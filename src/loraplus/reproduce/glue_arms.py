@@ -131,7 +131,9 @@ class GlueArms(TunedArms):
                 *verdicts(figures, TEST_LOSS, "test loss", lower_is_better=True),
             ],
             parts=[
-                self.table_of_arms(figures), self.table_of_differences(figures), *self.maps(results),
+                self.table_of_arms(figures),
+                self.table_of_differences(figures),
+                *self.maps(results),
                 *self.curves(results, figures),
             ],
             method=[
@@ -142,7 +144,7 @@ class GlueArms(TunedArms):
             ],
             limits=self.limits(),
             headline=headline(figures, TEST_ACCURACY, lower_is_better=False),
-        )  # fmt: skip
+        )
 
     def limits(self) -> list[str]:
         """What the scale leaves open."""

@@ -62,10 +62,13 @@ def build(folder: Path, task: SmallTask, adapter: SmallAdapter, seed: int) -> An
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=task.classes)
         kind = TaskType.SEQ_CLS
     lora = LoraConfig(
-        task_type=kind, r=adapter.rank, lora_alpha=adapter.alpha,  # type: ignore[arg-type]
-        lora_dropout=adapter.dropout, use_rslora=adapter.rslora,
+        task_type=kind,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
         target_modules=adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
-    )  # fmt: skip
+    )
     adapted = get_peft_model(model, lora)
     if adapter.start == "B-random":
         swap_start(adapted)
@@ -142,8 +145,11 @@ def train(
 
 def _values(task: SmallTask, part: str, measured: tuple[float, float]) -> dict[str, float]:
     """Loss and, of classes, accuracy under their names."""
-    return {f"{part}_{name}": value for name, value in zip(("loss", "accuracy"), measured, strict=True)
-            if name == "loss" or task.kind == "classes"}  # fmt: skip
+    return {
+        f"{part}_{name}": value
+        for name, value in zip(("loss", "accuracy"), measured, strict=True)
+        if name == "loss" or task.kind == "classes"
+    }
 
 
 def batches(rows: list[list[int]], batch: int, seed: int) -> Iterator[list[int]]:

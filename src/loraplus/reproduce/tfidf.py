@@ -23,8 +23,9 @@ def tfidf(texts: Texts) -> dict[str, float]:
     by_strength = []
     for strength in _STRENGTHS:
         model = LogisticRegression(C=strength, max_iter=1000).fit(train, labels)
-        by_strength.append({**_measured(model, vectors, texts.validation, "eval"),
-                      **_measured(model, vectors, texts.test, "test")})  # fmt: skip
+        by_strength.append(
+            {**_measured(model, vectors, texts.validation, "eval"), **_measured(model, vectors, texts.test, "test")}
+        )
     return min(by_strength, key=lambda values: values["eval_loss"])
 
 

@@ -353,9 +353,11 @@ def _tied_figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
         ]
         plots.append(LinePlot(of_family["title"], "width n", "test loss", both, log_x=True, log_y=True))
     return Figure(
-        "tied-by-width", "What one rate for both costs", plots,
+        "tied-by-width",
+        "What one rate for both costs",
+        plots,
         "Test loss, geometric mean over the seeds, of the best pair and of the best tied rate.",
-    )  # fmt: skip
+    )
 
 
 def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:

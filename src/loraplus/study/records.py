@@ -257,7 +257,9 @@ class Record(Generic[TrialT]):
             measured["eval_loss"] = math.inf
         points = (CurvePoint(**p) if isinstance(p, Mapping) else CurvePoint(*p) for p in _in_numbers(data["curve"]))
         return Record(
-            trial, data["status"], **measured,
+            trial,
+            data["status"],
+            **measured,
             curve=tuple(points),
             test_losses=tuple(data.get("test_losses", ())),
             test_correct=tuple(data.get("test_correct", ())),
@@ -266,7 +268,7 @@ class Record(Generic[TrialT]):
             values=_in_numbers(data.get("values", {})),
             rows=tuple(_in_numbers(data.get("rows", ()))),
             shown=data.get("shown"),
-        )  # fmt: skip
+        )
 
 
 _MEASURED = ("steps", "eval_loss", "eval_accuracy", "seconds_per_step")  # of every training run

@@ -99,8 +99,11 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
     parts = split(data, config, read)
     counts = dict(sorted(parts.train.labels.counts().items()))
     facts = {
-        "text_column": text_column, "label_column": label_column, "labels": names, "train_class_counts": counts,
-    }  # fmt: skip
+        "text_column": text_column,
+        "label_column": label_column,
+        "labels": names,
+        "train_class_counts": counts,
+    }
     return encoded(
         config, tokenizer, parts, partial(_indices, names=names), names, facts, _seen(config, table, data, parts)
     )
@@ -119,11 +122,13 @@ def _seen(config: TaskConfig, table: Table, data: LabelledTexts, parts: Splits[L
         "most frequent": f"{frequent}, {share} of the validation texts: the accuracy of always saying it",
         "duplicates": repeats_row(repetition, parts.duplicates_removed),
     }
-    return Seen(rows).with_([
-        *doubts_of_table(table, data.text_column, [data.label_column], data.labels.distinct),
-        *doubt_of_contradictions(table, repetition, data.labels.value, data.texts),
-        *doubts_of_labels(data.labels, len(data)),
-    ])  # fmt: skip
+    return Seen(rows).with_(
+        [
+            *doubts_of_table(table, data.text_column, [data.label_column], data.labels.distinct),
+            *doubt_of_contradictions(table, repetition, data.labels.value, data.texts),
+            *doubts_of_labels(data.labels, len(data)),
+        ]
+    )
 
 
 def columns_row(config: TaskConfig, text: str, target: str) -> str:

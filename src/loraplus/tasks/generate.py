@@ -220,9 +220,11 @@ def continue_ids(
         mask[i, longest - len(row) :] = 1
     with loading("cannot go on from this text"):  # transformers fills in settings of the model's own, whatever they are
         output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
             streamer=_Pieces(tokenizer, on_text) if on_text else None,
-        )  # fmt: skip
+        )
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 

@@ -85,11 +85,14 @@ def merge(
         remote = {"trust_remote_code": trust_remote_code}
         written = from_pretrained(loader, str(partial), dtype=torch.float32, **remote).eval()
         record = {
-            "adapter": str(user_path(adapter).resolve()), "base": base, "task": settings.get("task_type"),
-            "dtype": dtype, "parameters": written.num_parameters(),
+            "adapter": str(user_path(adapter).resolve()),
+            "base": base,
+            "task": settings.get("task_type"),
+            "dtype": dtype,
+            "parameters": written.num_parameters(),
             **_compare(expected, _logits(written, rows), dtype, target),
             "files": sorted([RECORD_FILE, *(path.name for path in partial.iterdir())]),
-        }  # fmt: skip
+        }
         write_json(partial / RECORD_FILE, record)
         try:
             replace_folder(partial, target, _files_of_merge(target) or set())
@@ -147,8 +150,11 @@ def _fixed_inputs(model: Any) -> torch.Tensor:
     config = model.config.get_text_config()
     drawn = torch.Generator().manual_seed(0)
     rows = torch.randint(config.vocab_size, (_CHECKED_TEXTS, _CHECKED_TOKENS), generator=drawn)
-    return rows if config.pad_token_id is None else rows.masked_fill(
-        rows == config.pad_token_id, (config.pad_token_id + 1) % config.vocab_size)  # fmt: skip
+    return (
+        rows
+        if config.pad_token_id is None
+        else rows.masked_fill(rows == config.pad_token_id, (config.pad_token_id + 1) % config.vocab_size)
+    )
 
 
 @torch.inference_mode()

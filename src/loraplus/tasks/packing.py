@@ -73,11 +73,13 @@ class PackingCollator(DataCollatorForLanguageModeling):
         rows = []
         for row in best_fit([len(example["input_ids"]) for example in examples], self.room):
             chosen = [examples[i] for i in row]
-            rows.append({
-                "input_ids": [token for example in chosen for token in example["input_ids"]],
-                "labels": [label for example in chosen for label in [IGNORED, *example["labels"][1:]]],
-                "seq_lengths": [len(example["input_ids"]) for example in chosen],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "input_ids": [token for example in chosen for token in example["input_ids"]],
+                    "labels": [label for example in chosen for label in [IGNORED, *example["labels"][1:]]],
+                    "seq_lengths": [len(example["input_ids"]) for example in chosen],
+                }
+            )
         batch = super().torch_call(rows)
         del batch["attention_mask"]  # a model looks at the positions only if there is none
         return batch

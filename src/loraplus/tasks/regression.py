@@ -41,9 +41,12 @@ def load_regression(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> C
     if deviation == 0:
         raise InputError(f"{config.data}: every target in column {column!r} is {mean:g}, so there is nothing to learn")
     facts = {
-        "text_column": data.text_column, "label_column": column, "target_mean": mean, "target_deviation": deviation,
+        "text_column": data.text_column,
+        "label_column": column,
+        "target_mean": mean,
+        "target_deviation": deviation,
         "target_range": [float(parts.train.targets.min()), float(parts.train.targets.max())],
-    }  # fmt: skip
+    }
 
     def scaled(part: TargetedTexts) -> np.ndarray:
         """Targets (examples,) with mean 0 and deviation 1 over the training examples."""

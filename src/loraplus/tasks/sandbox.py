@@ -28,9 +28,10 @@ _MEASURES_ITSELF = hasattr(signal, "setitimer")
 _WALL_SECONDS = 60.0
 """Where the process cannot measure its own time."""
 _ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
     "ARROW_DEFAULT_MEMORY_POOL": "system",  # its own takes a gigabyte of addresses at once, which the limit forbids
-}  # fmt: skip
+}
 _PLAIN = re.compile(r"[\w.\-/ ]*")
 
 
@@ -93,9 +94,12 @@ class _Process:
             self._owner = os.getpid()
             self._running = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(Path(sandbox_process.__file__))],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
                 env={**os.environ, **_ENVIRONMENT},
-            )  # fmt: skip
+            )
             atexit.register(self._end)
         return self._running
 
