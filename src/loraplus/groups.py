@@ -103,7 +103,8 @@ def groups_for(parameters: list[TrainableParameter], rates: Rates, weight_decay:
 class ParameterRate:
     """What an optimizer does with one parameter; lr is None if the optimizer does not hold it.
 
-    Of parameters on one memory the first has their number, the others 0 and its name in `shares`.
+    Where several parameters share memory, the first counts its elements. The others count 0 and name the first in
+    `shares`.
     """
 
     name: str

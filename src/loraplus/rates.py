@@ -29,8 +29,8 @@ DEFAULT_LR_RATIO = 16.0
 AUTO = "auto"
 """Instead of a number for `lr`: `AutoRates` sets η_A and η_B."""
 
-# PEFT's examples train classifiers with 3e-4 or so. With automatic rates it is what norms, magnitudes and embeddings
-# learn at: a rate that hurts none of them.
+# PEFT's examples train classifiers at about 3e-4. With automatic rates, norms, magnitudes and embeddings learn at this
+# rate, which hurts none of them.
 DEFAULT_LR = 3e-4
 # A new head starts from nothing and learns at its own pace, the same whatever the adapter's rates are: otherwise a
 # search over η_A and λ would be a search over the head's rate, too.
@@ -125,7 +125,7 @@ class Rates:
     """
 
     tensor: ClassVar[Any] = None
-    """A rate that was given as a tensor, if one was: then every group gets its rate in such a tensor."""
+    """The rate that was given as a tensor, if one was. Every group then gets its rate in a tensor like it."""
 
     lr: float | str | None = field(default=None, metadata={"help": "η_A, the rate of A.", "check": _check_lr})
     lr_ratio: float = _ratio("λ = η_B / η_A; 1 is plain LoRA.")

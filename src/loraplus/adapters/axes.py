@@ -1,4 +1,4 @@
-"""Which dimensions of a weight the code holds after it was turned, indexed, reshaped, and what products sum over.
+"""Follows the dimensions of a weight through transposes, indexing and reshaping, to see which one a product sums over.
 
 A weight's own dimensions are counted from the end: −1 and −2 are its two sides, what stands before are experts.
 """
@@ -30,8 +30,8 @@ class Axes:
     """The dimensions that a weight has now, by what they were.
 
     Args:
-        labels: from the last one on, those that are known; None is none of the weight's own.
-        whole: whether these are all.
+        labels: what each known dimension was, ending with the last one; None for one that is not the weight's own.
+        whole: whether these are all the dimensions.
         mixed: multiplied with something else, entry by entry: a sum over a dimension completes a product.
     """
 

@@ -55,7 +55,7 @@ class Floor:
         """Computes each product once.
 
         Returns:
-            The seconds of a step that did nothing else. Taken in turns with the arms, it knows of the same machine.
+            The seconds of a step that did nothing else. It takes turns with the arms, at the same speed of the machine.
         """
         seconds, best = 0.0, 0.0
         for shape, count in self.products.items():

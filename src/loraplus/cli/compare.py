@@ -96,7 +96,7 @@ def results_table(summary: dict[str, Any]) -> Table:
 
 
 def _beside_accuracy(summary: dict[str, Any]) -> str:
-    """Macro-F1 of the tuned arms, and what was to be had for nothing; empty where they are not known."""
+    """Macro-F1 of the tuned arms, and the accuracy of the most frequent class; empty where they are not known."""
     arms = {arm: part for arm, part in summary.get("learning", {}).get("arms", {}).items() if part}
     scores = [f"{ALL[arm].title} {part['macro_f1']:.3f}" for arm, part in arms.items() if "macro_f1" in part]
     shares = [part["majority_share"] for part in arms.values() if "majority_share" in part]

@@ -70,7 +70,7 @@ def counting_bar(console: Console, title: str, total: int, *, plain: bool) -> It
 
 
 class TrainingProgress(TrainerCallback):
-    """A line for every evaluation, under it a bar with the time left (or, on a plain terminal, the lines alone)."""
+    """A line for every evaluation, and below them a bar with the time left; a plain terminal gets the lines alone."""
 
     def __init__(self, console: Console, *, plain: bool) -> None:
         self._console = console

@@ -1,4 +1,4 @@
-"""The command to type after one that has ended: it runs as it stands, with the paths that the user has."""
+"""The command to type next, after one has ended. It runs as printed, with the user's own paths."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def after_reproduce(name: str, scale: str, scales: tuple[str, ...]) -> tuple[str
 
 
 def free_path(path: str) -> str:
-    """A path that nothing has: this one, or with a number."""
+    """A path that is free: this one, or this with a number."""
     stem, suffix = os.path.splitext(path)
     number = 2
     free = path

@@ -39,7 +39,7 @@ class Wording(Protocol):
         ...
 
     def outcome(self, record: Any) -> str:
-        """What it came to."""
+        """Its result."""
         ...
 
 
@@ -66,7 +66,7 @@ def run_study(
     json: bool,
     plain: bool,
 ) -> dict[str, Any]:
-    """Runs `compare` or `tune` while the console shows how far it is; with `json`, prints what it came to."""
+    """Runs `compare` or `tune` while the console shows how far it is; with `json`, prints the result."""
     with narrated(console), study_progress(console, plain=plain) as progress:
         on_seen = None if json else partial(show, console)
         result = study(config, overwrite=overwrite, resume=resume, progress=progress, on_seen=on_seen)
@@ -76,7 +76,7 @@ def run_study(
 
 
 class TrainingWording:
-    """Of training runs: rates, seed, and the loss that came out."""
+    """The words for training runs: rates, seed, and the loss in the end."""
 
     def describe(self, trial: Trial) -> str:
         """`tuning LoRA+ η_A 2.5e-4 λ 16 seed 0`; without rates if the method sets them itself."""
@@ -101,7 +101,7 @@ class TrainingWording:
 
 
 def outcome(event: Event, wording: Wording) -> str:
-    """What a finished run came to, in one line."""
+    """The result of a finished run, in one line."""
     source = " (same run as before)" if event.reused else " (another process)" if event.elsewhere else ""
     return f"{wording.describe(event.trial)}: {wording.outcome(event.record)}{source}"
 

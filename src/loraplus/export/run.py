@@ -20,7 +20,7 @@ from loraplus.tasks.saved_adapter import adapter_settings
 
 _DEFAULTS = {each.name: each.default for each in dataclasses.fields(TrainConfig)}
 _OF_THIS_MACHINE = {"output"}
-"""Settings that say nothing of what was trained."""
+"""Settings of this machine alone, which say nothing of what was trained."""
 
 
 @dataclass

@@ -80,7 +80,7 @@ def read_text(path: str | os.PathLike[str], most: int, option: str = "", what: s
 
     Args:
         path: of the file, `~` included.
-        most: characters; one more than a text may have tells one that is too long.
+        most: characters to read; give one more than is allowed to notice a text that is too long.
         option: begins the message.
         what: the file should be, if it is not UTF-8.
 

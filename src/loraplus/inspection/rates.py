@@ -181,7 +181,7 @@ def _bases(folder: Path, groups: list[Mapping[str, Any]]) -> list[float | None]:
 
 
 def _automatic(row: Row, saved: Mapping[str, Any] | None) -> Row:
-    """Automatic rates stand beside the optimizer, whose own say what the schedule makes of them."""
+    """A group's automatic rates, which are saved beside the optimizer; its own rates have the schedule in them."""
     automatic = (saved or {}).get("auto")
     if not automatic:
         return row

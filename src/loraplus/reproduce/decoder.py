@@ -1,8 +1,8 @@
 """The small pre-trained decoders moved to another domain: language modelling of movie reviews, by width.
 
-Those of width 32 to 128 were pre-trained on verses, product reviews and tweets; that of width 256 is the decoder of
-examples/decoder, which has read verses only and has another vocabulary, so its losses do not compare with the others',
-its rates do. The theory says that the best λ grows with the width; at these widths the effect is what it is.
+Those of width 32 to 128 were pre-trained on verses, product reviews and tweets. That of width 256 is the decoder of
+examples/decoder, which has read verses only and has another vocabulary: its rates can be compared with the others', its
+losses cannot. The theory says that the best λ grows with the width; at these widths the effect is what it is.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ The four rules for α set the scale s of s·B·A x:
 
     α = r: s = 1    α = 2r: s = 2    α = 16: s = 16/r    rsLoRA with α = 16: s = 16/√r
 
-A rule is nothing but its s, so rules that agree at a rank share their runs. For Adam, whose steps do not depend on the
-size of the gradient, s and the rate of the factor that starts at zero are one quantity: (s, η_A, η_B) with B zero
+A rule acts through s alone, so rules with the same s at a rank share their runs. For Adam, whose steps do not depend on
+the size of the gradient, s and the rate of the factor that starts at zero are one quantity: (s, η_A, η_B) with B zero
 trains as (1, η_A, s·η_B).
 """
 

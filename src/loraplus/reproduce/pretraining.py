@@ -101,8 +101,8 @@ def pretrain_into(
         arguments: of TrainingArguments; `max_steps` must be among them.
         finish: takes the model's folder before it is put in place, and how training went.
         callbacks: of Trainer, to show how far it is.
-        mean_of_batch: the loss is the model's own mean over a batch's targets. Trainer's divides by all tokens of a
-            batch that have a label, and so by those in the first place, too, which nothing predicts.
+        mean_of_batch: the loss is the model's own mean over a batch's targets. Trainer's divides by all labelled tokens
+            of a batch, and so counts each row's first token, which nothing predicts.
         **trainer_options: of Trainer: validation data, a collator, an optimizer.
 
     Raises:

@@ -378,7 +378,7 @@ def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:
 
 
 def _at_edge(of_family: Mapping[str, Any]) -> str:
-    """Where no best pair was of_family, and what that means."""
+    """The widths whose best pair is at the edge of the grid, and what that means; else empty."""
     widths = [width for width, at in of_family["widths"].items() if not at["inside"]]
     if not widths:
         return ""

@@ -1,7 +1,7 @@
 """LoRA and LoRA+ on several tasks, each tuned on one seed with the same number of runs, then trained on fresh seeds.
 
-The part that the experiments on text have in common: what to run next, and what the runs come to. An experiment adds
-its cases (tasks, widths), how one run trains, and what it makes of the figures.
+The experiments on text share this: what to run next, and what the runs say. Each adds its cases (tasks, widths), how
+one run trains, and its report.
 """
 
 from __future__ import annotations

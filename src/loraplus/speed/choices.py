@@ -34,7 +34,7 @@ def _other(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """A module changes its class.
+    """The change of a module's class.
 
     Args:
         module: which.
@@ -107,7 +107,7 @@ def _quiet(module: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 
 _SCALES = torch.tensor([0.1, 1.0, 100.0])[:, None]
-"""Of the rows that a module is tried on: what is cut off where numbers are large shows there."""
+"""Sizes of the rows that a module is tried on. Large ones show a module that cuts numbers off."""
 
 
 def _numbers(*shape: int, like: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def is_plain(modules: Iterable[nn.Module]) -> bool:
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass that is no forward pass of another: it is an error, not a wrong number, where that is asked for.
+    """Marks a backward pass that cannot be differentiated again: asking for that is an error, not a wrong number.
 
     torch's `once_differentiable` lets it pass where the gradient that comes in is a constant.
     """

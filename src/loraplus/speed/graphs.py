@@ -124,7 +124,7 @@ class Graphs:
         return self._told(graph(hidden, *_tensors(kwargs)), is_last)
 
     def _told(self, output: Tensor, is_last: bool) -> Tensor:
-        """The same output, (batch, tokens, width); that of the last layer tells when its backward pass begins."""
+        """The same output, (batch, tokens, width). A hook on the last layer's says when the backward pass begins."""
         if is_last and output.requires_grad:
             output.register_hook(self._backward_begins)
         return output

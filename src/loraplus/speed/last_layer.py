@@ -90,7 +90,7 @@ def last_layer(model: Any) -> nn.Module | None:
 
 
 def readers(model: Any, layer: nn.Module) -> Iterator[nn.Module]:
-    """What holds the last layer, is in it, or comes after it: whatever sees that it is short."""
+    """The modules that could notice a short last layer: those that hold it, are in it, or come after it."""
     base = getattr(model, model.base_model_prefix)
     yield from (base, base.encoder, base.encoder.layer)
     yield from layer.modules()
@@ -101,7 +101,7 @@ def readers(model: Any, layer: nn.Module) -> Iterator[nn.Module]:
 
 
 def _at_first(layer: Any) -> tuple[nn.Module, ...]:
-    """What is called with the first position only, and could draw no mask for the others."""
+    """The modules that see the first position only, and so cannot draw dropout masks for the others."""
     return layer.attention.self.query, layer.attention.output.dense, layer.intermediate, layer.output.dense
 
 

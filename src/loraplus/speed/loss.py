@@ -103,8 +103,8 @@ _OF_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 class LazyLogits(Tensor):
     """Logits that are computed once somebody looks at them: h Wᵀ + b, (…, vocabulary).
 
-    From then on it stands for the tensor computed, with whatever is done to that in place. Its own place in the graph,
-    for code that does not look by way of Python, is that of the logits.
+    From then on it stands for the computed tensor, in-place changes included. Code that does not go through Python,
+    such as autograd, finds it at the place of the logits in the graph.
     """
 
     hidden: Tensor

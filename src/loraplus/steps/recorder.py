@@ -1,4 +1,4 @@
-r"""What the forward passes behind the present gradients left: a sample of each adapted layer, and the loss's terms.
+r"""Samples of what each adapted layer read and wrote in the passes that the present gradients come from.
 
 Everything is taken when a gradient arrives, not when a layer is called: a pass that no gradient comes back from
 (evaluation, generation, a reference model) leaves nothing, and what gradients that were since set to zero came from (a

@@ -95,7 +95,7 @@ def warn_unproved(optimizer: Any, trial: Trial) -> None:
 
 
 class _Slots(NamedTuple):
-    """Two groups, by index, and the one of them whose options both have in the trial: like is compared with like."""
+    """Two groups, by index. In the trial both have the options of one of them, so that only their rates differ."""
 
     slow: int
     fast: int

@@ -1,4 +1,4 @@
-"""What stands around every step of an optimizer, with a recorder of the forward passes behind it."""
+"""Hooks around every step of an optimizer, and a recorder of the forward passes that led to it."""
 
 from __future__ import annotations
 

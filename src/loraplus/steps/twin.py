@@ -117,7 +117,7 @@ def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], sources: Mapp
 
 
 def _state_copied(state: Any, memo: dict[int, Any]) -> Any:
-    """A copy of one parameter's state; of whole tensors (…), such as Adam keeps, without deepcopy's many questions."""
+    """A copy of one parameter's state. Plain tensors (…), such as Adam keeps, are copied without the slow deepcopy."""
     if type(state) is dict and all(
         type(value) is torch.Tensor and not value.requires_grad and value.untyped_storage().nbytes() == value.nbytes
         for value in state.values()

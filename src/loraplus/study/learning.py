@@ -17,8 +17,8 @@ TEST = "permutation test over test examples, Bonferroni over seeds"
 def learning(runs: Sequence[Record]) -> dict[str, Any] | None:
     """What the runs of an arm learnt; None where they do not tell: of language models, and of earlier versions.
 
-    A seed learnt something if its p is below the level over the number of seeds, so that an arm which learns nothing
-    counts as one that does in one comparison of twenty.
+    A seed learnt something if its p is below the level divided by the number of seeds (Bonferroni). An arm that learns
+    nothing then counts as one that does in one comparison of twenty.
     """
     values = [run.values for run in runs]
     if not values or not all("chance_p" in value for value in values):
@@ -41,7 +41,7 @@ def nothing_learnt(found: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
 
 
 def nothing_sentence(found: Mapping[str, Mapping[str, Any] | None], arms: Sequence[str]) -> str:
-    """That some arms learnt nothing, how that shows, and what to try."""
+    """The sentence that some arms learnt nothing, how that shows, and what to try."""
     parts = {arm: part for arm in arms if (part := found[arm])}
     shares = " and ".join(f"{ALL[arm].title} {100 * part['accuracy']:.1f}%" for arm, part in parts.items())
     first = next(iter(parts.values()))
@@ -57,7 +57,7 @@ def nothing_sentence(found: Mapping[str, Mapping[str, Any] | None], arms: Sequen
 
 
 def some_seeds_sentence(found: Mapping[str, Mapping[str, Any] | None], but: Sequence[str]) -> str:
-    """Which arms, but for some, show on some seeds that nothing was learnt; empty if none does."""
+    """The arms, other than those in `but`, that learnt nothing on some seeds; empty if there are none."""
     parts = [
         f"{ALL[arm].title} on {part['seeds'] - part['learnt']} of {in_seeds(part['seeds'])}"
         for arm, part in found.items()

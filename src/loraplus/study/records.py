@@ -86,10 +86,10 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run of an experiment: its parameters, which are all that it is known by.
+    """One run of an experiment. Its parameters alone tell it from others.
 
     Args:
-        params: Names and values. Text must not read as a number, or a table would give it back as one.
+        params: Names and values. A text that looks like a number is refused: a table would give it back as a number.
 
     Example:
         >>> Run({"optimizer": "adam", "width": 64, "lr": 1e-3}).key
@@ -276,7 +276,7 @@ _OF_EXPERIMENTS = ("values", "rows", "shown")  # left out where there are none
 
 
 def _in_words(data: Any) -> Any:
-    """With words for numbers that are not finite."""
+    """The same data, with words for numbers that are not finite."""
     if isinstance(data, Mapping):
         return {name: _in_words(value) for name, value in data.items()}
     if isinstance(data, (list, tuple)):

@@ -45,7 +45,7 @@ def _load_once(config: TaskConfig) -> tuple[Any, Any]:
 def data_facts(config: TaskConfig, lr: float, lr_ratio: float, arms: Sequence[str] = ("loraplus",)) -> dict[str, Any]:
     """Sizes, columns, labels and what was removed, what the model decides, and the steps of a run.
 
-    Every bad input shows here, before an output folder is touched: rates, data, model, target modules, schedule, and
+    Every bad input is found here, before an output folder is touched: rates, data, model, target modules, schedule, and
     what an arm cannot train.
     """
     rates_of(config, lr, lr_ratio)

@@ -84,7 +84,7 @@ def perform(trial: Keyed) -> Any:
 
 
 def _end_with_parent(scratch: str) -> None:
-    """Ends this process with its parent: otherwise it would train on, and its temporary files would stay."""
+    """Ends this process when its parent ends; else it would go on training, and its temporary files would stay."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

@@ -62,9 +62,9 @@ class StopOnSignal(TrainerCallback):
 class DivergenceGuard(TrainerCallback):
     """Stops a run whose loss, gradients or weights are no longer numbers, before the broken weights are saved.
 
-    On a CPU the gradients of every step are looked at before the optimizer takes them; elsewhere that would make each
-    step wait for the device, and what is logged and saved is looked at. Stand it behind every callback that asks for a
-    checkpoint.
+    On a CPU the gradients of every step are checked before the optimizer takes them. On other devices each step would
+    have to wait for that, so logged losses and the weights of checkpoints are checked instead. Put it behind every
+    callback that asks for a checkpoint.
     """
 
     def __init__(self, rates: Rates) -> None:
@@ -93,7 +93,7 @@ class DivergenceGuard(TrainerCallback):
         self._check_tensors("weight", trained, step, optimizer)
 
     def _check_tensors(self, what: str, named: Sequence[tuple[str, torch.Tensor]], step: int, optimizer: Any) -> None:
-        """Stops at a number in one of these tensors (…) that is not finite; one sum looks at all of them."""
+        """Stops if a number in one of these tensors (…) is not finite. One sum over all tells whether to look."""
         if not named or torch.stack([tensor.detach().float().sum() for _, tensor in named]).sum().isfinite():
             return
         for name, tensor in named:

@@ -66,7 +66,7 @@ _OF_LANGUAGE_MODELS = ("loss_on", "packing", "long_examples", "chat_template", "
 
 
 def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
-    """Checks all of a run that its settings, its folders and the beginnings of its files can tell.
+    """Checks what a run's settings, its folders and the first bytes of its files tell, before anything is loaded.
 
     Args:
         config: of the run.
@@ -211,7 +211,7 @@ def _check_schedule(name: str) -> None:
 
 
 def _check_length(config: TaskConfig) -> None:
-    """Holds --max-length to the positions that a model's folder names; what else limits it shows when it is loaded."""
+    """Refuses a --max-length above the positions that the model's folder names. Other limits show when it is loaded."""
     length, most = config.max_length, _positions(user_path(config.model))
     if length is not None and not 2 <= length <= (most or length):
         span = f"lie between 2 and the {most} tokens that {config.model} takes" if most else "be at least 2"

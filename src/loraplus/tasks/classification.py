@@ -330,8 +330,8 @@ class Classification(Task):
         return labels
 
     def outcome(self, data: ClassificationData, scored: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether anything was learnt, and what was to be had for nothing."""
-        # The test shuffles: asked once, so that the terminal, the card and the page say the same p.
+        """Whether anything was learnt, and the accuracy of always saying the most frequent class."""
+        # The test draws random shuffles, so it is done once: the terminal, the card and the page then say the same p.
         return {**self.baseline(data, data.answers), "learnt": learnt_record(scored["learnt"]["p_value"])}
 
     def save_beside_adapter(

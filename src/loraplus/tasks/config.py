@@ -158,7 +158,7 @@ class TaskConfig(_RateFlags, _RunConfig):
 
 @dataclass(kw_only=True)
 class _LrFlag:
-    """Comes before the ratio, in --help and in commands that are written down."""
+    """A class of its own, so that --lr comes before --lr-ratio in --help and in printed commands."""
 
     lr: float | str = _option(
         None,  # until a configuration is made, which fills it in

@@ -68,7 +68,7 @@ def _content(part: Any) -> str:
 
 @dataclass(frozen=True)
 class LanguageExamples:
-    """Examples of one kind, made of the table when they are looked at; `are_chats` if any needs a chat template."""
+    """Examples of one kind, made from the table when they are read. `are_chats`: one of them needs a chat template."""
 
     kind: str
     rows: Made[Example]

@@ -64,7 +64,7 @@ def is_lost_process(error: BaseException) -> bool:
 class PartsOfBatches(BatchSampler):
     """This process's part of every batch, as (index, weight); a process without an example gets one of weight 0.
 
-    The order is that of the main process, whatever the others' random numbers have been used for.
+    All processes take the main one's order, since their own random numbers may differ.
 
     Args:
         order: gives the indices of one pass.
@@ -124,7 +124,7 @@ class OrderByPass(Sampler[int]):
         for start in parts:  # in place: the longest first, equal ones in their order
             part = rows[start : start + size]
             part[:] = part[np.argsort(-self._lengths[part], kind="stable")]
-        # The longest of all comes first, so that memory that does not suffice is seen at once.
+        # The longest comes first: if memory does not suffice, that shows at the first step.
         longest = size * int(np.argmax(self._lengths[rows[::size]]))
         rows[[0, longest]] = rows[[longest, 0]]
         for start in parts:
@@ -132,7 +132,7 @@ class OrderByPass(Sampler[int]):
 
 
 class DataParallelTrainer(LoraPlusTrainer):
-    """LoraPlusTrainer with an order of the rows that depends on nothing but the seed, shared out among processes."""
+    """LoraPlusTrainer whose rows come in an order that the seed alone fixes, shared out among the processes."""
 
     _anew = "--overwrite starts the run again"
     _only_ours = True

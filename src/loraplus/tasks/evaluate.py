@@ -23,7 +23,7 @@ _USUAL = {"regression": TARGET_NAMES, "multi_label_classification": SET_NAMES}
 
 @dataclass(frozen=True)
 class Truth:
-    """What the rows of a table should be given, as `scores` takes it, and in which columns that and the texts stand."""
+    """The right answers for the rows of a table, as `scores` takes them, and the columns of texts and answers."""
 
     values: np.ndarray
     text_column: str
@@ -38,7 +38,7 @@ def facts_of_training(adapter: str) -> dict[str, Any]:
 
 
 def notes_of_data(data: str, facts: Mapping[str, Any]) -> list[str]:
-    """What is to be known of scores on the file that an adapter was trained on; nothing of another one."""
+    """A warning if the scored file is the one that the adapter was trained on; else nothing."""
     source = facts.get("source")
     if not isinstance(source, str) or user_path(data).resolve() != user_path(source).resolve():
         return []

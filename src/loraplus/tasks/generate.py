@@ -16,7 +16,7 @@ from loraplus.tasks.loading import loading
 from loraplus.tasks.pretrained import check_tokens
 
 ONLY_IDS: dict[str, Any] = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
-"""Of a tokenizer's options."""
+"""Options of a tokenizer: give token ids and nothing else, and say nothing."""
 _LARGEST_TOKEN = 2**31 - 1
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or a chat as {"role", "content"} messages."""

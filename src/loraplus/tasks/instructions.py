@@ -27,7 +27,7 @@ _USUAL = (
     ("query", "response"), ("prompt", "response"), ("input", "output"),
 )  # fmt: skip
 _CONTEXT = ("input", "context")
-"""What Alpaca and Dolly put beside an instruction."""
+"""Columns that Alpaca and Dolly have beside the instruction."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class LanguageTrainer(DataParallelTrainer, SFTTrainer):
             self.data_collator = padding
 
     def weighted(self, part: dict[str, Any], weight: float) -> dict[str, Any]:
-        """A part counts by its target tokens. One of weight 0 only keeps its process busy and loses its targets."""
+        """A part counts by its target tokens, so it needs no weight. A part of weight 0 loses its targets."""
         return part if weight else {**part, "labels": torch.full_like(part["labels"], IGNORED)}
 
     def compute_loss(

@@ -22,7 +22,7 @@ from loraplus.tasks.pickles import check_archive
 
 _COUNTED, _MOST_LAYERS = ("layer", "expert", "_blocks"), 10_000
 _SLACK = 2**27
-"""Parameters that a model may have beside those of its file: a new head, a pooler."""
+"""Parameters that a model may have beyond those in its files, such as a new head or a pooler."""
 _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
 
 

@@ -58,7 +58,7 @@ def look(config: TaskConfig) -> Seen:
 
 
 class _AfterTheFirst(StepClock):
-    """Adds up the time of the steps behind the first, or of the only one."""
+    """Adds up the time of all steps but the first; of a single step, the time of that."""
 
     def __init__(self, clock: StepClock) -> None:
         super().__init__()

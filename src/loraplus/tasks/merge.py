@@ -1,6 +1,6 @@
 """Merges an adapter into its base model: a plain model folder, checked to give the same logits.
 
-Merged in single precision and rounded once, to the data type that is written. The folder appears under its name only
+It is merged in single precision and rounded once, to the data type that is written. The folder gets its name only
 after it has been read back and compared.
 """
 
@@ -28,7 +28,7 @@ from loraplus.tasks.saved_adapter import adapter_settings, base_of, loading_base
 
 RECORD_FILE = "merge.json"
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""By data type written: how far a logit may be off, as part of the largest."""
+"""How far a logit may be off, relative to the largest one, by the data type that is written."""
 _CLASSIFIER = "SEQ_CLS"
 _CHECKED_TEXTS, _CHECKED_TOKENS = 4, 16
 

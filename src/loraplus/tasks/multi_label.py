@@ -114,7 +114,7 @@ class MultiLabel(Classification):
         return {**multi_label_metrics(said, there), "chance_p": chance_p(said, there)}
 
     def baseline(self, data: ClassificationData, labels: np.ndarray) -> dict[str, float]:
-        """None: there is no one class to be the most frequent."""
+        """None: a text has a set of labels, so no class is the most frequent."""
         return {}
 
     def judge(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

@@ -107,7 +107,7 @@ def keeps_apart(model: Any) -> bool:
         after_first, after_other = (_after(model, before, second) for before in (first, other))
         alone = model(input_ids=second.to(model.device), use_cache=False).logits.float()
         scale = alone.abs().max().item() or 1.0
-        # The same computation but for the example before; alone, the shapes and with them the rounding are others.
+        # Both runs have an example in front: a run without one would have other shapes, and so other rounding.
         leaks = (after_first - after_other).abs().max().item() > _CLOSE * scale
         differs = (after_first - alone).abs().max().item() > _rounding(model) * scale
         return not (leaks or differs)
@@ -132,5 +132,5 @@ def _after(model: Any, before: torch.Tensor, example: torch.Tensor) -> torch.Ten
 
 
 def _rounding(model: Any) -> float:
-    """Part of the largest logit by which rounding may move one."""
+    """How far rounding may move a logit, relative to the largest one."""
     return 1e-3 if model.dtype == torch.float32 and not getattr(model, "is_loaded_in_4bit", False) else 5e-2

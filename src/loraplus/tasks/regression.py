@@ -88,7 +88,7 @@ class Regression(Classification):
         return {**regression_metrics(predicted, targets), "chance_p": chance_p(predicted, about, product)}
 
     def baseline(self, data: ClassificationData, labels: np.ndarray) -> dict[str, float]:
-        """None: that of the mean is an R² of 0."""
+        """None: always saying the mean has an R² of 0, which needs no line of its own."""
         return {}
 
     def truth(self, data: ClassificationData, labels: np.ndarray) -> np.ndarray:

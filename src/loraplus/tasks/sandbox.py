@@ -26,7 +26,7 @@ from loraplus.tasks import sandbox_process
 _PROGRAM = "import json, runpy, sys; sys.path = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], {}, '__main__')"
 _MEASURES_ITSELF = hasattr(signal, "setitimer")
 _WALL_SECONDS = 60.0
-"""Where the process cannot measure its own time."""
+"""The limit by the clock, which alone counts where the process cannot measure its own time."""
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",

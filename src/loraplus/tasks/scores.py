@@ -1,6 +1,6 @@
 """The scores of a model on labelled texts: figures, each class or label, and the most confident mistakes.
 
-`train`, `predict` and `evaluate` tell the same of the same answers, since all three ask here.
+`train`, `predict` and `evaluate` all use these, so they say the same of the same answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FIGURES = {
     "loss": "loss", "accuracy": "accuracy", "micro_f1": "micro-F1", "macro_f1": "macro-F1",
     "mse": "mean squared error", "mae": "mean absolute error", "r2": "R²", "pearson": "Pearson's r",
 }  # fmt: skip
-"""{the name that a figure has in scores: its title}, in their order; `eval_` stands before names in metrics.json."""
+"""{name of a figure in scores.json: its title}, in the order shown; metrics.json has `eval_` before the name."""
 _MOST_MISTAKES = 20
 _LONGEST_TEXT = 1000  # characters of a mistake that are kept
 _OVER = "the examples"

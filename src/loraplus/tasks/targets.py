@@ -1,4 +1,4 @@
-"""What texts are to be given beside a class: a number (regression), or a set of labels (multi-label)."""
+"""Targets other than one class: a number for each text (regression), or a set of labels (multi-label)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 
 @dataclass(frozen=True)
 class TargetedTexts:
-    """Texts and what each is to be given: a number (examples,), or ones and zeros (examples, labels)."""
+    """Texts and their targets: a number each (examples,), or ones and zeros (examples, labels)."""
 
     texts: Texts
     targets: np.ndarray

@@ -214,13 +214,13 @@ def _write_results(run: _Run, metrics: dict[str, Any], scored: dict[str, Any], c
 
 
 def _evaluation_at(step: int | None, trainer: LoraPlusTrainer) -> dict[str, Any] | None:
-    """What was logged of the weights of a step; they need not be evaluated again."""
+    """The logged evaluation of a step, so that its weights need not be evaluated again."""
     rows = (row for row in reversed(trainer.state.log_history) if row["step"] == step and "eval_loss" in row)
     return next(rows, None)
 
 
 def _of_base(task: Task, trainer: Any, data: Any) -> dict[str, float]:
-    """What the model gives without its adapter, with the head that it began with: where the run set out from."""
+    """The measures before training: the model without its adapter, with the head that it began with."""
     with trainer.model.disable_adapter():
         measured = trainer.answers(data.validation).metrics
     return {name: measured[name] for name in ("eval_loss", *task.metrics)}

@@ -118,7 +118,7 @@ class Halving:
 
 @dataclass
 class _Replay(Halving):
-    """A search on its way from the start, with what is known at the point where it is."""
+    """A search replayed from the start, with what is known by the rung that it has reached."""
 
     known: dict[Candidate, float] = field(default_factory=dict)
     minima: dict[float, float] = field(default_factory=dict)
@@ -140,13 +140,13 @@ class _Replay(Halving):
         yield from self._rest()
 
     def _line(self) -> Rung:
-        """Half decades upwards and downwards, until the best has a worse neighbour on both sides."""
+        """Tries half decades up and down, until the best rate has a worse neighbour on both sides."""
         start = [self._run(x) for x in LINE]
         yield from self._ask(start[: self._affordable(self.length, keep=1)])
         yield from self._bracket(LINE_STEP)
 
     def _ratios(self) -> Rung:
-        """Other λ, each at the rate of the λ next to it and a quarter of a decade on, the way its best rate moves."""
+        """Tries other λ, each at its neighbour's best rate and a quarter of a decade on, where its own should lie."""
         row = self._row()
         if not any_finite(row):
             return
