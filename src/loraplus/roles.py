@@ -122,8 +122,8 @@ class _Reading:
         prefix = name.removesuffix(_FLAT)
         roles: dict[Role, str] = {}
         decays: set[bool] = set()
-        for info, part in zip(flat._param_infos, flat._fqns, strict=True):
-            whole = clean_name(prefix + part)
+        for info, whole_name in zip(flat._param_infos, flat._fqns, strict=True):
+            whole = clean_name(prefix + whole_name)
             roles.setdefault(self.role(whole, flat, info.module), whole)
             decays.add(not isinstance(info.module, nn.LayerNorm) and not _NO_DECAY.search(whole.lower()))
         if len(roles) > 1:

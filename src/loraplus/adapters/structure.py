@@ -110,7 +110,7 @@ class Structure:
             if hasattr(type(module), "get_output_embeddings"):
                 output = _output_layer(module)
                 outputs += [output] if isinstance(output, nn.Module) else []
-        return {id(part) for module in outputs for part in module.modules() if id(part) not in self._in_adapter}
+        return {id(inner) for module in outputs for inner in module.modules() if id(inner) not in self._in_adapter}
 
 
 def _containers(module: nn.Module) -> Iterator[nn.Module]:

@@ -389,11 +389,11 @@ def _listed(key: Any) -> Sequence[Any]:
     return key if isinstance(key, tuple) else (key,)
 
 
-def _index(part: Any) -> str:
+def _index(index: Any) -> str:
     """What an index does, as `Axes.indexed` names it."""
-    if part is None or part is Ellipsis or isinstance(part, slice):
-        return "new" if part is None else "…" if part is Ellipsis else "keep"
-    return "one" if isinstance(part, int) else "some"
+    if index is None or index is Ellipsis or isinstance(index, slice):
+        return "new" if index is None else "…" if index is Ellipsis else "keep"
+    return "one" if isinstance(index, int) else "some"
 
 
 def _caller() -> FrameType:

@@ -97,9 +97,9 @@ def results_table(summary: dict[str, Any]) -> Table:
 
 def _beside_accuracy(summary: dict[str, Any]) -> str:
     """Macro-F1 of the tuned arms, and the accuracy of the most frequent class; empty where they are not known."""
-    arms = {arm: part for arm, part in summary.get("learning", {}).get("arms", {}).items() if part}
-    scores = [f"{ALL[arm].title} {part['macro_f1']:.3f}" for arm, part in arms.items() if "macro_f1" in part]
-    shares = [part["majority_share"] for part in arms.values() if "majority_share" in part]
+    arms = {arm: of_arm for arm, of_arm in summary.get("learning", {}).get("arms", {}).items() if of_arm}
+    scores = [f"{ALL[arm].title} {of_arm['macro_f1']:.3f}" for arm, of_arm in arms.items() if "macro_f1" in of_arm]
+    shares = [of_arm["majority_share"] for of_arm in arms.values() if "majority_share" in of_arm]
     parts = [f"test macro-F1: {', '.join(scores)}"] if scores else []
     parts += [f"always the most frequent class: test accuracy {100 * shares[0]:.1f}%"] if shares else []
     return " · ".join(parts)

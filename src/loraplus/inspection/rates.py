@@ -186,8 +186,8 @@ def _automatic(row: Row, saved: Mapping[str, Any] | None) -> Row:
     if not automatic:
         return row
     base = automatic.get("lr_a" if row["role"] == Role.A else "lr_b")
-    part = row["lr"] / row["base_lr"] if row["base_lr"] else 1.0
-    return {**row, "lr": None if base is None else base * part, "base_lr": base}
+    scheduled = row["lr"] / row["base_lr"] if row["base_lr"] else 1.0
+    return {**row, "lr": None if base is None else base * scheduled, "base_lr": base}
 
 
 def _shape(state: Any) -> tuple[int, ...] | None:

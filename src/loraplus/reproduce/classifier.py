@@ -70,13 +70,13 @@ def encode(
     """Token ids of three parts; validation and test are sorted by length, so that their batches hold little padding."""
     train, validation, test = parts
 
-    def rows(part: LabelledTexts) -> list[dict[str, Any]]:
-        pairs = None if part.pairs is None else list(part.pairs)
-        token_ids = tokenizer(list(part.texts), pairs, truncation=True, max_length=max_length)["input_ids"]
-        return [{"input_ids": ids, "labels": label} for ids, label in zip(token_ids, part.labels, strict=True)]
+    def rows(texts: LabelledTexts) -> list[dict[str, Any]]:
+        pairs = None if texts.pairs is None else list(texts.pairs)
+        token_ids = tokenizer(list(texts.texts), pairs, truncation=True, max_length=max_length)["input_ids"]
+        return [{"input_ids": ids, "labels": label} for ids, label in zip(token_ids, texts.labels, strict=True)]
 
-    def by_length(part: LabelledTexts) -> list[dict[str, Any]]:
-        return sorted(rows(part), key=lambda row: len(row["input_ids"]))
+    def by_length(texts: LabelledTexts) -> list[dict[str, Any]]:
+        return sorted(rows(texts), key=lambda row: len(row["input_ids"]))
 
     return ClassificationData(list(names), rows(train), by_length(validation), by_length(test), max_length, {})
 

@@ -168,5 +168,5 @@ def _encoded(case: str, data: str, model: str) -> tuple[PreTrainedTokenizerBase,
     return tokenizer, encode(names, parts, tokenizer, min(LENGTH, tokenizer.model_max_length))
 
 
-def _labelled(part: list[Text]) -> LabelledTexts:
-    return LabelledTexts([text for text, _ in part], [label for _, label in part])
+def _labelled(texts: list[Text]) -> LabelledTexts:
+    return LabelledTexts([text for text, _ in texts], [label for _, label in texts])

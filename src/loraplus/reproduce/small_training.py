@@ -143,10 +143,10 @@ def train(
     return Record(Run({}), "done", curve=tuple(curve), seconds=seconds, values=values)
 
 
-def _values(task: SmallTask, part: str, measured: tuple[float, float]) -> dict[str, float]:
+def _values(task: SmallTask, split: str, measured: tuple[float, float]) -> dict[str, float]:
     """Loss and, of classes, accuracy under their names."""
     return {
-        f"{part}_{name}": value
+        f"{split}_{name}": value
         for name, value in zip(("loss", "accuracy"), measured, strict=True)
         if name == "loss" or task.kind == "classes"
     }
@@ -170,9 +170,9 @@ def evaluate(model: Any, task: SmallTask, rows: Rows) -> tuple[float, float]:
     total = right = weight = 0.0
     with torch.no_grad():
         for start in range(0, len(rows.ids), _EVAL_BATCH):
-            part = rows.chosen(range(start, min(start + _EVAL_BATCH, len(rows.ids))))
-            loss, count = loss_of(model, task, part)
-            share = sum(len(ids) - 1 for ids in part.ids) if task.kind == "lm" else len(part.ids)
+            chosen = rows.chosen(range(start, min(start + _EVAL_BATCH, len(rows.ids))))
+            loss, count = loss_of(model, task, chosen)
+            share = sum(len(ids) - 1 for ids in chosen.ids) if task.kind == "lm" else len(chosen.ids)
             total, weight, right = total + float(loss) * share, weight + share, right + count
     model.train()
     return total / weight, right / len(rows.ids)

@@ -29,9 +29,9 @@ def tfidf(texts: Texts) -> dict[str, float]:
     return min(by_strength, key=lambda values: values["eval_loss"])
 
 
-def _measured(model: LogisticRegression, vectors: TfidfVectorizer, part: list[Text], name: str) -> dict[str, float]:
-    labels = np.array([label for _, label in part])
-    chances = model.predict_proba(vectors.transform([text for text, _ in part]))
+def _measured(model: LogisticRegression, vectors: TfidfVectorizer, texts: list[Text], name: str) -> dict[str, float]:
+    labels = np.array([label for _, label in texts])
+    chances = model.predict_proba(vectors.transform([text for text, _ in texts]))
     losses = -np.log(np.maximum(chances[np.arange(len(labels)), labels], 1e-12))
     return {
         f"{name}_loss": float(losses.mean()),

@@ -274,11 +274,11 @@ def title(case: Mapping[str, Value]) -> str:
 def headline(figures: Mapping[str, Any], measure: str, lower_is_better: bool) -> str:
     """In how many cases LoRA+ is ahead, and in how many behind."""
     gaps = [own["difference"][measure] for own in figures["cases"].values() if own["difference"][measure] is not None]
-    found = [gap["mean"] < 0 for gap in gaps if not gap["low"] <= 0 <= gap["high"]]
-    if not found:
+    lower_in = [gap["mean"] < 0 for gap in gaps if not gap["low"] <= 0 <= gap["high"]]
+    if not lower_in:
         return f"No difference found in {counted(len(gaps), 'case')}"
-    ahead = sum(lower == lower_is_better for lower in found)
-    return f"LoRA+ ahead in {ahead} and behind in {len(found) - ahead} of {counted(len(gaps), 'case')}"
+    ahead = sum(lower == lower_is_better for lower in lower_in)
+    return f"LoRA+ ahead in {ahead} and behind in {len(lower_in) - ahead} of {counted(len(gaps), 'case')}"
 
 
 def verdicts(figures: Mapping[str, Any], measure: str, unit: str, lower_is_better: bool) -> list[str]:

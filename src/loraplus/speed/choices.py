@@ -94,7 +94,7 @@ def _is_close(result: Tensor, expected: Tensor) -> bool:
 @contextlib.contextmanager
 def _quiet(module: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Without gradients, and with the random numbers as they were, each time."""
-    modes = [(part, part.training) for part in module.modules()]
+    modes = [(inner, inner.training) for inner in module.modules()]
     module.train(training)
     device = next((value.device for value in module.parameters()), torch.device("cpu"))
     devices = [device] if device.type not in ("cpu", "meta") else []
@@ -102,8 +102,8 @@ def _quiet(module: nn.Module, *, training: bool = False) -> Iterator[None]:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
             yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for inner, mode in modes:
+            inner.training = mode
 
 
 _SCALES = torch.tensor([0.1, 1.0, 100.0])[:, None]

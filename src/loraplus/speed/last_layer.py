@@ -95,9 +95,9 @@ def readers(model: Any, layer: nn.Module) -> Iterator[nn.Module]:
     yield from (base, base.encoder, base.encoder.layer)
     yield from layer.modules()
     for parent, inner in ((model, base), (base, base.encoder)):
-        for name, part in parent.named_children():
-            if part is not inner and name != "embeddings":
-                yield from part.modules()
+        for name, child in parent.named_children():
+            if child is not inner and name != "embeddings":
+                yield from child.modules()
 
 
 def _at_first(layer: Any) -> tuple[nn.Module, ...]:
@@ -106,7 +106,7 @@ def _at_first(layer: Any) -> tuple[nn.Module, ...]:
 
 
 def _drops_out(layer: nn.Module) -> bool:
-    return any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in layer.modules())
+    return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in layer.modules())
 
 
 def _draws_otherwise(x: Tensor) -> bool:
@@ -139,7 +139,9 @@ def _attended(attention: Any, x: Tensor, first: Tensor, mask: Tensor | None) -> 
 def _by_keys(attention: Any, query: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """From the keys and values of all positions: (batch, heads, 1, size)."""
     heads, size = attention.num_attention_heads, attention.attention_head_size
-    key, value = (part(x).view(*x.shape[:2], heads, size).transpose(1, 2) for part in (attention.key, attention.value))
+    key, value = (
+        projection(x).view(*x.shape[:2], heads, size).transpose(1, 2) for projection in (attention.key, attention.value)
+    )
     if not (attention.training and attention.dropout.p):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attention.scaling)
     return _chances(attention, (query @ key.transpose(2, 3)) * attention.scaling, mask) @ value

@@ -134,10 +134,10 @@ def _facts_of_tokens(splits: Sequence[Fitted], how: str) -> dict[str, Any]:
     """What stands in the training, validation and test split, and what was done with longer examples."""
     train, validation, test = splits
     return {
-        "longer_than_context": sum(part.longer for part in splits),
+        "longer_than_context": sum(split.longer for split in splits),
         "long_examples": how,
-        "tokens_cut": sum(part.cut for part in splits),
-        "examples_dropped": sum(part.dropped for part in splits),
+        "tokens_cut": sum(split.cut for split in splits),
+        "examples_dropped": sum(split.dropped for split in splits),
         "train_rows": len(train.rows),
         "train_tokens": int(train.rows.lengths.sum(dtype=np.int64)),
         "train_target_tokens": train.targets,

@@ -48,9 +48,9 @@ def load_regression(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> C
         "target_range": [float(parts.train.targets.min()), float(parts.train.targets.max())],
     }
 
-    def scaled(part: TargetedTexts) -> np.ndarray:
+    def scaled(split: TargetedTexts) -> np.ndarray:
         """Targets (examples,) with mean 0 and deviation 1 over the training examples."""
-        return ((part.targets - mean) / deviation).astype(np.float32)
+        return ((split.targets - mean) / deviation).astype(np.float32)
 
     low, high = facts["target_range"]
     rows = {

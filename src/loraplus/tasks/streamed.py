@@ -156,13 +156,13 @@ def in_parts(values: Iterable[V], most: int, size: Callable[[Any], int] = len) -
         >>> list(in_parts(["a", "b", "c"], 2))
         [['a', 'b'], ['c']]
     """
-    part: list[V] = []
+    together: list[V] = []
     characters = 0
     for value in values:
-        part.append(value)
+        together.append(value)
         characters += size(value)
-        if len(part) == most or characters >= _CHARACTERS_AT_ONCE:
-            yield part
-            part, characters = [], 0
-    if part:
-        yield part
+        if len(together) == most or characters >= _CHARACTERS_AT_ONCE:
+            yield together
+            together, characters = [], 0
+    if together:
+        yield together

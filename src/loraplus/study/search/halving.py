@@ -107,9 +107,13 @@ class Halving:
 
     def best(self, losses: Losses) -> Candidate | None:
         """The run of full length with the lowest loss, or None if there is none or all diverged."""
-        full = {run: finite(loss) for run, loss in losses.items() if run.steps == self.full_steps}
-        best = min(full, key=lambda run: (full[run], run.point.geometric_mean_lr, run.point.lr_ratio), default=None)
-        return best if best is not None and math.isfinite(full[best]) else None
+        of_full_length = {run: finite(loss) for run, loss in losses.items() if run.steps == self.full_steps}
+        best = min(
+            of_full_length,
+            key=lambda run: (of_full_length[run], run.point.geometric_mean_lr, run.point.lr_ratio),
+            default=None,
+        )
+        return best if best is not None and math.isfinite(of_full_length[best]) else None
 
     def cost(self, runs: Iterable[Candidate]) -> float:
         """Cost of some runs in runs of full length: their share of optimizer steps."""
@@ -280,9 +284,9 @@ class _Replay(Halving):
         self.centre -= DRIFT * math.log2(length / self.length)
         self.length = length
 
-    def _steps(self, part: float) -> int:
+    def _steps(self, fraction: float) -> int:
         """Optimizer steps of a part of a run; the whole if a part would be too short to tell anything."""
-        steps = max(math.ceil(part * self.full_steps), FEWEST_STEPS)
+        steps = max(math.ceil(fraction * self.full_steps), FEWEST_STEPS)
         return steps if 2 * steps <= self.full_steps else self.full_steps
 
     def _affordable(self, steps: int, keep: float) -> int:
@@ -292,8 +296,8 @@ class _Replay(Halving):
 
     def _refining_length(self) -> int | None:
         """The longest rung of three runs that leaves one run of full length."""
-        for part in REFINING_RUNGS:
-            steps = self._steps(part)
+        for fraction in REFINING_RUNGS:
+            steps = self._steps(fraction)
             if self.length <= steps < self.full_steps and self._affordable(steps, keep=1) >= 3:
                 return steps
         return None
