@@ -119,7 +119,7 @@ class StudyStore:
         return [trial for trial in trials if trial.key not in self._records]
 
     def refresh(self) -> None:
-        """Looks what other processes have done, closes what dead ones left, and renews the own heartbeats."""
+        """Looks what other processes have done, closes what dead ones left, and renews the heartbeats of this one."""
         with self._reachable():
             if self.shared and self._leases.beat_is_due():
                 self._beat()
@@ -206,7 +206,7 @@ class StudyStore:
         self._reported[trial.key] = set()
 
     def _write(self, record: Record) -> None:
-        """Writes an outcome into the own trial, or into a new one if there is none or another process closed it."""
+        """Writes an outcome into the run's own trial, or into a new one if there is none or another process closed it."""
         trial = record.trial
         outcome, curve = outcome_of(record), curve_of(record)
         if trial.key in self._running:

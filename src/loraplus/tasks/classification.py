@@ -15,7 +15,6 @@ from peft import PeftModel
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from loraplus.errors import InputError
-from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.tasks.columns import LabelledTexts, choose_columns, label_names, labelled_texts
 from loraplus.tasks.config import REGRESSION, TaskConfig
 from loraplus.tasks.data_parallel import DataParallelTrainer
@@ -233,7 +232,7 @@ def _indices(data: LabelledTexts, names: Sequence[str]) -> np.ndarray:
     return np.asarray([index[name] for name in data.labels.distinct], np.int32)[data.labels.codes]
 
 
-class Classification(Task):
+class Classification(Task[ClassificationData]):
     """Texts with one label each."""
 
     metrics: tuple[str, ...] = ("eval_accuracy", "eval_macro_f1")
@@ -257,7 +256,7 @@ class Classification(Task):
         model: PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         **options: Any,
-    ) -> LoraPlusTrainer:
+    ) -> DataParallelTrainer:
         """transformers' Trainer, with padded batches."""
 
         def measured(prediction: Any) -> dict[str, float]:
@@ -284,7 +283,7 @@ class Classification(Task):
         guess = np.argmax(logits, axis=-1)
         return {**classification_metrics(guess, labels), "chance_p": chance_p(guess, labels)}
 
-    def test(self, trainer: Any, data: ClassificationData) -> Tested:
+    def test(self, trainer: DataParallelTrainer, data: ClassificationData) -> Tested:
         """The loss of every test example and, where there is one, whether the answer was right."""
         output = trainer.predict(data.test)
         logits, labels = np.asarray(_logits(output), np.float64), np.asarray(output.label_ids)
@@ -314,7 +313,7 @@ class Classification(Task):
         """
         return {"majority_share": float(np.mean(labels == most_frequent(data.label_names, data.facts)))}
 
-    def scores(self, trainer: Any, data: ClassificationData) -> dict[str, Any]:
+    def scores(self, trainer: DataParallelTrainer, data: ClassificationData) -> dict[str, Any]:
         """As `scores`, of the validation examples."""
         output, config = trainer.answers(data.validation), trainer.model.config
         truth = self.truth(data, np.asarray(output.label_ids))

@@ -16,7 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loraplus.errors import InputError
 from loraplus.files.single import read_template
-from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
+from loraplus.integrations.transformers import LoraPlusTrainingArguments
 from loraplus.tasks.checks import check_task
 from loraplus.tasks.config import ON_ALL, TaskConfig
 from loraplus.tasks.conversations import (
@@ -27,6 +27,7 @@ from loraplus.tasks.conversations import (
     NamedColumns,
     read_examples,
 )
+from loraplus.tasks.data_parallel import DataParallelTrainer
 from loraplus.tasks.encoding import Encoder, loss_on
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
 from loraplus.tasks.model import load_language_model
@@ -200,7 +201,7 @@ def _encoded(splits: Sequence[Made[Example]], encoder: Encoder) -> tuple[list[Ta
     return encoded, hashed.hexdigest()
 
 
-class LanguageModelling(Task):
+class LanguageModelling(Task[LanguageData]):
     """The tasks sft and lm."""
 
     metrics: tuple[str, ...] = ("eval_perplexity",)
@@ -237,7 +238,7 @@ class LanguageModelling(Task):
         model: PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         **options: Any,
-    ) -> LoraPlusTrainer:
+    ) -> DataParallelTrainer:
         """SFTTrainer; packs training batches where the model keeps the examples of a row apart."""
         # Attention over a packed row costs the square of its length, which a CPU's kernels do not skip.
         wanted = torch.accelerator.is_available() if config.packing is None else config.packing
@@ -260,11 +261,11 @@ class LanguageModelling(Task):
                 parameter.data = parameter.data.float()
         return trainer
 
-    def facts_of_run(self, trainer: LanguageTrainer) -> dict[str, Any]:
+    def facts_of_run(self, trainer: DataParallelTrainer) -> dict[str, Any]:
         """Whether batches were packed."""
-        return {"packing": trainer.packing is not None}
+        return {"packing": isinstance(trainer, LanguageTrainer) and trainer.packing is not None}
 
-    def test(self, trainer: Any, data: LanguageData) -> Tested:
+    def test(self, trainer: DataParallelTrainer, data: LanguageData) -> Tested:
         """Each test example's summed loss over the mean number of target tokens: their mean is the loss a token."""
         output = trainer.predict(data.test)
         losses = output.predictions / output.label_ids.mean()

@@ -26,12 +26,12 @@ from loraplus.speed.fast import Fast
 from loraplus.tasks.callbacks import DivergenceGuard, RunTotals, StepClock, StopOnSignal
 from loraplus.tasks.checks import check_settings, rates_of
 from loraplus.tasks.config import AUTO, TrainConfig
-from loraplus.tasks.data_parallel import is_lost_process, is_main_process, processes, wait_for_all
+from loraplus.tasks.data_parallel import DataParallelTrainer, is_lost_process, is_main_process, processes, wait_for_all
 from loraplus.tasks.finished import METRICS_FILE, finished_run
 from loraplus.tasks.look import seen_of_run
 from loraplus.tasks.model_card import is_unfilled, model_card
 from loraplus.tasks.seen import Seen
-from loraplus.tasks.task import Task, task_of
+from loraplus.tasks.task import Task, TaskData, task_of
 from loraplus.tasks.training import build_trainer, total_steps
 
 _LOG = logging.getLogger(__name__)
@@ -107,11 +107,11 @@ class _Run:
     """A run whose data and model are loaded, and what watches it."""
 
     config: TrainConfig
-    task: Task
-    data: Any
+    task: Task[Any]
+    data: TaskData
     tokenizer: PreTrainedTokenizerBase
     seen: Seen
-    trainer: LoraPlusTrainer
+    trainer: DataParallelTrainer
     clock: StepClock
     totals: RunTotals
     stop: StopOnSignal
@@ -219,7 +219,7 @@ def _evaluation_at(step: int | None, trainer: LoraPlusTrainer) -> dict[str, Any]
     return next(rows, None)
 
 
-def _of_base(task: Task, trainer: Any, data: Any) -> dict[str, float]:
+def _of_base(task: Task[Any], trainer: DataParallelTrainer, data: TaskData) -> dict[str, float]:
     """The measures before training: the model without its adapter, with the head that it began with."""
     with trainer.model.disable_adapter():
         measured = trainer.answers(data.validation).metrics

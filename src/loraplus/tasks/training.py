@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.optimization import get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -20,7 +21,7 @@ from loraplus.rates import DEFAULT_LR_RATIO, Rates
 from loraplus.speed import speed_up
 from loraplus.tasks.checks import check_numbers, check_parts
 from loraplus.tasks.config import TaskConfig
-from loraplus.tasks.data_parallel import processes
+from loraplus.tasks.data_parallel import DataParallelTrainer, processes
 from loraplus.tasks.lengths import steps_between_evaluations, steps_of
 from loraplus.tasks.reporting import reporting
 from loraplus.tasks.task import Task, TaskData, task_of
@@ -48,7 +49,7 @@ def build_trainer(
     config: TaskConfig,
     rates: Rates,
     data: TaskData,
-    model: Any,
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
@@ -58,7 +59,7 @@ def build_trainer(
     optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     run: str = "train",
-) -> LoraPlusTrainer:
+) -> DataParallelTrainer:
     """The task's trainer with all levers on: length-grouped batches, fused AdamW, and `speed_up` on the model.
 
     Args:
@@ -115,7 +116,7 @@ def build_trainer(
 
 def _arguments(
     config: TaskConfig,
-    task: Task,
+    task: Task[Any],
     rates: Rates,
     train_examples: int,
     held_out: int,
