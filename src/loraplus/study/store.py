@@ -206,7 +206,7 @@ class StudyStore:
         self._reported[trial.key] = set()
 
     def _write(self, record: Record) -> None:
-        """Writes an outcome into the run's own trial, or into a new one if there is none or another process closed it."""
+        """Writes an outcome into the run's open trial; into a new one if it has none, or another process closed it."""
         trial = record.trial
         outcome, curve = outcome_of(record), curve_of(record)
         if trial.key in self._running:
