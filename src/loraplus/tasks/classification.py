@@ -283,7 +283,7 @@ class Classification(Task[ClassificationData]):
         guess = np.argmax(logits, axis=-1)
         return {**classification_metrics(guess, labels), "chance_p": chance_p(guess, labels)}
 
-    def test(self, trainer: DataParallelTrainer, data: ClassificationData) -> Tested:
+    def test(self, trainer: Any, data: ClassificationData) -> Tested:
         """The loss of every test example and, where there is one, whether the answer was right."""
         output = trainer.predict(data.test)
         logits, labels = np.asarray(_logits(output), np.float64), np.asarray(output.label_ids)

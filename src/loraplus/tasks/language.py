@@ -265,7 +265,7 @@ class LanguageModelling(Task[LanguageData]):
         """Whether batches were packed."""
         return {"packing": isinstance(trainer, LanguageTrainer) and trainer.packing is not None}
 
-    def test(self, trainer: DataParallelTrainer, data: LanguageData) -> Tested:
+    def test(self, trainer: Any, data: LanguageData) -> Tested:
         """Each test example's summed loss over the mean number of target tokens: their mean is the loss a token."""
         output = trainer.predict(data.test)
         losses = output.predictions / output.label_ids.mean()

@@ -78,7 +78,7 @@ class Task(Generic[D]):
         """What the metrics say beside the measures: whether anything was learnt, where that can be told."""
         return {}
 
-    def test(self, trainer: DataParallelTrainer, data: D) -> Tested:
+    def test(self, trainer: Any, data: D) -> Tested:
         """Results on every test example."""
         raise NotImplementedError
 
