@@ -236,5 +236,5 @@ def check_membership(
         )
 
 
-def _tensor(member: Any) -> Any:
+def _tensor(member: object) -> Any:
     return member[1] if isinstance(member, tuple) and len(member) == 2 else member

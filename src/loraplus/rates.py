@@ -47,14 +47,14 @@ def as_number(name: str, value: Any) -> float:
         raise InvalidRateError(f"{name} must be a number, got {value!r}") from None
 
 
-def _check_positive(name: str, value: Any) -> float:
+def _check_positive(name: str, value: object) -> float:
     number = as_number(name, value)
     if not math.isfinite(number) or number <= 0:
         raise InvalidRateError(f"{name} must be a positive, finite number, got {value!r}")
     return number
 
 
-def _check_lr(name: str, value: Any) -> float | str | None:
+def _check_lr(name: str, value: object) -> float | str | None:
     if value is None or (isinstance(value, str) and value == AUTO):
         return value
     try:
@@ -65,7 +65,7 @@ def _check_lr(name: str, value: Any) -> float | str | None:
         raise
 
 
-def _check_own_rate(name: str, value: Any) -> float | None:
+def _check_own_rate(name: str, value: object) -> float | None:
     return None if value is None else _check_positive(name, value)
 
 

@@ -90,7 +90,7 @@ def _width(module: nn.Module, way: str) -> int:
     return width if isinstance(width, int) else 0
 
 
-def whole_shape(tensor: Any) -> tuple[int, ...] | None:
+def whole_shape(tensor: object) -> tuple[int, ...] | None:
     """The shape of a whole matrix, sharded or not; None if this is flattened, packed, or not made yet."""
     if not isinstance(tensor, torch.Tensor) or is_lazy(tensor) or not tensor.is_floating_point():
         return None

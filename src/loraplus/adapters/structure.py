@@ -55,7 +55,7 @@ class Structure:
         """The module that holds another, wrappers not counted."""
         return self._holders.get(id(module))
 
-    def has_partner(self, name: str, parameter: Any, owner: nn.Module, role: Role) -> bool:
+    def has_partner(self, name: str, parameter: object, owner: nn.Module, role: Role) -> bool:
         """Whether the other factor of a pair stands where it must, and fits; of a magnitude, whether a pair does.
 
         Args:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraplus.bench.prepared import Prepared
 from loraplus.rates import DEFAULT_LR_RATIO
 from loraplus.speed import LEVERS, speed_up
 from loraplus.tasks.config import CLASSIFICATION
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DEFAULTS, PEFT, OURS = "defaults", "PEFT", "ours"
 TRAINER, TRL, LORAPLUS = "Trainer", "TRL", "loraplus"
@@ -110,7 +113,7 @@ def _shared(arm: Arm, prepared: Prepared, output: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _trainer(arm: Arm, prepared: Prepared, model: Any, output: str) -> Any:
+def _trainer(arm: Arm, prepared: Prepared, model: nn.Module, output: str) -> Any:
     from transformers import Trainer, TrainingArguments
 
     args = TrainingArguments(**_shared(arm, prepared, output), label_names=["labels"])

@@ -53,7 +53,7 @@ def after_predict(adapter: str, model: str | None, trust_remote_code: bool) -> t
     return "have one model without PEFT", command_line("merge", adapter=adapter, output=merged, **options)
 
 
-def after_evaluate(adapter: str, data: str, **options: Any) -> tuple[str, str]:
+def after_evaluate(adapter: str, data: str, **options: object) -> tuple[str, str]:
     """(purpose, command): the answer to every text is written down."""
     given = {name: value or None for name, value in options.items()}
     line = command_line("predict", adapter=adapter, data=data, output=_predictions(adapter), **given)

@@ -63,7 +63,9 @@ def _fill_default_map(context: typer.Context, path: str | None) -> str | None:
     return path
 
 
-def _parameter(spec: Field[Any], annotation: Any, names: Mapping[str, str], needed: Sequence[str]) -> inspect.Parameter:
+def _parameter(
+    spec: Field[Any], annotation: object, names: Mapping[str, str], needed: Sequence[str]
+) -> inspect.Parameter:
     name = spec.name.replace("_", "-")
     # The negative form lets a flag win over `true` in the file.
     flags = spec.metadata.get("flags") or (

@@ -119,7 +119,7 @@ def is_speaker() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def print_json(data: Any) -> None:
+def print_json(data: object) -> None:
     """Prints JSON on stdout; what a terminal would obey stands there as \\u…, which is the same to a parser."""
     from loraplus.files.single import json_text
 

@@ -131,5 +131,5 @@ def read_run(path: str) -> Run:
     return Run(Path(path).resolve().name, settings, adapter, metrics)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)

@@ -221,7 +221,7 @@ def _unsealed_fault(checkpoint: Path) -> str | None:
     return next((f"{path.name} is damaged" for path in there if not can_be_read(path)), None)
 
 
-def _is_trainer_state(state: Any) -> bool:
+def _is_trainer_state(state: object) -> bool:
     from transformers.trainer_callback import TrainerState
 
     known = {field.name for field in dataclasses.fields(TrainerState)}

@@ -61,7 +61,7 @@ def values_in(text: str) -> int:
     return 1 + sum(map(text.count, "[{,"))
 
 
-def is_deep(value: Any, most: int = DEEPEST) -> bool:
+def is_deep(value: object, most: int = DEEPEST) -> bool:
     """Whether lists and mappings are nested more than so deep.
 
     Example:

@@ -97,7 +97,9 @@ def group_rows(folder: Path, adapter: Adapter, saved: Mapping[str, Any] | None) 
     return _of_roles(adapter, saved), None if saved is None else RATES_FILE
 
 
-def _row(name: str | None, role: str | None, lr: Any, base: Any, decay: Any, tensors: int, count: int | None) -> Row:
+def _row(
+    name: str | None, role: str | None, lr: object, base: object, decay: object, tensors: int, count: int | None
+) -> Row:
     return dict(zip(_ROW, (name, role, lr, base, decay, tensors, count), strict=True))
 
 
@@ -190,7 +192,7 @@ def _automatic(row: Row, saved: Mapping[str, Any] | None) -> Row:
     return {**row, "lr": None if base is None else base * scheduled, "base_lr": base}
 
 
-def _shape(state: Any) -> tuple[int, ...] | None:
+def _shape(state: object) -> tuple[int, ...] | None:
     for key in OF_PARAMETERS_SHAPE:
         if isinstance(state, Mapping) and hasattr(state.get(key), "shape"):
             return tuple(state[key].shape)

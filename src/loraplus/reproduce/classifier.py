@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from loraplus.errors import DivergedError
 from loraplus.files.scratch import scratch_folder
@@ -144,6 +144,6 @@ def _curve(trainer: Any) -> tuple[CurvePoint, ...]:
     return tuple(CurvePoint(step, loss) for step, loss in rows.items() if math.isfinite(loss))
 
 
-def _last(trainer: Any, prefix: str) -> dict[str, float]:
+def _last(trainer: Trainer, prefix: str) -> dict[str, float]:
     row = [row for row in trainer.state.log_history if f"{prefix}_loss" in row][-1]
     return {f"{prefix}_{name}": row[f"{prefix}_{name}"] for name in ("loss", "accuracy")}

@@ -278,5 +278,5 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _sortable(value: Any) -> tuple[bool, Any]:
+def _sortable(value: object) -> tuple[bool, Any]:
     return isinstance(value, str), value

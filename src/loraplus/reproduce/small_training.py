@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 from transformers.optimization import get_linear_schedule_with_warmup
 
@@ -84,7 +85,7 @@ def swap_start(model: torch.nn.Module) -> None:
 
 
 def train(
-    model: Any,
+    model: nn.Module,
     task: SmallTask,
     lr: float,
     lr_ratio: float,
@@ -164,7 +165,7 @@ def batches(rows: list[list[int]], batch: int, seed: int) -> Iterator[list[int]]
             yield whole[i]
 
 
-def evaluate(model: Any, task: SmallTask, rows: Rows) -> tuple[float, float]:
+def evaluate(model: nn.Module, task: SmallTask, rows: Rows) -> tuple[float, float]:
     """(mean loss, accuracy); language modelling weighs tokens alike and has no accuracy (0)."""
     model.eval()
     total = right = weight = 0.0
@@ -178,7 +179,7 @@ def evaluate(model: Any, task: SmallTask, rows: Rows) -> tuple[float, float]:
     return total / weight, right / len(rows.ids)
 
 
-def loss_of(model: Any, task: SmallTask, rows: Rows) -> tuple[torch.Tensor, float]:
+def loss_of(model: nn.Module, task: SmallTask, rows: Rows) -> tuple[torch.Tensor, float]:
     """(loss, number of right answers)."""
     ids, mask = small_decoders.padded(rows.ids, 0)
     if task.kind == "lm":

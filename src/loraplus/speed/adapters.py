@@ -37,7 +37,7 @@ class FastLinear(Fast):
     what = "LoRA in one step"
     only_input = False
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         layer: Any = self
         if args or kwargs or layer.disable_adapters or layer.merged:
             return super().forward(x, *args, **kwargs)

@@ -28,7 +28,7 @@ class FastClassifier(Fast):
     what = "last layer only where the head reads"
     only_input = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         model: Any = self
         layer = last_layer(model)
         asked = any(
@@ -51,7 +51,9 @@ class FastLastLayer(Fast):
     what = "last layer only where the head reads"
     only_input = False
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: object, **kwargs: object
+    ) -> Any:
         layer: Any = self
         attention = layer.attention.self
         usable = (
@@ -72,7 +74,7 @@ class FastLastLayer(Fast):
         return _first_position(layer, hidden_states, attention_mask)
 
 
-def last_layer(model: Any) -> nn.Module | None:
+def last_layer(model: nn.Module) -> nn.Module | None:
     """The last layer of a BERT-like encoder inside a model, None where there is none of that form."""
     encoder = getattr(getattr(model, getattr(model, "base_model_prefix", ""), None), "encoder", None)
     layers = getattr(encoder, "layer", None)

@@ -113,7 +113,7 @@ def mended(path: Path, content: bytes, study: str) -> Mended | None:
     return Mended(_written(kept), sorted(bad.items()), finished)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

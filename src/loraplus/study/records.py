@@ -275,7 +275,7 @@ _MEASURED = ("steps", "eval_loss", "eval_accuracy", "seconds_per_step")  # of ev
 _OF_EXPERIMENTS = ("values", "rows", "shown")  # left out where there are none
 
 
-def _in_words(data: Any) -> Any:
+def _in_words(data: object) -> Any:
     """The same data, with words for numbers that are not finite."""
     if isinstance(data, Mapping):
         return {name: _in_words(value) for name, value in data.items()}
@@ -284,7 +284,7 @@ def _in_words(data: Any) -> Any:
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _in_numbers(data: Any) -> Any:
+def _in_numbers(data: object) -> Any:
     """Inverse of `_in_words`."""
     if isinstance(data, Mapping):
         return {name: _in_numbers(value) for name, value in data.items()}
@@ -299,7 +299,7 @@ def stored(record: Record) -> dict[str, Any]:
     return {**data, _DIGEST: _digest(data)}
 
 
-def restored(data: Any) -> Record[Any]:
+def restored(data: object) -> Record[Any]:
     """Inverse of `stored`.
 
     Raises:

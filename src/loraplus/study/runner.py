@@ -307,7 +307,7 @@ def _signals_set(stop: threading.Event) -> Iterator[None]:
         return
     earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def handle(*_: Any) -> None:
+    def handle(*_: object) -> None:
         if not stop.is_set():
             stop.set()
             acknowledge("stopping; what has finished is kept")

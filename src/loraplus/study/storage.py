@@ -79,7 +79,7 @@ class Patient:
         call = getattr(self._storage, name)
         return functools.partial(self._call, call) if self._waits and callable(call) else call
 
-    def _call(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def _call(self, call: Callable[..., Any], *arguments: object, **options: object) -> Any:
         deadline = None
         while True:
             try:

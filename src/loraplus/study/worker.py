@@ -44,7 +44,7 @@ class _Worker(NamedTuple):
 _worker: list[_Worker] = []
 
 
-def set_up(run: RunTrial, messages: Any, threads: int, log: str | None, scratch: str) -> None:
+def set_up(run: RunTrial, messages: object, threads: int, log: str | None, scratch: str) -> None:
     """Prepares the process: the parent alone decides when it stops, and it shares the cores with its siblings.
 
     Args:

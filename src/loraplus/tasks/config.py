@@ -23,7 +23,7 @@ CUT, DROP, SPLIT = "cut", "drop", "split"
 LONG_EXAMPLES = (CUT, DROP, SPLIT)
 
 
-def _option(default: Any, help: str, *flags: str, parser: Callable[[str], Any] | None = None) -> Any:
+def _option(default: object, help: str, *flags: str, parser: Callable[[str], Any] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "flags": flags, "parser": parser})
 
 

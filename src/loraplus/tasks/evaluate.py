@@ -94,7 +94,7 @@ def truth_of(table: Table, config: Any, text_column: str | None = None, label_co
     return Truth(codes, text, label)
 
 
-def labelled_rows(table: Table, config: Any, label_column: str | None) -> tuple[list[int], str] | None:
+def labelled_rows(table: Table, config: object, label_column: str | None) -> tuple[list[int], str] | None:
     """The rows that have a label, and its column; None if the table has no column of a usual name with labels.
 
     Args:
@@ -116,7 +116,7 @@ def labelled_rows(table: Table, config: Any, label_column: str | None) -> tuple[
     return (rows, column) if rows else None
 
 
-def _is_blank(value: Any) -> bool:
+def _is_blank(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
 
 

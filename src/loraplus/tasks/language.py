@@ -225,7 +225,7 @@ class LanguageModelling(Task[LanguageData]):
         check_tokens(model, data.largest_token, config.model)
         return model
 
-    def arguments(self, **options: Any) -> LoraPlusTrainingArguments:
+    def arguments(self, **options: object) -> LoraPlusTrainingArguments:
         """SFTTrainer's arguments; the rows it gets are tokenised, and packed by our collator."""
         return LanguageTrainingArguments(
             dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False, **options
@@ -237,7 +237,7 @@ class LanguageModelling(Task[LanguageData]):
         data: LanguageData,
         model: PeftModel,
         tokenizer: PreTrainedTokenizerBase,
-        **options: Any,
+        **options: object,
     ) -> DataParallelTrainer:
         """SFTTrainer; packs training batches where the model keeps the examples of a row apart."""
         # Attention over a packed row costs the square of its length, which a CPU's kernels do not skip.

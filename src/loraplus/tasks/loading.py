@@ -143,7 +143,9 @@ def _settings(folder: Path, path: Path) -> dict[str, Any]:
     return content
 
 
-def check_fits(loader: Any, model: str, *, config: Any = None, trust_remote_code: bool = False, **options: Any) -> None:
+def check_fits(
+    loader: Any, model: str, *, config: Any = None, trust_remote_code: bool = False, **options: object
+) -> None:
     """Refuses a configuration of a far larger model than its weights: the rest would fill the memory.
 
     Args:
@@ -175,7 +177,7 @@ def check_fits(loader: Any, model: str, *, config: Any = None, trust_remote_code
         )
 
 
-def check_layers(model: str, config: Any) -> None:
+def check_layers(model: str, config: object) -> None:
     """Refuses a configuration with so many layers that to list them would take hours.
 
     Raises:

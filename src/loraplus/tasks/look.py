@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from loraplus.errors import DivergedError
@@ -64,7 +65,9 @@ class _AfterTheFirst(StepClock):
         super().__init__()
         self._clock = clock
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
+    ) -> None:
         before = self.seconds
         super().on_step_end(args, state, control, **more)
         if self.steps > 1 or state.max_steps == 1:

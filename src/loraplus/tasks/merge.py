@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from loraplus.errors import InputError, MergeMismatchError
 from loraplus.files.output import check_unicode, check_writable, is_empty, not_ours
@@ -190,7 +191,7 @@ def _untie(model: Any) -> bool:
     return True
 
 
-def _inner(layer: Any) -> Any:
+def _inner(layer: nn.Module) -> Any:
     """The base model's layer inside of PEFT's."""
     for name in ("base_layer", "original_module"):
         layer = getattr(layer, name, layer)
@@ -206,7 +207,7 @@ def _tie_again(model: Any) -> None:
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = equal
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, target: Path) -> None:
+def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, target: Path) -> None:
     with loading(f"cannot write to {target}"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

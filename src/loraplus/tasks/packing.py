@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loraplus.tasks.target_rows import IGNORED
@@ -131,6 +132,6 @@ def _after(model: Any, before: torch.Tensor, example: torch.Tensor) -> torch.Ten
     return logits[:, _CHECKED:].float()
 
 
-def _rounding(model: Any) -> float:
+def _rounding(model: nn.Module) -> float:
     """How far rounding may move a logit, relative to the largest one."""
     return 1e-3 if model.dtype == torch.float32 and not getattr(model, "is_loaded_in_4bit", False) else 5e-2

@@ -55,7 +55,7 @@ class _Process:
         self._running: subprocess.Popen[bytes] | None = None
         self._owner = 0
 
-    def ask(self, kind: str, *arguments: Any) -> Any:
+    def ask(self, kind: str, *arguments: object) -> Any:
         """The answer to a request.
 
         Raises:
@@ -113,7 +113,7 @@ class _Process:
 _PROCESS = _Process()
 
 
-def check_patterns(source: str, settings: Any, names: Iterable[str]) -> None:
+def check_patterns(source: str, settings: object, names: Iterable[str]) -> None:
     """Makes sure that no pattern in an adapter's settings takes long on the names of a model's modules.
 
     Args:
@@ -136,7 +136,7 @@ def check_patterns(source: str, settings: Any, names: Iterable[str]) -> None:
             continue  # a sentence, say; where it is used as a pattern, that says so
 
 
-def _texts(value: Any) -> Iterable[str]:
+def _texts(value: object) -> Iterable[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -158,7 +158,7 @@ def parquet_facts(path: str) -> dict[str, Any]:
     return _PROCESS.ask("parquet", path)
 
 
-def render_chat(template: str, messages: Sequence[Any], **options: Any) -> tuple[str, list[list[int]]]:
+def render_chat(template: str, messages: Sequence[Any], **options: object) -> tuple[str, list[list[int]]]:
     """A conversation in the words of a chat template, and where the assistant's parts stand in it.
 
     Args:

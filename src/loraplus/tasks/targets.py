@@ -102,7 +102,7 @@ def _target_column(table: Table, text_column: str | None, asked: str | None) -> 
     return numeric[0]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     try:
         return math.isfinite(float(str(value).strip().replace(",", ".")))
     except ValueError:
@@ -207,7 +207,7 @@ def _set_columns(table: Table, text_column: str | None, asked: str | None) -> tu
     return binary
 
 
-def _as_bit(value: Any) -> int | None:
+def _as_bit(value: object) -> int | None:
     text = str(value).strip().lower()
     return 1 if text in _YES else 0 if text in _NO else None
 
@@ -242,7 +242,7 @@ def _sets(table: Table, column: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def _labels_of(table: Table, column: str, index: int, value: Any, separator: str | None) -> list[str]:
+def _labels_of(table: Table, column: str, index: int, value: object, separator: str | None) -> list[str]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = parse_json(value)

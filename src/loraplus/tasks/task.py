@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from loraplus.integrations.transformers import LoraPlusTrainingArguments
 from loraplus.tasks.checks import check_task
@@ -60,12 +60,12 @@ class Task(Generic[D]):
         """The base model with a fresh adapter."""
         raise NotImplementedError
 
-    def arguments(self, **options: Any) -> LoraPlusTrainingArguments:
+    def arguments(self, **options: object) -> LoraPlusTrainingArguments:
         """The trainer's arguments, from those that every task has."""
         return LoraPlusTrainingArguments(**options)
 
     def trainer(
-        self, config: TaskConfig, data: D, model: PeftModel, tokenizer: PreTrainedTokenizerBase, **options: Any
+        self, config: TaskConfig, data: D, model: PeftModel, tokenizer: PreTrainedTokenizerBase, **options: object
     ) -> DataParallelTrainer:
         """A trainer of the data; `options` are its arguments, callbacks and optimizer."""
         raise NotImplementedError
@@ -78,7 +78,7 @@ class Task(Generic[D]):
         """What the metrics say beside the measures: whether anything was learnt, where that can be told."""
         return {}
 
-    def test(self, trainer: Any, data: D) -> Tested:
+    def test(self, trainer: Trainer, data: D) -> Tested:
         """Results on every test example."""
         raise NotImplementedError
 

@@ -123,7 +123,7 @@ def _arguments(
     *,
     checkpoints: bool,
     auto: bool,
-    **options: Any,
+    **options: object,
 ) -> LoraPlusTrainingArguments:
     """What Trainer is to do: length, batches, rates, schedule, evaluations, checkpoints.
 

@@ -92,6 +92,6 @@ def _table(source: str, rows: Iterable[Sequence[Any]]) -> Table | None:
     return writer.table() if header else None
 
 
-def _value(cell: Any) -> Any:
+def _value(cell: object) -> Any:
     """A cell as JSON has it: dates and times become text."""
     return cell if cell is None or isinstance(cell, _SIMPLE) else str(cell)
