@@ -74,7 +74,10 @@ class LoraPlusError(Exception):
 
 
 class LoraPlusWarning(UserWarning):
-    """Something that works and is probably not what was meant."""
+    """Something that works and is probably not what was meant; as text, one line, as an error's."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), LONGEST_ERROR)
 
 
 class InvalidRateError(LoraPlusError, ValueError):
