@@ -44,25 +44,19 @@ _LARGEST_DECAY = 1e3
 _LARGEST_RANK = 2**16  # wider than any layer that is adapted
 _LARGEST_ALPHA = 1e9  # larger ones leave what 32 bits hold
 _LARGEST_COUNT = 2**31 - 1
-_COUNTS = (
-    "batch_size",
-    "eval_batch_size",
-    "gradient_accumulation_steps",
-    "max_steps",
-    "eval_steps",
-    "max_eval_samples",
-)
+_PARTS = ("batch_size", "eval_batch_size", "gradient_accumulation_steps")
+_COUNTS = (*_PARTS, "max_steps", "eval_steps", "max_eval_samples", "epochs")
 Bound = tuple[tuple[str, ...], str, Callable[[float], bool]]
 """(settings, what a value must do, whether it does)"""
 _NUMBERS: tuple[Bound, ...] = (
     (
-        ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "rank", "alpha", "epochs"),
+        (*_PARTS, "rank", "alpha", "epochs"),
         "be positive and finite",
         lambda value: 0 < value < math.inf,  # not isfinite, which fails for whole numbers of hundreds of digits
     ),
     (("rank",), f"be at most {_LARGEST_RANK}", lambda value: value <= _LARGEST_RANK),
     (("alpha",), f"be at most {_LARGEST_ALPHA:g}", lambda value: value <= _LARGEST_ALPHA),
-    (tuple(_COUNTS), f"be at most {_LARGEST_COUNT}", lambda value: value <= _LARGEST_COUNT),
+    (_COUNTS, f"be at most {_LARGEST_COUNT}", lambda value: value <= _LARGEST_COUNT),
     (("weight_decay",), f"lie between 0 and {_LARGEST_DECAY:g}", lambda value: 0 <= value <= _LARGEST_DECAY),
     (("max_steps", "eval_steps", "max_eval_samples"), "be 1 or more", lambda value: value >= 1),
     (("lora_dropout", "warmup_ratio"), "be at least 0 and below 1", lambda value: 0 <= value < 1),
