@@ -16,6 +16,7 @@ from loraplus.tasks.chat import Chats, ChatTemplateError
 from loraplus.tasks.loading import loading
 from loraplus.tasks.pretrained import check_tokens
 
+_LARGEST_SEED = 2**64 - 1  # torch's
 ONLY_IDS: dict[str, Any] = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
 """Options of a tokenizer: give token ids and nothing else, and say nothing."""
 _LARGEST_TOKEN = 2**31 - 1
@@ -70,7 +71,7 @@ def generate(
         >>> generate(model, tokenizer, ["In the beginning"], max_new_tokens=8)  # doctest: +SKIP
         [' God created the heavens and the earth.']
     """
-    _check_settings(max_new_tokens, temperature, top_p, batch_size)
+    _check_settings(max_new_tokens, temperature, top_p, batch_size, seed)
     if not prompts:
         raise InputError("there is no prompt to generate from")
     if on_text and len(prompts) > 1:
@@ -170,13 +171,15 @@ def context_of(model: Any) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
-def _check_settings(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+def _check_settings(max_new_tokens: int, temperature: float, top_p: float, batch_size: int, seed: int) -> None:
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens and batch_size must be 1 or more, got {max_new_tokens} and {batch_size}")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature must be 0 or more, got {temperature}")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise InputError(f"seed must lie between 0 and {_LARGEST_SEED}, got {seed}")
 
 
 def _rooms(model: nn.Module, rows: list[list[int]], wanted: int, places: Sequence[str] | None) -> list[int]:
