@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from loraplus.errors import InputError
-from loraplus.files.paths import is_file, user_path
+from loraplus.files.paths import is_file, resolved, user_path
 from loraplus.files.single import read_json
 from loraplus.tasks.columns import LABEL_NAMES, choose_columns, labels_in, strings
 from loraplus.tasks.scores import most_frequent, scores
@@ -40,7 +40,11 @@ def facts_of_training(adapter: str) -> dict[str, Any]:
 def notes_of_data(data: str, facts: Mapping[str, Any]) -> list[str]:
     """A warning if the scored file is the one that the adapter was trained on; else nothing."""
     source = facts.get("source")
-    if not isinstance(source, str) or user_path(data).resolve() != user_path(source).resolve():
+    try:
+        is_same = isinstance(source, str) and resolved(data) == resolved(source)
+    except InputError:  # the facts of a damaged run may name anything
+        is_same = False
+    if not is_same:
         return []
     return [
         f"the adapter was trained on texts of {data}, so these scores say little of new ones; score texts kept aside"

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from loraplus.errors import InputError, MergeMismatchError
 from loraplus.files.output import check_unicode, check_writable, is_empty, not_ours
-from loraplus.files.paths import resolve_model, user_path
+from loraplus.files.paths import resolve_model, resolved
 from loraplus.files.replacing import put_back, replace_folder
 from loraplus.files.scratch import folder_beside
 from loraplus.files.single import read_json, write_json
@@ -68,7 +68,7 @@ def merge(
     check_unicode({"adapter": adapter, "output": output, "model": model})
     settings = adapter_settings(adapter)
     base = base_of(adapter, model)
-    target = Path(output).resolve()  # a link stays one
+    target = resolved(output)  # a link stays one
     _check_output(target, {"the adapter": adapter, "the base model": base}, overwrite)
     loader, adapted, tokenizer = _load(adapter, model, settings.get("task_type"), base, trust_remote_code)
     dtype = dtype or str(adapted.dtype).removeprefix("torch.")
@@ -86,7 +86,7 @@ def merge(
         remote = {"trust_remote_code": trust_remote_code}
         written = from_pretrained(loader, str(partial), dtype=torch.float32, **remote).eval()
         record = {
-            "adapter": str(user_path(adapter).resolve()),
+            "adapter": str(resolved(adapter)),
             "base": base,
             "task": settings.get("task_type"),
             "dtype": dtype,
@@ -106,7 +106,7 @@ def _check_output(target: Path, sources: dict[str, str], overwrite: bool) -> Non
     if Path.cwd().is_relative_to(target):
         raise InputError("--output is or holds the folder that this runs in, which cannot be replaced; name another")
     for what, name in sources.items():
-        source = user_path(name).resolve()
+        source = resolved(name)
         if source.exists() and source.is_relative_to(target):
             raise InputError(f"--output {target} is or holds {what}; name another folder")
     if target.exists() and not target.is_dir():
