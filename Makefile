@@ -72,7 +72,7 @@ $(STAMP_ALL): $(STAMP)
 # Each in an environment of its own. The list of versions comes first, what broke last.
 test-newest test-oldest: test-%: $(VENV)-%/.installed
 	$(VENV)-$*/bin/python -m pip install --quiet $(if $(filter oldest,$*),$(OLDEST),--upgrade $(MOVING))
-	$(VENV)-$*/bin/python -m pip list 2>/dev/null | grep -wE "torch|$(shell echo $(MOVING) | tr ' ' '|')"
+	$(VENV)-$*/bin/python -m pip list 2>/dev/null | grep -E "^(torch|$(shell echo $(MOVING) | tr ' ' '|')) "
 	$(VENV)-$*/bin/python -m pytest -n 2
 
 $(VENV)-%/.installed: pyproject.toml

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplus.errors import LONGEST_ERROR, LONGEST_MESSAGE, InputError, RateMismatchError, one_line, visible
+from loraplus.errors import (
+    LONGEST_ERROR,
+    LONGEST_MESSAGE,
+    InputError,
+    LoraPlusWarning,
+    RateMismatchError,
+    one_line,
+    visible,
+)
 
 
 @pytest.mark.parametrize("what", ["a\nb", "a\r\nb", "a\u2028b", "a\x0bb", "\n a \n\n b \n"])
 def test_a_message_of_several_lines_becomes_one(what):
     assert str(InputError(what)) == "a b"
+
+
+def test_a_warning_in_a_script_is_one_line_that_no_terminal_obeys():
+    with pytest.warns(LoraPlusWarning) as told:
+        warnings.warn("a\nb \x1b[31mred", LoraPlusWarning, stacklevel=1)
+    assert str(told[0].message) == r"a b \x1b[31mred"
 
 
 def test_a_long_name_loses_its_middle_and_the_sentence_around_it_stays():

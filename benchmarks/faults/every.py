@@ -21,6 +21,7 @@ BOUNDED = {
     "bad input": ["bad_input.py", "--inputs", "10000"],
     "two at once, journal": ["concurrent_studies.py", "--runs", "100", "--storages", "journal"],
     "two at once, PostgreSQL": ["concurrent_studies.py", "--runs", "100", "--storages", "postgresql"],
+    "numbers in flags": ["flag_numbers.py", "--commands", "generate,reproduce"],
     "a large study": ["large_study.py"],
 }
 

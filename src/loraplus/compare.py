@@ -49,8 +49,8 @@ def compare(
     Args:
         config: The task, the budget and the output folder.
         overwrite: Replace an earlier run's output.
-        resume: Go on with an earlier run of the same configuration; finished runs are not done again. Arms may have
-            been added.
+        resume: Go on with an earlier run of the same configuration; finished runs are not done again. It may have
+            more arms than before.
         progress: Called with every `Event` of the study.
         on_seen: Told what was seen of the data, before the first run. What is doubtful is logged as a warning.
 

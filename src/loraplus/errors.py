@@ -6,9 +6,9 @@ import re
 import unicodedata
 
 LONGEST_MESSAGE = 500
-"""Of what a command prints."""
+"""Characters of the longest message that a command prints."""
 LONGEST_ERROR = 2000
-"""Of an exception's text, which a script can print at any width: names of parameters stand there in full."""
+"""Characters of the longest text of an exception. It has room for the full names of parameters."""
 _LONG_WORDS = (160, 80, 40)  # a word is a path or a name: each is shortened before the sentence around it is
 _MOST_READ = 20_000  # a message that holds a whole file is not looked at character by character
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # parts of words in some scripts
@@ -74,7 +74,10 @@ class LoraPlusError(Exception):
 
 
 class LoraPlusWarning(UserWarning):
-    """Something that works and is probably not what was meant."""
+    """Something that works and is probably not what was meant; as text, one line, as an error's."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), LONGEST_ERROR)
 
 
 class InvalidRateError(LoraPlusError, ValueError):

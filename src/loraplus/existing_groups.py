@@ -39,8 +39,8 @@ def split_groups(model: nn.Module, groups: Groups, *, rates: Rates, prefix: str 
         prefix: the model's name in an optimizer of several, put before every group's name.
 
     Returns:
-        New groups; those given are left alone. A group without factors comes back as it was; from any other, the
-        factors leave for groups named "<name>/lora_A" and "<name>/lora_B". A group without a name is "group_<index>".
+        New groups; those given are left alone. A group without factors comes back as it was. The factors of any other
+        move to groups named "<name>/lora_A" and "<name>/lora_B". A group without a name is called "group_<index>".
 
     Raises:
         ParameterGroupError: a parameter is in two groups, in none, or not the model's; two on one memory are in groups
@@ -236,5 +236,5 @@ def check_membership(
         )
 
 
-def _tensor(member: Any) -> Any:
+def _tensor(member: object) -> Any:
     return member[1] if isinstance(member, tuple) and len(member) == 2 else member

@@ -1,6 +1,7 @@
 r"""How far one optimizer step moves what each adapted layer puts out, and whether A or B is stuck.
 
-Asked beside the training, or watched while it goes on; what it comes to is a `FeatureUpdates`.
+`feature_updates` tries one step beside the training, `UpdateMonitor` watches those of the training. Both give a
+`FeatureUpdates`.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ def groups_for(parameters: list[TrainableParameter], rates: Rates, weight_decay:
 class ParameterRate:
     """What an optimizer does with one parameter; lr is None if the optimizer does not hold it.
 
-    Of parameters on one memory the first has their number, the others 0 and its name in `shares`.
+    Where several parameters share memory, the first counts its elements. The others count 0 and name the first in
+    `shares`.
     """
 
     name: str
@@ -195,7 +196,7 @@ def _number_of(parameter: Any) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 holds a part here
 
 
-def _group_of(optimizer: Any) -> dict[int, int]:
+def _group_of(optimizer: torch.optim.Optimizer) -> dict[int, int]:
     """{id of a parameter: index of its group}."""
     return {id(p): index for index, parameters in parameters_by_group(optimizer) for p in parameters}
 
@@ -226,7 +227,7 @@ def built_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> RateTable
     return _table(trainable_parameters(model), optimizer, _own_rate)
 
 
-def _own_rate(optimizer: Any, group: Mapping[str, Any], *, base: bool = False) -> float | None:
+def _own_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], *, base: bool = False) -> float | None:
     return base_rate(group) if base else rate_as_number(group.get("lr"))
 
 
@@ -319,14 +320,14 @@ def verify(
     return table
 
 
-def _precision(optimizer: Any) -> float:
+def _precision(optimizer: torch.optim.Optimizer) -> float:
     """How far rates may be off by rounding alone: those in tensors have their tensor's precision."""
     rates = [rate for group in optimizer.param_groups for rate in (group.get("lr"), group.get("initial_lr"))]
     kinds = {rate.dtype for rate in rates if isinstance(rate, torch.Tensor) and rate.is_floating_point()}
     return max([_RELATIVE_TOLERANCE, *(torch.finfo(kind).eps for kind in kinds)])
 
 
-def _prove_step(optimizer: Any, sources: list[TrainableParameter], lr_ratio: float) -> None:
+def _prove_step(optimizer: torch.optim.Optimizer, sources: list[TrainableParameter], lr_ratio: float) -> None:
     group_of = _group_of(optimizer)
     in_use = sorted({group_of[id(source.parameter)] for source in sources})
     rates = {index: rate_of_group(optimizer, optimizer.param_groups[index], base=True) or 0.0 for index in in_use}

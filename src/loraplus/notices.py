@@ -1,5 +1,5 @@
-"""One warning for each thing that is to be told, however often it comes up while an optimizer is made or proved; that a
-signal has come is told at once."""
+"""Each warning is given once, however often its cause comes up while an optimizer is made or proved. A signal is
+acknowledged at once."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def renamed(module: str, name: str, new_names: Mapping[str, str]) -> str:
 def acknowledge(text: str) -> None:
     """Says, from the handler of a signal, that it has come and what happens now.
 
-    In a thread of its own, which waits for the line that the signal came in the middle of. In the same thread that line
-    would be written twice.
+    A thread of its own writes it, after the line that the signal may have interrupted. In the same thread the
+    interrupted line would be written twice.
     """
     threading.Thread(target=logging.getLogger(__name__).info, args=(text,)).start()

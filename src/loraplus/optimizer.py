@@ -33,7 +33,7 @@ def create_optimizer(
     weight_decay: float | None = None,
     groups: Groups | None = None,
     prefix: str = "",
-    **optimizer_kwargs: Any,
+    **optimizer_kwargs: object,
 ) -> torch.optim.Optimizer:
     """Builds `optimizer_cls` over the trainable parameters with η_A = lr and η_B = lr_ratio·lr.
 
@@ -136,7 +136,7 @@ def finish(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     watch_rates(model, optimizer)
 
 
-def check_class(model: nn.Module, optimizer_cls: Any) -> None:
+def check_class(model: nn.Module, optimizer_cls: object) -> None:
     """Refuses classes that cannot take groups of several rates, or the model's parameters.
 
     Raises:
@@ -183,7 +183,7 @@ def create_loraplus_optimizer(
     loraplus_weight_decay: float | None = None,
     weight_decay: float | None = None,
     paper_compatible: bool = False,
-    **optimizer_kwargs: Any,
+    **optimizer_kwargs: object,
 ) -> torch.optim.Optimizer:
     """PEFT's `create_loraplus_optimizer`, to be adopted by changing the import.
 

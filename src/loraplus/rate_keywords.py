@@ -48,7 +48,7 @@ def takes_rates(
         signature = _signature(function, keyword_of, in_place, needed)
 
         @functools.wraps(function)
-        def with_rates(*args: Any, **given: Any) -> Result:
+        def with_rates(*args: object, **given: Any) -> Result:
             rates = [value for value in args if isinstance(value, Rates)]
             if isinstance(given.get("rates"), Rates):
                 rates.append(given.pop("rates"))
@@ -100,7 +100,7 @@ def _default(name: str) -> Any:
 
 
 def rate_fields(
-    *, sets_ratio: bool | None = None, prefix: str = "", overrides: Any = dict[str, float] | str | None
+    *, sets_ratio: bool | None = None, prefix: str = "", overrides: object = dict[str, float] | str | None
 ) -> list[tuple[str, Any, Any]]:
     """(name, type, field) of each setting but lr, for `dataclasses.make_dataclass`.
 
@@ -130,7 +130,7 @@ def fields_of(rates: Rates, *, sets_ratio: bool | None = None, prefix: str = "")
     return {prefix + name: getattr(rates, name) for name in _names(sets_ratio)}
 
 
-def rates_from(settings: Any, lr: float | str | None = None, *, prefix: str = "") -> Rates:
+def rates_from(settings: object, lr: float | str | None = None, *, prefix: str = "") -> Rates:
     """The `Rates` that an object with `rate_fields` asks for; fields that it does not have keep their defaults.
 
     Raises:

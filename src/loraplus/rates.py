@@ -39,8 +39,8 @@ class Default(float):
 AUTO = "auto"
 """Instead of a number for `lr`: `AutoRates` sets η_A and η_B."""
 
-# PEFT's examples train classifiers with 3e-4 or so. With automatic rates it is what norms, magnitudes and embeddings
-# learn at: a rate that hurts none of them.
+# PEFT's examples train classifiers at about 3e-4. With automatic rates, norms, magnitudes and embeddings learn at this
+# rate, which hurts none of them.
 DEFAULT_LR = 3e-4
 # A new head starts from nothing and learns at its own pace, the same whatever the adapter's rates are: otherwise a
 # search over η_A and λ would be a search over the head's rate, too.
@@ -57,14 +57,14 @@ def as_number(name: str, value: Any) -> float:
         raise InvalidRateError(f"{name} must be a number, got {value!r}") from None
 
 
-def _check_positive(name: str, value: Any) -> float:
+def _check_positive(name: str, value: object) -> float:
     number = as_number(name, value)
     if not math.isfinite(number) or number <= 0:
         raise InvalidRateError(f"{name} must be a positive, finite number, got {value!r}")
     return number
 
 
-def _check_lr(name: str, value: Any) -> float | str | None:
+def _check_lr(name: str, value: object) -> float | str | None:
     if value is None or (isinstance(value, str) and value == AUTO):
         return value
     try:
@@ -75,11 +75,11 @@ def _check_lr(name: str, value: Any) -> float | str | None:
         raise
 
 
-def _check_ratio(name: str, value: Any) -> float:
+def _check_ratio(name: str, value: object) -> float:
     return value if isinstance(value, Default) else _check_positive(name, value)
 
 
-def _check_own_rate(name: str, value: Any) -> float | None:
+def _check_own_rate(name: str, value: object) -> float | None:
     return None if value is None else _check_positive(name, value)
 
 
@@ -139,7 +139,7 @@ class Rates:
     """
 
     tensor: ClassVar[Any] = None
-    """A rate that was given as a tensor, if one was: then every group gets its rate in such a tensor."""
+    """The rate that was given as a tensor, if one was. Every group then gets its rate in a tensor like it."""
 
     lr: float | str | None = field(default=None, metadata={"help": "η_A, the rate of A.", "check": _check_lr})
     lr_ratio: float = _ratio("λ = η_B / η_A; 1 is plain LoRA.")

@@ -58,7 +58,7 @@ class TrainableParameter(NamedTuple):
 
     @property
     def rate_name(self) -> str:
-        """The name that its rate goes by: one memory has one rate."""
+        """The name that decides its rate: that of the first parameter on the same memory, since they have one rate."""
         return self.shares or self.name
 
 
@@ -124,8 +124,8 @@ class _Reading:
         prefix = name.removesuffix(_FLAT)
         roles: dict[Role, str] = {}
         decays: set[bool] = set()
-        for info, part in zip(flat._param_infos, flat._fqns, strict=True):
-            whole = clean_name(prefix + part)
+        for info, whole_name in zip(flat._param_infos, flat._fqns, strict=True):
+            whole = clean_name(prefix + whole_name)
             roles.setdefault(self.role(whole, flat, info.module), whole)
             decays.add(not isinstance(info.module, nn.LayerNorm) and not _NO_DECAY.search(whole.lower()))
         if len(roles) > 1:
@@ -161,7 +161,7 @@ _readings: ContextVar[dict[int, tuple[nn.Module, list[TrainableParameter]]] | No
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """In a block, or in a function that this decorates, a model is read by whoever asks first, for all that follow.
+    """Within this block, or a function that it decorates, a model is read once; whoever asks later gets that reading.
 
     Example:
         >>> with read_once():

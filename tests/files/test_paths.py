@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from loraplus.errors import InputError
-from loraplus.files.paths import is_file, is_folder, is_inside, resolve_model, user_path
+from loraplus.files.paths import is_file, is_folder, is_inside, resolve_model, resolved, user_path
 from loraplus.inspection import inspect_folder
+from loraplus.reproduce.command import Options, redraw
 from loraplus.tasks.adapter import adapter_settings
+from loraplus.tasks.evaluation_folder import check_output as evaluation_output
 from loraplus.tasks.table import read_table
 
 READERS = {"data": read_table, "adapter": adapter_settings, "model": resolve_model, "inspect": inspect_folder}
@@ -32,6 +34,21 @@ def test_a_name_that_cannot_be_opened_is_one_line(reader, name):
     with pytest.raises(InputError) as caught:
         READERS[reader](NAMES[name])
     assert len(str(caught.value)) <= 500 and "\x00" not in str(caught.value)
+
+
+FOLLOWED = {
+    "a path": resolved,
+    "an evaluation's output": lambda name: evaluation_output(name, overwrite=True),
+    "results to draw again": lambda name: redraw(Options(name="toy", output="plots"), name),
+}
+
+
+@pytest.mark.parametrize("what", FOLLOWED)
+def test_a_link_that_leads_to_itself_is_one_line(tmp_path, what):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(InputError, match="leads to no place"):
+        FOLLOWED[what](str(loop))
 
 
 @pytest.fixture

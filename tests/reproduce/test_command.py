@@ -207,6 +207,7 @@ def test_the_list_names_every_experiment(command):
         (["fake", "--scale", "paper"], "fake runs at --scale cpu only, not paper"),
         (["fake", "--scale", "huge"], "--scale must be cpu or paper, got 'huge'"),
         (["fake", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["fake", "--seeds", str(2**63)], "--seeds must be at most 10,000, got 9223372036854775808"),
         (["fake", "--workers", "0"], "--workers must be at least 1, got 0"),
         (["fake", "--redraw", "nowhere"], "cannot read nowhere/summary.json"),
         (["fake", "--redraw", "nowhere", "--resume"], "--redraw trains nothing, so there is nothing to --resume"),

@@ -128,6 +128,8 @@ def test_a_text_is_the_users_turn_where_there_is_a_template(model, tokenizer):
         (["the"], {"temperature": -1.0}, "temperature"),
         (["the"], {"top_p": 0.0}, "top_p"),
         (["the"], {"max_new_tokens": 0}, "max_new_tokens"),
+        (["a"], {"seed": 2**64}, "seed must lie between 0 and"),
+        (["a"], {"seed": -1}, "seed must lie between 0 and"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(model, tokenizer, prompts, options, message):

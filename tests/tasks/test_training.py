@@ -55,6 +55,25 @@ def test_a_setting_that_no_run_can_have_is_refused_by_name(config, name, value):
         total_steps(dataclasses.replace(config, **{name: value, "max_steps": None}), 100)
 
 
+HUGE = 10**400  # more than a float holds
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, HUGE) for name in ("rank", "batch_size", "eval_batch_size", "gradient_accumulation_steps")),
+        *((name, HUGE) for name in ("max_steps", "eval_steps", "max_eval_samples", "epochs")),
+        ("batch_size", 2**63),  # more than itertools counts
+        ("alpha", 1e308),  # more than 32 bits hold
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_number_that_is_far_too_large_is_refused_by_name(config, name, value):
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(InputError, match=flag):
+        total_steps(dataclasses.replace(config, **{name: value}), 100)
+
+
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("task", ["classification", "sft", "lm"])
 def test_another_lr_is_refused_on_resuming_whatever_the_task(config, task, finished):

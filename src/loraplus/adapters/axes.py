@@ -1,4 +1,4 @@
-"""Which dimensions of a weight the code holds after it was turned, indexed, reshaped, and what products sum over.
+"""Follows the dimensions of a weight through transposes, indexing and reshaping, to see which one a product sums over.
 
 A weight's own dimensions are counted from the end: −1 and −2 are its two sides, what stands before are experts.
 """
@@ -30,8 +30,8 @@ class Axes:
     """The dimensions that a weight has now, by what they were.
 
     Args:
-        labels: from the last one on, those that are known; None is none of the weight's own.
-        whole: whether these are all.
+        labels: what each known dimension was, ending with the last one; None for one that is not the weight's own.
+        whole: whether these are all the dimensions.
         mixed: multiplied with something else, entry by entry: a sum over a dimension completes a product.
     """
 
@@ -44,19 +44,19 @@ class Axes:
         """Those of a weight as it is; its two sides alone where nobody knows how many it has."""
         return cls((-2, -1), whole=False) if dimensions is None else cls(tuple(range(-dimensions, 0)))
 
-    def place(self, dimension: Any) -> int | None:
+    def place(self, dimension: object) -> int | None:
         """Where a dimension stands in `labels`; None if the code does not say."""
         if not isinstance(dimension, int) or (dimension >= 0 and not self.whole):
             return None
         place = dimension if dimension >= 0 else len(self.labels) + dimension
         return place if 0 <= place < len(self.labels) else None
 
-    def label(self, dimension: Any) -> int | None:
+    def label(self, dimension: object) -> int | None:
         """What a dimension was."""
         place = self.place(dimension)
         return None if place is None else self.labels[place]
 
-    def swapped(self, first: Any, second: Any) -> Axes | None:
+    def swapped(self, first: object, second: object) -> Axes | None:
         """Two dimensions change places."""
         one, other = self.place(first), self.place(second)
         if one is None or other is None:
@@ -75,7 +75,7 @@ class Axes:
         labels = (None,) * (count - len(self.labels)) + self.labels
         return replace(self, labels=tuple(labels[place] for place in order), whole=True)
 
-    def moved(self, source: Any, target: Any) -> Axes | None:
+    def moved(self, source: object, target: object) -> Axes | None:
         """As `movedim`."""
         sources, targets = ([ends] if isinstance(ends, int) else ends for ends in (source, target))
         if not (isinstance(sources, list) and isinstance(targets, list) and len(sources) == len(targets)):
@@ -90,14 +90,14 @@ class Axes:
         order = [places[to] if to in places else next(rest) for to in range(len(self.labels))]
         return replace(self, labels=tuple(self.labels[place] for place in order))
 
-    def without(self, dimension: Any = 0) -> Axes | None:
+    def without(self, dimension: object = 0) -> Axes | None:
         """A dimension is gone: one entry of it was picked."""
         if dimension == 0 and not self.whole:
             return self
         place = self.place(dimension)
         return None if place is None else replace(self, labels=self.labels[:place] + self.labels[place + 1 :])
 
-    def with_new(self, dimension: Any) -> Axes | None:
+    def with_new(self, dimension: object) -> Axes | None:
         """As `unsqueeze`."""
         if dimension == 0 and not self.whole:
             return self
@@ -138,7 +138,7 @@ def changed(axes: Axes, by: str, given: Sequence[Any], named: Mapping[str, Any])
         named: those that are given by name.
     """
 
-    def argument(place: int, *names: str, otherwise: Any = None) -> Any:
+    def argument(place: int, *names: str, otherwise: object = None) -> Any:
         values = [named[name] for name in names if name in named]
         return values[0] if values else given[place] if place < len(given) else otherwise
 

@@ -45,7 +45,7 @@ def wrapped_roles(modules: Iterable[nn.Module]) -> dict[int, Role]:
     return role_of
 
 
-def _meets_input(wrapper: Any, layer: nn.Module, name: str) -> bool:
+def _meets_input(wrapper: nn.Module, layer: nn.Module, name: str) -> bool:
     """Whether `lora_A` does."""
     side = input_side(type(layer), name, getattr(getattr(layer, name, None), "ndim", None))
     if side is None and isinstance(getattr(layer, "is_transposed", None), bool):  # transformers' own word for it

@@ -51,8 +51,8 @@ def has_pair(layer: nn.Module) -> bool:
     parts: dict[str, Any] = {**layer._modules, **layer._parameters}
 
     def of(name: str) -> tuple[nn.Module, Any]:
-        part = parts[name]
-        return (part, getattr(part, "weight", None)) if isinstance(part, nn.Module) else (layer, part)
+        member = parts[name]
+        return (member, getattr(member, "weight", None)) if isinstance(member, nn.Module) else (layer, member)
 
     return any(fit(of(a), of(b)) for a, b in PAIRS if parts.get(a) is not None and parts.get(b) is not None)
 
@@ -115,7 +115,7 @@ def _width(module: nn.Module, way: str) -> int:
     return width if isinstance(width, int) else 0
 
 
-def whole_shape(tensor: Any) -> tuple[int, ...] | None:
+def whole_shape(tensor: object) -> tuple[int, ...] | None:
     """The shape of a whole matrix, sharded or not; None if this is flattened, packed, or not made yet."""
     if not isinstance(tensor, torch.Tensor) or is_lazy(tensor) or not tensor.is_floating_point():
         return None

@@ -55,7 +55,7 @@ class Structure:
         """The module that holds another, wrappers not counted."""
         return self._holders.get(id(module))
 
-    def has_partner(self, name: str, parameter: Any, owner: nn.Module, role: Role) -> bool:
+    def has_partner(self, name: str, parameter: object, owner: nn.Module, role: Role) -> bool:
         """Whether the other factor of a pair stands where it must, and fits; of a magnitude, whether a pair does.
 
         Args:
@@ -124,7 +124,7 @@ class Structure:
             if hasattr(type(module), "get_output_embeddings"):
                 output = _output_layer(module)
                 outputs += [output] if isinstance(output, nn.Module) else []
-        return {id(part) for module in outputs for part in module.modules() if id(part) not in self._in_adapter}
+        return {id(inner) for module in outputs for inner in module.modules() if id(inner) not in self._in_adapter}
 
 
 def _containers(module: nn.Module) -> Iterator[nn.Module]:

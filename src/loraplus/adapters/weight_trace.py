@@ -153,7 +153,7 @@ class Trace:
         made = self.stand_in(after)
         return Pieces([made]) if name == "unbind" else made
 
-    def _product(self, left: Any, right: Any) -> StandIn:
+    def _product(self, left: object, right: object) -> StandIn:
         """A matrix product of two."""
         of_left, of_right = axes_of(left), axes_of(right)
         if of_left is None or of_right is None:
@@ -234,13 +234,13 @@ class StandIn(torch.Tensor):
         vars(made).update(_of=self, _called=name)
         return made
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
+    def __call__(self, *given: object, **named: object) -> Any:
         called = vars(self).get("_called", "")
         of = [vars(self)["_of"]] if called else []
         return self._trace.apply(called, [*of, *given], named)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:  # where torch needs a number itself, as for a size
             return 1
         raise TypeError(f"{func} is not called: there are no numbers here")
@@ -269,7 +269,7 @@ class StandIn(torch.Tensor):
     def __exit__(self, *error: object) -> None:
         """Of a context that a layer has."""
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         return "…"
 
     def __format__(self, spec: str) -> str:
@@ -279,7 +279,7 @@ class StandIn(torch.Tensor):
 
 
 def _operator(name: str) -> Any:
-    def operate(self: StandIn, *others: Any) -> Any:
+    def operate(self: StandIn, *others: object) -> Any:
         return self._trace.apply(name, [self, *others], {})
 
     return operate
@@ -323,14 +323,14 @@ class _AllStandIns(TorchFunctionMode):
         super().__init__()
         self._trace = trace
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         return self._trace.apply(getattr(func, "__name__", "").removeprefix("linalg_"), args, kwargs or {})
 
 
 class _NoCollectives(TorchDispatchMode):
     """Refuses what would wait for other processes: only this one may be looking."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             raise TypeError(f"{func} is not called: nothing is sent while code is looked at")
         return func(*args, **(kwargs or {}))
@@ -354,7 +354,9 @@ def _vmap_of_one() -> Iterator[None]:
     apis: Any = importlib.import_module("torch._functorch.apis")
     own = apis.vmap_impl
 
-    def vmap(function: Any, in_dims: Any, out_dims: Any, randomness: Any, size: Any, *args: Any, **kwargs: Any) -> Any:
+    def vmap(
+        function: Any, in_dims: object, out_dims: object, randomness: object, size: object, *args: Any, **kwargs: Any
+    ) -> Any:
         if not any(isinstance(arg, StandIn) for arg in args):
             return own(function, in_dims, out_dims, randomness, size, *args, **kwargs)
         dims = in_dims if isinstance(in_dims, (list, tuple)) else [in_dims] * len(args)
@@ -369,7 +371,7 @@ def _vmap_of_one() -> Iterator[None]:
         apis.vmap_impl = own
 
 
-def axes_of(value: Any) -> Axes | None:
+def axes_of(value: object) -> Axes | None:
     """The dimensions of a value, if it stands for the weight."""
     return value._axes if isinstance(value, StandIn) else None
 
@@ -378,22 +380,22 @@ def _argument(given: Sequence[Any], named: Mapping[str, Any], place: int, names:
     return next((named[name] for name in names if name in named), given[place] if place < len(given) else None)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A number, string, or list of them; None for what the code does not say."""
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
-def _listed(key: Any) -> Sequence[Any]:
+def _listed(key: object) -> Sequence[Any]:
     return key if isinstance(key, tuple) else (key,)
 
 
-def _index(part: Any) -> str:
+def _index(index: object) -> str:
     """What an index does, as `Axes.indexed` names it."""
-    if part is None or part is Ellipsis or isinstance(part, slice):
-        return "new" if part is None else "…" if part is Ellipsis else "keep"
-    return "one" if isinstance(part, int) else "some"
+    if index is None or index is Ellipsis or isinstance(index, slice):
+        return "new" if index is None else "…" if index is Ellipsis else "keep"
+    return "one" if isinstance(index, int) else "some"
 
 
 def _caller() -> FrameType:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraplus.bench.prepared import Prepared
 from loraplus.rates import DEFAULT_LR_RATIO
 from loraplus.speed import LEVERS, speed_up
 from loraplus.tasks.config import CLASSIFICATION
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DEFAULTS, PEFT, OURS = "defaults", "PEFT", "ours"
 TRAINER, TRL, LORAPLUS = "Trainer", "TRL", "loraplus"
@@ -110,7 +113,7 @@ def _shared(arm: Arm, prepared: Prepared, output: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _trainer(arm: Arm, prepared: Prepared, model: Any, output: str) -> Any:
+def _trainer(arm: Arm, prepared: Prepared, model: nn.Module, output: str) -> Any:
     from transformers import Trainer, TrainingArguments
 
     args = TrainingArguments(**_shared(arm, prepared, output), label_names=["labels"])
@@ -134,13 +137,19 @@ def _trl(arm: Arm, prepared: Prepared, model: Any, output: str) -> Any:
         options["per_device_train_batch_size"] = max(1, round(batch))
     pad: Any = prepared.tokenizer.pad_token_id
     args = SFTConfig(
-        **options, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, padding_free=arm.packed,
-    )  # fmt: skip
+        **options,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        padding_free=arm.packed,
+    )
     # Without padding SFTTrainer insists on a collator that it makes itself.
     trainer = SFTTrainer(
-        model=model, args=args, train_dataset=rows, processing_class=prepared.tokenizer,
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=prepared.tokenizer,
         data_collator=None if arm.packed else DataCollatorForLanguageModeling(pad),
-    )  # fmt: skip
+    )
     trainer._send_telemetry = lambda: None
     return trainer
 

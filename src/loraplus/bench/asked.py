@@ -13,7 +13,7 @@ from loraplus.files.single import read_json
 from loraplus.tasks.config import BenchConfig, TaskConfig
 
 SCHEMA_VERSION = 1
-OWN = "own"
+OWN_MODEL = "own"
 _OF_DATA = ("eval_data", "task", "max_length", "batch_size", "target_modules")
 
 
@@ -31,7 +31,7 @@ def rows_of(config: BenchConfig) -> list[str]:
     if config.model:
         if config.rows is not None:
             raise InputError("--rows is for the built-in models; with --model there is one row, yours")
-        return [OWN]
+        return [OWN_MODEL]
     for name in _OF_DATA:
         if getattr(config, name) != _default(name):
             raise InputError(f"--{name.replace('_', '-')} is for a model of yours: give --model and --data, too")

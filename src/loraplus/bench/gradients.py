@@ -1,4 +1,4 @@
-"""One step of an arm taken by hand: its gradients against those in float64, and where its time goes."""
+"""One step of an arm, taken by hand, to compare its gradients with float64 and to profile it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _forth_and_back(trainer: Any) -> Callable[[], None]:
 
 
 def profile_of(prepared: Prepared, arm: Arm, output: str) -> list[dict[str, Any]]:
-    """Of the first batch of a turn, forth and back, without the optimizer's step."""
+    """Profiles forward and backward pass of the first batch of a turn, without the optimizer's step."""
     trainer = trainer_of(arm, prepared, output)
     step = _forth_and_back(trainer)
     step()

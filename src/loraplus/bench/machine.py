@@ -1,4 +1,4 @@
-"""What a figure of speed was measured on."""
+"""Describes the machine that figures were measured on."""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
 """The most memory that a pass over a turn's examples takes over the idle model.
 
-On a GPU its allocator tells. On a CPU it is the process's resident memory, in a process of its own: every allocation
-above 64 KiB is mapped from the system and given back at once, so that resident memory is what tensors hold; weights are
-read once before, since a model's file is mapped, not read; a pass runs before the one that is measured. What counts
-as idle is then on both sides: model, optimizer's states, libraries. The peak is the kernel's own.
+On a GPU the allocator tells. On a CPU a process of its own measures its resident memory, so that:
+
+* every allocation above 64 KiB is mapped from the system and given back at once: resident memory is what tensors hold;
+* the weights are read once before, since a model's file is only mapped;
+* one pass runs before the measured one, so that model, optimizer's states and libraries count as idle.
+
+The peak is the kernel's own figure.
 
     python -m loraplus.bench.memory < what.json
 """

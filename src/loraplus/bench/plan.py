@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus.bench.arms import ablation_of, arms_of
-from loraplus.bench.asked import OWN, SCHEMA_VERSION, rows_of
+from loraplus.bench.asked import OWN_MODEL, SCHEMA_VERSION, rows_of
 from loraplus.bench.machine import machine
 from loraplus.bench.measure import Measurement, Told
 from loraplus.bench.prepared import prepare
@@ -52,7 +52,7 @@ def bench(config: BenchConfig, told: Told = lambda text: None) -> dict[str, Any]
 def _measurement(config: BenchConfig, name: str, seconds: float, scratch: Path, told: Told) -> Measurement:
     """A row, its model and data made or read."""
     wanted = {field.name: getattr(config, field.name) for field in fields(TaskConfig)}
-    if name == OWN:
+    if name == OWN_MODEL:
         if config.task in (REGRESSION, MULTI_LABEL):
             raise InputError(f"--task {config.task} is not for bench; its steps cost what those of classification do")
         title, batches, memory = f"{config.model} on {config.data}", _OWN_BATCHES, True

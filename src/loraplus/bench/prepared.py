@@ -1,8 +1,7 @@
 """Model and data of a comparison: the examples that every arm trains on, and fresh models.
 
-Of the batches that length grouping makes of a pool, every k-th by length is run; arms that do not group draw their
-batches from the examples of just these, at random. So all train on the same examples, and these are as long as the
-pool's are.
+Length grouping makes batches of a pool; sorted by length, every k-th of them is run. Arms that do not group draw random
+batches from the same examples. So all arms train on the same examples, and their lengths are those of the pool.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from loraplus.bench.prepared import Prepared
 from loraplus.tasks.config import CLASSIFICATION
@@ -55,7 +56,7 @@ class Floor:
         """Computes each product once.
 
         Returns:
-            The seconds of a step that did nothing else. Taken in turns with the arms, it knows of the same machine.
+            The seconds of a step that did nothing else. It takes turns with the arms, at the same speed of the machine.
         """
         seconds, best = 0.0, 0.0
         for shape, count in self.products.items():
@@ -124,7 +125,7 @@ def _products(prepared: Prepared, model: Any) -> Counter[Product]:
     return products
 
 
-def _ends(model: Any) -> tuple[str, str]:
+def _ends(model: nn.Module) -> tuple[str, str]:
     """Where the names of the first and the last layer begin; empty if there is no list of layers."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
     if not lists:

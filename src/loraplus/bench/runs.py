@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _PATIENCE = 60.0  # seconds for the step in progress, when a run is ended
 
@@ -36,7 +36,7 @@ class Run:
         1.234
     """
 
-    def __init__(self, trainer: Any, steps: int) -> None:
+    def __init__(self, trainer: Trainer, steps: int) -> None:
         self.trainer, self.steps = trainer, steps
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
@@ -120,7 +120,7 @@ class _Gate(TrainerCallback):
     def __init__(self, run: Run) -> None:
         self._run = run
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._run.check()
         if state.global_step % self._run.steps == 0:
             self._run.wait()

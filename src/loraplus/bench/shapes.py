@@ -1,6 +1,6 @@
 """Models and data made on the spot: random weights of a real model's shape, texts of given lengths.
 
-Speed does not ask what a weight is or which word a token stands for, so nothing has to be fetched. A text of n tokens
+Speed does not depend on the values of weights or on the words, so nothing has to be fetched. A text of n tokens
 is n words of a made-up vocabulary; what matters is how long the texts are, and which of their tokens are learnt.
 """
 

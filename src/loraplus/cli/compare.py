@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from loraplus.cli.app import app
 from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import after_compare, show_next
 from loraplus.cli.options import config_command
-from loraplus.cli.seen import show
-from loraplus.cli.terminal import Console, narrated, plain_table, print_json
+from loraplus.cli.terminal import Console, plain_table
 from loraplus.study.arms import ALL, REFERENCE, chosen
 from loraplus.study.headline import headline
 from loraplus.study.wording import counted
@@ -41,22 +39,13 @@ _NAMES = {
 def run(config: CompareConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Compare LoRA with LoRA+ (and others: --arms) on your task: tuned with equal budgets, tested on fresh seeds."""
     from loraplus.cli.console import quiet_libraries
-    from loraplus.cli.progress import TrainingWording, study_progress
+    from loraplus.cli.progress import run_study
 
     quiet_libraries()
     from loraplus.compare import REPORT_FILE, compare
 
     console = Console(stderr=json, plain=plain)
-    with narrated(console), study_progress(console, TrainingWording(config.task), plain=plain) as progress:
-        summary = compare(
-            config,
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-            on_seen=None if json else partial(show, console),
-        )
-    if json:
-        print_json(summary)
+    summary = run_study(compare, config, console, overwrite=overwrite, resume=resume, json=json, plain=plain)
     console.widened().print(results_table(summary))
     if line := _beside_accuracy(summary):
         console.say(line)
@@ -107,10 +96,10 @@ def results_table(summary: dict[str, Any]) -> Table:
 
 
 def _beside_accuracy(summary: dict[str, Any]) -> str:
-    """Macro-F1 of the tuned arms, and what was to be had for nothing; empty where they are not known."""
-    arms = {arm: part for arm, part in summary.get("learning", {}).get("arms", {}).items() if part}
-    scores = [f"{ALL[arm].title} {part['macro_f1']:.3f}" for arm, part in arms.items() if "macro_f1" in part]
-    shares = [part["majority_share"] for part in arms.values() if "majority_share" in part]
+    """Macro-F1 of the tuned arms, and the accuracy of the most frequent class; empty where they are not known."""
+    arms = {arm: of_arm for arm, of_arm in summary.get("learning", {}).get("arms", {}).items() if of_arm}
+    scores = [f"{ALL[arm].title} {of_arm['macro_f1']:.3f}" for arm, of_arm in arms.items() if "macro_f1" in of_arm]
+    shares = [of_arm["majority_share"] for of_arm in arms.values() if "majority_share" in of_arm]
     parts = [f"test macro-F1: {', '.join(scores)}"] if scores else []
     parts += [f"always the most frequent class: test accuracy {100 * shares[0]:.1f}%"] if shares else []
     return " · ".join(parts)

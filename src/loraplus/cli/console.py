@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraplus.cli.terminal import Console, narrated, without_chatter
 from loraplus.tasks.progress_log import ProgressLog
@@ -70,7 +70,7 @@ def counting_bar(console: Console, title: str, total: int, *, plain: bool) -> It
 
 
 class TrainingProgress(TrainerCallback):
-    """A line for every evaluation, under it a bar with the time left (or, on a plain terminal, the lines alone)."""
+    """A line for every evaluation, and below them a bar with the time left; a plain terminal gets the lines alone."""
 
     def __init__(self, console: Console, *, plain: bool) -> None:
         self._console = console
@@ -88,18 +88,27 @@ class TrainingProgress(TrainerCallback):
         if self._progress:
             self._progress.stop()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self._started, self._first_step = time.monotonic(), state.global_step
         if self._progress:
             self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step)
         elif state.global_step:
             self._console.print(f"going on at step {state.global_step} of {state.max_steps}")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._progress:
             self._progress.update(self._task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
         logs = logs or {}
         if "loss" in logs:
             self._train_loss = logs["loss"]

@@ -1,4 +1,4 @@
-"""Under which heading a flag stands in --help, and the examples below it."""
+"""The heading of each flag in --help, and the examples below the flags."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def keep_flags_whole() -> None:
 
 
 def examples(*lines: str) -> str:
-    """What stands below the flags of a command; click takes an empty line for the end of a line."""
+    """The text below the flags of a command. click keeps line ends only at empty lines, so these are added."""
     return "\n\n".join(["Examples:", *lines])

@@ -44,8 +44,8 @@ def run(
         print_json(contents)
         return
     console = Console(plain=plain).widened()
-    for part in model_parts(contents) if contents["kind"] == "model" else adapter_parts(contents):
-        console.print(part, soft_wrap=isinstance(part, Text))  # so that a path can be copied
+    for shown in model_parts(contents) if contents["kind"] == "model" else adapter_parts(contents):
+        console.print(shown, soft_wrap=isinstance(shown, Text))  # so that a path can be copied
 
 
 def adapter_parts(contents: Mapping[str, Any]) -> list[Text | Table]:

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         with _plain_warnings():
             code = app(args=arguments, standalone_mode=False)
     except InterruptedRun as stop:
-        if is_speaker() or isinstance(stop, LostProcessError):  # the process that was lost may be the one that speaks
+        if is_speaker() or isinstance(stop, LostProcessError):  # the lost process may be the one that prints for all
             _tell(stop)
         sys.exit(130)
     except (LoraPlusError, typer.TyperException, OSError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""The command to type after one that has ended: it runs as it stands, with the paths that the user has."""
+"""The command to type next, after one has ended. It runs as printed, with the user's own paths."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def after_predict(adapter: str, model: str | None, trust_remote_code: bool) -> t
     return "have one model without PEFT", command_line("merge", adapter=adapter, output=merged, **options)
 
 
-def after_evaluate(adapter: str, data: str, **options: Any) -> tuple[str, str]:
+def after_evaluate(adapter: str, data: str, **options: object) -> tuple[str, str]:
     """(purpose, command): the answer to every text is written down."""
     given = {name: value or None for name, value in options.items()}
     line = command_line("predict", adapter=adapter, data=data, output=_predictions(adapter), **given)
@@ -101,7 +101,7 @@ def after_reproduce(name: str, scale: str, scales: tuple[str, ...]) -> tuple[str
 
 
 def free_path(path: str) -> str:
-    """A path that nothing has: this one, or with a number."""
+    """A path that is free: this one, or this with a number."""
     stem, suffix = os.path.splitext(path)
     number = 2
     free = path

@@ -63,7 +63,9 @@ def _fill_default_map(context: typer.Context, path: str | None) -> str | None:
     return path
 
 
-def _parameter(spec: Field[Any], annotation: Any, names: Mapping[str, str], needed: Sequence[str]) -> inspect.Parameter:
+def _parameter(
+    spec: Field[Any], annotation: object, names: Mapping[str, str], needed: Sequence[str]
+) -> inspect.Parameter:
     name = spec.name.replace("_", "-")
     # The negative form lets a flag win over `true` in the file.
     flags = spec.metadata.get("flags") or (
@@ -119,8 +121,8 @@ def config_command(
         config_class: its flags.
         check: of the command's own settings; what all runs have is checked here, before `run` imports anything heavy.
         required: fields that must be given.
-        own: the command's own flags, which `run` takes beside the configuration; --check, which stops before it, aside.
-        names: what stands for $… in the help of the configuration's flags: lists that are made further right.
+        own: the command's own flags, which `run` takes beside the configuration. --check is not passed on.
+        names: replacements for $… in the help of flags, for lists that later modules make.
         examples: command lines, shown below the flags.
     """
 

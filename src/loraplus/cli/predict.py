@@ -126,7 +126,7 @@ def _scored(
 
 
 def _notes(adapter: str, predicted: list[Any], scored: dict[str, Any] | None) -> list[str]:
-    """That the adapter's training learnt nothing, unless these scores show that it did; that all answers are alike."""
+    """Warnings: the adapter's training learnt nothing (unless these scores show otherwise), or all answers agree."""
     from loraplus.files.paths import is_file, user_path
     from loraplus.files.single import read_json
     from loraplus.tasks.finished import METRICS_FILE

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from loraplus.cli.terminal import Console
+from loraplus.cli.seen import show
+from loraplus.cli.terminal import Console, narrated, print_json
 from loraplus.study.arms import ALL
 from loraplus.study.records import Record, Trial
-from loraplus.study.runner import Event
+from loraplus.study.runner import Event, OnEvent
 from loraplus.study.wording import counted, rate
-from loraplus.tasks.config import CLASSIFICATION
+from loraplus.tasks.config import CLASSIFICATION, TaskConfig
 from loraplus.tasks.measures import MEASURES, PERPLEXITY, perplexity
 
 MINIMAL_SECONDS_FOR_ESTIMATE = 2.0
@@ -36,7 +39,7 @@ class Wording(Protocol):
         ...
 
     def outcome(self, record: Any) -> str:
-        """What it came to."""
+        """Its result."""
         ...
 
 
@@ -50,6 +53,30 @@ def study_progress(console: Console, wording: Wording, *, plain: bool) -> StudyP
     """
     moving = console.is_terminal and not plain
     return BarProgress(console, wording) if moving else PlainProgress(console, wording)
+
+
+def run_study(
+    study: Callable[..., dict[str, Any]],
+    config: TaskConfig,
+    console: Console,
+    *,
+    overwrite: bool,
+    resume: bool,
+    json: bool,
+    plain: bool,
+    beside: Callable[[OnEvent], OnEvent] = lambda progress: progress,
+) -> dict[str, Any]:
+    """Runs `compare` or `tune` while the console shows how far it is; with `json`, prints the result.
+
+    Args:
+        beside: makes what the study tells its events, of the display that they are for.
+    """
+    with narrated(console), study_progress(console, TrainingWording(config.task), plain=plain) as progress:
+        on_seen = None if json else partial(show, console)
+        result = study(config, overwrite=overwrite, resume=resume, progress=beside(progress), on_seen=on_seen)
+    if json:
+        print_json(result)
+    return result
 
 
 class TrainingWording:
@@ -85,7 +112,7 @@ class TrainingWording:
 
 
 def outcome(event: Event, wording: Wording) -> str:
-    """What a finished run came to, in one line."""
+    """The result of a finished run, in one line."""
     source = " (same run as before)" if event.reused else " (another process)" if event.elsewhere else ""
     return f"{wording.describe(event.trial)}: {wording.outcome(event.record)}{source}"
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show(console: Console, seen: Seen) -> None:
-    """A row for each thing that was seen; doubts are told on their own."""
+    """Prints a row for each thing that was seen; doubts are logged separately."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -37,7 +37,7 @@ def screen() -> tuple[TextIO, TextIO]:
 
 @contextmanager
 def without_chatter() -> Iterator[None]:
-    """Whatever libraries print in here reaches no screen; what goes through this module does."""
+    """Within this block only this module prints: what libraries print is dropped."""
     streams = sys.stdout, sys.stderr
     _covered.append(streams)
     sys.stdout, sys.stderr = (_Nowhere(stream) for stream in streams)
@@ -80,12 +80,12 @@ class Console(rich.console.Console):
         self._file = new_file
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """rich's, with the text of every segment made visible; its own control codes come apart from text."""
+        """As rich does, with control characters in text spelled out; rich's own codes are kept apart from text."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def say(self, text: object) -> None:
-        """Prints text that may be longer than a line: between words on a terminal, and in a file not at all.
+        """Prints text that may be longer than a line. A terminal's lines break between words, a file's do not break.
 
         No word is cut, so that a path can be copied.
         """
@@ -119,7 +119,7 @@ def is_speaker() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def print_json(data: Any) -> None:
+def print_json(data: object) -> None:
     """Prints JSON on stdout; what a terminal would obey stands there as \\u…, which is the same to a parser."""
     from loraplus.files.single import json_text
 

@@ -12,8 +12,7 @@ from loraplus.cli.app import app
 from loraplus.cli.flag_groups import examples
 from loraplus.cli.next_step import show_next
 from loraplus.cli.options import config_command
-from loraplus.cli.seen import show
-from loraplus.cli.terminal import Console, narrated, plain_table, print_json
+from loraplus.cli.terminal import Console, plain_table
 from loraplus.study.wording import counted
 from loraplus.tasks.command_line import command_line
 from loraplus.tasks.config import TuneConfig
@@ -31,7 +30,7 @@ from loraplus.tasks.config import TuneConfig
 def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain: bool) -> None:
     """Find η_A and λ for your task within a budget, in one process or in several that share a study."""
     from loraplus.cli.console import quiet_libraries
-    from loraplus.cli.progress import TrainingWording, rate, study_progress
+    from loraplus.cli.progress import rate, run_study
 
     quiet_libraries()
     from loraplus.report.live import LivePage, study_page
@@ -40,17 +39,9 @@ def run(config: TuneConfig, *, overwrite: bool, resume: bool, json: bool, plain:
     from loraplus.study.tune import BEST_FILE, settings_of, tune
 
     console = Console(stderr=json, plain=plain)
-    with narrated(console), study_progress(console, TrainingWording(config.task), plain=plain) as progress:
-        result = tune(
-            config,
-            overwrite=overwrite,
-            resume=resume,
-            progress=LivePage(Path(config.output) / REPORT_FILE, study_page("tune", settings_of(config)), progress),
-            on_seen=None if json else partial(show, console),
-        )
+    page = partial(LivePage, Path(config.output) / REPORT_FILE, study_page("tune", settings_of(config)))
+    result = run_study(tune, config, console, overwrite=overwrite, resume=resume, json=json, plain=plain, beside=page)
     report = write_search_report(config.output)
-    if json:
-        print_json(result)
     best, cost = result["best"], result["cost"]
     console.print(trials_table(result))
     console.say(

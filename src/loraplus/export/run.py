@@ -6,13 +6,12 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from loraplus.errors import InputError
 from loraplus.files.commands import TRAIN, command_of
 from loraplus.files.output import saved_config
-from loraplus.files.paths import is_file, is_folder, user_path
+from loraplus.files.paths import is_file, is_folder, resolved, user_path
 from loraplus.files.single import read_json
 from loraplus.rates import AUTO
 from loraplus.tasks.config import OF_LABELS, TrainConfig
@@ -20,7 +19,7 @@ from loraplus.tasks.saved_adapter import adapter_settings
 
 _DEFAULTS = {each.name: each.default for each in dataclasses.fields(TrainConfig)}
 _OF_THIS_MACHINE = {"output"}
-"""Settings that say nothing of what was trained."""
+"""Settings of this machine alone, which say nothing of what was trained."""
 
 
 @dataclass
@@ -128,8 +127,8 @@ def read_run(path: str) -> Run:
         raise InputError(
             f"{folder / 'adapter_config.json'} has no {min(missing, default='target_modules')}; it is damaged"
         )
-    return Run(Path(path).resolve().name, settings, adapter, metrics)
+    return Run(resolved(path).name, settings, adapter, metrics)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)

@@ -20,7 +20,7 @@ from loraplus.files.whole import temporary_path
 RATES_FILE = "loraplus.json"
 AUTO_FILE = "loraplus_auto.pt"
 SEALED = "sealed"
-"""Says in loraplus.json that a manifest stands beside it, so that a checkpoint without one has lost it."""
+"""A key of loraplus.json. It says that the checkpoint had a manifest, so a missing manifest counts as damage."""
 STATE_FILE = "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 _STATES = ("optimizer.pt", "scheduler.pt")
@@ -45,7 +45,7 @@ def step_of_checkpoint(checkpoint: Path) -> int:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is called like a checkpoint and holds files of one, or nothing at all."""
+    """Whether a folder has a checkpoint's name, and either holds a checkpoint's files or is empty."""
     if not NAME.fullmatch(path.name) or not path.is_dir():
         return False
     try:
@@ -103,7 +103,7 @@ def holds_optimizer(checkpoint: Path) -> bool:
 
 
 def newest_whole(folder: Path, *, ours: bool = False) -> tuple[Path | None, dict[Path, str]]:
-    """The checkpoint to go on from, and those after it with what is wrong with them.
+    """The newest whole checkpoint, and what is wrong with each later one.
 
     Returns:
         (None, …) if none is whole.
@@ -221,7 +221,7 @@ def _unsealed_fault(checkpoint: Path) -> str | None:
     return next((f"{path.name} is damaged" for path in there if not can_be_read(path)), None)
 
 
-def _is_trainer_state(state: Any) -> bool:
+def _is_trainer_state(state: object) -> bool:
     from transformers.trainer_callback import TrainerState
 
     known = {field.name for field in dataclasses.fields(TrainerState)}

@@ -1,4 +1,4 @@
-"""What each command leaves in its folder: how its configuration is told, all that it writes, what came later."""
+"""What each command writes to its folder, which keys show that a configuration is its own, and which came later."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ COMMANDS = (
     Command(_RUN | {"tuning_runs"}, (*_STUDY, "report.html", "tune.json", "trials.csv", "best.yaml")),
     TRAIN,
 )
-"""The first whose keys a configuration has wrote it: a comparison has a λ, too."""
+"""The first command whose keys a configuration has is the one that wrote it. Order matters: several have a λ."""
 
 
 def command_of(config: Iterable[str]) -> Command | None:

@@ -203,7 +203,7 @@ def check_writable(folder: Path) -> None:
 
 
 def not_ours(folder: Path, sign: str) -> InputError:
-    """What `--overwrite` says of a folder that holds files, but not the one that tells whose they are."""
+    """The error of `--overwrite` for a folder whose files may be the user's: none says that loraplus wrote it."""
     return InputError(
         f"--overwrite: {folder} holds files but no {sign}, so it is not replaced; choose another --output"
     )
@@ -257,7 +257,7 @@ def _remove_written(folder: Path) -> None:
 
 
 def _remove_earlier_temporaries(folder: Path) -> None:
-    """Removes files that killed commands of earlier versions were writing; nothing tells whether their owner lives."""
+    """Removes files that killed commands of earlier versions left. Those versions did not lock them."""
     for entry in list(folder.iterdir()):
         if _is_earlier_temporary(entry.name) and (entry.is_file() or entry.is_symlink()):
             entry.unlink(missing_ok=True)

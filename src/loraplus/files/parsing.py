@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-MOST_VALUES = 10_000_000  # of one text: each takes fifty times the two characters that it may stand in
+MOST_VALUES = 10_000_000  # in one text: a value of two characters takes a hundred bytes of memory
 DEEPEST = 100  # brackets within brackets; data and settings have ten at most
 LONGEST_YAML = 2**16
 _DEEPEST_YAML = 20
@@ -57,11 +57,11 @@ def parse_json(text: str) -> Any:
 
 
 def values_in(text: str) -> int:
-    """At least as many values as a JSON text can hold, whatever they are inside of."""
+    """An upper bound on the values in a JSON text, however they are nested."""
     return 1 + sum(map(text.count, "[{,"))
 
 
-def is_deep(value: Any, most: int = DEEPEST) -> bool:
+def is_deep(value: object, most: int = DEEPEST) -> bool:
     """Whether lists and mappings are nested more than so deep.
 
     Example:

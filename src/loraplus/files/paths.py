@@ -25,6 +25,18 @@ def user_path(name: str | os.PathLike[str]) -> Path:
         raise InputError(f"{name}: there is no user of this name, or without a home folder") from None
 
 
+def resolved(name: str | os.PathLike[str]) -> Path:
+    """An absolute path, with `~` expanded and links followed; it need not exist.
+
+    Raises:
+        InputError: links that lead in a circle, or a name that no file can have.
+    """
+    try:
+        return user_path(name).resolve()
+    except (RuntimeError, OSError, ValueError):
+        raise InputError(f"{name} leads to no place: a link to itself, or a name that no file can have") from None
+
+
 def is_folder(path: Path) -> bool:
     """Whether a path is a folder whose files can be opened.
 
@@ -98,7 +110,7 @@ def resolve_model(model: str) -> str:
             raise InputError(f"model folder {model} has no config.json; it is not a transformers model")
         if not any(file for pattern in _WEIGHT_FILES for file in path.glob(pattern)):
             raise InputError(f"model folder {model} has no weights (model.safetensors or pytorch_model.bin)")
-        return str(path.resolve())
+        return str(resolved(path))
     if os.path.lexists(path) or not _HUB_NAME.fullmatch(model):
         raise InputError(f"there is no model folder {model}")
     return model

@@ -50,7 +50,7 @@ class ScratchFile:
         return content
 
     def array(self, dtype: Any) -> np.ndarray:
-        """All of the content, mapped: only what is looked at is in memory, and the system can drop it again."""
+        """All of the content, mapped: only the parts in use are in memory, and the system can drop them again."""
         return np.memmap(self._file, dtype, "r") if self.size else np.empty(0, dtype)
 
     def _no_room(self, error: OSError) -> InputError:

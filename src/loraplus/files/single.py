@@ -80,7 +80,7 @@ def read_text(path: str | os.PathLike[str], most: int, option: str = "", what: s
 
     Args:
         path: of the file, `~` included.
-        most: characters; one more than a text may have tells one that is too long.
+        most: characters to read; give one more than is allowed to notice a text that is too long.
         option: begins the message.
         what: the file should be, if it is not UTF-8.
 
@@ -117,12 +117,12 @@ def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> Path:
     return write_atomically(path, yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True))
 
 
-def write_json(path: str | os.PathLike[str], data: Any) -> Path:
+def write_json(path: str | os.PathLike[str], data: object) -> Path:
     """Writes JSON that any parser reads: NaN and infinity become null."""
     return write_atomically(path, json_text(data) + "\n")
 
 
-def json_text(data: Any) -> str:
+def json_text(data: object) -> str:
     """JSON text of `data`. NaN and infinity become null; objects that JSON does not know become their text."""
     return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str)
 
@@ -152,7 +152,7 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -
     return write_atomically(path, text.getvalue())
 
 
-def _finite(data: Any) -> Any:
+def _finite(data: object) -> Any:
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, Mapping):

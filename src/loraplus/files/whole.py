@@ -21,7 +21,7 @@ except ImportError:  # Windows
     fcntl = None
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
-"""Names of what is being written, such as nobody would give; what has one and no owner was left by a killed process."""
+"""Names of what is being written. Nobody else gives such names; if no process has it locked, a killed one left it."""
 
 
 def temporary_path(target: Path) -> Path:

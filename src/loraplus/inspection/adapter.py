@@ -200,7 +200,7 @@ def _natural_order(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdecimal(), len(part) if part.isdecimal() else 0, part) for part in name.split(".")]
 
 
-def _by_pattern(patterns: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, Any], layer: str, otherwise: object) -> Any:
     """As PEFT looks up rank_pattern and alpha_pattern."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
@@ -208,7 +208,7 @@ def _by_pattern(patterns: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     """Whether a value is a number that a float can hold."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False

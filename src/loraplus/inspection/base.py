@@ -50,7 +50,7 @@ class BaseWeights:
         return float(torch.linalg.vector_norm(self._tensors.get(self._names[layer])))
 
     def _find(self, pair: Pair) -> str | None:
-        """The name in the files: a head's prefix may be missing there (bert.encoder… is encoder…), or be another's."""
+        """The weight's name in the files, whose prefix may be missing (bert.encoder… is encoder…) or another one."""
         parts = pair.name.replace(".base_layer", "").split(".")
         first_number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
         last_start = max(0, first_number - 1) if first_number is not None else min(1, len(parts) - 1)

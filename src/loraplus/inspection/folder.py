@@ -103,7 +103,7 @@ def inspect_folder(path: str, model: str | None = None) -> dict[str, Any]:
 
 
 def _tell_of_changes(folder: Path) -> None:
-    """Warns of files that are not what was written; a person may have edited them, so they are shown all the same."""
+    """Warns of changed files. They are shown all the same, since a person may have edited them on purpose."""
     changed = manifest.faults(folder, lambda name: name != CARD_FILE) if manifest.is_sealed(folder) else {}
     if changed:
         told = ", ".join(f"{name} {fault}" for name, fault in list(changed.items())[:_NAMED_IN_MESSAGE])

@@ -97,7 +97,9 @@ def group_rows(folder: Path, adapter: Adapter, saved: Mapping[str, Any] | None) 
     return _of_roles(adapter, saved), None if saved is None else RATES_FILE
 
 
-def _row(name: str | None, role: str | None, lr: Any, base: Any, decay: Any, tensors: int, count: int | None) -> Row:
+def _row(
+    name: str | None, role: str | None, lr: object, base: object, decay: object, tensors: int, count: int | None
+) -> Row:
     return dict(zip(_ROW, (name, role, lr, base, decay, tensors, count), strict=True))
 
 
@@ -181,16 +183,16 @@ def _bases(folder: Path, groups: list[Mapping[str, Any]]) -> list[float | None]:
 
 
 def _automatic(row: Row, saved: Mapping[str, Any] | None) -> Row:
-    """Automatic rates stand beside the optimizer, whose own say what the schedule makes of them."""
+    """A group's automatic rates, which are saved beside the optimizer; its own rates have the schedule in them."""
     automatic = (saved or {}).get("auto")
     if not automatic:
         return row
     base = automatic.get("lr_a" if row["role"] == Role.A else "lr_b")
-    part = row["lr"] / row["base_lr"] if row["base_lr"] else 1.0
-    return {**row, "lr": None if base is None else base * part, "base_lr": base}
+    scheduled = row["lr"] / row["base_lr"] if row["base_lr"] else 1.0
+    return {**row, "lr": None if base is None else base * scheduled, "base_lr": base}
 
 
-def _shape(state: Any) -> tuple[int, ...] | None:
+def _shape(state: object) -> tuple[int, ...] | None:
     for key in OF_PARAMETERS_SHAPE:
         if isinstance(state, Mapping) and hasattr(state.get(key), "shape"):
             return tuple(state[key].shape)

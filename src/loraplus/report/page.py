@@ -1,4 +1,4 @@
-"""Fills pages: numbers as text, charts as SVG, everything in one file that needs no network."""
+"""Fills the templates of pages: numbers as text, charts as SVG, all in one file that needs no network."""
 
 from __future__ import annotations
 

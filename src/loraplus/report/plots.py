@@ -20,7 +20,7 @@ _MARKERS = ("circle", "diamond", "square", "triangle-up", "pentagon", "star")
 
 
 def look(place: int) -> tuple[str, str]:
-    """Colour and marker of an arm by its place: where the colours come round again, the markers have moved on.
+    """Colour and marker of an arm by its place. When the colours repeat, the markers differ.
 
     Example:
         >>> look(0)[0] == look(6)[0], look(0)[1] == look(6)[1]

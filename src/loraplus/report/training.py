@@ -1,4 +1,4 @@
-"""The page of one training run: losses, what was counted, and the answers: a language model's, or their scores."""
+"""The page of one training run: losses, facts of the data, and samples of a language model or scores of labels."""
 
 from __future__ import annotations
 

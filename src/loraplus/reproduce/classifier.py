@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from loraplus.errors import DivergedError
 from loraplus.files.scratch import scratch_folder
@@ -70,13 +70,13 @@ def encode(
     """Token ids of three parts; validation and test are sorted by length, so that their batches hold little padding."""
     train, validation, test = parts
 
-    def rows(part: LabelledTexts) -> list[dict[str, Any]]:
-        pairs = None if part.pairs is None else list(part.pairs)
-        token_ids = tokenizer(list(part.texts), pairs, truncation=True, max_length=max_length)["input_ids"]
-        return [{"input_ids": ids, "labels": label} for ids, label in zip(token_ids, part.labels, strict=True)]
+    def rows(texts: LabelledTexts) -> list[dict[str, Any]]:
+        pairs = None if texts.pairs is None else list(texts.pairs)
+        token_ids = tokenizer(list(texts.texts), pairs, truncation=True, max_length=max_length)["input_ids"]
+        return [{"input_ids": ids, "labels": label} for ids, label in zip(token_ids, texts.labels, strict=True)]
 
-    def by_length(part: LabelledTexts) -> list[dict[str, Any]]:
-        return sorted(rows(part), key=lambda row: len(row["input_ids"]))
+    def by_length(texts: LabelledTexts) -> list[dict[str, Any]]:
+        return sorted(rows(texts), key=lambda row: len(row["input_ids"]))
 
     return ClassificationData(list(names), rows(train), by_length(validation), by_length(test), max_length, {})
 
@@ -144,6 +144,6 @@ def _curve(trainer: Any) -> tuple[CurvePoint, ...]:
     return tuple(CurvePoint(step, loss) for step, loss in rows.items() if math.isfinite(loss))
 
 
-def _last(trainer: Any, prefix: str) -> dict[str, float]:
+def _last(trainer: Trainer, prefix: str) -> dict[str, float]:
     row = [row for row in trainer.state.log_history if f"{prefix}_loss" in row][-1]
     return {f"{prefix}_{name}": row[f"{prefix}_{name}"] for name in ("loss", "accuracy")}

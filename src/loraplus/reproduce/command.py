@@ -14,6 +14,7 @@ from typing import Any
 from loraplus.errors import InputError
 from loraplus.files.commands import PLOTS_FOLDER
 from loraplus.files.output import check_output, hold_output, prepare_output
+from loraplus.files.paths import resolved
 from loraplus.files.single import read_json, write_atomically, write_json
 from loraplus.report.live import LivePage
 from loraplus.reproduce import png
@@ -136,7 +137,7 @@ def redraw(options: Options, source: str | os.PathLike[str], *, overwrite: bool 
         InputError: the folder holds no results of this experiment, or the output folder cannot be used.
     """
     source = Path(source)
-    if source.resolve() == Path(options.output).resolve():
+    if resolved(source) == resolved(options.output):
         raise InputError(f"--redraw: {source} cannot be its own --output; name another folder")
     experiment_class(options.name).check_packages()
     summary = read_json(source / SUMMARY_FILE)
@@ -279,5 +280,5 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _sortable(value: Any) -> tuple[bool, Any]:
+def _sortable(value: object) -> tuple[bool, Any]:
     return isinstance(value, str), value

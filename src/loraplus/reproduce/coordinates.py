@@ -129,7 +129,7 @@ class Coordinates(Experiment):
                 }
                 for width, rates in chosen.items()
             },
-        }  # fmt: skip
+        }
 
     def _rates(self, name: str, width: int, results: Records) -> str:
         """Name of the rates at a width; of `tuned`, the tied rate with the lowest mean loss."""
@@ -206,9 +206,11 @@ def _figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
             series.append(banded(name, widths, at, colour=place))
         plots.append(LinePlot(choice["title"], "width n", "RMS of the change", series, log_x=True, log_y=True))
     return Figure(
-        "deltas", f"What step {FITTED_AT} does to the layer's output", plots,
+        "deltas",
+        f"What step {FITTED_AT} does to the layer's output",
+        plots,
         "Geometric mean over the seeds with its 95% interval. Efficient: δ1 and δ2 both level.",
-    )  # fmt: skip
+    )
 
 
 def _table(figures: Mapping[str, Any]) -> Table:

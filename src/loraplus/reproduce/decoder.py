@@ -1,8 +1,8 @@
 """The small pre-trained decoders moved to another domain: language modelling of movie reviews, by width.
 
-Those of width 32 to 128 were pre-trained on verses, product reviews and tweets; that of width 256 is the decoder of
-examples/decoder, which has read verses only and has another vocabulary, so its losses do not compare with the others',
-its rates do. The theory says that the best λ grows with the width; at these widths the effect is what it is.
+Those of width 32 to 128 were pre-trained on verses, product reviews and tweets. That of width 256 is the decoder of
+examples/decoder, which has read verses only and has another vocabulary: its rates can be compared with the others', its
+losses cannot. The theory says that the best λ grows with the width; at these widths the effect is what it is.
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ class Decoder(TunedArms):
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
-            "targets": ["q_proj", "v_proj"], "schedule": "linear", "warmup": WARMUP,
-            "max_length": small_tasks.LENGTH, "held_out": small_tasks.HELD_OUT,
-        }  # fmt: skip
+            "targets": ["q_proj", "v_proj"],
+            "schedule": "linear",
+            "warmup": WARMUP,
+            "max_length": small_tasks.LENGTH,
+            "held_out": small_tasks.HELD_OUT,
+        }
 
     def needs(self) -> list[str]:
         family = ", ".join(str(width) for width in self.widths if width != small_decoders.WIDEST)

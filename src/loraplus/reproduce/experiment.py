@@ -23,6 +23,7 @@ from loraplus.study.worker import OnStep
 
 Scale = Literal["cpu", "paper"]
 SCALES: tuple[Scale, ...] = ("cpu", "paper")
+_MOST_SEEDS = 10_000  # all runs of an experiment are listed at once
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Experiment(StudyPlan):
         """The experiment at a scale.
 
         Raises:
-            InputError: it does not run at that scale, or there are no seeds.
+            InputError: it does not run at that scale, or there are no seeds or far too many.
         """
         if scale not in SCALES:
             raise InputError(f"--scale must be {' or '.join(SCALES)}, got {scale!r}")
@@ -161,6 +162,8 @@ class Experiment(StudyPlan):
             raise InputError(f"{cls.name} runs at --scale {' and '.join(cls.scales)} only, not {scale}")
         if seeds < 1:
             raise InputError(f"--seeds must be at least 1, got {seeds}")
+        if seeds > _MOST_SEEDS:
+            raise InputError(f"--seeds must be at most {_MOST_SEEDS:,}, got {seeds}")
         return cls(scale=scale, seeds=seeds, data=data)
 
 

@@ -126,7 +126,7 @@ def _labelled(task: GlueTask, source: str, split: str) -> LabelledTexts:
     return LabelledTexts([str(columns[task.text][i]) for i in kept], [labels[i] for i in kept], pairs)
 
 
-def _label(task: GlueTask, source: str, split: str, value: Any) -> int:
+def _label(task: GlueTask, source: str, split: str, value: object) -> int:
     text = str(value).strip()
     if text in task.labels:
         return task.labels.index(text)

@@ -131,7 +131,9 @@ class GlueArms(TunedArms):
                 *verdicts(figures, TEST_LOSS, "test loss", lower_is_better=True),
             ],
             parts=[
-                self.table_of_arms(figures), self.table_of_differences(figures), *self.maps(results),
+                self.table_of_arms(figures),
+                self.table_of_differences(figures),
+                *self.maps(results),
                 *self.curves(results, figures),
             ],
             method=[
@@ -142,7 +144,7 @@ class GlueArms(TunedArms):
             ],
             limits=self.limits(),
             headline=headline(figures, TEST_ACCURACY, lower_is_better=False),
-        )  # fmt: skip
+        )
 
     def limits(self) -> list[str]:
         """What the scale leaves open."""
@@ -166,5 +168,5 @@ def _encoded(case: str, data: str, model: str) -> tuple[PreTrainedTokenizerBase,
     return tokenizer, encode(names, parts, tokenizer, min(LENGTH, tokenizer.model_max_length))
 
 
-def _labelled(part: list[Text]) -> LabelledTexts:
-    return LabelledTexts([text for text, _ in part], [label for _, label in part])
+def _labelled(texts: list[Text]) -> LabelledTexts:
+    return LabelledTexts([text for text, _ in texts], [label for _, label in texts])

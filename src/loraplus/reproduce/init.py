@@ -8,8 +8,8 @@ The four rules for α set the scale s of s·B·A x:
 
     α = r: s = 1    α = 2r: s = 2    α = 16: s = 16/r    rsLoRA with α = 16: s = 16/√r
 
-A rule is nothing but its s, so rules that agree at a rank share their runs. For Adam, whose steps do not depend on the
-size of the gradient, s and the rate of the factor that starts at zero are one quantity: (s, η_A, η_B) with B zero
+A rule acts through s alone, so rules with the same s at a rank share their runs. For Adam, whose steps do not depend on
+the size of the gradient, s and the rate of the factor that starts at zero are one quantity: (s, η_A, η_B) with B zero
 trains as (1, η_A, s·η_B).
 """
 
@@ -89,9 +89,12 @@ class Init(Experiment):
         own = super().settings()
         width = own.pop("width")  # it says which model
         return own | {
-            "model": f"decoder of width {width}", "task": small_tasks.BOOK, "targets": ["q_proj", "v_proj"],
-            "schedule": "linear", "warmup": WARMUP,
-        }  # fmt: skip
+            "model": f"decoder of width {width}",
+            "task": small_tasks.BOOK,
+            "targets": ["q_proj", "v_proj"],
+            "schedule": "linear",
+            "warmup": WARMUP,
+        }
 
     def next_runs(self, results: Records) -> Sequence[Run]:
         wanted: list[Run] = []
@@ -160,9 +163,12 @@ class Init(Experiment):
         losses = self._losses(column, results)
         best = best_step(losses)
         return {
-            **column._asdict(), "lr_a": lr_of((column.lr_ratio, best)), "optimum": _optimum(losses),
-            "tuning_runs": len(losses), LOSS: losses[best],
-        }  # fmt: skip
+            **column._asdict(),
+            "lr_a": lr_of((column.lr_ratio, best)),
+            "optimum": _optimum(losses),
+            "tuning_runs": len(losses),
+            LOSS: losses[best],
+        }
 
     def report(self, results: Records, figures: Mapping[str, Any]) -> Report:
         tuned = {Column(*(row[name] for name in Column._fields)): row for row in figures["columns"]}
@@ -170,8 +176,11 @@ class Init(Experiment):
             verdict=[*self._moves(tuned), *self._starts(tuned), *self._gaps(figures["best"])],
             parts=[
                 self._table_of_finals(figures["best"]),
-                Figure("best-rate-by-rank", "Where the best rate sits",
-                       self._by_rank(tuned, "optimum", "√(η_A·η_B) at the optimum")),
+                Figure(
+                    "best-rate-by-rank",
+                    "Where the best rate sits",
+                    self._by_rank(tuned, "optimum", "√(η_A·η_B) at the optimum"),
+                ),
                 Figure("loss-by-rank", "The loss at the best rate", self._by_rank(tuned, LOSS, "validation loss")),
                 self._table_of_columns(tuned),
             ],
@@ -189,7 +198,7 @@ class Init(Experiment):
                 "Half-decade steps on one seed: differences of less than a factor of about 1.5 between best rates mean "
                 "little.",
             ],
-        )  # fmt: skip
+        )
 
     def _moves(self, tuned: Mapping[Column, Mapping[str, Any]]) -> list[str]:
         """How the best rate at λ = 1 goes with the rank under every rule."""

@@ -102,9 +102,11 @@ class LlamaFlan(RateGrid):
                 save_strategy="no", logging_steps=10, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True,
             )  # fmt: skip
             lora = LoraConfig(
-                task_type=TaskType.CAUSAL_LM, r=self.rank, lora_alpha=self.alpha,  # type: ignore[arg-type]
+                task_type=TaskType.CAUSAL_LM,
+                r=self.rank,
+                lora_alpha=self.alpha,  # type: ignore[arg-type]
                 target_modules="all-linear",
-            )  # fmt: skip
+            )
             trainer = SFTTrainer(
                 model, args=args, train_dataset=Dataset.from_dict(flan_rows(self.data)), processing_class=tokenizer,
                 peft_config=lora, callbacks=[StepClock(on_step), DivergenceGuard(Rates(lr, lr_ratio))],

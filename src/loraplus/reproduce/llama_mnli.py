@@ -55,8 +55,10 @@ class LlamaMnli(RateGrid):
         return super().settings() | {"model": MODEL, "task": "mnli", **self.recipe.settings(*shown.split())}
 
     def sources(self) -> list[str]:
-        return [f"{MODEL}: in {self.data}/llama-7b, else from the hub",
-                f"GLUE: in {self.data}/glue, else {HUB_NAME} from the hub"]  # fmt: skip
+        return [
+            f"{MODEL}: in {self.data}/llama-7b, else from the hub",
+            f"GLUE: in {self.data}/glue, else {HUB_NAME} from the hub",
+        ]
 
     def check(self) -> None:
         check(("mnli",), self.data, self.recipe.config.model)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from loraplus.errors import InputError
 from loraplus.files.paths import user_path
 from loraplus.reproduce.glue import read_split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HUB_NAME = "cais/mmlu"
 LETTERS = "ABCD"
@@ -68,7 +71,9 @@ def prompt(question: Question, examples: list[Question]) -> str:
     return "\n\n".join([*parts, *(example.asked(True) for example in examples), question.asked(False)])
 
 
-def accuracy(model: Any, tokenizer: Any, asked: list[Question], solved: list[Question], shots: int) -> float:
+def accuracy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[Question], solved: list[Question], shots: int
+) -> float:
     """The part of the questions whose right letter is the likeliest of the four as the next token.
 
     Args:
@@ -94,7 +99,7 @@ def accuracy(model: Any, tokenizer: Any, asked: list[Question], solved: list[Que
     return right / len(asked)
 
 
-def _letter_id(tokenizer: Any, letter: str) -> int:
+def _letter_id(tokenizer: PreTrainedTokenizerBase, letter: str) -> int:
     """The token of a letter that follows "Answer:" and a space."""
     ids = tokenizer(f"Answer: {letter}", add_special_tokens=False)["input_ids"]
     return int(ids[-1])

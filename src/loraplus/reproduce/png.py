@@ -66,7 +66,7 @@ def _heat_map(canvas: Any, axes: Any, plot: HeatMap) -> None:
         axes.legend(fontsize=7, loc="best", framealpha=0.85)
 
 
-def _edges(centres: Any) -> Any:
+def _edges(centres: object) -> Any:
     """Borders of the cells around points that are evenly spaced on a logarithmic axis."""
     logs = np.log10(np.asarray(centres, dtype=float))
     step = np.diff(logs).mean() if len(logs) > 1 else 1.0

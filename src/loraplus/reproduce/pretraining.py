@@ -16,6 +16,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -46,10 +47,19 @@ class ProgressLines(TrainerCallback):
     def __init__(self) -> None:
         self._started, self._first_step = time.monotonic(), 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self._started, self._first_step = time.monotonic(), state.global_step
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
         known = {"loss": "loss", "eval_loss": "validation loss"}
         parts = [f"{known[key]} {value:.4f}" for key, value in (logs or {}).items() if key in known]
         done = state.global_step - self._first_step
@@ -73,7 +83,7 @@ class _Seconds(TrainerCallback):
         now = {"clock": time.monotonic(), "cpu": time.process_time()}
         return {name: self._before[name] + now[name] - self._started[name] for name in now}
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         write_json(self._path, self.total)
 
 
@@ -88,7 +98,7 @@ def pretrain_into(
     finish: Callable[[Path, Pretrained], None] = lambda folder, trained: None,
     callbacks: Sequence[TrainerCallback] = (),
     mean_of_batch: bool = False,
-    **trainer_options: Any,
+    **trainer_options: object,
 ) -> None:
     """Pre-trains a model, or goes on with it, and makes its folder.
 
@@ -101,8 +111,8 @@ def pretrain_into(
         arguments: of TrainingArguments; `max_steps` must be among them.
         finish: takes the model's folder before it is put in place, and how training went.
         callbacks: of Trainer, to show how far it is.
-        mean_of_batch: the loss is the model's own mean over a batch's targets. Trainer's divides by all tokens of a
-            batch that have a label, and so by those in the first place, too, which nothing predicts.
+        mean_of_batch: the loss is the model's own mean over a batch's targets. Trainer's divides by all labelled tokens
+            of a batch, and so counts each row's first token, which nothing predicts.
         **trainer_options: of Trainer: validation data, a collator, an optimizer.
 
     Raises:

@@ -1,7 +1,7 @@
 """The published grids of the Llama experiments: every pair (η_A, η_B), every seed; no search.
 
-Plain LoRA is the diagonal η_A = η_B. With five pairs on it against thirty off it the two have not had the same number
-of runs, so the best of the diagonal is at a disadvantage; the report says so.
+Plain LoRA is the diagonal η_A = η_B: five pairs, against thirty off it. LoRA has had fewer runs to choose its best
+from, which is a disadvantage; the report says so.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def check_name(name: str) -> None:
 
 
 def described(name: str) -> Description:
-    """What an experiment is, in words; its class is imported only where descriptions.py does not know it.
+    """The description of an experiment. Its class is imported only if descriptions.py does not have it.
 
     Args:
         name: one of `EXPERIMENTS`.

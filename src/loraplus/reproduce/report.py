@@ -108,7 +108,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """All of it, in the order in which it is read.
+    """A whole report, in the order in which it is read.
 
     Args:
         verdict: What was found, in sentences with figures.

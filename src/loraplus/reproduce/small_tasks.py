@@ -114,13 +114,13 @@ def load(data: Path, name: str, width: int) -> SmallTask:
     tokenizer = small_decoders.tokenizer(data, width)
     texts = book_texts(data) if name == BOOK else domain_texts(data, name.removeprefix("lm-"), False)
 
-    def rows(part: list[Text]) -> Rows:
-        ids = small_decoders.token_ids(tokenizer, [text for text, _ in part], LENGTH)
-        return Rows(ids, [target for _, target in part])
+    def rows(texts: list[Text]) -> Rows:
+        ids = small_decoders.token_ids(tokenizer, [text for text, _ in texts], LENGTH)
+        return Rows(ids, [target for _, target in texts])
 
-    def by_length(part: list[Text]) -> Rows:
-        encoded = rows(part)
-        return encoded.chosen(sorted(range(len(part)), key=lambda i: len(encoded.ids[i])))
+    def by_length(texts: list[Text]) -> Rows:
+        encoded = rows(texts)
+        return encoded.chosen(sorted(range(len(texts)), key=lambda i: len(encoded.ids[i])))
 
     kind = "classes" if name == BOOK else "lm"
     return SmallTask(kind, texts.classes, rows(texts.train), by_length(texts.validation), by_length(texts.test))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 from transformers.optimization import get_linear_schedule_with_warmup
 
@@ -62,10 +63,13 @@ def build(folder: Path, task: SmallTask, adapter: SmallAdapter, seed: int) -> An
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=task.classes)
         kind = TaskType.SEQ_CLS
     lora = LoraConfig(
-        task_type=kind, r=adapter.rank, lora_alpha=adapter.alpha,  # type: ignore[arg-type]
-        lora_dropout=adapter.dropout, use_rslora=adapter.rslora,
+        task_type=kind,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
         target_modules=adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
-    )  # fmt: skip
+    )
     adapted = get_peft_model(model, lora)
     if adapter.start == "B-random":
         swap_start(adapted)
@@ -81,7 +85,7 @@ def swap_start(model: torch.nn.Module) -> None:
 
 
 def train(
-    model: Any,
+    model: nn.Module,
     task: SmallTask,
     lr: float,
     lr_ratio: float,
@@ -140,10 +144,13 @@ def train(
     return Record(Run({}), "done", curve=tuple(curve), seconds=seconds, values=values)
 
 
-def _values(task: SmallTask, part: str, measured: tuple[float, float]) -> dict[str, float]:
+def _values(task: SmallTask, split: str, measured: tuple[float, float]) -> dict[str, float]:
     """Loss and, of classes, accuracy under their names."""
-    return {f"{part}_{name}": value for name, value in zip(("loss", "accuracy"), measured, strict=True)
-            if name == "loss" or task.kind == "classes"}  # fmt: skip
+    return {
+        f"{split}_{name}": value
+        for name, value in zip(("loss", "accuracy"), measured, strict=True)
+        if name == "loss" or task.kind == "classes"
+    }
 
 
 def batches(rows: list[list[int]], batch: int, seed: int) -> Iterator[list[int]]:
@@ -158,21 +165,21 @@ def batches(rows: list[list[int]], batch: int, seed: int) -> Iterator[list[int]]
             yield whole[i]
 
 
-def evaluate(model: Any, task: SmallTask, rows: Rows) -> tuple[float, float]:
+def evaluate(model: nn.Module, task: SmallTask, rows: Rows) -> tuple[float, float]:
     """(mean loss, accuracy); language modelling weighs tokens alike and has no accuracy (0)."""
     model.eval()
     total = right = weight = 0.0
     with torch.no_grad():
         for start in range(0, len(rows.ids), _EVAL_BATCH):
-            part = rows.chosen(range(start, min(start + _EVAL_BATCH, len(rows.ids))))
-            loss, count = loss_of(model, task, part)
-            share = sum(len(ids) - 1 for ids in part.ids) if task.kind == "lm" else len(part.ids)
+            chosen = rows.chosen(range(start, min(start + _EVAL_BATCH, len(rows.ids))))
+            loss, count = loss_of(model, task, chosen)
+            share = sum(len(ids) - 1 for ids in chosen.ids) if task.kind == "lm" else len(chosen.ids)
             total, weight, right = total + float(loss) * share, weight + share, right + count
     model.train()
     return total / weight, right / len(rows.ids)
 
 
-def loss_of(model: Any, task: SmallTask, rows: Rows) -> tuple[torch.Tensor, float]:
+def loss_of(model: nn.Module, task: SmallTask, rows: Rows) -> tuple[torch.Tensor, float]:
     """(loss, number of right answers)."""
     ids, mask = small_decoders.padded(rows.ids, 0)
     if task.kind == "lm":

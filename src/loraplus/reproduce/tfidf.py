@@ -23,14 +23,15 @@ def tfidf(texts: Texts) -> dict[str, float]:
     by_strength = []
     for strength in _STRENGTHS:
         model = LogisticRegression(C=strength, max_iter=1000).fit(train, labels)
-        by_strength.append({**_measured(model, vectors, texts.validation, "eval"),
-                      **_measured(model, vectors, texts.test, "test")})  # fmt: skip
+        by_strength.append(
+            {**_measured(model, vectors, texts.validation, "eval"), **_measured(model, vectors, texts.test, "test")}
+        )
     return min(by_strength, key=lambda values: values["eval_loss"])
 
 
-def _measured(model: LogisticRegression, vectors: TfidfVectorizer, part: list[Text], name: str) -> dict[str, float]:
-    labels = np.array([label for _, label in part])
-    chances = model.predict_proba(vectors.transform([text for text, _ in part]))
+def _measured(model: LogisticRegression, vectors: TfidfVectorizer, texts: list[Text], name: str) -> dict[str, float]:
+    labels = np.array([label for _, label in texts])
+    chances = model.predict_proba(vectors.transform([text for text, _ in texts]))
     losses = -np.log(np.maximum(chances[np.arange(len(labels)), labels], 1e-12))
     return {
         f"{name}_loss": float(losses.mean()),

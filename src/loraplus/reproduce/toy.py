@@ -353,9 +353,11 @@ def _tied_figure(figures: Mapping[str, Any], widths: Sequence[int]) -> Figure:
         ]
         plots.append(LinePlot(of_family["title"], "width n", "test loss", both, log_x=True, log_y=True))
     return Figure(
-        "tied-by-width", "What one rate for both costs", plots,
+        "tied-by-width",
+        "What one rate for both costs",
+        plots,
         "Test loss, geometric mean over the seeds, of the best pair and of the best tied rate.",
-    )  # fmt: skip
+    )
 
 
 def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:
@@ -376,7 +378,7 @@ def _verdict(figures: Mapping[str, Any], map_width: int) -> list[str]:
 
 
 def _at_edge(of_family: Mapping[str, Any]) -> str:
-    """Where no best pair was of_family, and what that means."""
+    """The widths whose best pair is at the edge of the grid, and what that means; else empty."""
     widths = [width for width, at in of_family["widths"].items() if not at["inside"]]
     if not widths:
         return ""

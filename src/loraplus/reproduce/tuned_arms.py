@@ -1,7 +1,7 @@
 """LoRA and LoRA+ on several tasks, each tuned on one seed with the same number of runs, then trained on fresh seeds.
 
-The part that the experiments on text have in common: what to run next, and what the runs come to. An experiment adds
-its cases (tasks, widths), how one run trains, and what it makes of the figures.
+The experiments on text share this: what to run next, and what the runs say. Each adds its cases (tasks, widths), how
+one run trains, and its report.
 """
 
 from __future__ import annotations
@@ -144,9 +144,7 @@ class TunedArms(Experiment):
         values = (LOSS, TEST_LOSS, *((ACCURACY, TEST_ACCURACY) if self.has_accuracy else ()))
         figures: dict[str, Any] = {
             "arms": {arm: self._arm(points[arm], finals[arm], losses, values) for arm in points},
-            "difference": {
-                name: _dict(_differences(finals["lora"], finals["loraplus"], name)) for name in values
-            },
+            "difference": {name: _dict(_differences(finals["lora"], finals["loraplus"], name)) for name in values},
             "best_of_ratio": [
                 {"lr_ratio": ratio, "lr": lr_of(point), "eval_loss": losses[point]}
                 for ratio in RATIOS
@@ -154,7 +152,7 @@ class TunedArms(Experiment):
                 for point in [best_of(losses, ratio)]
             ],
             "steps_to_target": _speed(finals["lora"], finals["loraplus"]),
-        }  # fmt: skip
+        }
         if self.scale in self.baseline_scales:
             figures["baseline"] = dict(results[Run({**case, "phase": BASELINE}).key].values)
         return figures
@@ -212,12 +210,13 @@ class TunedArms(Experiment):
         done = [case for case in self.cases() if self.is_finished(case, results)]
         return [
             Figure(
-                f"grid-{place + 1}" if len(done) > 3 else "grid", "Validation loss over the rates",
+                f"grid-{place + 1}" if len(done) > 3 else "grid",
+                "Validation loss over the rates",
                 [self._map(case, results) for case in done[place * 3 : place * 3 + 3]],
                 "One run a point, seed 0. The lowest row is plain LoRA.",
             )
             for place in range(math.ceil(len(done) / 3))
-        ]  # fmt: skip
+        ]
 
     def _map(self, case: Case, results: Records) -> HeatMap:
         losses = {point: loss for point, loss in self.losses(case, results).items() if math.isfinite(loss)}
@@ -275,11 +274,11 @@ def title(case: Mapping[str, Value]) -> str:
 def headline(figures: Mapping[str, Any], measure: str, lower_is_better: bool) -> str:
     """In how many cases LoRA+ is ahead, and in how many behind."""
     gaps = [own["difference"][measure] for own in figures["cases"].values() if own["difference"][measure] is not None]
-    found = [gap["mean"] < 0 for gap in gaps if not gap["low"] <= 0 <= gap["high"]]
-    if not found:
+    lower_in = [gap["mean"] < 0 for gap in gaps if not gap["low"] <= 0 <= gap["high"]]
+    if not lower_in:
         return f"No difference found in {counted(len(gaps), 'case')}"
-    ahead = sum(lower == lower_is_better for lower in found)
-    return f"LoRA+ ahead in {ahead} and behind in {len(found) - ahead} of {counted(len(gaps), 'case')}"
+    ahead = sum(lower == lower_is_better for lower in lower_in)
+    return f"LoRA+ ahead in {ahead} and behind in {len(lower_in) - ahead} of {counted(len(gaps), 'case')}"
 
 
 def verdicts(figures: Mapping[str, Any], measure: str, unit: str, lower_is_better: bool) -> list[str]:
@@ -340,9 +339,12 @@ def _curve(name: str, runs: list[Record]) -> Series:
     steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     columns = [[curve[step] for curve in curves] for step in steps]
     return Series(
-        name, steps, [math.fsum(column) / len(column) for column in columns], [min(column) for column in columns],
+        name,
+        steps,
+        [math.fsum(column) / len(column) for column in columns],
+        [min(column) for column in columns],
         [max(column) for column in columns],
-    )  # fmt: skip
+    )
 
 
 def _dict(estimate: Estimate | None) -> dict[str, float] | None:

@@ -147,7 +147,7 @@ def _rows(rows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
 
 
 def _save_in_half(folder: Path) -> None:
-    """Halves the weights' file; the configuration goes on saying float32, so that is what it loads as."""
+    """Halves the weights' file. The configuration still says float32, so the model loads in float32."""
     weights = load_file(folder / _WEIGHTS_FILE)
     halves = {name: tensor.to(torch.float16) for name, tensor in weights.items()}
     save_file(halves, folder / _WEIGHTS_FILE, metadata={"format": "pt"})

@@ -74,9 +74,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> PreT
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[PAD, START, END, *ROLES], show_progress=False,
+        vocab_size=vocabulary,
+        special_tokens=[PAD, START, END, *ROLES],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{START} $A", special_tokens=[(START, bpe.token_to_id(START))]

@@ -15,7 +15,7 @@ _TANH = {"NewGELUActivation", "PytorchGELUTanh", "GELUTanh", "FastGELUActivation
 _GELU, _SILU = {"GELUActivation", "GELU"}, {"SiLUActivation", "SiLU"}
 
 
-def kind_of(activation: Any) -> str | None:
+def kind_of(activation: object) -> str | None:
     """ "gelu", "tanh" (GELU by tanh) or "silu"; None for what is not known here.
 
     Args:

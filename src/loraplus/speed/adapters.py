@@ -37,7 +37,7 @@ class FastLinear(Fast):
     what = "LoRA in one step"
     only_input = False
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         layer: Any = self
         if args or kwargs or layer.disable_adapters or layer.merged:
             return super().forward(x, *args, **kwargs)
@@ -109,7 +109,7 @@ def _is_usable(layer: Any, names: list[str], x: Tensor) -> bool:
     if type(x) is not Tensor or not x.is_floating_point() or x.dim() < 2:
         return False
     if not layer.cast_input_dtype_enabled or (_drops_out(layer, names) and not x.is_contiguous()):
-        return False  # the numbers drawn hang on an input's type and layout
+        return False  # the numbers drawn depend on an input's type and layout
     autocast = torch.is_autocast_enabled(x.device.type)
     for name in names:
         a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]

@@ -34,7 +34,7 @@ def _other(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """A module changes its class.
+    """The change of a module's class.
 
     Args:
         module: which.
@@ -94,7 +94,7 @@ def _is_close(result: Tensor, expected: Tensor) -> bool:
 @contextlib.contextmanager
 def _quiet(module: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Without gradients, and with the random numbers as they were, each time."""
-    modes = [(part, part.training) for part in module.modules()]
+    modes = [(inner, inner.training) for inner in module.modules()]
     module.train(training)
     device = next((value.device for value in module.parameters()), torch.device("cpu"))
     devices = [device] if device.type not in ("cpu", "meta") else []
@@ -102,12 +102,12 @@ def _quiet(module: nn.Module, *, training: bool = False) -> Iterator[None]:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
             yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for inner, mode in modes:
+            inner.training = mode
 
 
 _SCALES = torch.tensor([0.1, 1.0, 100.0])[:, None]
-"""Of the rows that a module is tried on: what is cut off where numbers are large shows there."""
+"""Sizes of the rows that a module is tried on. Large ones show a module that cuts numbers off."""
 
 
 def _numbers(*shape: int, like: Tensor) -> Tensor:

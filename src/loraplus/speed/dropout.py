@@ -19,7 +19,7 @@ class Mask:
     Args:
         p: probability that an entry is dropped.
         shape: of the tensor whose entries would be dropped.
-        dtype: of that tensor; the numbers drawn hang on it.
+        dtype: of that tensor; the numbers drawn depend on it.
         device: of that tensor.
     """
 

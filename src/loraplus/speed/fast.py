@@ -49,7 +49,7 @@ def make_fast(module: nn.Module, fast: type[Fast]) -> None:
         module.__class__ = _mixed(fast, type(module))
 
 
-def make_slow(module: Any) -> bool:
+def make_slow(module: nn.Module) -> bool:
     """Gives a module its own class back; says whether it had another.
 
     One that was wrapped since, as FSDP2 does by a class of its own, keeps that and computes as its first class does.
@@ -80,7 +80,7 @@ def _mixed(fast: type[Fast], own: type[nn.Module]) -> type:
     if (fast, own) not in _classes:
 
         @functools.wraps(own.forward)  # transformers and PEFT look at the arguments of a model's forward
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: Any, *args: object, **kwargs: object) -> Any:
             # A library that keeps this function calls it after `slow_down`, too.
             slow = not isinstance(self, fast) or _SLOW in vars(self) or is_traced()
             if slow or (fast.only_input and (kwargs or len(args) != 1)):
@@ -92,7 +92,7 @@ def _mixed(fast: type[Fast], own: type[nn.Module]) -> type:
     return _classes[fast, own]
 
 
-def _remade(fast: type[Fast], own: type[nn.Module], *arguments: Any) -> Any:
+def _remade(fast: type[Fast], own: type[nn.Module], *arguments: object) -> Any:
     """An empty module of the class of both, for a copy or a pickle to fill."""
     cls: Any = _mixed(fast, own)
     return cls.__new__(cls, *arguments)
@@ -113,7 +113,7 @@ def is_plain(modules: Iterable[nn.Module]) -> bool:
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass that is no forward pass of another: it is an error, not a wrong number, where that is asked for.
+    """Marks a backward pass that cannot be differentiated again: asking for that is an error, not a wrong number.
 
     torch's `once_differentiable` lets it pass where the gradient that comes in is a constant.
     """

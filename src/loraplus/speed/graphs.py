@@ -31,7 +31,7 @@ class GraphedStack(Fast):
     what = "layers replayed as CUDA graphs"
     only_input = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         model: Any = self
         state = vars(model).get(_STATE)
         if state is None:
@@ -48,7 +48,7 @@ class GraphedLayer(Fast):
     what = "layers replayed as CUDA graphs"
     only_input = False
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:
         own = super().forward
         call = vars(self).get(_CALL)
         if call is None or args:
@@ -66,14 +66,14 @@ class Graphs:
         self._graphs: dict[int, tuple[Any, Callable[..., Tensor]]] = {}
         self._awaits_backward = False
 
-    def __deepcopy__(self, memo: Any) -> Graphs:
+    def __deepcopy__(self, memo: object) -> Graphs:
         return Graphs()
 
     def __reduce__(self) -> Any:
         return Graphs, ()
 
     @contextlib.contextmanager
-    def watching(self, model: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    def watching(self, model: Any, args: object, kwargs: Mapping[str, Any]) -> Iterator[None]:
         """While it lasts, the layers of a model are recorded or replayed, if the call is one that can be."""
         layers = list(model.layers)
         call = self._next(model, _key_of(model, args, kwargs))
@@ -87,7 +87,7 @@ class Graphs:
             for layer in layers:
                 vars(layer).pop(_CALL, None)
 
-    def _next(self, model: Any, key: Any) -> Callable[..., Any] | None:
+    def _next(self, model: Any, key: object) -> Callable[..., Any] | None:
         """What the layers do in this call; None for what they always do."""
         if key is None:
             return None
@@ -124,7 +124,7 @@ class Graphs:
         return self._told(graph(hidden, *_tensors(kwargs)), is_last)
 
     def _told(self, output: Tensor, is_last: bool) -> Tensor:
-        """The same output, (batch, tokens, width); that of the last layer tells when its backward pass begins."""
+        """The same output, (batch, tokens, width). A hook on the last layer's says when the backward pass begins."""
         if is_last and output.requires_grad:
             output.register_hook(self._backward_begins)
         return output
@@ -184,7 +184,7 @@ def _filled(value: Any, tensors: Any) -> Any:
     return next(tensors) if isinstance(value, Tensor) else value
 
 
-def _is_constant(value: Any) -> bool:
+def _is_constant(value: object) -> bool:
     """Whether a layer's argument is a tensor, or the same each time; a cache of keys is neither."""
     if isinstance(value, tuple):
         return all(map(_is_constant, value))
@@ -194,7 +194,7 @@ def _is_constant(value: Any) -> bool:
 def _form(hidden: Tensor, kwargs: Mapping[str, Any]) -> Any:
     """What must be the same for a layer's graph to serve: all but the numbers in `hidden` (…) and in the arguments."""
 
-    def of(value: Any) -> Any:
+    def of(value: object) -> Any:
         if isinstance(value, tuple):
             return tuple(map(of, value))
         return (value.shape, value.dtype) if isinstance(value, Tensor) else value
@@ -202,7 +202,7 @@ def _form(hidden: Tensor, kwargs: Mapping[str, Any]) -> Any:
     return of(hidden), hidden.requires_grad, {name: of(value) for name, value in kwargs.items()}
 
 
-def _key_of(model: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+def _key_of(model: nn.Module, args: object, kwargs: Mapping[str, Any]) -> Any:
     """What must not change between calls; None for a call that cannot be captured."""
     weight = next(model.parameters())
     if weight.device.type != "cuda" or not model.training or not torch.is_grad_enabled() or args:

@@ -28,7 +28,7 @@ class FastClassifier(Fast):
     what = "last layer only where the head reads"
     only_input = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         model: Any = self
         layer = last_layer(model)
         asked = any(
@@ -51,7 +51,9 @@ class FastLastLayer(Fast):
     what = "last layer only where the head reads"
     only_input = False
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: object, **kwargs: object
+    ) -> Any:
         layer: Any = self
         attention = layer.attention.self
         usable = (
@@ -72,7 +74,7 @@ class FastLastLayer(Fast):
         return _first_position(layer, hidden_states, attention_mask)
 
 
-def last_layer(model: Any) -> nn.Module | None:
+def last_layer(model: nn.Module) -> nn.Module | None:
     """The last layer of a BERT-like encoder inside a model, None where there is none of that form."""
     encoder = getattr(getattr(model, getattr(model, "base_model_prefix", ""), None), "encoder", None)
     layers = getattr(encoder, "layer", None)
@@ -90,23 +92,23 @@ def last_layer(model: Any) -> nn.Module | None:
 
 
 def readers(model: Any, layer: nn.Module) -> Iterator[nn.Module]:
-    """What holds the last layer, is in it, or comes after it: whatever sees that it is short."""
+    """The modules that could notice a short last layer: those that hold it, are in it, or come after it."""
     base = getattr(model, model.base_model_prefix)
     yield from (base, base.encoder, base.encoder.layer)
     yield from layer.modules()
     for parent, inner in ((model, base), (base, base.encoder)):
-        for name, part in parent.named_children():
-            if part is not inner and name != "embeddings":
-                yield from part.modules()
+        for name, child in parent.named_children():
+            if child is not inner and name != "embeddings":
+                yield from child.modules()
 
 
 def _at_first(layer: Any) -> tuple[nn.Module, ...]:
-    """What is called with the first position only, and could draw no mask for the others."""
+    """The modules that see the first position only, and so cannot draw dropout masks for the others."""
     return layer.attention.self.query, layer.attention.output.dense, layer.intermediate, layer.output.dense
 
 
 def _drops_out(layer: nn.Module) -> bool:
-    return any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in layer.modules())
+    return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in layer.modules())
 
 
 def _draws_otherwise(x: Tensor) -> bool:
@@ -139,7 +141,9 @@ def _attended(attention: Any, x: Tensor, first: Tensor, mask: Tensor | None) -> 
 def _by_keys(attention: Any, query: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """From the keys and values of all positions: (batch, heads, 1, size)."""
     heads, size = attention.num_attention_heads, attention.attention_head_size
-    key, value = (part(x).view(*x.shape[:2], heads, size).transpose(1, 2) for part in (attention.key, attention.value))
+    key, value = (
+        projection(x).view(*x.shape[:2], heads, size).transpose(1, 2) for projection in (attention.key, attention.value)
+    )
     if not (attention.training and attention.dropout.p):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attention.scaling)
     return _chances(attention, (query @ key.transpose(2, 3)) * attention.scaling, mask) @ value

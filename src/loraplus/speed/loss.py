@@ -35,7 +35,7 @@ class FastCausal(Fast):
     what = "loss in chunks, without the logits of masked labels"
     only_input = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         model: Any = self
         if kwargs.get("labels") is None:
             return super().forward(*args, **kwargs)
@@ -103,8 +103,8 @@ _OF_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 class LazyLogits(Tensor):
     """Logits that are computed once somebody looks at them: h Wᵀ + b, (…, vocabulary).
 
-    From then on it stands for the tensor computed, with whatever is done to that in place. Its own place in the graph,
-    for code that does not look by way of Python, is that of the logits.
+    From then on it stands for the computed tensor, in-place changes included. Code that does not go through Python,
+    such as autograd, finds it at the place of the logits in the graph.
     """
 
     hidden: Tensor
@@ -127,7 +127,7 @@ class LazyLogits(Tensor):
         return logits
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if func in _FACTS and args[0].seen is None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -138,7 +138,7 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = _looked_at((args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -186,7 +186,7 @@ class _Unseen(torch.autograd.Function):
         return (g.to(product) @ weight.to(product)).to(dtype), None, None, None
 
 
-def _looked_at(values: Any) -> Any:
+def _looked_at(values: object) -> Any:
     return tree_map(lambda value: value.now() if isinstance(value, LazyLogits) else value, values)
 
 
@@ -207,7 +207,7 @@ def chunked_loss(
     logits: LazyLogits,
     labels: Tensor,
     *,
-    num_items_in_batch: Any = None,
+    num_items_in_batch: object = None,
     shift_labels: Tensor | None = None,
     ignore_index: int = _IGNORED,
 ) -> Tensor:

@@ -89,7 +89,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, g: Tensor, of_rho: Any) -> Any:
+    def backward(ctx: Any, g: Tensor, of_rho: object) -> Any:
         x, weight, rho = ctx.saved_tensors
         if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward"):
             dx, _ = torch.ops.aten._fused_rms_norm_backward(

@@ -17,7 +17,7 @@ _recipes = WeakTensorKeyDictionary()  # no attribute, which would go into a save
 
 
 class Maker:
-    """Makes a tensor again, once for all that need it; it is let go after the last of them.
+    """Makes a tensor again, once for all that need it, and drops it after the last of them.
 
     Args:
         make: called with the sources; gives the same values again.

@@ -49,7 +49,7 @@ def reference_group(labels: Sequence[str]) -> int:
     return next((index for index, label in enumerate(labels) if Role.A in label), 0)
 
 
-def rate_as_number(rate: Any) -> float | None:
+def rate_as_number(rate: object) -> float | None:
     """A group's rate, in a tensor or not; None for what is no number (an optimizer that finds its own)."""
     if isinstance(rate, torch.Tensor):
         rate = rate.item()

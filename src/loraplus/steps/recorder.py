@@ -1,4 +1,4 @@
-r"""What the forward passes behind the present gradients left: a sample of each adapted layer, and the loss's terms.
+r"""Samples of what each adapted layer read and wrote in the passes that the present gradients come from.
 
 Everything is taken when a gradient arrives, not when a layer is called: a pass that no gradient comes back from
 (evaluation, generation, a reference model) leaves nothing, and what gradients that were since set to zero came from (a
@@ -57,7 +57,7 @@ class _Hook:
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: object) -> None:
         if not torch.compiler.is_compiling():
             self._function(*args)
 
@@ -69,7 +69,7 @@ def _inert() -> Callable[..., None]:
     return _nothing
 
 
-def _nothing(*args: Any) -> None:
+def _nothing(*args: object) -> None:
     """What a hook of ours is in a copy of the model."""
 
 
@@ -151,7 +151,7 @@ class Recorder:
     def _looks_away(self) -> bool:
         return _alone is not None and _alone is not self
 
-    def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _enter(self, path: str, module: nn.Module, args: object, kwargs: Mapping[str, Any]) -> None:
         if self._looks_away() or _in_backward():  # checkpointing runs a module again: that is the same pass
             return
         current = self._pass
@@ -166,7 +166,9 @@ class Recorder:
         if ddp is not None:
             self.process_group = ddp.process_group
 
-    def _leave(self, entry: AdaptedLayer, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def _leave(
+        self, entry: AdaptedLayer, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: object
+    ) -> None:
         if self._looks_away():
             return
         if _in_backward():
@@ -282,7 +284,7 @@ def _masks(kwargs: Mapping[str, Any], two_sided: bool) -> dict[str, torch.Tensor
     return {side: mask != 0 for side, mask in masks.items() if mask is not None}
 
 
-def _first_tensor(output: Any) -> torch.Tensor | None:
+def _first_tensor(output: object) -> torch.Tensor | None:
     """What a layer puts out, (…, d_out): a tensor, or the first one in a tuple, a mapping or a data class."""
     if isinstance(output, torch.Tensor):
         return output if output.is_floating_point() else None

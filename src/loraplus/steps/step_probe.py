@@ -52,7 +52,7 @@ class Trial(NamedTuple):
     reason: str = ""
 
 
-def refusal(optimizer: Any, trial: Trial) -> str:
+def refusal(optimizer: torch.optim.Optimizer, trial: Trial) -> str:
     """What is wrong with an optimizer whose trial failed, and what to do."""
     optimizer = _that_steps(optimizer)
     name = type(optimizer).__name__
@@ -81,7 +81,7 @@ def refusal(optimizer: Any, trial: Trial) -> str:
 _warned: WeakSet[Any] = WeakSet()
 
 
-def warn_unproved(optimizer: Any, trial: Trial) -> None:
+def warn_unproved(optimizer: torch.optim.Optimizer, trial: Trial) -> None:
     """Says, once for each optimizer, that its step could not be tried."""
     optimizer = _that_steps(optimizer)
     if optimizer not in _warned:
@@ -95,14 +95,14 @@ def warn_unproved(optimizer: Any, trial: Trial) -> None:
 
 
 class _Slots(NamedTuple):
-    """Two groups, by index, and the one of them whose options both have in the trial: like is compared with like."""
+    """Two groups, by index. In the trial both have the options of one of them, so that only their rates differ."""
 
     slow: int
     fast: int
     options: int
 
 
-def try_step(optimizer: Any, rates: Mapping[int, float]) -> Trial:
+def try_step(optimizer: torch.optim.Optimizer, rates: Mapping[int, float]) -> Trial:
     """Tries whether a step follows the rates of the groups; the optimizer and the random state stay as they are.
 
     Args:
@@ -130,7 +130,7 @@ def try_step(optimizer: Any, rates: Mapping[int, float]) -> Trial:
     return Trial(True)
 
 
-def _that_steps(optimizer: Any) -> Any:
+def _that_steps(optimizer: torch.optim.Optimizer) -> Any:
     """The optimizer whose step moves the parameters: inside every wrapper, and in those of torch.distributed."""
     optimizer = unwrapped(optimizer)
     while type(optimizer).__module__.startswith("torch.distributed."):
@@ -141,7 +141,7 @@ def _that_steps(optimizer: Any) -> Any:
     return optimizer
 
 
-def _pairs(optimizer: Any, rates: Mapping[int, float]) -> list[_Slots]:
+def _pairs(optimizer: torch.optim.Optimizer, rates: Mapping[int, float]) -> list[_Slots]:
     """For each set of options that groups have, two groups at different rates; none if all have one rate."""
     known = {index: rate for index, rate in rates.items() if rate > 0 and math.isfinite(rate)}
     pairs: dict[str, _Slots] = {}
@@ -161,7 +161,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in _PER_GROUP}
 
 
-def _try(optimizer: Any, slots: _Slots, asked: float) -> Trial:
+def _try(optimizer: torch.optim.Optimizer, slots: _Slots, asked: float) -> Trial:
     refusals, random = [], False
     for attempt in _ATTEMPTS:
         try:
@@ -185,7 +185,9 @@ def _try(optimizer: Any, slots: _Slots, asked: float) -> Trial:
     return Trial(None, asked, None, refusals[0])
 
 
-def _follows_when_new(optimizer: Any, slots: _Slots, asked: float, attempt: Mapping[str, Any]) -> bool:
+def _follows_when_new(
+    optimizer: torch.optim.Optimizer, slots: _Slots, asked: float, attempt: Mapping[str, Any]
+) -> bool:
     """Whether the step follows the rates once what it counts in its groups stands at its start.
 
     Schedule-free optimizers weigh a step by the largest rate so far, which a trial at other rates cannot take over.
@@ -198,7 +200,7 @@ def _follows_when_new(optimizer: Any, slots: _Slots, asked: float, attempt: Mapp
     return False
 
 
-def _counted(optimizer: Any, slots: _Slots, asked: float) -> dict[str, Any]:
+def _counted(optimizer: torch.optim.Optimizer, slots: _Slots, asked: float) -> dict[str, Any]:
     """{option that a step changes: its default}."""
     parameter = optimizer.param_groups[slots.slow]["params"][0]
     stand_in = nn.Parameter(torch.full(_SHAPE, 0.5, device="cpu" if parameter.is_meta else parameter.device))
@@ -222,7 +224,7 @@ _ATTEMPTS: tuple[dict[str, Any], ...] = (
 
 
 def _moved(
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer,
     slots: _Slots,
     asked: float,
     *,

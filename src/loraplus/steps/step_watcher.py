@@ -1,4 +1,4 @@
-"""What stands around every step of an optimizer, with a recorder of the forward passes behind it."""
+"""Hooks around every step of an optimizer, and a recorder of the forward passes that led to it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class StepWatcher:
     def _after_step(self) -> None:
         pass
 
-    def _step_begins(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_within_a_step(optimizer):
             return None
         called, kwargs = closure_called(args, kwargs)
@@ -67,7 +67,7 @@ class StepWatcher:
         arguments.kept = (args, self._before_step())  # args may hold what another watcher keeps
         return arguments, kwargs
 
-    def _step_ends(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _step_ends(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         if not _is_within_a_step(optimizer):
             self._after_step()
 
@@ -81,7 +81,7 @@ class _Arguments(tuple):
     kept: Any
 
 
-def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+def torch_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer inside a wrapper, whose steps can be watched.
 
     Raises:
@@ -93,7 +93,7 @@ def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _is_within_a_step(optimizer: Any) -> bool:
+def _is_within_a_step(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the step that called this hook was called by another step of the same optimizer."""
     step = sys._getframe(2)
     frame = step.f_back

@@ -88,7 +88,12 @@ def _no_global_hooks() -> Iterator[None]:
             table.update(hooks)
 
 
-def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], sources: Mapping[torch.Tensor, torch.Tensor]) -> Any:
+def _copied(
+    optimizer: torch.optim.Optimizer,
+    owned: set[int],
+    memo: dict[int, Any],
+    sources: Mapping[torch.Tensor, torch.Tensor],
+) -> Any:
     """A copy whose groups have stand-ins only; `sources` says whose state (…) each stand-in (…) starts with."""
     # Not copy.copy: Optimizer.__getstate__ drops the attributes that subclasses have of their own.
     twin = object.__new__(type(optimizer))
@@ -116,8 +121,8 @@ def _copied(optimizer: Any, owned: set[int], memo: dict[int, Any], sources: Mapp
     return twin
 
 
-def _state_copied(state: Any, memo: dict[int, Any]) -> Any:
-    """A copy of one parameter's state; of whole tensors (…), such as Adam keeps, without deepcopy's many questions."""
+def _state_copied(state: object, memo: dict[int, Any]) -> Any:
+    """A copy of one parameter's state. Plain tensors (…), such as Adam keeps, are copied without the slow deepcopy."""
     if type(state) is dict and all(
         type(value) is torch.Tensor and not value.requires_grad and value.untyped_storage().nbytes() == value.nbytes
         for value in state.values()
@@ -131,7 +136,7 @@ def _values(attributes: Mapping[str, Any]) -> Iterable[Any]:
         yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
-def _deepcopy(value: Any, memo: dict[int, Any]) -> Any:
+def _deepcopy(value: object, memo: dict[int, Any]) -> Any:
     if isinstance(value, nn.Module):  # a whole model is not copied for the sake of a step
         return value
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _WRAPPERS = ("accelerate.", "deepspeed.", "lightning.", "pytorch_lightning.")
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_load_state_dict_pre_hooks")  # some have the first alone
 
 
-def unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: torch.optim.Optimizer) -> Any:
     """The optimizer that a script built, without the wrappers of Accelerate, DeepSpeed or Lightning, or its own.
 
     What holds another in `.optimizer` and calls none of torch's step hooks is a wrapper. An optimizer that has hooks

@@ -22,8 +22,8 @@ class Arm:
         name: in --arms, summary.json and runs.csv.
         title: in tables and sentences.
         about: one line for the report.
-        method: what trains a run, from (config, lr, lr_ratio, model, steps). Arms with the same function are taken for
-            the same training.
+        method: makes the `Method` of a run from (config, lr, lr_ratio, model, steps). Arms with the same function are
+            taken to train alike, so their runs are shared.
         tuned: its η_A is searched with --tuning-runs runs; otherwise it sets its own rates, and its trials carry
             lr = lr_ratio = 1.
         has_ratio: B learns at λ > 1 times A's rate; λ is --lr-ratio unless it is searched.

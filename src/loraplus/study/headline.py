@@ -28,11 +28,11 @@ def headline(summary: Mapping[str, Any]) -> str:
     told = {arm: pairs[arm] for arm in ALL if arm in arms and arm in pairs and arm not in nothing}
     if not told and nothing:
         return NOTHING_LEARNT
-    found = [_ahead(ALL[arm].title, pair) for arm, pair in told.items() if pair.get("found")]
-    if len(found) > _MOST:
-        found[_MOST:] = [f"{len(found) - _MOST} more"]
-    if found:
-        return "; ".join(found)
+    differing = [_ahead(ALL[arm].title, pair) for arm, pair in told.items() if pair.get("found")]
+    if len(differing) > _MOST:
+        differing[_MOST:] = [f"{len(differing) - _MOST} more"]
+    if differing:
+        return "; ".join(differing)
     return NO_DIFFERENCE if any(pair.get("found") is False for pair in told.values()) else NO_VERDICT
 
 

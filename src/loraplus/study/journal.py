@@ -32,8 +32,8 @@ _MOST_NAMED = 4
 def open_journal(location: str, study: str) -> JournalStorage:
     """The storage of a journal file, which is made if it is not there.
 
-    What a kill left half written at the end goes in silence: it is no finished run. Damage before the end is passed
-    over with a warning that names the lines; the journal as it was is kept beside.
+    A half-written last line, as a kill leaves it, is dropped without a word: it is no finished run. Damaged lines
+    before it are left out with a warning that names them, and a copy of the journal is kept beside it.
 
     Args:
         location: The file.
@@ -84,7 +84,7 @@ def _named(repaired: Mended) -> str:
 
 
 def _keep_copy(path: Path) -> Path:
-    """Beside the journal, under the first name that is free or holds the same already."""
+    """Copies the journal beside it, under the first name that is free or holds the same content already."""
     content = path.read_bytes()
     for number in itertools.count(1):
         copy = path.with_name(f"{path.name}.damaged{f'-{number}' if number > 1 else ''}")
@@ -96,7 +96,7 @@ def _keep_copy(path: Path) -> Path:
 
 
 def _check_kind(path: Path) -> None:
-    """Keeps a file that is no journal from being taken for a damaged one."""
+    """Refuses a file that is not a journal, so that it is not mended like a damaged one."""
     with path.open("rb") as file:
         start = file.read(len(JOURNAL_START))
         if JOURNAL_START.startswith(start):

@@ -1,8 +1,7 @@
-"""Tells whether the process that has a run under way still lives: its heartbeat goes on.
+"""Tells by its heartbeat whether the process that owns a run is alive.
 
-The owner of a run counts a number beside it up, several times in `lease_seconds`. Another process that has watched the
-number stand still for `lease_seconds`, by its own clock, takes the owner for dead. So clocks of two machines are never
-compared.
+The owner raises a number beside the run several times in `lease_seconds`. If another process sees no change for
+`lease_seconds` by its own clock, it takes the owner for dead. So clocks of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ BEATS_PER_LEASE = 6
 
 
 class Leases:
-    """What one process has seen of the heartbeats of all others.
+    """The heartbeats of all other processes, as this one has seen them.
 
     Args:
         lease_seconds: How long a heartbeat may stand still.
@@ -42,7 +41,7 @@ class Leases:
         self._seen = {number: seen for number, seen in self._seen.items() if number in keep}
 
     def beat_is_due(self) -> bool:
-        """Whether this process should count its own runs' heartbeats up now; True counts as done."""
+        """Whether this process should renew its own heartbeats now. If the answer is True, it is taken to do so."""
         now = self._clock()
         if now - self._beaten < self.lease_seconds / BEATS_PER_LEASE:
             return False

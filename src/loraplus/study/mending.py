@@ -1,8 +1,8 @@
-"""Finds what of a damaged journal is whole, and writes it anew so that every outcome stays with its run.
+"""Writes a damaged journal anew from its whole lines, so that every outcome stays with its run.
 
-A journal is one operation a line. Trials are numbered by the order of the lines that create them, and later lines name
-them by number. So where such a line is lost, all later trials would get the outcomes of others. But every outcome tells
-its run: a damaged journal is written anew from the outcomes in it, and runs that have none are done again.
+A journal has one operation a line. Lines that create trials number them by their order, and later lines use these
+numbers. If such a line is lost, all later trials would get the outcomes of others. But every outcome names its run, so
+the journal is written anew from its outcomes, and runs without one are done again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def mended(path: Path, content: bytes, study: str) -> Mended | None:
         study: The study that is wanted.
 
     Raises:
-        InputError: which studies there were cannot be told any more, or some are none of ours.
+        InputError: the lines that name the studies are lost, or a study is another program's.
     """
     lines = [operation(line) for line in content.splitlines()]
     ops = {number: op for number, op in enumerate(lines, 1) if isinstance(op, dict)}
@@ -113,7 +113,7 @@ def mended(path: Path, content: bytes, study: str) -> Mended | None:
     return Mended(_written(kept), sorted(bad.items()), finished)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -122,7 +122,7 @@ def _outcome(op: Mapping[str, Any]) -> Any:
 
 
 def _astray(ops: Mapping[int, Operation], outcomes: Mapping[int, Record]) -> dict[int, str]:
-    """Lines that cannot be carried out after those before them, or that hold the outcome of another trial's run."""
+    """Lines that do not fit the lines before them, or that hold the outcome of another trial's run."""
     replay, reasons = JournalStorageReplayResult(""), {}
     for number, op in ops.items():
         try:
@@ -147,7 +147,7 @@ def _process(op: Operation) -> str:
 
 
 def _precedence(number: int, op: Operation, ends: Mapping[int, Any]) -> tuple[int, int]:
-    """Of several outcomes of a run the first counts: that of a trial which was closed with it, then in their order."""
+    """Sorts the outcomes of one run, of which the first counts: those of trials closed with them, then by order."""
     trial = op.get("trial_id")  # none where the line that creates a trial holds its outcome
     state = ends.get(trial) if trial is not None else None
     closed_with_it = state in (TrialState.COMPLETE, TrialState.FAIL)

@@ -165,12 +165,12 @@ class Pair:
 
 
 def deciding(measures: Sequence[str]) -> str:
-    """What verdicts on a task rest on: accuracy where there is one, else the loss."""
+    """The measure that verdicts on a task rest on: accuracy if the task has it, else the loss."""
     return ACCURACY if ACCURACY in measures else LOSS
 
 
 def decided(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs of one family with their verdicts: the chance that any of them finds what is not there is 5%.
+    """The pairs of one family with their verdicts. The chance of any false finding among them is 5%.
 
     Pairs of fewer than three seeds get none and are no part of the family.
     """
@@ -191,7 +191,7 @@ def _scores(runs: Sequence[Record], kind: str) -> list[list[float]]:
 
 
 def _step(runs: Sequence[Record], kind: str) -> float:
-    """From one value of a run's mean to the next: accuracy goes by examples, a loss by the rounding of its model."""
+    """The smallest difference between two means: of accuracy one example, of a loss the rounding of the model."""
     if not runs:
         return 0.0
     if kind == ACCURACY:

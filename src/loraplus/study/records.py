@@ -86,10 +86,10 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run of an experiment: its parameters, which are all that it is known by.
+    """One run of an experiment. Its parameters alone tell it from others.
 
     Args:
-        params: Names and values. Text must not read as a number, or a table would give it back as one.
+        params: Names and values. A text that looks like a number is refused: a table would give it back as a number.
 
     Example:
         >>> Run({"optimizer": "adam", "width": 64, "lr": 1e-3}).key
@@ -257,7 +257,9 @@ class Record(Generic[TrialT]):
             measured["eval_loss"] = math.inf
         points = (CurvePoint(**p) if isinstance(p, Mapping) else CurvePoint(*p) for p in _in_numbers(data["curve"]))
         return Record(
-            trial, data["status"], **measured,
+            trial,
+            data["status"],
+            **measured,
             curve=tuple(points),
             test_losses=tuple(data.get("test_losses", ())),
             test_correct=tuple(data.get("test_correct", ())),
@@ -266,15 +268,15 @@ class Record(Generic[TrialT]):
             values=_in_numbers(data.get("values", {})),
             rows=tuple(_in_numbers(data.get("rows", ()))),
             shown=data.get("shown"),
-        )  # fmt: skip
+        )
 
 
 _MEASURED = ("steps", "eval_loss", "eval_accuracy", "seconds_per_step")  # of every training run
 _OF_EXPERIMENTS = ("values", "rows", "shown")  # left out where there are none
 
 
-def _in_words(data: Any) -> Any:
-    """With words for numbers that are not finite."""
+def _in_words(data: object) -> Any:
+    """The same data, with words for numbers that are not finite."""
     if isinstance(data, Mapping):
         return {name: _in_words(value) for name, value in data.items()}
     if isinstance(data, (list, tuple)):
@@ -282,7 +284,7 @@ def _in_words(data: Any) -> Any:
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _in_numbers(data: Any) -> Any:
+def _in_numbers(data: object) -> Any:
     """Inverse of `_in_words`."""
     if isinstance(data, Mapping):
         return {name: _in_numbers(value) for name, value in data.items()}
@@ -297,7 +299,7 @@ def stored(record: Record) -> dict[str, Any]:
     return {**data, _DIGEST: _digest(data)}
 
 
-def restored(data: Any) -> Record[Any]:
+def restored(data: object) -> Record[Any]:
     """Inverse of `stored`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Does the runs of a plan in parallel processes; what is finished is stored at once, what is stored is not done again.
+"""Does the runs of a plan in parallel processes. Finished runs are stored at once, and stored runs are not repeated.
 
 The parent process decides, stores and reports; the workers train. Each worker is a fresh process (spawn: safe with
 threads and with CUDA) that lives as long as the study, so models, tokenizers and data are loaded once per worker.
@@ -121,7 +121,7 @@ def run_all(
     on_event: OnEvent | None = None,
     log: str | os.PathLike[str] | None = None,
 ) -> dict[str, Record]:
-    """Does every run of the plan that the store does not hold yet; of a shared store, together with others.
+    """Does every run of the plan that the store does not hold yet; other processes may share the store and the work.
 
     Args:
         plan: What to run.
@@ -212,7 +212,7 @@ class _Coordinator:
         return f"{done:.3g} of {planned:.3g}"
 
     def look_elsewhere(self) -> None:
-        """What other processes of a shared study have finished since the last look."""
+        """Takes over what other processes of a shared study have finished since the last look."""
         now = time.monotonic()
         if not self.store.shared or now - self.looked < SECONDS_BETWEEN_REFRESHES:
             return
@@ -310,7 +310,7 @@ def _signals_set(stop: threading.Event) -> Iterator[None]:
         return
     earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def handle(*_: Any) -> None:
+    def handle(*_: object) -> None:
         if not stop.is_set():
             stop.set()
             acknowledge("stopping; what has finished is kept")

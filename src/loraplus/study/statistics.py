@@ -1,8 +1,8 @@
 """Means, intervals and tests: over seeds, where they decide, and over test examples, where they describe.
 
-A seed is one training run, the unit that a method repeats over. Student's t over the seeds' differences says whether
-the next seeds would show a difference, too. The choice of test examples is another matter: what is computed over
-examples tells how sure a figure is for the models that were trained, and nothing of the next ones.
+A seed is one training run, so verdicts rest on seeds: Student's t over the seeds' differences says whether the next
+seeds would show a difference, too. Intervals over test examples say how sure a figure is for the models that were
+trained, and nothing of models trained later.
 
 There are two intervals, and published figures rest on both: `t_interval`, over seeds, for differences and exponents,
 and `two_way_interval`, over seeds and test examples, for the test results of one arm.
@@ -68,8 +68,8 @@ def t_interval(values: Sequence[float], step: float = 0.0) -> Estimate:
 
     Args:
         values: one a seed, at least one, all finite.
-        step: of the two numbers that each value is the difference of, such as 1/E for accuracies on E examples. Seeds
-            that agree to the last example have no spread to judge by; it is not taken for less than rounding makes it.
+        step: each value is a difference of two numbers that move in such steps, as accuracies on E examples do in 1/E.
+            Seeds may agree exactly by chance; the spread is then taken to be what rounding to such steps makes it.
 
     Example:
         >>> t_interval([1.0, 1.0, 1.0])
@@ -128,8 +128,8 @@ def t_test(differences: Sequence[float], step: float = 0.0) -> float | None:
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values of several tests, such that the chance of any false finding among all of them is that of one test.
 
-    p_(k) → max over j ≤ k of min(1, (m − j + 1)·p_(j)), where p_(1) is the smallest of m. It assumes nothing of how the
-    tests hang together, so arms may share their reference.
+    p_(k) → max over j ≤ k of min(1, (m − j + 1)·p_(j)), where p_(1) is the smallest of m. It holds however the
+    tests depend on each other, so arms may share their reference.
 
     Args:
         p_values: in any order.
@@ -215,7 +215,7 @@ def two_way_interval(scores: Sequence[Sequence[float]] | Scores) -> Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """b − a over the same seeds and examples: over seeds, and what describes these models on these examples."""
+    """b − a on the same seeds and examples: tested over seeds, and described over examples."""
 
     by_seed: tuple[float, ...]
     difference: Estimate

@@ -1,4 +1,4 @@
-"""Where a study lives: a journal file that processes of one machine share, or a database that machines share."""
+"""Opens the storage of a study: a journal file for the processes of one machine, or a database for several machines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loraplus.study.journal import open_journal
 
 CONNECT_SECONDS = 10
 WAIT_SECONDS = 120.0
-"""For a server that went away, before a run gives up."""
+"""How long a run waits for a server that went away."""
 _BETWEEN_TRIES = 1.0
 ATTEMPTS = 3
 _LOST = (
@@ -79,7 +79,7 @@ class Patient:
         call = getattr(self._storage, name)
         return functools.partial(self._call, call) if self._waits and callable(call) else call
 
-    def _call(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def _call(self, call: Callable[..., Any], *arguments: object, **options: object) -> Any:
         deadline = None
         while True:
             try:
@@ -166,7 +166,7 @@ def _storage(location: str, name: str) -> BaseStorage:
 
 
 def _one_at_a_time(url: str) -> RDBStorage:
-    """Has SQLite lock a whole transaction. By itself it looks at a trial, lets others write, and then closes it."""
+    """Makes SQLite lock whole transactions. By default others could write between reading a trial and closing it."""
     from sqlalchemy import event
 
     storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": CONNECT_SECONDS}})

@@ -119,7 +119,7 @@ class StudyStore:
         return [trial for trial in trials if trial.key not in self._records]
 
     def refresh(self) -> None:
-        """Looks what other processes have done, closes what dead ones left, and renews the own heartbeats."""
+        """Looks what other processes have done, closes what dead ones left, and renews the heartbeats of this one."""
         with self._reachable():
             if self.shared and self._leases.beat_is_due():
                 self._beat()
@@ -206,7 +206,7 @@ class StudyStore:
         self._reported[trial.key] = set()
 
     def _write(self, record: Record) -> None:
-        """Writes an outcome into the own trial, or into a new one if there is none or another process closed it."""
+        """Writes an outcome into the run's open trial; into a new one if it has none, or another process closed it."""
         trial = record.trial
         outcome, curve = outcome_of(record), curve_of(record)
         if trial.key in self._running:
@@ -255,7 +255,7 @@ class StudyStore:
             self._records.setdefault(record.trial.key, record)
 
     def _outcome(self, frozen: FrozenTrial) -> Record:
-        """What a trial's run came to.
+        """The outcome of a trial's run.
 
         Raises:
             InputError: it is damaged.
@@ -279,7 +279,7 @@ class StudyStore:
         return True
 
     def _is_claim(self, frozen: FrozenTrial) -> bool:
-        """Whether a trial says which run it is; one that does not was put together from a damaged journal."""
+        """Whether a trial names its run. One without a name comes from a damaged journal."""
         try:
             return trial_of_frozen(frozen).key == _key(frozen)
         except (KeyError, TypeError, ValueError):
@@ -297,7 +297,7 @@ class StudyStore:
                 self._close_for_another(frozen)
 
     def _close_for_another(self, frozen: FrozenTrial) -> None:
-        """Ends what a process left open that is gone: with its outcome if that had been written."""
+        """Closes a trial whose process is gone, with its outcome if that had been written."""
         key = _key(frozen)
         if key is None or RECORD not in frozen.user_attrs:
             self._end(frozen, keep=True)

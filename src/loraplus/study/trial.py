@@ -13,12 +13,12 @@ import numpy as np
 
 from loraplus.errors import DivergedError
 from loraplus.files.scratch import scratch_folder
-from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.study.arms import ALL, REFERENCE, Arm
 from loraplus.study.records import CurvePoint, Record, Trial
 from loraplus.tasks.callbacks import DivergenceGuard, StepClock
 from loraplus.tasks.checks import rates_of
 from loraplus.tasks.config import TaskConfig
+from loraplus.tasks.data_parallel import DataParallelTrainer
 from loraplus.tasks.lengths import steps_between_evaluations
 from loraplus.tasks.look import seen_of_run
 from loraplus.tasks.measures import ACCURACY, MEASURES
@@ -45,7 +45,7 @@ def _load_once(config: TaskConfig) -> tuple[Any, Any]:
 def data_facts(config: TaskConfig, lr: float, lr_ratio: float, arms: Sequence[str] = ("loraplus",)) -> dict[str, Any]:
     """Sizes, columns, labels and what was removed, what the model decides, and the steps of a run.
 
-    Every bad input shows here, before an output folder is touched: rates, data, model, target modules, schedule, and
+    Every bad input is found here, before an output folder is touched: rates, data, model, target modules, schedule, and
     what an arm cannot train.
     """
     rates_of(config, lr, lr_ratio)
@@ -119,7 +119,7 @@ def run_trial(config: TaskConfig, trial: Trial, on_step: Callable[[int, int], No
     )
 
 
-def _trainer(config: TaskConfig, method: Method, *parts: Any, **options: Any) -> LoraPlusTrainer:
+def _trainer(config: TaskConfig, method: Method, *parts: Any, **options: Any) -> DataParallelTrainer:
     """The trainer of a method, without checkpoints; else as `build_trainer`."""
     if method.own_schedule:
         config = replace(config, lr_scheduler_type="constant", warmup_ratio=0.0)
@@ -133,7 +133,7 @@ def _no_accuracy(config: TaskConfig) -> float | None:
     return 0.0 if ACCURACY in MEASURES[config.task] else None
 
 
-def _rates_reached(arm: Arm, trainer: LoraPlusTrainer) -> tuple[float, float] | None:
+def _rates_reached(arm: Arm, trainer: DataParallelTrainer) -> tuple[float, float] | None:
     """The rates that a method which sets its own has come to."""
     return None if arm.tuned else rates_arrived_at(trainer.optimizer)
 

@@ -1,4 +1,4 @@
-"""The conclusion of a comparison in words. What is claimed rests on seeds; where nothing was found, that is said."""
+"""The conclusion of a comparison in words. Claims rest on seeds; "no difference found" is a conclusion, too."""
 
 from __future__ import annotations
 

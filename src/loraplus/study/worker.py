@@ -44,7 +44,7 @@ class _Worker(NamedTuple):
 _worker: list[_Worker] = []
 
 
-def set_up(run: RunTrial, messages: Any, threads: int, log: str | None, scratch: str) -> None:
+def set_up(run: RunTrial, messages: object, threads: int, log: str | None, scratch: str) -> None:
     """Prepares the process: the parent alone decides when it stops, and it shares the cores with its siblings.
 
     Args:
@@ -84,7 +84,7 @@ def perform(trial: Keyed) -> Any:
 
 
 def _end_with_parent(scratch: str) -> None:
-    """Ends this process with its parent: otherwise it would train on, and its temporary files would stay."""
+    """Ends this process when its parent ends; else it would go on training, and its temporary files would stay."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

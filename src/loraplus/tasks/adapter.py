@@ -60,7 +60,7 @@ def put_adapter(base: Any, adapter: str, base_name: str) -> PeftModel:
 
 
 def load_causal(
-    model: str | None, adapter: str | None = None, *, trust_remote_code: bool = False, **options: Any
+    model: str | None, adapter: str | None = None, *, trust_remote_code: bool = False, **options: object
 ) -> tuple[Any, Any, str]:
     """Loads a causal language model, with an adapter on it if one is given.
 
@@ -131,7 +131,7 @@ def _check_size(folder: Path, settings: Any) -> None:
             raise InputError(f"{folder / CONFIG_FILE} says {what} that no adapter like this has; it is damaged")
 
 
-def _numbers_in(value: Any) -> list[Any]:
+def _numbers_in(value: object) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else []
 
 

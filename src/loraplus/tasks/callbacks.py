@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from loraplus.errors import DivergedError
@@ -27,7 +28,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.stopped = threading.Event()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> Any:
         # A launcher's signal reaches its processes at different steps; all stop at the same one.
         if any_process(self.stopped.is_set(), args) and state.global_step < state.max_steps:
             self.stopped.set()
@@ -45,7 +46,7 @@ class StopOnSignal(TrainerCallback):
             return
         earlier = {number: signal.getsignal(number) for number in signals}
 
-        def handle(number: int, _: Any) -> None:
+        def handle(number: int, _: object) -> None:
             self.stopped.set()
             acknowledge("stopping after this step, whose checkpoint is saved; once more ends at once")
             signal.signal(number, earlier[signal.Signals(number)])
@@ -62,25 +63,35 @@ class StopOnSignal(TrainerCallback):
 class DivergenceGuard(TrainerCallback):
     """Stops a run whose loss, gradients or weights are no longer numbers, before the broken weights are saved.
 
-    On a CPU the gradients of every step are looked at before the optimizer takes them; elsewhere that would make each
-    step wait for the device, and what is logged and saved is looked at. Stand it behind every callback that asks for a
-    checkpoint.
+    On a CPU the gradients of every step are checked before the optimizer takes them. On other devices each step would
+    have to wait for that, so logged losses and the weights of checkpoints are checked instead. Put it behind every
+    callback that asks for a checkpoint.
     """
 
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **more: object
+    ) -> None:
         if args.device.type == "cpu":
             learnt = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
             self._check_tensors("gradient", learnt, state.global_step + 1, more.get("optimizer"))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **more: object
+    ) -> None:
         if control.should_save:
             self._check_weights(model, state.global_step, more.get("optimizer"))
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **more: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: Any = None,
+        **more: object,
     ) -> None:
         for name, what in (("loss", "training loss"), ("eval_loss", "validation loss")):
             value = (logs or {}).get(name)
@@ -88,12 +99,12 @@ class DivergenceGuard(TrainerCallback):
                 self._check_weights(model, state.global_step, more.get("optimizer"))
                 self._stop(f"the {what} became {value}", state.global_step, more.get("optimizer"))
 
-    def _check_weights(self, model: Any, step: int, optimizer: Any) -> None:
+    def _check_weights(self, model: nn.Module, step: int, optimizer: Any) -> None:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._check_tensors("weight", trained, step, optimizer)
 
     def _check_tensors(self, what: str, named: Sequence[tuple[str, torch.Tensor]], step: int, optimizer: Any) -> None:
-        """Stops at a number in one of these tensors (…) that is not finite; one sum looks at all of them."""
+        """Stops if a number in one of these tensors (…) is not finite. One sum over all tells whether to look."""
         if not named or torch.stack([tensor.detach().float().sum() for _, tensor in named]).sum().isfinite():
             return
         for name, tensor in named:
@@ -121,10 +132,10 @@ class StepClock(TrainerCallback):
         self._started: float | None = None
         self._on_step = on_step
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._started is not None:
             self.seconds += time.perf_counter() - self._started
             self.steps += 1
@@ -153,7 +164,7 @@ class RunTotals(TrainerCallback, ExportableState):
         self._started: float | None = None
         self._ended: float | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: object) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
         before = saved.get("attributes", {}) if isinstance(saved, dict) else {}
         self._loss_before, self._seconds_before = before.get("loss", 0.0), before.get("seconds", 0.0)
@@ -162,7 +173,7 @@ class RunTotals(TrainerCallback, ExportableState):
         self._started = time.perf_counter()
         state.stateful_callbacks[type(self).__name__] = self.state()  # checkpoints of earlier versions lack it
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._ended = time.perf_counter()
 
     def state(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Chats:
         conversation: Sequence[Any],
         *,
         chat_template: str | None = None,
-        tools: Any = None,
+        tools: object = None,
         add_generation_prompt: bool = False,
         return_assistant_tokens_mask: bool = False,
         tokenize: bool = True,
@@ -74,7 +74,7 @@ class Chats:
         return tokens
 
     def _rendered(
-        self, messages: Sequence[Any], *, chat_template: str | None = None, tools: Any = None, **options: Any
+        self, messages: Sequence[Any], *, chat_template: str | None = None, tools: Any = None, **options: object
     ) -> tuple[str, list[list[int]]]:
         try:
             template = self._tokenizer.get_chat_template(chat_template, tools)

@@ -42,15 +42,21 @@ from loraplus.tasks.table import check_source
 
 _LARGEST_DECAY = 1e3
 _LARGEST_RANK = 2**16  # wider than any layer that is adapted
+_LARGEST_ALPHA = 1e9  # larger ones leave what 32 bits hold
+_LARGEST_COUNT = 2**31 - 1
+_PARTS = ("batch_size", "eval_batch_size", "gradient_accumulation_steps")
+_COUNTS = (*_PARTS, "max_steps", "eval_steps", "max_eval_samples", "epochs")
 Bound = tuple[tuple[str, ...], str, Callable[[float], bool]]
 """(settings, what a value must do, whether it does)"""
 _NUMBERS: tuple[Bound, ...] = (
     (
-        ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "rank", "alpha", "epochs"),
+        (*_PARTS, "rank", "alpha", "epochs"),
         "be positive and finite",
-        lambda value: math.isfinite(value) and value > 0,
+        lambda value: 0 < value < math.inf,  # not isfinite, which fails for whole numbers of hundreds of digits
     ),
     (("rank",), f"be at most {_LARGEST_RANK}", lambda value: value <= _LARGEST_RANK),
+    (("alpha",), f"be at most {_LARGEST_ALPHA:g}", lambda value: value <= _LARGEST_ALPHA),
+    (_COUNTS, f"be at most {_LARGEST_COUNT}", lambda value: value <= _LARGEST_COUNT),
     (("weight_decay",), f"lie between 0 and {_LARGEST_DECAY:g}", lambda value: 0 <= value <= _LARGEST_DECAY),
     (("max_steps", "eval_steps", "max_eval_samples"), "be 1 or more", lambda value: value >= 1),
     (("lora_dropout", "warmup_ratio"), "be at least 0 and below 1", lambda value: 0 <= value < 1),
@@ -60,13 +66,17 @@ SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 )  # fmt: skip
-_OF_COMPARISONS: tuple[Bound, ...] = ((("tuning_runs", "seeds", "workers"), "be at least 1", lambda value: value >= 1),)
+_OF_COMPARISONS: tuple[Bound, ...] = (
+    (("tuning_runs", "seeds", "workers"), "be at least 1", lambda value: value >= 1),
+    (("tuning_runs", "seeds", "workers"), f"be at most {_LARGEST_COUNT}", lambda value: value <= _LARGEST_COUNT),
+    (("max_test_samples",), "be 1 or more", lambda value: value >= 1),
+)
 _OF_CHATS = ("prompt_column", "completion_column", "messages_column")
 _OF_LANGUAGE_MODELS = ("loss_on", "packing", "long_examples", "chat_template", "load_in_4bit", *_OF_CHATS)
 
 
 def check_run(config: TaskConfig, *, overwrite: bool, resume: bool) -> None:
-    """Checks all of a run that its settings, its folders and the beginnings of its files can tell.
+    """Checks what a run's settings, its folders and the first bytes of its files tell, before anything is loaded.
 
     Args:
         config: of the run.
@@ -212,7 +222,7 @@ def _check_schedule(name: str) -> None:
 
 
 def _check_length(config: TaskConfig) -> None:
-    """Holds --max-length to the positions that a model's folder names; what else limits it shows when it is loaded."""
+    """Refuses a --max-length above the positions that the model's folder names. Other limits show when it is loaded."""
     length, most = config.max_length, _positions(user_path(config.model))
     if length is not None and not 2 <= length <= (most or length):
         span = f"lie between 2 and the {most} tokens that {config.model} takes" if most else "be at least 2"
@@ -242,8 +252,8 @@ def _check_comparison(config: CompareConfig) -> None:
 
 
 def _check_budget(config: TuneConfig) -> None:
-    if config.workers is not None and config.workers < 1:
-        raise InputError(f"--workers must be at least 1, got {config.workers}")
+    if config.workers is not None and not 1 <= config.workers <= _LARGEST_COUNT:
+        raise InputError(f"--workers must be at least 1 and at most {_LARGEST_COUNT}, got {config.workers}")
     if config.tuning_runs is not None and config.minutes is not None:
         raise InputError("--tuning-runs and --minutes are two budgets: give one of them")
     if config.minutes is not None:

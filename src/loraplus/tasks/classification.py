@@ -15,7 +15,6 @@ from peft import PeftModel
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from loraplus.errors import InputError
-from loraplus.integrations.transformers import LoraPlusTrainer
 from loraplus.tasks.columns import LabelledTexts, choose_columns, label_names, labelled_texts
 from loraplus.tasks.config import REGRESSION, TaskConfig
 from loraplus.tasks.data_parallel import DataParallelTrainer
@@ -99,8 +98,11 @@ def load_classification(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
     parts = split(data, config, read)
     counts = dict(sorted(parts.train.labels.counts().items()))
     facts = {
-        "text_column": text_column, "label_column": label_column, "labels": names, "train_class_counts": counts,
-    }  # fmt: skip
+        "text_column": text_column,
+        "label_column": label_column,
+        "labels": names,
+        "train_class_counts": counts,
+    }
     return encoded(
         config, tokenizer, parts, partial(_indices, names=names), names, facts, _seen(config, table, data, parts)
     )
@@ -119,11 +121,13 @@ def _seen(config: TaskConfig, table: Table, data: LabelledTexts, parts: Splits[L
         "most frequent": f"{frequent}, {share} of the validation texts: the accuracy of always saying it",
         "duplicates": repeats_row(repetition, parts.duplicates_removed),
     }
-    return Seen(rows).with_([
-        *doubts_of_table(table, data.text_column, [data.label_column], data.labels.distinct),
-        *doubt_of_contradictions(table, repetition, data.labels.value, data.texts),
-        *doubts_of_labels(data.labels, len(data)),
-    ])  # fmt: skip
+    return Seen(rows).with_(
+        [
+            *doubts_of_table(table, data.text_column, [data.label_column], data.labels.distinct),
+            *doubt_of_contradictions(table, repetition, data.labels.value, data.texts),
+            *doubts_of_labels(data.labels, len(data)),
+        ]
+    )
 
 
 def columns_row(config: TaskConfig, text: str, target: str) -> str:
@@ -230,7 +234,7 @@ def _indices(data: LabelledTexts, names: Sequence[str]) -> np.ndarray:
     return np.asarray([index[name] for name in data.labels.distinct], np.int32)[data.labels.codes]
 
 
-class Classification(Task):
+class Classification(Task[ClassificationData]):
     """Texts with one label each."""
 
     metrics: tuple[str, ...] = ("eval_accuracy", "eval_macro_f1")
@@ -254,7 +258,7 @@ class Classification(Task):
         model: PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         **options: Any,
-    ) -> LoraPlusTrainer:
+    ) -> DataParallelTrainer:
         """transformers' Trainer, with padded batches."""
 
         def measured(prediction: Any) -> dict[str, float]:
@@ -311,7 +315,7 @@ class Classification(Task):
         """
         return {"majority_share": float(np.mean(labels == most_frequent(data.label_names, data.facts)))}
 
-    def scores(self, trainer: Any, data: ClassificationData) -> dict[str, Any]:
+    def scores(self, trainer: DataParallelTrainer, data: ClassificationData) -> dict[str, Any]:
         """As `scores`, of the validation examples."""
         output, config = trainer.answers(data.validation), trainer.model.config
         truth = self.truth(data, np.asarray(output.label_ids))
@@ -327,8 +331,8 @@ class Classification(Task):
         return labels
 
     def outcome(self, data: ClassificationData, scored: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether anything was learnt, and what was to be had for nothing."""
-        # The test shuffles: asked once, so that the terminal, the card and the page say the same p.
+        """Whether anything was learnt, and the accuracy of always saying the most frequent class."""
+        # The test draws random shuffles, so it is done once: the terminal, the card and the page then say the same p.
         return {**self.baseline(data, data.answers), "learnt": learnt_record(scored["learnt"]["p_value"])}
 
     def save_beside_adapter(

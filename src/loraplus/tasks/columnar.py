@@ -175,7 +175,7 @@ def _measured(column: Any) -> tuple[int, int]:
 
 
 def _written_out(column: Any) -> int:
-    """The bytes of a column whose values stand in a dictionary, if each stood in its row."""
+    """The bytes that a dictionary-encoded column would take with every value written out in its row."""
     compute = importlib.import_module("pyarrow.compute")
     values = column.dictionary
     try:

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -164,7 +163,7 @@ def labels_in(table: Table, column: str) -> Labels:
     distinct: dict[tuple[bool, str], int] = {}
     firsts: list[int] = []
 
-    def code(index: int, value: Any) -> int:
+    def code(index: int, value: object) -> int:
         number = distinct.setdefault((isinstance(value, float), str(value).strip()), len(distinct))
         if number == len(firsts):
             firsts.append(index)

@@ -15,7 +15,7 @@ from loraplus.tasks.config import CompareConfig, TaskConfig, TrainConfig, TuneCo
 _CONFIGS: Mapping[str, type[TaskConfig]] = {"train": TrainConfig, "compare": CompareConfig, "tune": TuneConfig}
 
 
-def command_line(*words: str, **flags: Any) -> str:
+def command_line(*words: str, **flags: object) -> str:
     """The command line of a command with these flags.
 
     What a terminal would obey is spelled out, so that pasting it does nothing else.

@@ -23,7 +23,7 @@ CUT, DROP, SPLIT = "cut", "drop", "split"
 LONG_EXAMPLES = (CUT, DROP, SPLIT)
 
 
-def _option(default: Any, help: str, *flags: str, parser: Callable[[str], Any] | None = None) -> Any:
+def _option(default: object, help: str, *flags: str, parser: Callable[[str], Any] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "flags": flags, "parser": parser})
 
 
@@ -158,7 +158,7 @@ class TaskConfig(_RateFlags, _RunConfig):
 
 @dataclass(kw_only=True)
 class _LrFlag:
-    """Comes before the ratio, in --help and in commands that are written down."""
+    """A class of its own, so that --lr comes before --lr-ratio in --help and in printed commands."""
 
     lr: float | str = _option(
         None,  # until a configuration is made, which fills it in

@@ -68,7 +68,7 @@ def _content(part: Any) -> str:
 
 @dataclass(frozen=True)
 class LanguageExamples:
-    """Examples of one kind, made of the table when they are looked at; `are_chats` if any needs a chat template."""
+    """Examples of one kind, made from the table when they are read. `are_chats`: one of them needs a chat template."""
 
     kind: str
     rows: Made[Example]
@@ -191,7 +191,7 @@ def _found(table: Table, named: NamedColumns) -> str | PairColumns | None:
     return None
 
 
-def _tools(value: Any, where: str) -> Any:
+def _tools(value: object, where: str) -> Any:
     """The tools of an example, which stand in some data as JSON text."""
     if isinstance(value, str):
         try:
@@ -203,14 +203,14 @@ def _tools(value: Any, where: str) -> Any:
     return _without_none(value)
 
 
-def _without_none(value: Any) -> Any:
+def _without_none(value: object) -> Any:
     """Leaves out empty fields at any depth: columnar files fill them in."""
     if isinstance(value, Mapping):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _conversation(name: str, where: str, cell: Any, tools: Any = None) -> Example:
+def _conversation(name: str, where: str, cell: object, tools: object = None) -> Example:
     tools = _tools(tools, where)
     messages = messages_of(cell, where, name)
     _check_assistant(messages, where, "the conversation")
@@ -252,7 +252,7 @@ def _pair(where: str, prompt: Any, completion: Any, tools: Any = None, *, names:
     return Example(where=where, prompt=prompt, completion=completion, tools=tools)
 
 
-def messages_of(value: Any, where: str, name: str) -> list[Message]:
+def messages_of(value: object, where: str, name: str) -> list[Message]:
     """A cell as messages.
 
     Args:
@@ -277,7 +277,7 @@ def messages_of(value: Any, where: str, name: str) -> list[Message]:
     return [_message(turn, f"{where}, message {number}") for number, turn in enumerate(value, start=1)]
 
 
-def _message(turn: Any, where: str) -> Message:
+def _message(turn: object, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise InputError(f'{where}: expected {{"role": …, "content": …}}, found a {type(turn).__name__}')
     message = _without_none(turn)

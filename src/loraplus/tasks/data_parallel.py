@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from loraplus.integrations.transformers import LoraPlusTrainer
@@ -64,7 +65,7 @@ def is_lost_process(error: BaseException) -> bool:
 class PartsOfBatches(BatchSampler):
     """This process's part of every batch, as (index, weight); a process without an example gets one of weight 0.
 
-    The order is that of the main process, whatever the others' random numbers have been used for.
+    All processes take the main one's order, since their own random numbers may differ.
 
     Args:
         order: gives the indices of one pass.
@@ -124,7 +125,7 @@ class OrderByPass(Sampler[int]):
         for start in parts:  # in place: the longest first, equal ones in their order
             part = rows[start : start + size]
             part[:] = part[np.argsort(-self._lengths[part], kind="stable")]
-        # The longest of all comes first, so that memory that does not suffice is seen at once.
+        # The longest comes first: if memory does not suffice, that shows at the first step.
         longest = size * int(np.argmax(self._lengths[rows[::size]]))
         rows[[0, longest]] = rows[[longest, 0]]
         for start in parts:
@@ -132,7 +133,7 @@ class OrderByPass(Sampler[int]):
 
 
 class DataParallelTrainer(LoraPlusTrainer):
-    """LoraPlusTrainer with an order of the rows that depends on nothing but the seed, shared out among processes."""
+    """LoraPlusTrainer whose rows come in an order that the seed alone fixes, shared out among the processes."""
 
     _anew = "--overwrite starts the run again"
     _only_ours = True
@@ -153,7 +154,7 @@ class DataParallelTrainer(LoraPlusTrainer):
         parts = PartsOfBatches(order, batch_size, self.args.process_index, ranks)
         return DataLoader(_Weighted(rows), batch_sampler=parts, collate_fn=collate)
 
-    def order(self, rows: Any, batch_size: int) -> OrderByPass:
+    def order(self, rows: object, batch_size: int) -> OrderByPass:
         """The order of a pass, from its number and the seed alone, so that a run resumed within it finds it again."""
         return OrderByPass(
             self.lengths(rows), batch_size, lambda: self.args.seed + int((self.state.epoch or 0.0) + _SAME_PASS)
@@ -163,7 +164,7 @@ class DataParallelTrainer(LoraPlusTrainer):
         """Tokens of each row, (rows,)."""
         return rows.lengths if isinstance(rows, TokenRows) else [len(row["input_ids"]) for row in rows]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> OrderByPass:
+    def _get_train_sampler(self, train_dataset: object = None) -> OrderByPass:
         rows = self.train_dataset if train_dataset is None else train_dataset
         return self.order(rows, self.args.train_batch_size * self.args.gradient_accumulation_steps)
 
@@ -177,7 +178,7 @@ class DataParallelTrainer(LoraPlusTrainer):
             return super().get_eval_dataloader(eval_dataset)
         return self._in_order(self.eval_dataset if eval_dataset is None else eval_dataset)
 
-    def answers(self, rows: Any) -> Any:
+    def answers(self, rows: object) -> Any:
         """What the model gives for rows, in their order and whole in every process, with the metrics.
 
         `predict` would give them in an order of lengths, and each process its own share.
@@ -194,13 +195,13 @@ class DataParallelTrainer(LoraPlusTrainer):
             self.gather_function = self._own_results
         return super().evaluation_loop(*args, **kwargs)
 
-    def _own_results(self, values: torch.Tensor, **_: Any) -> torch.Tensor:
+    def _own_results(self, values: torch.Tensor, **_: object) -> torch.Tensor:
         """This process's results (batch, …), without the rows that only fill a last batch up."""
         state = self.accelerator.gradient_state  # as in one process: a last batch counts by its own size
         return values[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else values
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Trainer's loss, weighted in training."""
         weight = inputs.pop(_WEIGHT, None)

@@ -25,7 +25,7 @@ def loss_on(asked: str | None, kind: str) -> str:
     """The tokens to learn: those asked for, else the completion where there is one, else all.
 
     Raises:
-        InputError: not to be had in data of this kind.
+        InputError: data of this kind has no such tokens.
     """
     if asked is None:
         return ON_COMPLETION if kind == COMPLETION else ON_ALL

@@ -1,4 +1,4 @@
-"""Which encoding the text of a file is in: named, told by its first bytes, UTF-8, or guessed and then said.
+"""The encoding of a text file: as named, by its first bytes, UTF-8, or a guess that is reported.
 
 A guess is never silent: text read in the wrong encoding trains as well as any other.
 """

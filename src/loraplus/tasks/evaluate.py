@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from loraplus.errors import InputError
-from loraplus.files.paths import is_file, user_path
+from loraplus.files.paths import is_file, resolved, user_path
 from loraplus.files.single import read_json
 from loraplus.tasks.columns import LABEL_NAMES, choose_columns, labels_in, strings
 from loraplus.tasks.scores import most_frequent, scores
@@ -23,7 +23,7 @@ _USUAL = {"regression": TARGET_NAMES, "multi_label_classification": SET_NAMES}
 
 @dataclass(frozen=True)
 class Truth:
-    """What the rows of a table should be given, as `scores` takes it, and in which columns that and the texts stand."""
+    """The right answers for the rows of a table, as `scores` takes them, and the columns of texts and answers."""
 
     values: np.ndarray
     text_column: str
@@ -38,9 +38,13 @@ def facts_of_training(adapter: str) -> dict[str, Any]:
 
 
 def notes_of_data(data: str, facts: Mapping[str, Any]) -> list[str]:
-    """What is to be known of scores on the file that an adapter was trained on; nothing of another one."""
+    """A warning if the scored file is the one that the adapter was trained on; else nothing."""
     source = facts.get("source")
-    if not isinstance(source, str) or user_path(data).resolve() != user_path(source).resolve():
+    try:
+        is_same = isinstance(source, str) and resolved(data) == resolved(source)
+    except InputError:  # the facts of a damaged run may name anything
+        is_same = False
+    if not is_same:
         return []
     return [
         f"the adapter was trained on texts of {data}, so these scores say little of new ones; score texts kept aside"
@@ -94,7 +98,7 @@ def truth_of(table: Table, config: Any, text_column: str | None = None, label_co
     return Truth(codes, text, label)
 
 
-def labelled_rows(table: Table, config: Any, label_column: str | None) -> tuple[list[int], str] | None:
+def labelled_rows(table: Table, config: object, label_column: str | None) -> tuple[list[int], str] | None:
     """The rows that have a label, and its column; None if the table has no column of a usual name with labels.
 
     Args:
@@ -116,7 +120,7 @@ def labelled_rows(table: Table, config: Any, label_column: str | None) -> tuple[
     return (rows, column) if rows else None
 
 
-def _is_blank(value: Any) -> bool:
+def _is_blank(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
 
 

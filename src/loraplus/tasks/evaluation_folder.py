@@ -10,6 +10,7 @@ from typing import Any
 from loraplus.errors import InputError
 from loraplus.files.commands import SCORES_FILE
 from loraplus.files.output import check_writable, is_empty, not_ours
+from loraplus.files.paths import resolved
 from loraplus.files.replacing import put_back, replace_folder
 from loraplus.files.scratch import folder_beside
 from loraplus.files.single import read_json, write_csv, write_json
@@ -24,7 +25,7 @@ def check_output(output: str, *, overwrite: bool) -> Path:
     Raises:
         InputError: it cannot be written, or holds something that is not to be replaced.
     """
-    target = Path(output).resolve()  # a link stays one
+    target = resolved(output)  # a link stays one
     if Path.cwd().is_relative_to(target):
         raise InputError("--output is or holds the folder that this runs in, which cannot be replaced; name another")
     if target.exists() and not target.is_dir():

@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from loraplus.errors import InputError
@@ -15,19 +16,30 @@ from loraplus.tasks.chat import Chats, ChatTemplateError
 from loraplus.tasks.loading import loading
 from loraplus.tasks.pretrained import check_tokens
 
+_LARGEST_SEED = 2**64 - 1  # torch's
 ONLY_IDS: dict[str, Any] = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
-"""Of a tokenizer's options."""
+"""Options of a tokenizer: give token ids and nothing else, and say nothing."""
 _LARGEST_TOKEN = 2**31 - 1
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or a chat as {"role", "content"} messages."""
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int = 128, temperature: float = 0.0,
-    top_p: float = 1.0, seed: int = 0, batch_size: int = 8, chat: bool | None = None, system: str | None = None,
-    on_text: Callable[[str], None] | None = None, on_batch: Callable[[int], None] | None = None,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    chat: bool | None = None,
+    system: str | None = None,
+    on_text: Callable[[str], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
     places: Sequence[str] | None = None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Continues each prompt. The model's mode and the random state are restored afterwards.
 
     What a prompt is continued with does not depend on the other prompts if the temperature is 0: shorter ones are
@@ -59,7 +71,7 @@ def generate(
         >>> generate(model, tokenizer, ["In the beginning"], max_new_tokens=8)  # doctest: +SKIP
         [' God created the heavens and the earth.']
     """
-    _check_settings(max_new_tokens, temperature, top_p, batch_size)
+    _check_settings(max_new_tokens, temperature, top_p, batch_size, seed)
     if not prompts:
         raise InputError("there is no prompt to generate from")
     if on_text and len(prompts) > 1:
@@ -92,7 +104,9 @@ def generate(
     return texts
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool | None = None, system: str | None = None) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool | None = None, system: str | None = None
+) -> list[int]:
     """The tokens of one prompt, those of the chat template included.
 
     Raises:
@@ -120,7 +134,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool | None = None, syst
     return text_ids(tokenizer, text, special=False)
 
 
-def text_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
     """The tokens of a text to continue, without the end-of-text token that some tokenizers add to every text.
 
     Args:
@@ -145,7 +159,7 @@ def texts_ids(tokenizer: Any, texts: Sequence[str], *, special: bool = True) -> 
     return [ids[:-1] for ids in rows] if special and ends_texts(tokenizer) else rows
 
 
-def ends_texts(tokenizer: Any) -> bool:
+def ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer puts the end-of-text token behind every text."""
     end = tokenizer.eos_token_id
     return end is not None and tokenizer("a", verbose=False)["input_ids"][-1:] == [end]
@@ -157,16 +171,18 @@ def context_of(model: Any) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
-def _check_settings(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+def _check_settings(max_new_tokens: int, temperature: float, top_p: float, batch_size: int, seed: int) -> None:
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens and batch_size must be 1 or more, got {max_new_tokens} and {batch_size}")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature must be 0 or more, got {temperature}")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise InputError(f"seed must lie between 0 and {_LARGEST_SEED}, got {seed}")
 
 
-def _rooms(model: Any, rows: list[list[int]], wanted: int, places: Sequence[str] | None) -> list[int]:
+def _rooms(model: nn.Module, rows: list[list[int]], wanted: int, places: Sequence[str] | None) -> list[int]:
     """How many tokens each prompt can be continued with."""
     context = context_of(model)
     for index, row in enumerate(rows):
@@ -204,9 +220,14 @@ def _settings(model: Any, tokenizer: Any, room: int, temperature: float, top_p: 
 
 
 def continue_ids(
-    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], room: int, temperature: float = 0.0, top_p: float = 1.0,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    room: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
     on_text: Callable[[str], None] | None = None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Continues token ids by at most `room` tokens each; see `generate`.
 
     They become one tensor (rows, longest row), padded on the left, so that every answer starts in the same column.
@@ -220,16 +241,18 @@ def continue_ids(
         mask[i, longest - len(row) :] = 1
     with loading("cannot go on from this text"):  # transformers fills in settings of the model's own, whatever they are
         output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
             streamer=_Pieces(tokenizer, on_text) if on_text else None,
-        )  # fmt: skip
+        )
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 
 class _Pieces(BaseStreamer):
     """Passes text on as soon as its last character is complete."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         self._tokenizer, self._on_text = tokenizer, on_text
         self._ids: list[int] | None = None  # the prompt comes first
         self._told = 0
@@ -248,7 +271,7 @@ class _Pieces(BaseStreamer):
         self._tell(self._text())
 
     def _text(self) -> str:
-        return self._tokenizer.decode(self._ids or [], skip_special_tokens=True)
+        return str(self._tokenizer.decode(self._ids or [], skip_special_tokens=True))
 
     def _tell(self, text: str) -> None:
         if len(text) > self._told:

@@ -27,7 +27,7 @@ _USUAL = (
     ("query", "response"), ("prompt", "response"), ("input", "output"),
 )  # fmt: skip
 _CONTEXT = ("input", "context")
-"""What Alpaca and Dolly put beside an instruction."""
+"""Columns that Alpaca and Dolly have beside the instruction."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ def pair_columns(
     return None
 
 
-def as_turns(prompt: str, completion: str, context: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def as_turns(prompt: str, completion: str, context: object) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A user's turn and an assistant's."""
     asked = f"{prompt}\n\n{context}" if context else prompt
     return [{"role": "user", "content": asked}], [{"role": "assistant", "content": completion}]
 
 
-def as_text(prompt: str, context: Any) -> str:
+def as_text(prompt: str, context: object) -> str:
     """A prompt in Alpaca's layout.
 
     Example:

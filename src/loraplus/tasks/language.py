@@ -16,7 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loraplus.errors import InputError
 from loraplus.files.single import read_template
-from loraplus.integrations.transformers import LoraPlusTrainer, LoraPlusTrainingArguments
+from loraplus.integrations.transformers import LoraPlusTrainingArguments
 from loraplus.tasks.checks import check_task
 from loraplus.tasks.config import ON_ALL, TaskConfig
 from loraplus.tasks.conversations import (
@@ -27,6 +27,7 @@ from loraplus.tasks.conversations import (
     NamedColumns,
     read_examples,
 )
+from loraplus.tasks.data_parallel import DataParallelTrainer
 from loraplus.tasks.encoding import Encoder, loss_on
 from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
 from loraplus.tasks.model import load_language_model
@@ -37,7 +38,7 @@ from loraplus.tasks.seen import Seen, doubts_of_encoding, length_row, repeats, r
 from loraplus.tasks.splits import split
 from loraplus.tasks.streamed import Made, in_parts
 from loraplus.tasks.table import Table, read_table
-from loraplus.tasks.target_rows import Encoded, TargetRows, fit, how_to_fit
+from loraplus.tasks.target_rows import Encoded, Fitted, TargetRows, fit, how_to_fit
 from loraplus.tasks.task import Task, Tested
 from loraplus.tasks.token_rows import AT_ONCE
 
@@ -113,15 +114,7 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         "test_examples": len(test),
         "duplicates_removed": removed,
         "max_length": max_length,
-        "longer_than_context": sum(part.longer for part in fitted),
-        "long_examples": how,
-        "tokens_cut": sum(part.cut for part in fitted),
-        "examples_dropped": sum(part.dropped for part in fitted),
-        "train_rows": len(fitted[0].rows),
-        "train_tokens": int(fitted[0].rows.lengths.sum(dtype=np.int64)),
-        "train_target_tokens": fitted[0].targets,
-        "validation_target_tokens": fitted[1].targets,
-        "test_target_tokens": fitted[2].targets,
+        **_facts_of_tokens(fitted, how),
         "split_seed": config.seed,
         "sha256": fingerprint,
     }
@@ -136,6 +129,22 @@ def load_language_data(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -
         largest_token=fitted[0].largest,
         seen=_seen(config, table, data, facts, int(encoded[0].lengths.max()), unused),
     )
+
+
+def _facts_of_tokens(splits: Sequence[Fitted], how: str) -> dict[str, Any]:
+    """What stands in the training, validation and test split, and what was done with longer examples."""
+    train, validation, test = splits
+    return {
+        "longer_than_context": sum(split.longer for split in splits),
+        "long_examples": how,
+        "tokens_cut": sum(split.cut for split in splits),
+        "examples_dropped": sum(split.dropped for split in splits),
+        "train_rows": len(train.rows),
+        "train_tokens": int(train.rows.lengths.sum(dtype=np.int64)),
+        "train_target_tokens": train.targets,
+        "validation_target_tokens": validation.targets,
+        "test_target_tokens": test.targets,
+    }
 
 
 def _seen(
@@ -200,7 +209,7 @@ def encoded_splits(splits: Sequence[Made[Example]], encoder: Encoder) -> tuple[l
     return encoded, hashed.hexdigest()
 
 
-class LanguageModelling(Task):
+class LanguageModelling(Task[LanguageData]):
     """The tasks sft and lm."""
 
     metrics: tuple[str, ...] = ("eval_perplexity",)
@@ -224,7 +233,7 @@ class LanguageModelling(Task):
         check_tokens(model, data.largest_token, config.model)
         return model
 
-    def arguments(self, **options: Any) -> LoraPlusTrainingArguments:
+    def arguments(self, **options: object) -> LoraPlusTrainingArguments:
         """SFTTrainer's arguments; the rows it gets are tokenised, and packed by our collator."""
         return LanguageTrainingArguments(
             dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False, **options
@@ -236,8 +245,8 @@ class LanguageModelling(Task):
         data: LanguageData,
         model: PeftModel,
         tokenizer: PreTrainedTokenizerBase,
-        **options: Any,
-    ) -> LoraPlusTrainer:
+        **options: object,
+    ) -> DataParallelTrainer:
         """SFTTrainer; packs training batches where the model keeps the examples of a row apart."""
         # Attention over a packed row costs the square of its length, which a CPU's kernels do not skip.
         wanted = torch.accelerator.is_available() if config.packing is None else config.packing
@@ -260,9 +269,9 @@ class LanguageModelling(Task):
                 parameter.data = parameter.data.float()
         return trainer
 
-    def facts_of_run(self, trainer: LanguageTrainer) -> dict[str, Any]:
+    def facts_of_run(self, trainer: DataParallelTrainer) -> dict[str, Any]:
         """Whether batches were packed."""
-        return {"packing": trainer.packing is not None}
+        return {"packing": isinstance(trainer, LanguageTrainer) and trainer.packing is not None}
 
     def test(self, trainer: Any, data: LanguageData) -> Tested:
         """Each test example's summed loss over the mean number of target tokens: their mean is the loss a token."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import nn
 from torch.utils.data import DataLoader
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -68,7 +69,7 @@ class LanguageTrainer(DataParallelTrainer, SFTTrainer):
             self.data_collator = padding
 
     def weighted(self, part: dict[str, Any], weight: float) -> dict[str, Any]:
-        """A part counts by its target tokens. One of weight 0 only keeps its process busy and loses its targets."""
+        """A part counts by its target tokens, so it needs no weight. A part of weight 0 loses its targets."""
         return part if weight else {**part, "labels": torch.full_like(part["labels"], IGNORED)}
 
     def compute_loss(
@@ -89,7 +90,7 @@ class LanguageTrainer(DataParallelTrainer, SFTTrainer):
         return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
 
     def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Each example's summed loss (batch,), and its number of target tokens (batch,)."""
         inputs = self._prepare_inputs(inputs)
@@ -97,7 +98,7 @@ class LanguageTrainer(DataParallelTrainer, SFTTrainer):
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         return None, -outputs.log_probs.float().sum(dim=-1), outputs.label_mask.sum(dim=-1)
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
+    def create_model_card(self, *_: object, **__: object) -> None:
         """PEFT writes the adapter's card."""
 
     def _send_telemetry(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether anything was learnt: a model's answers against the same answers dealt out among the examples by chance.
+"""Whether anything was learnt: a model's answers against the same answers shuffled among the examples.
 
 The permutation test asks how often answers that are shuffled among the examples fit as well as those that were given.
 Answers that do not depend on the text, such as always the most frequent class, fit as well as any of their shuffles: p
@@ -25,7 +25,7 @@ def same(answers: np.ndarray, truth: np.ndarray) -> float:
 
 
 def product(answers: np.ndarray, truth: np.ndarray) -> float:
-    """Σ of products of numbers (examples,), which a correlation and its shuffles go by."""
+    """Σ of products of numbers (examples,): shuffles of one side change a correlation by this sum alone."""
     return float(np.dot(answers, truth))
 
 

@@ -8,9 +8,9 @@ from loraplus.tasks.config import TaskConfig
 
 MOST_EVALUATIONS, FEWEST_EVALUATIONS = 10, 3
 LARGEST_SHARE = 0.2
-"""Of a run's time that evaluation takes unless somebody asks for more."""
+"""Largest share of a run's time for evaluation, unless the user asks for more."""
 COST = 0.5
-"""Of evaluating an example, where training on it is 1: forward and backward pass take about as long as each other,
+"""Time to evaluate an example, where training on it takes 1: the backward pass takes about as long as the forward pass,
 since frozen weights need no gradient."""
 FEWEST_EXAMPLES = 32
 

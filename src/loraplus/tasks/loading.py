@@ -22,7 +22,7 @@ from loraplus.tasks.pickles import check_archive
 
 _COUNTED, _MOST_LAYERS = ("layer", "expert", "_blocks"), 10_000
 _SLACK = 2**27
-"""Parameters that a model may have beside those of its file: a new head, a pooler."""
+"""Parameters that a model may have beyond those in its files, such as a new head or a pooler."""
 _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
 
 
@@ -143,7 +143,9 @@ def _settings(folder: Path, path: Path) -> dict[str, Any]:
     return content
 
 
-def check_fits(loader: Any, model: str, *, config: Any = None, trust_remote_code: bool = False, **options: Any) -> None:
+def check_fits(
+    loader: Any, model: str, *, config: Any = None, trust_remote_code: bool = False, **options: object
+) -> None:
     """Refuses a configuration of a far larger model than its weights: the rest would fill the memory.
 
     Args:
@@ -175,7 +177,7 @@ def check_fits(loader: Any, model: str, *, config: Any = None, trust_remote_code
         )
 
 
-def check_layers(model: str, config: Any) -> None:
+def check_layers(model: str, config: object) -> None:
     """Refuses a configuration with so many layers that to list them would take hours.
 
     Raises:

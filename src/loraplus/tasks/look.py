@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from loraplus.errors import DivergedError
@@ -58,13 +59,15 @@ def look(config: TaskConfig) -> Seen:
 
 
 class _AfterTheFirst(StepClock):
-    """Adds up the time of the steps behind the first, or of the only one."""
+    """Adds up the time of all steps but the first; of a single step, the time of that."""
 
     def __init__(self, clock: StepClock) -> None:
         super().__init__()
         self._clock = clock
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
+    ) -> None:
         before = self.seconds
         super().on_step_end(args, state, control, **more)
         if self.steps > 1 or state.max_steps == 1:

@@ -1,6 +1,6 @@
 """Merges an adapter into its base model: a plain model folder, checked to give the same logits.
 
-Merged in single precision and rounded once, to the data type that is written. The folder appears under its name only
+It is merged in single precision and rounded once, to the data type that is written. The folder gets its name only
 after it has been read back and compared.
 """
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from loraplus.errors import InputError, MergeMismatchError
 from loraplus.files.output import check_unicode, check_writable, is_empty, not_ours
-from loraplus.files.paths import resolve_model, user_path
+from loraplus.files.paths import resolve_model, resolved
 from loraplus.files.replacing import put_back, replace_folder
 from loraplus.files.scratch import folder_beside
 from loraplus.files.single import read_json, write_json
@@ -27,7 +28,7 @@ from loraplus.tasks.predict import load_adapter
 from loraplus.tasks.saved_adapter import MERGE_FILE, adapter_settings, base_of, loading_base_of
 
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""By data type written: how far a logit may be off, as part of the largest."""
+"""How far a logit may be off, relative to the largest one, by the data type that is written."""
 _CLASSIFIER = "SEQ_CLS"
 _CHECKED_TEXTS, _CHECKED_TOKENS = 4, 16
 
@@ -66,7 +67,7 @@ def merge(
     check_unicode({"adapter": adapter, "output": output, "model": model})
     settings = adapter_settings(adapter)
     base = base_of(adapter, model)
-    target = Path(output).resolve()  # a link stays one
+    target = resolved(output)  # a link stays one
     _check_output(target, {"the adapter": adapter, "the base model": base}, overwrite)
     loader, adapted, tokenizer = _load(adapter, model, settings.get("task_type"), base, trust_remote_code)
     dtype = dtype or str(adapted.dtype).removeprefix("torch.")
@@ -84,11 +85,14 @@ def merge(
         remote = {"trust_remote_code": trust_remote_code}
         written = from_pretrained(loader, str(partial), dtype=torch.float32, **remote).eval()
         record = {
-            "adapter": str(user_path(adapter).resolve()), "base": base, "task": settings.get("task_type"),
-            "dtype": dtype, "parameters": written.num_parameters(),
+            "adapter": str(resolved(adapter)),
+            "base": base,
+            "task": settings.get("task_type"),
+            "dtype": dtype,
+            "parameters": written.num_parameters(),
             **_compare(expected, _logits(written, rows), dtype, target),
             "files": sorted([MERGE_FILE, *(path.name for path in partial.iterdir())]),
-        }  # fmt: skip
+        }
         write_json(partial / MERGE_FILE, record)
         try:
             replace_folder(partial, target, _files_of_merge(target) or set())
@@ -101,7 +105,7 @@ def _check_output(target: Path, sources: dict[str, str], overwrite: bool) -> Non
     if Path.cwd().is_relative_to(target):
         raise InputError("--output is or holds the folder that this runs in, which cannot be replaced; name another")
     for what, name in sources.items():
-        source = user_path(name).resolve()
+        source = resolved(name)
         if source.exists() and source.is_relative_to(target):
             raise InputError(f"--output {target} is or holds {what}; name another folder")
     if target.exists() and not target.is_dir():
@@ -146,8 +150,11 @@ def _fixed_inputs(model: Any) -> torch.Tensor:
     config = model.config.get_text_config()
     drawn = torch.Generator().manual_seed(0)
     rows = torch.randint(config.vocab_size, (_CHECKED_TEXTS, _CHECKED_TOKENS), generator=drawn)
-    return rows if config.pad_token_id is None else rows.masked_fill(
-        rows == config.pad_token_id, (config.pad_token_id + 1) % config.vocab_size)  # fmt: skip
+    return (
+        rows
+        if config.pad_token_id is None
+        else rows.masked_fill(rows == config.pad_token_id, (config.pad_token_id + 1) % config.vocab_size)
+    )
 
 
 @torch.inference_mode()
@@ -183,7 +190,7 @@ def _untie(model: Any) -> bool:
     return True
 
 
-def _inner(layer: Any) -> Any:
+def _inner(layer: nn.Module) -> Any:
     """The base model's layer inside of PEFT's."""
     for name in ("base_layer", "original_module"):
         layer = getattr(layer, name, layer)
@@ -199,7 +206,7 @@ def _tie_again(model: Any) -> None:
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = equal
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, target: Path) -> None:
+def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, target: Path) -> None:
     with loading(f"cannot write to {target}"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from transformers.pytorch_utils import Conv1D
 
@@ -129,7 +130,7 @@ def four_bits(config: TaskConfig) -> BitsAndBytesConfig:
     )
 
 
-def _adapted(config: TaskConfig, model: Any, **options: Any) -> PeftModel:
+def _adapted(config: TaskConfig, model: nn.Module, **options: Any) -> PeftModel:
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]

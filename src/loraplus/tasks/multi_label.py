@@ -45,9 +45,11 @@ def load_multi_label(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> 
     parts = split(data, config, read)
     counts = parts.train.targets.sum(axis=0, dtype=np.int64).tolist()
     facts = {
-        "text_column": data.text_column, "label_column": label_column, "labels": names,
+        "text_column": data.text_column,
+        "label_column": label_column,
+        "labels": names,
         "train_class_counts": dict(zip(names, counts, strict=True)),
-    }  # fmt: skip
+    }
     seen = _seen(config, table, data, names, parts)
     return encoded(config, tokenizer, parts, lambda part: part.targets.astype(np.float32), names, facts, seen)
 
@@ -112,7 +114,7 @@ class MultiLabel(Classification):
         return {**multi_label_metrics(said, there), "chance_p": chance_p(said, there)}
 
     def baseline(self, data: ClassificationData, labels: np.ndarray) -> dict[str, float]:
-        """None: there is no one class to be the most frequent."""
+        """None: a text has a set of labels, so no class is the most frequent."""
         return {}
 
     def judge(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loraplus.tasks.target_rows import IGNORED
@@ -73,11 +74,13 @@ class PackingCollator(DataCollatorForLanguageModeling):
         rows = []
         for row in best_fit([len(example["input_ids"]) for example in examples], self.room):
             chosen = [examples[i] for i in row]
-            rows.append({
-                "input_ids": [token for example in chosen for token in example["input_ids"]],
-                "labels": [label for example in chosen for label in [IGNORED, *example["labels"][1:]]],
-                "seq_lengths": [len(example["input_ids"]) for example in chosen],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "input_ids": [token for example in chosen for token in example["input_ids"]],
+                    "labels": [label for example in chosen for label in [IGNORED, *example["labels"][1:]]],
+                    "seq_lengths": [len(example["input_ids"]) for example in chosen],
+                }
+            )
         batch = super().torch_call(rows)
         del batch["attention_mask"]  # a model looks at the positions only if there is none
         return batch
@@ -105,7 +108,7 @@ def keeps_apart(model: Any) -> bool:
         after_first, after_other = (_after(model, before, second) for before in (first, other))
         alone = model(input_ids=second.to(model.device), use_cache=False).logits.float()
         scale = alone.abs().max().item() or 1.0
-        # The same computation but for the example before; alone, the shapes and with them the rounding are others.
+        # Both runs have an example in front: a run without one would have other shapes, and so other rounding.
         leaks = (after_first - after_other).abs().max().item() > _CLOSE * scale
         differs = (after_first - alone).abs().max().item() > _rounding(model) * scale
         return not (leaks or differs)
@@ -129,6 +132,6 @@ def _after(model: Any, before: torch.Tensor, example: torch.Tensor) -> torch.Ten
     return logits[:, _CHECKED:].float()
 
 
-def _rounding(model: Any) -> float:
-    """Part of the largest logit by which rounding may move one."""
+def _rounding(model: nn.Module) -> float:
+    """How far rounding may move a logit, relative to the largest one."""
     return 1e-3 if model.dtype == torch.float32 and not getattr(model, "is_loaded_in_4bit", False) else 5e-2

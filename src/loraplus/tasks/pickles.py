@@ -44,5 +44,5 @@ def check_archive(path: Path) -> None:
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
-    """Whether the memory of a tensor (…) holds as many numbers as its shape says: strides may count one twice."""
+    """Whether a tensor (…) has memory for every number of its shape: strides can make one number count many times."""
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

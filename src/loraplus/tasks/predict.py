@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from torch import nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from loraplus.errors import InputError
 from loraplus.files.paths import is_file, user_path
@@ -56,14 +57,19 @@ def load_adapter(adapter: str, base_model: str | None = None, *, trust_remote_co
     return model, tokenizer
 
 
-def _check_labels(adapter: str, config: Any) -> None:
+def _check_labels(adapter: str, config: object) -> None:
     names = getattr(config, "id2label", None)
     if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
         raise InputError(f"the config.json of {adapter} does not number its labels (id2label); it is damaged")
 
 
 def predict(
-    model: Any, tokenizer: Any, texts: list[str], *, batch_size: int = 64, on_batch: Callable[[int], None] | None = None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    *,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """The most likely label of each text with its probability; or a number, or all likely labels.
 
@@ -84,7 +90,7 @@ def predict(
 @torch.inference_mode()
 def outputs_of(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
     batch_size: int = 64,
@@ -117,7 +123,7 @@ def _classes(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _numbers(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
+def _numbers(logits: torch.Tensor, config: object) -> list[dict[str, Any]]:
     """The number of each text, in the scale of the training data. Logits (texts, 1)."""
     return [{"prediction": round(value, 6)} for value in in_data_scale(config, logits.numpy()).tolist()]
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -67,7 +68,7 @@ def _positions(config: Any) -> int | None:
     return positions
 
 
-def load_base(model: str, **options: Any) -> tuple[Any, list[str]]:
+def load_base(model: str, **options: object) -> tuple[Any, list[str]]:
     """Loads a classifier, and says which of its modules the checkpoint does not hold.
 
     Args:
@@ -86,7 +87,7 @@ def load_base(model: str, **options: Any) -> tuple[Any, list[str]]:
     return loaded, sorted({head for key in unset if (head := head_of(loaded, key)) is not None})
 
 
-def load_decoder(model: str, **options: Any) -> Any:
+def load_decoder(model: str, **options: object) -> Any:
     """Loads a causal language model whose checkpoint holds every weight (an output layer may be tied to the input).
 
     Args:
@@ -189,7 +190,7 @@ def head_of(model: Any, key: str) -> str | None:
     return None if pooler is None else prefix + ".".join(path[: pooler + 1])
 
 
-def head_modules(model: Any, fresh: Iterable[str]) -> list[str]:
+def head_modules(model: nn.Module, fresh: Iterable[str]) -> list[str]:
     """All modules to train and save in full: the whole head beside the base model, and what is new inside it."""
     beside = {
         head for key, _ in model.named_parameters() if (head := head_of(model, key)) is not None and "." not in head

@@ -53,7 +53,7 @@ def read_stdin() -> str:
         raise InputError("standard input is not UTF-8 text") from None
 
 
-def _prompt(table: Table, index: int, value: Any) -> Prompt:
+def _prompt(table: Table, index: int, value: object) -> Prompt:
     where = table.place(index)
     if isinstance(value, list):
         return _chat(where, value)

@@ -41,13 +41,16 @@ def load_regression(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> C
     if deviation == 0:
         raise InputError(f"{config.data}: every target in column {column!r} is {mean:g}, so there is nothing to learn")
     facts = {
-        "text_column": data.text_column, "label_column": column, "target_mean": mean, "target_deviation": deviation,
+        "text_column": data.text_column,
+        "label_column": column,
+        "target_mean": mean,
+        "target_deviation": deviation,
         "target_range": [float(parts.train.targets.min()), float(parts.train.targets.max())],
-    }  # fmt: skip
+    }
 
-    def scaled(part: TargetedTexts) -> np.ndarray:
+    def scaled(split: TargetedTexts) -> np.ndarray:
         """Targets (examples,) with mean 0 and deviation 1 over the training examples."""
-        return ((part.targets - mean) / deviation).astype(np.float32)
+        return ((split.targets - mean) / deviation).astype(np.float32)
 
     low, high = facts["target_range"]
     rows = {
@@ -85,7 +88,7 @@ class Regression(Classification):
         return {**regression_metrics(predicted, targets), "chance_p": chance_p(predicted, about, product)}
 
     def baseline(self, data: ClassificationData, labels: np.ndarray) -> dict[str, float]:
-        """None: that of the mean is an R² of 0."""
+        """None: always saying the mean has an R² of 0, which needs no line of its own."""
         return {}
 
     def truth(self, data: ClassificationData, labels: np.ndarray) -> np.ndarray:

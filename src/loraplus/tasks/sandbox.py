@@ -26,11 +26,12 @@ from loraplus.tasks import sandbox_process
 _PROGRAM = "import json, runpy, sys; sys.path = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], {}, '__main__')"
 _MEASURES_ITSELF = hasattr(signal, "setitimer")
 _WALL_SECONDS = 60.0
-"""Where the process cannot measure its own time."""
+"""The limit by the clock, which alone counts where the process cannot measure its own time."""
 _ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
     "ARROW_DEFAULT_MEMORY_POOL": "system",  # its own takes a gigabyte of addresses at once, which the limit forbids
-}  # fmt: skip
+}
 _PLAIN = re.compile(r"[\w.\-/ ]*")
 
 
@@ -54,7 +55,7 @@ class _Process:
         self._running: subprocess.Popen[bytes] | None = None
         self._owner = 0
 
-    def ask(self, kind: str, *arguments: Any) -> Any:
+    def ask(self, kind: str, *arguments: object) -> Any:
         """The answer to a request.
 
         Raises:
@@ -93,9 +94,12 @@ class _Process:
             self._owner = os.getpid()
             self._running = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(Path(sandbox_process.__file__))],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
                 env={**os.environ, **_ENVIRONMENT},
-            )  # fmt: skip
+            )
             atexit.register(self._end)
         return self._running
 
@@ -109,7 +113,7 @@ class _Process:
 _PROCESS = _Process()
 
 
-def check_patterns(source: str, settings: Any, names: Iterable[str]) -> None:
+def check_patterns(source: str, settings: object, names: Iterable[str]) -> None:
     """Makes sure that no pattern in an adapter's settings takes long on the names of a model's modules.
 
     Args:
@@ -132,7 +136,7 @@ def check_patterns(source: str, settings: Any, names: Iterable[str]) -> None:
             continue  # a sentence, say; where it is used as a pattern, that says so
 
 
-def _texts(value: Any) -> Iterable[str]:
+def _texts(value: object) -> Iterable[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -154,7 +158,7 @@ def parquet_facts(path: str) -> dict[str, Any]:
     return _PROCESS.ask("parquet", path)
 
 
-def render_chat(template: str, messages: Sequence[Any], **options: Any) -> tuple[str, list[list[int]]]:
+def render_chat(template: str, messages: Sequence[Any], **options: object) -> tuple[str, list[list[int]]]:
     """A conversation in the words of a chat template, and where the assistant's parts stand in it.
 
     Args:

@@ -1,8 +1,8 @@
 """The program of `sandbox`: answers requests one at a time, each within limits on time and memory.
 
 It imports nothing of loraplus, so that it starts fast. A request that takes too long ends the process, whatever it is
-in the middle of: a pattern and a power of two numbers are single calls that no exception interrupts. Native code that
-ends its process over a damaged file ends this one.
+doing: matching a pattern or raising a number to a power is one call that no exception interrupts. If native code
+crashes on a damaged file, this process ends and not the user's.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import sys
 from typing import Any, BinaryIO, cast
 
 SECONDS = 2.0
-"""Of processor time for one request."""
+"""Most processor time for one request."""
 MEMORY = 2**30
 LONGEST = 2**24
-"""Characters that a chat may become."""
+"""Most characters that a template may make of a chat."""
 _SHORT = 64
-"""Bytes of a value that may stand in many rows without a look at its size."""
+"""Bytes of a value so small that it may be repeated in any number of rows."""
 _FORMS = ("{}", r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)")  # as PEFT matches target_modules, rank_pattern, modules_to_save
 
 

@@ -1,6 +1,6 @@
 """The scores of a model on labelled texts: figures, each class or label, and the most confident mistakes.
 
-`train`, `predict` and `evaluate` tell the same of the same answers, since all three ask here.
+`train`, `predict` and `evaluate` all use these, so they say the same of the same answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FIGURES = {
     "loss": "loss", "accuracy": "accuracy", "micro_f1": "micro-F1", "macro_f1": "macro-F1",
     "mse": "mean squared error", "mae": "mean absolute error", "r2": "R²", "pearson": "Pearson's r",
 }  # fmt: skip
-"""{the name that a figure has in scores: its title}, in their order; `eval_` stands before names in metrics.json."""
+"""{name of a figure in scores.json: its title}, in the order shown; metrics.json has `eval_` before the name."""
 _MOST_MISTAKES = 20
 _LONGEST_TEXT = 1000  # characters of a mistake that are kept
 _OVER = "the examples"
@@ -77,7 +77,7 @@ def most_frequent(names: Sequence[str], facts: Mapping[str, Any]) -> int | None:
     return max(range(len(names)), key=lambda index: counts.get(names[index], 0)) if counts else None
 
 
-def in_data_scale(config: Any, outputs: np.ndarray) -> np.ndarray:
+def in_data_scale(config: object, outputs: np.ndarray) -> np.ndarray:
     """The numbers that outputs of any shape stand for, (examples,)."""
     mean, deviation = getattr(config, "target_mean", 0.0), getattr(config, "target_deviation", 1.0)
     return np.asarray(outputs, np.float64).reshape(-1) * deviation + mean
@@ -148,7 +148,7 @@ def _of_sets(names: list[str], logits: np.ndarray, truth: np.ndarray, example: E
     }
 
 
-def _of_numbers(config: Any, logits: np.ndarray, truth: np.ndarray, example: Example) -> dict[str, Any]:
+def _of_numbers(config: object, logits: np.ndarray, truth: np.ndarray, example: Example) -> dict[str, Any]:
     """Scores of outputs (examples, 1) by numbers (examples,) in the data's own scale."""
     predicted, truth = in_data_scale(config, logits), truth.reshape(-1)
     errors = predicted - truth

@@ -19,7 +19,7 @@ from loraplus.tasks.tabular import GUESSED, Table
 
 _LOG = logging.getLogger(__name__)
 MOST_LOOKED_AT = 1_000_000
-"""Rows that are looked through for texts that stand there twice; all but huge tables have fewer."""
+"""Most rows that are searched for repeated texts; only huge tables have more."""
 _MOST_SHOWN = 6
 _WORDS_OF_A_ROW = 4
 _SHORT_RUN = "all would take over a fifth of so short a run"
@@ -54,7 +54,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Texts that stand in a table more than once, whatever their case and spacing.
+    """Texts that a table holds more than once, whatever their case and spacing.
 
     Args:
         looked_at: rows.
@@ -70,7 +70,7 @@ class Repeats:
 
 
 def repeats(texts: Iterable[str], codes: np.ndarray | None = None) -> Repeats:
-    """Looks for texts that stand there twice, and for such with two labels.
+    """Counts repeated texts, and those that have two labels.
 
     Args:
         texts: one a row; `MOST_LOOKED_AT` of them are looked at.
@@ -124,7 +124,7 @@ def source_row(table: Table) -> str:
 
 
 def repeats_row(repetition: Repeats, removed: int) -> str:
-    """How many texts stand there twice, and how many were removed for it."""
+    """How many texts repeat an earlier one, and how many were removed because held-out data has them."""
     among = f" among the first {repetition.looked_at:,}" if repetition.looked_at == MOST_LOOKED_AT else ""
     return f"{repetition.repeated:,} repeat an earlier one{among}; {removed:,} removed, since held-out data has them"
 

@@ -54,8 +54,8 @@ def _fields(line: str, delimiter: str) -> int:
 def read_tabs(source: str, path: Path, encoding: str) -> Table:
     """A TSV file. Some quote as CSV does, others hold bare quotation marks; the reading that gives whole rows is right.
 
-    Where both do, it is the one with more rows: the other took bare marks for quotes and swallowed line ends. Where
-    neither does, the one that got further says what is wrong.
+    If both readings give whole rows, the one with more rows is right: the other took bare marks for quotes and
+    swallowed line ends. If neither does, the one that got further says what is wrong.
 
     Raises:
         InputError: as for CSV.

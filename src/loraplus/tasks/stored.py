@@ -22,7 +22,7 @@ _TEXT, _JSON = {b"kind": b"text"}, {b"kind": b"json"}  # of the cells of a block
 class _Blocks:
     """Blocks of rows. Each is an Arrow stream of one batch: its columns, or all of its cells as one long column.
 
-    The latter, for rows of text and JSON, is quick however many columns there are; a block may lack the last of them.
+    One long column, for rows of text and JSON, is quick however many columns there are. A block may lack the last ones.
     """
 
     def __init__(self, source: str) -> None:

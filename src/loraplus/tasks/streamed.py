@@ -42,7 +42,7 @@ class Streamed(Sequence[T]):
 
 
 class Made(Streamed[T]):
-    """What a function makes of each row of some columns, computed when it is looked at and not kept.
+    """The results of a function on each row of some columns, computed when they are read and not kept.
 
     Args:
         make: takes one value of each column.
@@ -145,7 +145,7 @@ def digest(text: str) -> bytes:
 
 
 def in_parts(values: Iterable[V], most: int, size: Callable[[Any], int] = len) -> Iterator[list[V]]:
-    """Lists of so many texts, or fewer where texts are long.
+    """Lists of at most so many texts, with fewer of them where texts are long.
 
     Args:
         values: texts, or what holds texts.
@@ -156,13 +156,13 @@ def in_parts(values: Iterable[V], most: int, size: Callable[[Any], int] = len) -
         >>> list(in_parts(["a", "b", "c"], 2))
         [['a', 'b'], ['c']]
     """
-    part: list[V] = []
+    together: list[V] = []
     characters = 0
     for value in values:
-        part.append(value)
+        together.append(value)
         characters += size(value)
-        if len(part) == most or characters >= _CHARACTERS_AT_ONCE:
-            yield part
-            part, characters = [], 0
-    if part:
-        yield part
+        if len(together) == most or characters >= _CHARACTERS_AT_ONCE:
+            yield together
+            together, characters = [], 0
+    if together:
+        yield together

@@ -14,9 +14,9 @@ LONGEST_ROW = 2**24
 MOST_ROWS = 10_000_000
 MOST_CELLS = 100_000_000
 MOST_BYTES = 2**32
-"""Of a file, and of what it unpacks to."""
+"""Bytes of a file, packed and unpacked."""
 GUESSED = ", guessed"
-"""Ends what `Table.read_as` says of a guess."""
+"""The end of `Table.read_as` where the reading is a guess."""
 
 
 class LineError(InputError):

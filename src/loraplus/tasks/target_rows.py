@@ -79,11 +79,11 @@ class TargetRows(TokenRows):
         return TargetRows(self._file, starts, lengths)
 
 
-def _complemented(part: Sequence[Encoded]) -> tuple[np.ndarray, list[int]]:
+def _complemented(examples: Sequence[Encoded]) -> tuple[np.ndarray, list[int]]:
     """(ids of all rows, one row after another (tokens,), ~id where there is no loss; the length of each row)"""
-    ids = np.fromiter(chain.from_iterable(row.ids for row in part), TOKEN)
-    learnt = np.fromiter(chain.from_iterable(row.learnt for row in part), bool)
-    return np.where(learnt, ids, ~ids), [len(row.ids) for row in part]
+    ids = np.fromiter(chain.from_iterable(row.ids for row in examples), TOKEN)
+    learnt = np.fromiter(chain.from_iterable(row.learnt for row in examples), bool)
+    return np.where(learnt, ids, ~ids), [len(row.ids) for row in examples]
 
 
 def _ids(tokens: np.ndarray) -> np.ndarray:

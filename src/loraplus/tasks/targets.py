@@ -1,4 +1,4 @@
-"""What texts are to be given beside a class: a number (regression), or a set of labels (multi-label)."""
+"""Targets other than one class: a number for each text (regression), or a set of labels (multi-label)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 
 @dataclass(frozen=True)
 class TargetedTexts:
-    """Texts and what each is to be given: a number (examples,), or ones and zeros (examples, labels)."""
+    """Texts and their targets: a number each (examples,), or ones and zeros (examples, labels)."""
 
     texts: Texts
     targets: np.ndarray
@@ -102,7 +102,7 @@ def _target_column(table: Table, text_column: str | None, asked: str | None) -> 
     return numeric[0]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     try:
         return math.isfinite(float(str(value).strip().replace(",", ".")))
     except ValueError:
@@ -207,7 +207,7 @@ def _set_columns(table: Table, text_column: str | None, asked: str | None) -> tu
     return binary
 
 
-def _as_bit(value: Any) -> int | None:
+def _as_bit(value: object) -> int | None:
     text = str(value).strip().lower()
     return 1 if text in _YES else 0 if text in _NO else None
 
@@ -242,7 +242,7 @@ def _sets(table: Table, column: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def _labels_of(table: Table, column: str, index: int, value: Any, separator: str | None) -> list[str]:
+def _labels_of(table: Table, column: str, index: int, value: object, separator: str | None) -> list[str]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = parse_json(value)

@@ -114,7 +114,7 @@ def _first_character(source: str, path: Path, encoding: str) -> str:
     return ""
 
 
-def _row(source: str, place: str, value: Any) -> dict[str, Any]:
+def _row(source: str, place: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f'{source}, {place}: expected an object like {{"text": …, "label": …}}')
     return value
@@ -148,7 +148,7 @@ def _value(source: str, line: int, text: str) -> Any:
         raise LineError(source, line + (error.line or 1) - 1, str(error)) from None
 
 
-def _check_characters(where: str, text: str, value: Any) -> None:
+def _check_characters(where: str, text: str, value: object) -> None:
     if _HALF_CHARACTER.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -120,10 +120,10 @@ def _tokenised(
     cutting: dict[str, Any] = (
         {"truncation": False} if max_length is None else {"truncation": True, "max_length": max_length}
     )
-    for part in in_parts(texts, AT_ONCE):
-        rows = tokenizer(
-            part, verbose=False, return_attention_mask=False, return_token_type_ids=False, **cutting
-        )["input_ids"]  # fmt: skip
+    for some in in_parts(texts, AT_ONCE):
+        rows = tokenizer(some, verbose=False, return_attention_mask=False, return_token_type_ids=False, **cutting)[
+            "input_ids"
+        ]
         yield np.fromiter(itertools.chain.from_iterable(rows), TOKEN), list(map(len, rows))
 
 

@@ -6,11 +6,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from loraplus.errors import DivergedError, InterruptedRun, LostProcessError
 from loraplus.files.checkpoints import check_places, checkpoints, newest_whole
@@ -26,17 +26,12 @@ from loraplus.speed.fast import Fast
 from loraplus.tasks.callbacks import DivergenceGuard, RunTotals, StepClock, StopOnSignal
 from loraplus.tasks.checks import check_settings, rates_of
 from loraplus.tasks.config import AUTO, TrainConfig
-from loraplus.tasks.data_parallel import (
-    is_lost_process,
-    is_main_process,
-    processes,
-    wait_for_all,
-)
+from loraplus.tasks.data_parallel import DataParallelTrainer, is_lost_process, is_main_process, processes, wait_for_all
 from loraplus.tasks.finished import METRICS_FILE, finished_run
 from loraplus.tasks.look import seen_of_run
 from loraplus.tasks.model_card import is_unfilled, model_card
 from loraplus.tasks.seen import Seen
-from loraplus.tasks.task import Task, task_of
+from loraplus.tasks.task import Task, TaskData, task_of
 from loraplus.tasks.training import build_trainer, total_steps
 
 _LOG = logging.getLogger(__name__)
@@ -79,22 +74,65 @@ def train(
         LostProcessError: another process of the run ended; the last checkpoint is kept.
     """
     check_settings(config)
-    wanted = asdict(config)
+    output, wanted = Path(config.output), asdict(config)
     check_output(config.output, wanted, overwrite=overwrite, resume=resume)
-    check_places(Path(config.output))
-    if resume and (metrics := finished_run(Path(config.output))) is not None:
+    check_places(output)
+    if resume and (metrics := finished_run(output)) is not None:
         return metrics
+    run = _ready(config, callbacks)
+    main = is_main_process()
+    with hold_output(config.output) if main else nullcontext():
+        if main:
+            prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
+            note_data(output / DATA_FILE, run.data.facts)
+            if on_seen:
+                on_seen(run.seen)
+            run.seen.tell()
+        wait_for_all()
+        _take_steps(run, resume=resume)
+        curves = curve_rows(run.trainer.state.log_history, run.task.metrics)
+        if main:
+            write_csv(output / CURVES_FILE, curves)
+        _end_if_stopped(run)
+        scored = run.task.scores(run.trainer, run.data)
+        metrics = _metrics(run, scored)
+        if main:
+            _write_results(run, metrics, scored, curves)
+        wait_for_all()
+        return metrics
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run whose data and model are loaded, and what watches it."""
+
+    config: TrainConfig
+    task: Task[Any]
+    data: TaskData
+    tokenizer: PreTrainedTokenizerBase
+    seen: Seen
+    trainer: DataParallelTrainer
+    clock: StepClock
+    totals: RunTotals
+    stop: StopOnSignal
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+
+def _ready(config: TrainConfig, callbacks: Sequence[TrainerCallback]) -> _Run:
+    """Loads data and model and builds the trainer; refuses what cannot be trained."""
     rates = rates_of(config, config.lr, config.lr_ratio)
     task = task_of(config)
     tokenizer = task.load_tokenizer(config)
     data = task.load_data(config, tokenizer)
-    total_steps(config, len(data.train))
+    total_steps(config, len(data.train))  # refuses a length before the model is loaded
     model = task.load_model(config, data, tokenizer, config.seed)
-
     seen = seen_of_run(config, data)
     clock, stop = StepClock(), StopOnSignal()
     totals = RunTotals(clock)
-    trainer = build_trainer(
+    totals.trainer = trainer = build_trainer(
         config,
         rates,
         data,
@@ -106,78 +144,83 @@ def train(
         auto=config.lr == AUTO,
         callbacks=[clock, totals, stop, DivergenceGuard(rates), *callbacks],
     )
-    totals.trainer, main = trainer, is_main_process()
-    with hold_output(config.output) if main else nullcontext():
-        output = Path(config.output)
-        if main:
-            prepare_output(config.output, wanted, overwrite=overwrite, resume=resume)
-            note_data(output / DATA_FILE, data.facts)
-            if on_seen:
-                on_seen(seen)
-            seen.tell()
-        wait_for_all()
-        with stop.listening():
-            try:
-                trainer.train(resume_from_checkpoint=resume and bool(checkpoints(output)))
-            except DivergedError as error:
-                raise _diverged(error, output) from None
-            except RuntimeError as error:
-                if not is_lost_process(error):
-                    raise
-                raise _lost_process(trainer.state.global_step, output) from None
-        step = trainer.state.global_step
-        curves = curve_rows(trainer.state.log_history, task.metrics)
-        if main:
-            write_csv(output / CURVES_FILE, curves)
-        if stop.stopped.is_set() and step < trainer.state.max_steps:
-            wait_for_all()  # each writes its part of the checkpoint
-            raise InterruptedRun(
-                f"interrupted after step {step} of {trainer.state.max_steps}; saved to {output}/checkpoint-{step}; "
-                "go on with the same command and --resume"
-            )
+    return _Run(config, task, data, tokenizer, seen, trainer, clock, totals, stop)
 
-        best = trainer.state.best_global_step
-        evaluation = _evaluation_at(best, trainer) or trainer.evaluate()
-        scored = task.scores(trainer, data)
-        metrics = {
-            "eval_loss": evaluation["eval_loss"],
-            **{name: evaluation[name] for name in task.metrics},
-            **task.outcome(data, scored),
-            "base": _of_base(task, trainer, data),
-            "steps": step,
-            "best_step": best if best is not None else step,
-            **_rates_in_use(trainer),
-            "batch_size": config.batch_size,  # over all processes
-            "processes": processes(),
-            **task.facts_of_run(trainer),
-            "speed_up": dict(Counter(module.what for module in model.modules() if isinstance(module, Fast))),
-            "train_loss": totals.loss / step,
-            "train_seconds": totals.seconds,
-            "seconds_per_step": clock.seconds_per_step,
-            "doubts": list(seen.doubts),
-            "groups": explain(trainer.model, trainer.optimizer).groups(),
-            "data": data.facts,
-        }
-        if main:
-            card = model_card(config, metrics, scored, is_chat=task.is_chat(config, tokenizer))
-            _save_adapter(task, trainer, data, tokenizer, output, curves, card)
-            if samples := task.samples(config.samples, trainer.model, data, tokenizer):
-                write_json(output / SAMPLES_FILE, samples)
-            if scored:
-                write_json(output / SCORES_FILE, scored)
-            write_json(output / METRICS_FILE, metrics)  # last: it says that the run is finished
-        wait_for_all()
-        return metrics
+
+def _take_steps(run: _Run, *, resume: bool) -> None:
+    """Trains until the last step or a signal.
+
+    Raises:
+        DivergedError, LostProcessError: they name the checkpoint that is kept.
+    """
+    with run.stop.listening():
+        try:
+            run.trainer.train(resume_from_checkpoint=resume and bool(checkpoints(run.output)))
+        except DivergedError as error:
+            raise _diverged(error, run.output) from None
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            raise _lost_process(run.trainer.state.global_step, run.output) from None
+
+
+def _end_if_stopped(run: _Run) -> None:
+    """Raises `InterruptedRun` if a signal came before the last step."""
+    step, steps = run.trainer.state.global_step, run.trainer.state.max_steps
+    if run.stop.stopped.is_set() and step < steps:
+        wait_for_all()  # each writes its part of the checkpoint
+        raise InterruptedRun(
+            f"interrupted after step {step} of {steps}; saved to {run.output}/checkpoint-{step}; "
+            "go on with the same command and --resume"
+        )
+
+
+def _metrics(run: _Run, scored: dict[str, Any]) -> dict[str, Any]:
+    """What metrics.json says. Evaluates the model, and its base without the adapter."""
+    trainer, task, data = run.trainer, run.task, run.data
+    step, best = trainer.state.global_step, trainer.state.best_global_step
+    evaluation = _evaluation_at(best, trainer) or trainer.evaluate()
+    return {
+        "eval_loss": evaluation["eval_loss"],
+        **{name: evaluation[name] for name in task.metrics},
+        **task.outcome(data, scored),
+        "base": _of_base(task, trainer, data),
+        "steps": step,
+        "best_step": best if best is not None else step,
+        **_rates_in_use(trainer),
+        "batch_size": run.config.batch_size,  # over all processes
+        "processes": processes(),
+        **task.facts_of_run(trainer),
+        "speed_up": dict(Counter(module.what for module in trainer.model.modules() if isinstance(module, Fast))),
+        "train_loss": run.totals.loss / step,
+        "train_seconds": run.totals.seconds,
+        "seconds_per_step": run.clock.seconds_per_step,
+        "doubts": list(run.seen.doubts),
+        "groups": explain(trainer.model, trainer.optimizer).groups(),
+        "data": data.facts,
+    }
+
+
+def _write_results(run: _Run, metrics: dict[str, Any], scored: dict[str, Any], curves: list[dict[str, Any]]) -> None:
+    """The adapter, its card, samples and scores; metrics.json last, since it says that the run is finished."""
+    _save_adapter(
+        run, curves, model_card(run.config, metrics, scored, is_chat=run.task.is_chat(run.config, run.tokenizer))
+    )
+    if samples := run.task.samples(run.config.samples, run.trainer.model, run.data, run.tokenizer):
+        write_json(run.output / SAMPLES_FILE, samples)
+    if scored:
+        write_json(run.output / SCORES_FILE, scored)
+    write_json(run.output / METRICS_FILE, metrics)
 
 
 def _evaluation_at(step: int | None, trainer: LoraPlusTrainer) -> dict[str, Any] | None:
-    """What was logged of the weights of a step; they need not be evaluated again."""
+    """The logged evaluation of a step, so that its weights need not be evaluated again."""
     rows = (row for row in reversed(trainer.state.log_history) if row["step"] == step and "eval_loss" in row)
     return next(rows, None)
 
 
-def _of_base(task: Task, trainer: Any, data: Any) -> dict[str, float]:
-    """What the model gives without its adapter, with the head that it began with: where the run set out from."""
+def _of_base(task: Task[Any], trainer: DataParallelTrainer, data: TaskData) -> dict[str, float]:
+    """The measures before training: the model without its adapter, with the head that it began with."""
     with trainer.model.disable_adapter():
         measured = trainer.answers(data.validation).metrics
     return {name: measured[name] for name in ("eval_loss", *task.metrics)}
@@ -208,23 +251,16 @@ def _rates_in_use(trainer: LoraPlusTrainer) -> dict[str, Any]:
     return {"lr": auto.lr_a, "lr_b": auto.lr_b, "lr_ratio": ratio, "auto": True, "auto_why": auto.why}
 
 
-def _save_adapter(
-    task: Task,
-    trainer: LoraPlusTrainer,
-    data: Any,
-    tokenizer: Any,
-    output: Path,
-    curves: list[dict[str, Any]],
-    card: str,
-) -> None:
+def _save_adapter(run: _Run, curves: list[dict[str, Any]], card: str) -> None:
     """Adapter in PEFT's format; beside it what the task needs, rates, curves, card, and the manifest of all that."""
-    writes_card = _may_write_card(output)
-    with saved_whole(output, output) as folder:
+    trainer = run.trainer
+    writes_card = _may_write_card(run.output)
+    with saved_whole(run.output, run.output) as folder:
         trainer.model.save_pretrained(str(folder), safe_serialization=True)
-        task.save_beside_adapter(trainer.model, data, tokenizer, folder)
+        run.task.save_beside_adapter(trainer.model, run.data, run.tokenizer, folder)
         write_rates(folder, rates_record(trainer.loraplus_rates, trainer.model, trainer.loraplus_auto))
         write_csv(folder / CURVES_FILE, curves)
-        note_data(folder / DATA_FILE, data.facts)
+        note_data(folder / DATA_FILE, run.data.facts)
         if writes_card:
             write_atomically(folder / CARD_FILE, card)
         seal(folder, [path for path in folder.iterdir() if path.name != CARD_FILE or writes_card])

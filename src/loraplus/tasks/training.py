@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.optimization import get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -19,10 +20,10 @@ from loraplus.rates import Rates
 from loraplus.speed import speed_up
 from loraplus.tasks.checks import check_numbers, check_parts
 from loraplus.tasks.config import TaskConfig
-from loraplus.tasks.data_parallel import processes
+from loraplus.tasks.data_parallel import DataParallelTrainer, processes
 from loraplus.tasks.lengths import steps_between_evaluations, steps_of
 from loraplus.tasks.reporting import reporting
-from loraplus.tasks.task import TaskData, task_of
+from loraplus.tasks.task import Task, TaskData, task_of
 
 _LOGS_PER_EVALUATION = 2
 
@@ -47,7 +48,7 @@ def build_trainer(
     config: TaskConfig,
     rates: Rates,
     data: TaskData,
-    model: Any,
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
@@ -57,7 +58,7 @@ def build_trainer(
     optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     run: str = "train",
-) -> LoraPlusTrainer:
+) -> DataParallelTrainer:
     """The task's trainer with all levers on: length-grouped batches, fused AdamW, and `speed_up` on the model.
 
     Args:
@@ -80,19 +81,58 @@ def build_trainer(
     Raises:
         InputError: a training setting that cannot be used.
     """
-    steps = total_steps(config, len(data.train))
+    task = task_of(config)
+    report, reporting_callbacks = reporting(getattr(config, "report_to", "none"), config.output, run)
+    args = _arguments(
+        config,
+        task,
+        rates,
+        len(data.train),
+        len(data.validation),
+        output_dir=output,
+        checkpoints=checkpoints,
+        auto=auto,
+        seed=seed,
+        **report,
+    )
     if config.speed_up:
         speed_up(model)
-    eval_steps = min(
-        steps, config.eval_steps or steps_between_evaluations(steps, config.batch_size, len(data.validation))
-    )
-    task = task_of(config)
     if optimizer is not None:  # Trainer passes no learning_rate on
         optimizer = optimizer[0], {"lr": rates.lr, **optimizer[1]}
-    report, reporting_callbacks = reporting(getattr(config, "report_to", "none"), config.output, run)
+    trainer = task.trainer(
+        config,
+        data,
+        model,
+        tokenizer,
+        args=args,
+        callbacks=[*callbacks, *reporting_callbacks],
+        optimizer_cls_and_kwargs=optimizer,
+    )
+    for shown in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shown)
+    return trainer
+
+
+def _arguments(
+    config: TaskConfig,
+    task: Task[Any],
+    rates: Rates,
+    train_examples: int,
+    held_out: int,
+    *,
+    checkpoints: bool,
+    auto: bool,
+    **options: object,
+) -> LoraPlusTrainingArguments:
+    """What Trainer is to do: length, batches, rates, schedule, evaluations, checkpoints.
+
+    Raises:
+        InputError: a setting that cannot be used.
+    """
+    steps = total_steps(config, train_examples)
+    eval_steps = min(steps, config.eval_steps or steps_between_evaluations(steps, config.batch_size, held_out))
     try:
         args = task.arguments(
-            output_dir=output,
             learning_rate=rates.lr,
             **fields_of(rates, sets_ratio=False if auto else None, prefix=PREFIX),
             loraplus_auto_rates=auto,
@@ -115,28 +155,16 @@ def build_trainer(
             metric_for_best_model="eval_loss",
             logging_steps=_steps_between_logs(eval_steps),
             logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
-            seed=seed,
             bf16=config.bf16,
             use_cpu=not torch.accelerator.is_available(),  # Trainer refuses bf16 on a CPU unless told so
             disable_tqdm=True,
-            **report,
             label_names=["labels"],
+            **options,
         )
     except ValueError as error:
         raise InputError(str(error).strip().splitlines()[0]) from None
     _check_schedule(args, steps)
-    trainer = task.trainer(
-        config,
-        data,
-        model,
-        tokenizer,
-        args=args,
-        callbacks=[*callbacks, *reporting_callbacks],
-        optimizer_cls_and_kwargs=optimizer,
-    )
-    for shown in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(shown)
-    return trainer
+    return args
 
 
 def train_and_evaluate(trainer: LoraPlusTrainer) -> None:

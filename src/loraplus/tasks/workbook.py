@@ -50,7 +50,7 @@ def _check_archive(source: str, path: Path) -> None:
     """Refuses what unpacks to too much before it is unpacked."""
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = [part.file_size for part in archive.infolist()]
+            sizes = [member.file_size for member in archive.infolist()]
     except (zipfile.BadZipFile, NotImplementedError):
         raise InputError(f"{source} cannot be read as an Excel workbook (it is damaged, or of another kind)") from None
     check_size(source, size=sum(sizes))
@@ -92,6 +92,6 @@ def _table(source: str, rows: Iterable[Sequence[Any]]) -> Table | None:
     return writer.table() if header else None
 
 
-def _value(cell: Any) -> Any:
+def _value(cell: object) -> Any:
     """A cell as JSON has it: dates and times become text."""
     return cell if cell is None or isinstance(cell, _SIMPLE) else str(cell)

@@ -53,7 +53,7 @@ ALL: dict[str, Variant] = {
 
 
 def create_optimizer(
-    model: nn.Module, name: str, *, lr: float | None = None, lr_ratio: float = 1.0, **options: Any
+    model: nn.Module, name: str, *, lr: float | None = None, lr_ratio: float = 1.0, **options: object
 ) -> torch.optim.Optimizer:
     """The optimizer of a method, over the trainable parameters.
 

@@ -59,7 +59,7 @@ class LoraRite(PairOptimizer):
 
 
 def _weight_of_the_past(beta: float, step: int) -> float:
-    """What the average so far counts, with Adam's correction: 0 at the first step, β in the end."""
+    """The weight of the average so far, with Adam's correction: 0 at the first step, β in the end."""
     return beta * (1 - beta ** (step - 1)) / (1 - beta**step)
 
 

@@ -23,7 +23,7 @@ def tied_rate(model: nn.Module) -> float:
 
         η = c / √(n·r·s),      s = α/r, or α/√r for rsLoRA
 
-    which does not hang on the rank for s = α/r with constant α, and falls as 1/√r for α = r. c is such that the rate
+    which does not depend on the rank for s = α/r with constant α, and falls as 1/√r for α = r. c is such that the rate
     is 3e-4, the usual one, at n = 768, r = 8 and α = 16.
 
     Args:

@@ -57,7 +57,7 @@ class PairOptimizer(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        **options: Any,
+        **options: object,
     ) -> None:
         kind = type(self)
         if factors_of is None:

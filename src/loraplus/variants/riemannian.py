@@ -14,7 +14,7 @@ class Riemannian(PairOptimizer):
 
     u = Adam(∂L/∂P · (QᵀQ + δ·I)⁻¹)      for a factor P and its partner Q
 
-    Both factors then move the product B·A at a speed that hangs less on how its size is split between the two.
+    Both factors then move the product B·A at a speed that depends less on how its size is split between the two.
 
     Args:
         params, factors_of, lr, betas, eps, weight_decay: as `PairOptimizer`.

@@ -107,9 +107,13 @@ class Halving:
 
     def best(self, losses: Losses) -> Candidate | None:
         """The run of full length with the lowest loss, or None if there is none or all diverged."""
-        full = {run: finite(loss) for run, loss in losses.items() if run.steps == self.full_steps}
-        best = min(full, key=lambda run: (full[run], run.point.geometric_mean_lr, run.point.lr_ratio), default=None)
-        return best if best is not None and math.isfinite(full[best]) else None
+        of_full_length = {run: finite(loss) for run, loss in losses.items() if run.steps == self.full_steps}
+        best = min(
+            of_full_length,
+            key=lambda run: (of_full_length[run], run.point.geometric_mean_lr, run.point.lr_ratio),
+            default=None,
+        )
+        return best if best is not None and math.isfinite(of_full_length[best]) else None
 
     def cost(self, runs: Iterable[Candidate]) -> float:
         """Cost of some runs in runs of full length: their share of optimizer steps."""
@@ -118,7 +122,7 @@ class Halving:
 
 @dataclass
 class _Replay(Halving):
-    """A search on its way from the start, with what is known at the point where it is."""
+    """A search replayed from the start, with what is known by the rung that it has reached."""
 
     known: dict[Candidate, float] = field(default_factory=dict)
     minima: dict[float, float] = field(default_factory=dict)
@@ -140,13 +144,13 @@ class _Replay(Halving):
         yield from self._rest()
 
     def _line(self) -> Rung:
-        """Half decades upwards and downwards, until the best has a worse neighbour on both sides."""
+        """Tries half decades up and down, until the best rate has a worse neighbour on both sides."""
         start = [self._run(x) for x in LINE]
         yield from self._ask(start[: self._affordable(self.length, keep=1)])
         yield from self._bracket(LINE_STEP)
 
     def _ratios(self) -> Rung:
-        """Other λ, each at the rate of the λ next to it and a quarter of a decade on, the way its best rate moves."""
+        """Tries other λ, each at its neighbour's best rate and a quarter of a decade on, where its own should lie."""
         row = self._row()
         if not any_finite(row):
             return
@@ -280,9 +284,9 @@ class _Replay(Halving):
         self.centre -= DRIFT * math.log2(length / self.length)
         self.length = length
 
-    def _steps(self, part: float) -> int:
+    def _steps(self, fraction: float) -> int:
         """Optimizer steps of a part of a run; the whole if a part would be too short to tell anything."""
-        steps = max(math.ceil(part * self.full_steps), FEWEST_STEPS)
+        steps = max(math.ceil(fraction * self.full_steps), FEWEST_STEPS)
         return steps if 2 * steps <= self.full_steps else self.full_steps
 
     def _affordable(self, steps: int, keep: float) -> int:
@@ -292,8 +296,8 @@ class _Replay(Halving):
 
     def _refining_length(self) -> int | None:
         """The longest rung of three runs that leaves one run of full length."""
-        for part in REFINING_RUNGS:
-            steps = self._steps(part)
+        for fraction in REFINING_RUNGS:
+            steps = self._steps(fraction)
             if self.length <= steps < self.full_steps and self._affordable(steps, keep=1) >= 3:
                 return steps
         return None

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# A λ that is worse than the best by more than this part has no say in the parabola over λ.
+# The parabola over λ leaves out every λ whose loss is worse than the best by more than this part.
 FAR = 0.1
-# The loss rises more steeply above the best rate than below it; a parabola must not believe the steep side alone.
+# The loss rises more steeply above the best rate than below it, so the steep side alone would mislead a parabola.
 MOST_SKEW = 3.0
 
 

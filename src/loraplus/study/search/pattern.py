@@ -103,7 +103,7 @@ def _coordinates(point: Point, start: Point) -> tuple[int, int]:
 
 
 def _halvings_behind(coordinates: tuple[int, int]) -> int:
-    """How often the step had been halved when this point was chosen."""
+    """How often the step had been halved by the time this point was chosen."""
     for halvings in range(MAX_HALVINGS):
         if all(units % (UNITS_PER_STEP >> halvings) == 0 for units in coordinates):
             return halvings

@@ -59,7 +59,7 @@ def best_point(tried: Mapping[Point, float]) -> Point:
 
 
 def finite(loss: float) -> float:
-    """A loss to compare: NaN is as bad as infinity."""
+    """The loss for comparisons: NaN counts as infinite."""
     return math.inf if math.isnan(loss) else loss
 
 
