@@ -83,7 +83,7 @@ def test_samples_differ_and_follow_the_seed(base, loraplus_command):
         (["--prompt", "the"], "name an adapter, a model, or both"),
         (["--model", "./none", "--prompt", "the"], "there is no model folder ./none"),
         (["--adapter", "none", "--prompt", "the"], "there is no adapter folder none"),
-        (["--adapter", "BASE", "--prompt", "the"], "it has no adapter_config.json"),
+        (["--adapter", "BASE", "--prompt", "the"], "is a whole model, not an adapter"),
         (["--model", "ADAPTER", "--prompt", "the"], "is an adapter, not a model; name it with --adapter"),
         (["--model", "ENCODER", "--prompt", "the"], "is a bert, no causal language model"),
         (["--adapter", "ADAPTER", "--model", "ENCODER", "--prompt", "the"], "is a bert, no causal language model"),
