@@ -5,6 +5,7 @@
     python benchmarks/rates.py --peers [SETTING …]                the runs of rates_peers.py that are missing
     python benchmarks/rates.py --variants SETTING …               the rate of optimizers with a direction of their own
     python benchmarks/rates.py --steps SETTING …                  automatic runs of parts of the length
+    python benchmarks/rates.py --growth [SETTING …]               automatic runs with growth and without, in pairs
     python benchmarks/rates.py --table                            what the committed results come to
     python benchmarks/rates.py --arms                             LoRA+ against LoRA in the first fourteen settings
     python benchmarks/rates.py --rerun SETTING                    trains the runs behind one row of the table again
@@ -26,6 +27,8 @@ from typing import Any
 
 import rates_tables
 from rates_results import (
+    GROWN,
+    NOT_GROWN,
     PARTS,
     RESULTS,
     SEEDS,
@@ -119,6 +122,16 @@ def auto(setting: Setting) -> Iterator[Row]:
             yield row
 
 
+def growth(setting: Setting) -> Iterator[Row]:
+    """The missing automatic runs with growth (`automatic/growth.py`) and without, on the same networks."""
+    from loraplus.auto import Rule
+
+    for name, rule in ((GROWN, Rule()), (NOT_GROWN, Rule(growth=0.0))):
+        for seed in SEEDS:
+            if seed not in of_method(read(setting.name), name):
+                yield run_auto(setting, seed, name, rule)[0]
+
+
 def peers(setting: Setting) -> Iterator[Row]:
     """The missing runs of the methods that need no search."""
     from rates_peers import PEERS
@@ -191,7 +204,7 @@ def rerun(setting: Setting) -> None:
               f"{row['eval_loss']:.5f} recorded, {again['eval_loss']} now", flush=True)  # fmt: skip
 
 
-TRAINED = {"grid": grid, "auto": auto, "peers": peers, "variants": variants, "steps": shorter}
+TRAINED = {"grid": grid, "auto": auto, "peers": peers, "variants": variants, "steps": shorter, "growth": growth}
 PRINTED = {"table": rates_tables.table, "arms": rates_tables.arms}
 
 

@@ -16,6 +16,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "rates"
 SEEDS = (0, 1, 2)
 COLUMNS = ("method", "lr_ratio", "half_decade", "lr", "seed", "eval_loss", "accuracy", "seconds")
 UNTRAINED = "untrained"
+GROWN, NOT_GROWN = "growth", "no-growth"
+"""Automatic runs whose rates may grow, and the same without that."""
 PARTS = (0.25, 0.5, 0.75)
 """Of a setting's length, at which shorter automatic runs are tried."""
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from statistics import fmean, median
 
 from rates_results import (
+    GROWN,
+    NOT_GROWN,
     PARTS,
     SEEDS,
     UNTRAINED,
@@ -48,6 +50,24 @@ def table() -> None:
     later()
     variants()
     steps()
+    growth()
+
+
+def growth() -> None:
+    """Prints automatic runs with growth beside those without, seed by seed on the same networks."""
+    print(f"\n{'setting':32s} {'part':13s} {'without':>8s} {'with':>8s}  ratio")
+    ratios: dict[str, dict[str, float]] = {}
+    for setting in SETTINGS.values():
+        rows = read(setting.name)
+        without, with_growth = mean_loss(rows, NOT_GROWN), mean_loss(rows, GROWN)
+        if math.isfinite(without) and math.isfinite(with_growth):
+            ratios.setdefault(setting.part, {})[setting.name] = with_growth / without
+            print(
+                f"{setting.name:32s} {setting.part:13s} {without:8.4f} {with_growth:8.4f}  {with_growth / without:.4f}"
+            )
+    for part, known in ratios.items():
+        values = list(known.values())
+        print(f"{part}: {len(known)} settings, mean ratio {fmean(values):.4f}, worst {max(values):.4f}")
 
 
 def steps() -> None:
