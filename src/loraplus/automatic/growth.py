@@ -21,7 +21,7 @@ from loraplus.automatic.rate_rule import Rule
 from loraplus.steps.movement import is_sharded, local_part
 
 _REMEMBERED = 0.8  # weight of what was, in the running mean
-_FIRST = 3  # values that it has before it is believed
+_FIRST = 5  # values that it has before it is believed
 _CALM = 50.0  # steps at full height without a change, after which the run is no longer watched
 _SEEN = 1.05  # k from which it is worth a word
 
