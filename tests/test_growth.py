@@ -23,7 +23,7 @@ def descended(rate, noise, steps=40, height=1.0, rule=None):
     """k after steps of SGD on half the squared distance from 0 of two weights, with noise in the gradient."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.ones(8, 4)), torch.nn.Parameter(torch.ones(3, 8))]
-    growth = Growth(weights, rule or Rule())
+    growth = Growth(lambda: weights, rule or Rule())
     for _ in range(steps):
         for weight in weights:
             weight.grad = weight.detach() + noise * torch.randn(weight.shape, generator=generator)
@@ -62,7 +62,7 @@ def test_what_counts_is_how_far_the_agreement_is_beyond_its_bounds_at_the_height
 
 def test_a_run_whose_steps_are_right_is_watched_for_a_while_only():
     growth = descended(1e-2, noise=30.0, steps=70)
-    assert not growth.is_watching and not growth._step and not growth._start
+    assert not growth.is_watching and not growth._kept
     assert descended(1e-2, noise=30.0, steps=70, height=0.1).is_watching  # a warm-up says little
 
 
@@ -70,15 +70,16 @@ def test_a_run_whose_steps_are_right_is_watched_for_a_while_only():
 def test_a_gradient_that_says_nothing_changes_nothing(broken):
     growth = descended(1e-3, noise=0.0, steps=6)
     before = growth.state_dict()
-    for weight in growth._weights:
+    for weight in growth._weights():
         weight.grad = torch.full_like(weight, broken)
     growth.look(1.0, alone)
-    assert {**growth.state_dict(), "step": None} == {**before, "step": None} and not growth.has_grown
+    same = {"step": None, "has_grown": False}
+    assert {**growth.state_dict(), **same} == {**before, **same} and not growth.has_grown
 
 
 def test_a_factor_without_a_gradient_counts_as_one_of_zeros():
     growth = descended(1e-3, noise=0.0, steps=5, rule=Rule(growth=0.5))
-    growth._weights[0].grad = None
+    growth._weights()[0].grad = None
     before = growth.factor
     growth.look(1.0, alone)
     assert growth.factor > before
@@ -88,28 +89,35 @@ def test_a_run_on_clean_data_grows_and_says_so():
     model, optimizer, scheduler, rates = build()
     train(model, optimizer, scheduler, 30)
     grown = rates._growth.factor
-    assert grown > 1.5 and f"{grown:.2g} times larger since steps stopped short" in str(rates)
+    assert grown > 1.5 and f"both grown {grown:.2g}-fold" in str(rates)
     assert rates.lr_a == pytest.approx(grown * rates._pair[0]) and rates.lr_b == pytest.approx(grown * rates._pair[1])
     assert all(layer.lr_b for layer in rates.layer_rates.values())
 
 
-def test_a_resumed_run_goes_on_growing_as_it_would_have():
-    def started(seed=0):
-        model = adapted(seed)
-        optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1.0, lr_ratio=1, lr_head=1e-3)
-        return model, optimizer, linear(optimizer, 60), AutoRates(model, optimizer)
+SLOW = Rule(growth=0.5, measured_at_first=3, measured_every=1000)  # measured where it has grown, and nowhere else
 
-    def steps(run, first, last):
-        model, optimizer, scheduler, _ = run
-        for step in range(first, last):
-            model(**batch(seed=step % 5)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
 
+def started(seed=0, rule=SLOW):
+    model = adapted(seed)
+    optimizer = loraplus.create_optimizer(model, torch.optim.AdamW, lr=1.0, lr_ratio=1, lr_head=1e-3)
+    return model, optimizer, linear(optimizer, 60), AutoRates(model, optimizer, rule=rule)
+
+
+def steps(run, first, last):
+    model, optimizer, scheduler, _ = run
+    for step in range(first, last):
+        model(**batch(seed=step % 5)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("stop", [4, 9])  # before it is believed, and where the next step is measured as k has moved
+def test_a_resumed_run_goes_on_growing_as_it_would_have(stop):
     whole, half = started(), started()
-    steps(whole, 0, 14)
-    steps(half, 0, 7)
+    steps(whole, 0, 20)
+    steps(half, 0, stop)
+    assert half[3]._growth.has_grown == half[3]._recorder.on == (stop == 9)
     kept = io.BytesIO()
     parts = ("model", "optimizer", "scheduler", "rates")
     torch.save({name: part.state_dict() for name, part in zip(parts, half, strict=True)}, kept)
@@ -117,8 +125,76 @@ def test_a_resumed_run_goes_on_growing_as_it_would_have():
     state, resumed = torch.load(kept, weights_only=True), started(seed=1)
     for name, part in zip(parts, resumed, strict=True):
         part.load_state_dict(state[name])
-    assert resumed[3]._growth.factor == half[3]._growth.factor > 1
-    steps(resumed, 7, 14)
+    assert resumed[3]._growth.factor == half[3]._growth.factor
+    steps(resumed, stop, 20)
     assert resumed[3]._growth.factor == whole[3]._growth.factor > half[3]._growth.factor
     for mine, theirs in zip(resumed[0].parameters(), whole[0].parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_state_that_is_kept_stays_as_it_was():
+    run = started()
+    steps(run, 0, 6)
+    state = run[3].state_dict()
+    (kept,) = state["growth"]["step"]
+    before = kept.clone()
+    steps(run, 6, 7)
+    run[3].load_state_dict(state)
+    steps(run, 7, 8)
+    assert torch.equal(kept, before) and before.any()
+
+
+def test_a_checkpoint_from_before_there_was_growth_has_not_grown():
+    run = started(rule=Rule())
+    steps(run, 0, 12)
+    state = run[3].state_dict()
+    assert state.pop("growth")["factor"] > 1
+    run[3].load_state_dict(state)
+    steps(run, 12, 13)
+    assert run[3]._growth.factor == 1 and run[3].lr_b == run[3]._pair[1]
+
+
+def test_factors_that_are_replaced_or_frozen_on_the_way_are_followed():
+    weights = [torch.nn.Parameter(torch.ones(8, 4)), torch.nn.Parameter(torch.ones(3, 8))]
+    growth = Growth(lambda: weights, Rule())
+
+    def step():
+        for weight in weights:
+            weight.grad = weight.detach().clone() if weight.requires_grad else None
+        growth.look(1.0, alone)
+        looks = growth._looks
+        growth.step_begins()
+        with torch.no_grad():
+            for weight in weights:
+                weight -= 1e-3 * (0.0 if weight.grad is None else weight.grad)
+        growth.step_ends()
+        return looks
+
+    assert [step() for _ in range(3)] == [0, 1, 2]
+    weights[0] = torch.nn.Parameter(weights[0].detach().clone())  # as FSDP2 does when it is prepared late
+    assert [step() for _ in range(7)] == [3, 4, 5, 6, 7, 8, 9] and growth.factor > 1.5
+    weights[0].requires_grad = False  # the step before it was of both
+    assert [step() for _ in range(3)] == [9, 10, 11]
+    weights[0].requires_grad = True
+    assert [step() for _ in range(2)] == [11, 12]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_steps_of_factors_of_any_precision_are_kept_in_32_bits_at_least(dtype):
+    weights = [torch.nn.Parameter(torch.ones(8, 4, dtype=dtype)), torch.nn.Parameter(torch.ones(3, 8))]
+    growth = Growth(lambda: weights, Rule())
+    growth.step_begins()
+    with torch.no_grad():
+        weights[0] -= 2**-7
+        weights[1] -= 2**-20
+    growth.step_ends()
+    (step,) = growth.state_dict()["step"]
+    assert step.dtype == torch.promote_types(dtype, torch.float32)
+    assert step.tolist() == [2**-7] * 32 + [2**-20] * 24
+
+
+def test_vectors_that_are_too_long_for_one_product_are_taken_in_parts(monkeypatch):
+    whole = descended(1e-3, noise=1.0, steps=3)
+    monkeypatch.setattr("loraplus.automatic.growth._AT_ONCE", 7)
+    parts = descended(1e-3, noise=1.0, steps=3)
+    assert parts._mean == pytest.approx(whole._mean, rel=1e-5) and whole._mean

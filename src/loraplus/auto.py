@@ -23,6 +23,7 @@ multiplies both. How the constants were found, and what else was tried: docs/res
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,7 @@ class AutoRates(StepWatcher):
         self.why = "not measured yet"
         self._groups, self._process_group = groups, process_group
         self._pair = (0.0, 0.0)  # for steps of Adam's size that have not grown
-        self._growth = Growth(factors(self._layers), self.rule)
+        self._growth = self._ungrown()
         self._size = size or 1.0
         self._units: dict[Role, float] | None = None if size is None else {Role.A: 1.0, Role.B: 1.0}
         self._compiled = self._missed = self._skipped = self._told = False
@@ -157,7 +158,8 @@ class AutoRates(StepWatcher):
         self._groups.load_state_dict(state)
         self._pair = tuple(state.get("pair", (self.lr_a, self.lr_b)))
         self.why = state.get("why", "as an earlier version measured")
-        if "growth" in state:
+        self._growth = self._ungrown()
+        if "growth" in state:  # an earlier version's has none
             self._growth.load_state_dict(state["growth"])
         self._look()
 
@@ -187,6 +189,9 @@ class AutoRates(StepWatcher):
                 base = rates._rate(owned.role) * factor
                 return base * scheduled, base
         return None
+
+    def _ungrown(self) -> Growth:
+        return Growth(functools.partial(factors, self._layers), self.rule)
 
     def _rate(self, role: Role) -> float:
         return self.lr_a if role is Role.A else self.lr_b
