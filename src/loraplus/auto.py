@@ -116,7 +116,7 @@ class AutoRates(StepWatcher):
         self.layer_rates: dict[str, LayerRates] = {}
         self.updates: FeatureUpdates | None = None
         self.lr_a = self.lr_b = 0.0  # without the schedule
-        self.why = "not measured yet"
+        self._why = "not measured yet"
         self._groups, self._process_group = groups, process_group
         self._pair = (0.0, 0.0)  # for steps of Adam's size that have not grown
         self._growth = self._ungrown()
@@ -140,9 +140,14 @@ class AutoRates(StepWatcher):
         run_eagerly(self, False)
         _register(self._optimizer, [other for other in installed(self._optimizer) if other is not self])
 
+    @property
+    def why(self) -> str:
+        """What held the rates at the last measurement, and how far they have grown since steps stopped short."""
+        return f"{self._why}{self._growth}"
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold."""
-        pair = {"lr_a": self.lr_a, "lr_b": self.lr_b, "pair": list(self._pair), "why": self.why}
+        """What a checkpoint has to hold; on shards of FSDP2 without the last step, which growth is judged by."""
+        pair = {"lr_a": self.lr_a, "lr_b": self.lr_b, "pair": list(self._pair), "why": self._why}
         layers = {name: [rates.lr_a, rates.lr_b] for name, rates in self.layer_rates.items()}
         updates = None if self.updates is None else [asdict(layer) for layer in self.updates.layers]
         measured = {"steps": self.steps, "layers": layers, "updates": updates}
@@ -157,7 +162,7 @@ class AutoRates(StepWatcher):
             self.updates = FeatureUpdates(tuple(LayerUpdate(**layer) for layer in updates))
         self._groups.load_state_dict(state)
         self._pair = tuple(state.get("pair", (self.lr_a, self.lr_b)))
-        self.why = state.get("why", "as an earlier version measured")
+        self._why = state.get("why", "as an earlier version measured")
         self._growth = self._ungrown()
         if "growth" in state:  # an earlier version's has none
             self._growth.load_state_dict(state["growth"])
@@ -170,7 +175,7 @@ class AutoRates(StepWatcher):
 
     def __str__(self) -> str:
         """What it chose and why, in one line: "A 0.00041, B 0.0016: B held at 4×"."""
-        return f"A {self.lr_a:.2g}, B {self.lr_b:.2g}: {self.why}{self._growth}"
+        return f"A {self.lr_a:.2g}, B {self.lr_b:.2g}: {self.why}"
 
     def is_for(self, model: nn.Module) -> bool:
         """Whether it sets rates of this model's factors."""
@@ -270,10 +275,10 @@ class AutoRates(StepWatcher):
             self._mean([getattr(rates, name) for rates in asked.values()]) or before
             for name, before in zip(("lr_a", "lr_b"), self._pair, strict=True)
         )
-        lr_a, lr_b, self.why = self.rule.balanced(lr_a, lr_b)
+        lr_a, lr_b, self._why = self.rule.balanced(lr_a, lr_b)
         self._pair = (lr_a, lr_b)
         if self._units is not None:  # where λ of the rates themselves is another
-            self.why += " in steps of Adam's size"
+            self._why += " in steps of Adam's size"
         for name, rates in asked.items():
             in_units = (
                 lr and lr * self._multiple(role) for lr, role in zip((rates.lr_a, rates.lr_b), _ROLES, strict=True)

@@ -59,7 +59,7 @@ class Growth:
 
         Args:
             height: what the schedule makes of a rate of 1 at this step.
-            summed: of values of this process's parts of the weights, their sums over all parts.
+            summed: of values of this process, their sums over all that train the model.
         """
         self.has_grown = False
         agreement = self._agreement(summed)
@@ -108,7 +108,7 @@ class Growth:
 
     def __str__(self) -> str:
         """What is worth saying of it, if anything is."""
-        return f"; both grown {self.factor:.2g}-fold, as steps stopped short" if self.factor >= _SEEN else ""
+        return f"; grown {self.factor:.2g}-fold, as steps stopped short" if self.factor >= _SEEN else ""
 
     def _agreement(self, summed: Callable[[list[float]], list[float]]) -> float | None:
         """c of the last step; None if there was none, or what is there is no number."""
