@@ -90,9 +90,8 @@ def test_a_run_on_clean_data_grows_and_says_so():
     train(model, optimizer, scheduler, 30)
     grown = rates._growth.factor
     said = f"; grown {grown:.2g}-fold, as steps stopped short"
-    assert (
-        grown > 1.5 and str(rates).endswith(said) and rates.summary()["why"] == rates.why and rates.why.endswith(said)
-    )
+    assert grown > 1.5 and str(rates).endswith(rates.why) and rates.why.endswith(said)
+    assert rates.summary()["why"] == rates.why
     assert rates.lr_a == pytest.approx(grown * rates._pair[0]) and rates.lr_b == pytest.approx(grown * rates._pair[1])
     assert all(layer.lr_b for layer in rates.layer_rates.values())
 
