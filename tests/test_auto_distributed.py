@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import ranks
@@ -22,8 +23,8 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def wrapped(wrapping: str):
-    model = adapted()
+def wrapped(wrapping: str) -> Any:
+    model: Any = adapted()
     if wrapping == "ddp":
         return DistributedDataParallel(model)
     for layer in model.base_model.model.bert.encoder.layer:

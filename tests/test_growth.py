@@ -73,8 +73,8 @@ def test_a_gradient_that_says_nothing_changes_nothing(broken):
     for weight in growth._weights():
         weight.grad = torch.full_like(weight, broken)
     growth.look(1.0, alone)
-    same = {"step": None, "has_grown": False}
-    assert {**growth.state_dict(), **same} == {**before, **same} and not growth.has_grown
+    same = {"step": None, "has_changed": False}
+    assert {**growth.state_dict(), **same} == {**before, **same} and not growth.has_changed
 
 
 def test_a_factor_without_a_gradient_counts_as_one_of_zeros():
@@ -119,7 +119,7 @@ def test_a_resumed_run_goes_on_growing_as_it_would_have(stop):
     whole, half = started(), started()
     steps(whole, 0, 20)
     steps(half, 0, stop)
-    assert half[3]._growth.has_grown == half[3]._recorder.on == (stop == 9)
+    assert half[3]._growth.has_changed == half[3]._recorder.on == (stop == 9)
     kept = io.BytesIO()
     parts = ("model", "optimizer", "scheduler", "rates")
     torch.save({name: part.state_dict() for name, part in zip(parts, half, strict=True)}, kept)
@@ -187,8 +187,8 @@ def test_steps_of_factors_of_any_precision_are_kept_in_32_bits_at_least(dtype):
     growth = Growth(lambda: weights, Rule())
     growth.step_begins()
     with torch.no_grad():
-        weights[0] -= 2**-7
-        weights[1] -= 2**-20
+        weights[0].sub_(2**-7)
+        weights[1].sub_(2**-20)
     growth.step_ends()
     (step,) = growth.state_dict()["step"]
     assert step.dtype == torch.promote_types(dtype, torch.float32)

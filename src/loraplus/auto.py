@@ -70,9 +70,9 @@ class AutoRates(StepWatcher):
 
     Both are up to six times larger where the next batch says that steps stop short (the rule is for noisy gradients).
     Each is multiplied by what the scheduler makes of each group's own base rate; the rates that the optimizer was built
-    with do not matter, but those of one role keep their relation (`lr_overrides`). At the first steps and every
-    twentieth one the optimizer is asked for its step on a copy of A and B, and takes it once, at the rates that this
-    gave. Steps that are not of Adam's size (SGD, Lion, Adagrad, …) are scaled to go as far as Adam's, each of them.
+    with do not matter, but those of one role keep their relation (`lr_overrides`). At the first steps, every twentieth
+    one and where the rates have just grown the optimizer is asked for its step on a copy of A and B, and takes it once,
+    at the rates that this gave. Steps that are not of Adam's size (SGD, Lion, Adagrad, …) are scaled to go as far as Adam's, each of them.
     Between steps the groups hold the scheduler's numbers. No random number is drawn. Under DistributedDataParallel and
     FSDP2 every process arrives at the same rates. Groups that hold neither A nor B of this model keep their rates;
     several models may share an optimizer, each with an AutoRates of its own.
@@ -208,7 +208,7 @@ class AutoRates(StepWatcher):
     def _look(self) -> None:
         """Watches the forward passes up to the next step if that is to be measured."""
         regular = self.steps < self.rule.measured_at_first or self.steps % self.rule.measured_every == 0
-        due = regular or self._missed or self._growth.has_grown
+        due = regular or self._missed or self._growth.has_changed
         self._recorder.on = due
         if due:
             self._compiled = self._compiled or is_compiled(self._recorder.modules.values())

@@ -40,7 +40,7 @@ class Growth:
 
     def __init__(self, weights: Callable[[], Sequence[nn.Parameter]], rule: Rule) -> None:
         self.factor = 1.0  # k
-        self.has_grown = False  # or shrunk, at the last look
+        self.has_changed = False  # at the last look
         self._weights = weights
         self._rule = rule
         self._mean = self._weight = 0.0  # of c; c̄ is their quotient
@@ -61,7 +61,7 @@ class Growth:
             height: what the schedule makes of a rate of 1 at this step.
             summed: of values of this process, their sums over all that train the model.
         """
-        self.has_grown = False
+        self.has_changed = False
         agreement = self._agreement(summed)
         if agreement is None:
             return
@@ -71,8 +71,8 @@ class Growth:
         before = self.factor
         if self._looks >= _FIRST:
             self.factor = self._rule.grown(self.factor, self._mean / self._weight, height)
-        self.has_grown = self.factor != before
-        self._calm = 0.0 if self.has_grown else self._calm + height
+        self.has_changed = self.factor != before
+        self._calm = 0.0 if self.has_changed else self._calm + height
 
     def step_begins(self) -> None:
         """Keeps the weights as they are before the step."""
@@ -93,12 +93,12 @@ class Growth:
         """What a checkpoint has to hold; of sharded weights without the last step, which no process has as a whole."""
         is_whole = not (self._moving or any(map(is_sharded, self._weights())))
         step = [part.to("cpu", copy=True) for part in self._kept] if is_whole else []
-        numbers = {"factor": self.factor, "has_grown": self.has_grown, "mean": self._mean, "weight": self._weight}
+        numbers = {"factor": self.factor, "has_changed": self.has_changed, "mean": self._mean, "weight": self._weight}
         return {**numbers, "looks": self._looks, "calm": self._calm, "step": step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint."""
-        self.factor, self.has_grown = float(state["factor"]), bool(state["has_grown"])
+        self.factor, self.has_changed = float(state["factor"]), bool(state["has_changed"])
         self._mean, self._weight = float(state["mean"]), float(state["weight"])
         self._looks, self._calm = int(state["looks"]), float(state["calm"])
         like = _flat(self._trained())
