@@ -72,7 +72,8 @@ class AutoRates(StepWatcher):
     Each is multiplied by what the scheduler makes of each group's own base rate; the rates that the optimizer was built
     with do not matter, but those of one role keep their relation (`lr_overrides`). At the first steps, every twentieth
     one and where the rates have just grown the optimizer is asked for its step on a copy of A and B, and takes it once,
-    at the rates that this gave. Steps that are not of Adam's size (SGD, Lion, Adagrad, …) are scaled to go as far as Adam's, each of them.
+    at the rates that this gave. Steps that are not of Adam's size (SGD, Lion, Adagrad, …) are scaled to go as far as
+    Adam's, each of them.
     Between steps the groups hold the scheduler's numbers. No random number is drawn. Under DistributedDataParallel and
     FSDP2 every process arrives at the same rates. Groups that hold neither A nor B of this model keep their rates;
     several models may share an optimizer, each with an AutoRates of its own.
