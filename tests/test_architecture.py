@@ -17,8 +17,8 @@ ORDER = (
     "steps.group_rates steps.wrappers steps.twin steps.step_probe watching.schedulers watching.model_changes "
     "watching.membership watching.watch existing_groups groups paper steps.movement speed steps.recorder "
     "steps.step_watcher steps.layer_updates automatic.compiled automatic.proposal automatic.owned_groups "
-    "automatic.rate_rule auto optimizer variants feature_updates integrations tasks export inspection diagnosis study "
-    "report compare reproduce bench cli"
+    "automatic.checks automatic.rate_rule automatic.growth auto optimizer variants feature_updates integrations "
+    "tasks export inspection diagnosis study report compare reproduce bench cli"
 ).split()
 
 

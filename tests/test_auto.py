@@ -51,7 +51,7 @@ def test_it_trains_whatever_rate_the_optimizer_was_built_with():
 
 
 def test_the_rates_are_those_of_the_rule():
-    rule = Rule(inner_part=0.05, least_ratio=0.0, most_ratio=math.inf, measured_at_first=30)
+    rule = Rule(inner_part=0.05, least_ratio=0.0, most_ratio=math.inf, measured_at_first=30, growth=0.0)
     model, optimizer, scheduler, rates = build(rule=rule)
     train(model, optimizer, scheduler, 7)
     layers = adapted_layers(model)
@@ -153,7 +153,7 @@ def test_loss_terms_add_up_over_accumulated_parts_whichever_module_is_called(che
 
 
 def test_a_step_between_measurements_has_the_last_rates_times_the_schedule():
-    model, optimizer, scheduler, rates = build(rule=Rule(measured_at_first=3, measured_every=1000))
+    model, optimizer, scheduler, rates = build(rule=Rule(measured_at_first=3, measured_every=1000, growth=0.0))
     train(model, optimizer, scheduler, 3)
     lr_a, lr_b = rates.lr_a, rates.lr_b
     seen = []

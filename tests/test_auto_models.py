@@ -266,7 +266,9 @@ def test_every_optimizer_trains_whatever_the_size_of_its_steps(optimizer_cls, op
         optimizer.zero_grad()
     last = [(w - b).flatten() for w, b in zip(weights_of(model), before, strict=True)]
     for factor, rate in ((last[::2], rates._pair[0]), (last[1::2], rates._pair[1])):
-        assert torch.cat(factor).square().mean().sqrt().item() == pytest.approx(rate * rates._size, rel=0.02)
+        assert torch.cat(factor).square().mean().sqrt().item() == pytest.approx(
+            rate * rates._size * rates._growth.factor, rel=0.02
+        )
     assert rates._size == pytest.approx(0.4 if options else 1.0, rel=0.2) or optimizer_cls is torch.optim.RAdam
     start = decoder(target_modules=targets)(**tokens()).loss.item()
     # Where gradients are small it is their weight decay that they are trained by.

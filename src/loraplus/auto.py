@@ -16,12 +16,14 @@ A step may move more the more terms of the loss it is averaged over, and each la
 
 One pair serves all layers: the geometric means of these, with λ = η_B / η_A between 2 and 4. Where κ alone holds A, its
 movement can run ahead of B's and A outgrows B; then the pair keeps its product, on which the loss depends most. Where B
-asks for more than 4·η_A, it gets that and no more: the steps of B are what a run collapses from. The schedule (warm-up
-and decay) multiplies both. How the constants were found, and what else was tried: docs/research/auto-rates.md.
+asks for more than 4·η_A, it gets that and no more: the steps of B are what a run collapses from. Where the next batch
+says that steps stop short, both grow, up to sixfold (`automatic/growth.py`). The schedule (warm-up and decay)
+multiplies both. How the constants were found, and what else was tried: docs/research/auto-rates.md.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,18 +33,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraplus.automatic.checks import AS_NUMBERS, check_layers, check_steps
 from loraplus.automatic.compiled import anything_is_compiled, is_compiled, run_eagerly
+from loraplus.automatic.growth import Growth
 from loraplus.automatic.owned_groups import OwnedGroups
-from loraplus.automatic.proposal import asking_rate, proposed, scales_with_rate, size_like_adams
+from loraplus.automatic.proposal import asking_rate, proposed
 from loraplus.automatic.rate_rule import LayerRates, Rule
-from loraplus.errors import LoraPlusWarning, NoLoraFactorsError, TrainerSetupError
+from loraplus.errors import LoraPlusWarning, TrainerSetupError
 from loraplus.rates import SETTING_OF_ROLE, Rates
 from loraplus.roles import Role, trainable_parameters
 from loraplus.steps.layer_updates import FeatureUpdates, LayerUpdate
 from loraplus.steps.movement import (
     Movement,
     Size,
-    adapted_layers,
     factors,
     gathered,
     is_sharded,
@@ -56,7 +59,6 @@ from loraplus.steps.step_watcher import StepWatcher, torch_optimizer
 from loraplus.steps.wrappers import unwrapped
 
 _ROLES = (Role.A, Role.B)
-_AS_NUMBERS = "give lr and lr_ratio as numbers (--lr 3e-4 on the command line)"
 _STATE = "loraplus_auto"
 """Where the state of an optimizer holds that of its automatic rates."""
 
@@ -66,10 +68,12 @@ class AutoRates(StepWatcher):
 
     η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), 2 ≤ λ = η_B / η_A ≤ 4
 
+    Both are up to six times larger where the next batch says that steps stop short (the rule is for noisy gradients).
     Each is multiplied by what the scheduler makes of each group's own base rate; the rates that the optimizer was built
-    with do not matter, but those of one role keep their relation (`lr_overrides`). At the first steps and every
-    twentieth one the optimizer is asked for its step on a copy of A and B, and takes it once, at the rates that this
-    gave. Steps that are not of Adam's size (SGD, Lion, Adagrad, …) are scaled to go as far as Adam's, each of them.
+    with do not matter, but those of one role keep their relation (`lr_overrides`). At the first steps, every twentieth
+    one and where the rates have just grown the optimizer is asked for its step on a copy of A and B, and takes it once,
+    at the rates that this gave. Steps that are not of Adam's size (SGD, Lion, Adagrad, …) are scaled to go as far as
+    Adam's, each of them.
     Between steps the groups hold the scheduler's numbers. No random number is drawn. Under DistributedDataParallel and
     FSDP2 every process arrives at the same rates. Groups that hold neither A nor B of this model keep their rates;
     several models may share an optimizer, each with an AutoRates of its own.
@@ -99,9 +103,9 @@ class AutoRates(StepWatcher):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rule: Rule | None = None, process_group: Any = None
     ) -> None:
         optimizer = torch_optimizer(optimizer)
-        _check_layers(model)
+        check_layers(model)
         groups = OwnedGroups(model, optimizer)
-        size = _check_steps(optimizer, groups)
+        size = check_steps(optimizer, groups)
         if size is None:
             groups.check_others(model)
         for other in installed(optimizer):
@@ -113,9 +117,10 @@ class AutoRates(StepWatcher):
         self.layer_rates: dict[str, LayerRates] = {}
         self.updates: FeatureUpdates | None = None
         self.lr_a = self.lr_b = 0.0  # without the schedule
-        self.why = "not measured yet"
+        self._why = "not measured yet"
         self._groups, self._process_group = groups, process_group
-        self._pair = (0.0, 0.0)  # for steps of Adam's size
+        self._pair = (0.0, 0.0)  # for steps of Adam's size that have not grown
+        self._growth = self._ungrown()
         self._size = size or 1.0
         self._units: dict[Role, float] | None = None if size is None else {Role.A: 1.0, Role.B: 1.0}
         self._compiled = self._missed = self._skipped = self._told = False
@@ -136,13 +141,18 @@ class AutoRates(StepWatcher):
         run_eagerly(self, False)
         _register(self._optimizer, [other for other in installed(self._optimizer) if other is not self])
 
+    @property
+    def why(self) -> str:
+        """What held the rates at the last measurement, and how far they have grown since steps stopped short."""
+        return f"{self._why}{self._growth}"
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold."""
-        pair = {"lr_a": self.lr_a, "lr_b": self.lr_b, "pair": list(self._pair), "why": self.why}
+        """What a checkpoint has to hold; on shards of FSDP2 without the last step, which growth is judged by."""
+        pair = {"lr_a": self.lr_a, "lr_b": self.lr_b, "pair": list(self._pair), "why": self._why}
         layers = {name: [rates.lr_a, rates.lr_b] for name, rates in self.layer_rates.items()}
         updates = None if self.updates is None else [asdict(layer) for layer in self.updates.layers]
         measured = {"steps": self.steps, "layers": layers, "updates": updates}
-        return {**pair, **measured, **self._groups.state_dict()}
+        return {**pair, **measured, **self._groups.state_dict(), "growth": self._growth.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint."""
@@ -153,7 +163,10 @@ class AutoRates(StepWatcher):
             self.updates = FeatureUpdates(tuple(LayerUpdate(**layer) for layer in updates))
         self._groups.load_state_dict(state)
         self._pair = tuple(state.get("pair", (self.lr_a, self.lr_b)))
-        self.why = state.get("why", "as an earlier version measured")
+        self._why = state.get("why", "as an earlier version measured")
+        self._growth = self._ungrown()
+        if "growth" in state:  # an earlier version's has none
+            self._growth.load_state_dict(state["growth"])
         self._look()
 
     def summary(self) -> dict[str, Any]:
@@ -183,15 +196,20 @@ class AutoRates(StepWatcher):
                 return base * scheduled, base
         return None
 
+    def _ungrown(self) -> Growth:
+        return Growth(functools.partial(factors, self._layers), self.rule)
+
     def _rate(self, role: Role) -> float:
         return self.lr_a if role is Role.A else self.lr_b
 
-    def _unit(self, role: Role) -> float:
-        return 1.0 if self._units is None else self._units[role]
+    def _multiple(self, role: Role) -> float:
+        """What a rate is of the pair's: larger steps where they stop short, and of Adam's size where they are not."""
+        return self._growth.factor * (1.0 if self._units is None else self._units[role])
 
     def _look(self) -> None:
         """Watches the forward passes up to the next step if that is to be measured."""
-        due = self.steps < self.rule.measured_at_first or self.steps % self.rule.measured_every == 0 or self._missed
+        regular = self.steps < self.rule.measured_at_first or self.steps % self.rule.measured_every == 0
+        due = regular or self._missed or self._growth.has_changed
         self._recorder.on = due
         if due:
             self._compiled = self._compiled or is_compiled(self._recorder.modules.values())
@@ -200,25 +218,27 @@ class AutoRates(StepWatcher):
     def _before_step(self) -> Any:
         self._groups.give_back()
         self._skipped = False
-        if self._recorder.on or self._units is not None:
+        if self._recorder.on or self._units is not None or self._growth.is_watching:
             found_inf = getattr(self._optimizer, "found_inf", None)  # as GradScaler tells a fused optimizer
             self._skipped = found_inf is not None and bool(found_inf)
             if not self._skipped and any(weight.grad is not None for weight in factors(self._layers)):
+                self._growth.look(self._groups.height(), self._summed)
                 self._ask()
+                self._growth.step_begins()
         return self._groups.lend({role: self._rate(role) for role in _ROLES})
 
     def _after_step(self) -> None:
         self._groups.give_back()
+        self._growth.step_ends()
         self._recorder.forget()
         self.steps += not self._skipped
         self._look()
 
     def _ask(self) -> None:
         """Sets the rates of the coming step, from what the optimizer would do."""
-        device = factors(self._layers)[0].device
         seen = terms = 0.0
         if self._recorder.on:
-            seen, terms = self._summed([float(len(self._recorder.samples)), self._recorder.loss_terms], device)
+            seen, terms = self._summed([float(len(self._recorder.samples)), self._recorder.loss_terms])
             self._missed = not seen
             if not seen:
                 self._cope_with_nothing_seen()
@@ -227,42 +247,43 @@ class AutoRates(StepWatcher):
         if seen or self._units is not None:
             steps = self._proposed()
             if self._units is not None:
-                self._set_units(self._units, steps, device)
+                self._set_units(self._units, steps)
             if seen:
-                self._measure([None if step is None else gathered(step) for step in steps], terms, device)
-            self.lr_a, self.lr_b = (eta * self._unit(role) for eta, role in zip(self._pair, _ROLES, strict=True))
+                self._measure([None if step is None else gathered(step) for step in steps], terms)
+        self.lr_a, self.lr_b = (eta * self._multiple(role) for eta, role in zip(self._pair, _ROLES, strict=True))
 
-    def _set_units(self, units: dict[Role, float], steps: Sequence[torch.Tensor | None], device: torch.device) -> None:
+    def _set_units(self, units: dict[Role, float], steps: Sequence[torch.Tensor | None]) -> None:
         """The rates at which the coming step goes as far as Adam's, over all A and over all B.
 
         Args:
             units: by role, what its rate is a multiple of; set here.
             steps: of A, B, A, B, …: (r, d_in), (d_out, r), …, or this process's parts of them.
-            device: where sums over processes are made.
         """
         for first, role in enumerate(_ROLES):
             parts = [local_part(step) for step in steps[first::2] if step is not None]
             norms = read([Size(torch.linalg.vector_norm(part, dtype=torch.float64), 1.0) for part in parts])
             squares = sum(norm**2 for norm in norms)
-            total, count = self._summed([squares, float(sum(part.numel() for part in parts))], device)
+            total, count = self._summed([squares, float(sum(part.numel() for part in parts))])
             if 0 < total < math.inf:
                 units[role] = self._size * math.sqrt(count / total)
 
-    def _measure(self, steps: Sequence[torch.Tensor | None], terms: float, device: torch.device) -> None:
+    def _measure(self, steps: Sequence[torch.Tensor | None], terms: float) -> None:
         """Sets both rates from what the steps of A, B, A, B, …, (r, d_in), (d_out, r), …, do to what was recorded."""
         rho = self.rule.output_change(terms, len(self._layers)) if math.isfinite(terms) else math.nan
         moved = self._moved(steps)
         asked = {name: self.rule.asked_for(*measured, rho) for name, measured in moved.items()}
         lr_a, lr_b = (
-            self._mean([getattr(rates, name) for rates in asked.values()], device) or before
+            self._mean([getattr(rates, name) for rates in asked.values()]) or before
             for name, before in zip(("lr_a", "lr_b"), self._pair, strict=True)
         )
-        lr_a, lr_b, self.why = self.rule.balanced(lr_a, lr_b)
+        lr_a, lr_b, self._why = self.rule.balanced(lr_a, lr_b)
         self._pair = (lr_a, lr_b)
         if self._units is not None:  # where λ of the rates themselves is another
-            self.why += " in steps of Adam's size"
+            self._why += " in steps of Adam's size"
         for name, rates in asked.items():
-            in_units = (lr and lr * self._unit(role) for lr, role in zip((rates.lr_a, rates.lr_b), _ROLES, strict=True))
+            in_units = (
+                lr and lr * self._multiple(role) for lr, role in zip((rates.lr_a, rates.lr_b), _ROLES, strict=True)
+            )
             self.layer_rates[name] = LayerRates(*in_units)
         self._note_updates(moved)
 
@@ -303,7 +324,7 @@ class AutoRates(StepWatcher):
         if all(step is None for step in steps):
             raise TrainerSetupError(
                 f"{type(self._optimizer).__name__} does not hold the model's factors themselves, as under DeepSpeed; "
-                f"use DDP or FSDP2, or {_AS_NUMBERS}"
+                f"use DDP or FSDP2, or {AS_NUMBERS}"
             )
         return steps
 
@@ -314,7 +335,7 @@ class AutoRates(StepWatcher):
             if entry.name in moved:
                 movement, size_a, size_b = moved[entry.name]
                 a, b = (factor.get(id(weight), 0.0) for weight in entry.weights)
-                rate_a, rate_b = (eta * self._unit(role) for eta, role in zip(self._pair, _ROLES, strict=True))
+                rate_a, rate_b = (eta * self._multiple(role) for eta, role in zip(self._pair, _ROLES, strict=True))
                 scaled[entry.name] = movement.scaled(rate_a * a * size_a, rate_b * b * size_b)
         if scaled:
             self.updates = FeatureUpdates.from_movements(self._layers, scaled)
@@ -341,13 +362,13 @@ class AutoRates(StepWatcher):
                 stacklevel=2,
             )
 
-    def _mean(self, values: Sequence[float | None], device: torch.device) -> float:
+    def _mean(self, values: Sequence[float | None]) -> float:
         """The geometric mean over the layers that gave a value, in all processes; 0 if none did."""
         logs = [math.log(value) for value in values if value]
-        total, count = self._summed([sum(logs), float(len(logs))], device)
+        total, count = self._summed([sum(logs), float(len(logs))])
         return math.exp(total / count) if count else 0.0
 
-    def _summed(self, values: list[float], device: torch.device) -> list[float]:
+    def _summed(self, values: list[float]) -> list[float]:
         """Over all processes that train this model."""
         groups = [self._process_group or self._recorder.process_group]
         weight = factors(self._layers)[0]
@@ -355,7 +376,7 @@ class AutoRates(StepWatcher):
             groups = weight.device_mesh.get_all_groups()
         for group in groups:
             if group is not None:
-                sums = torch.tensor(values, dtype=torch.float32, device=device)
+                sums = torch.tensor(values, dtype=torch.float32, device=weight.device)
                 torch.distributed.all_reduce(sums, group=group)
                 values = sums.tolist()
         return values
@@ -411,40 +432,3 @@ def _register(optimizer: Any, rates: list[AutoRates]) -> None:
     """Keeps them where `explain` and checkpoints find the rates in use; `loraplus_auto` is the first of them."""
     optimizer.loraplus_autos = rates
     optimizer.loraplus_auto = rates[0] if rates else None
-
-
-def _check_layers(model: nn.Module) -> None:
-    """Refuses factors that cannot be read."""
-    try:
-        layers = adapted_layers(model)
-    except NoLoraFactorsError as error:
-        raise NoLoraFactorsError(f"automatic rates: {error}; {_AS_NUMBERS}") from None
-    for entry in layers:
-        for weight in entry.weights:
-            if weight.dim() < 2 or not weight.numel():
-                raise TrainerSetupError(
-                    f"AutoRates cannot read the factors of {entry.name}: they are flattened or sharded away (FSDP1, "
-                    f"ZeRO-3); use DDP or FSDP2, or {_AS_NUMBERS}"
-                )
-    if all(entry.experts for entry in layers):
-        raise TrainerSetupError(
-            f"AutoRates cannot measure any of {len(layers)} adapted layers, which are banks of experts (first: "
-            f"{layers[0].name}): their inputs are not seen; {_AS_NUMBERS}"
-        )
-
-
-def _check_steps(optimizer: torch.optim.Optimizer, groups: OwnedGroups) -> float | None:
-    """Refuses an optimizer that cannot be asked what it would do; tells the size that its steps need to be given."""
-    if getattr(optimizer, "takes_model", False):  # what is tried below is a matrix without its partner
-        if getattr(optimizer, "like_adam", False):
-            return None
-        name = type(optimizer).__name__
-        raise TrainerSetupError(f"AutoRates does not know how far steps of {name} lead; use AdamW, or {_AS_NUMBERS}")
-    parameters = groups.examples()
-    if not all(scales_with_rate(optimizer, parameter) for parameter in parameters):
-        raise TrainerSetupError(
-            f"AutoRates cannot set the rates of {type(optimizer).__name__}: its steps do not simply scale with lr; use "
-            f"AdamW, Adam, SGD, Lion or the like, or {_AS_NUMBERS}"
-        )
-    sizes = [size_like_adams(optimizer, parameter) for parameter in parameters]
-    return None if None in sizes else min(size for size in sizes if size is not None)

@@ -50,6 +50,7 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     saved = json.loads((tmp_path / "part" / "checkpoint-8" / "loraplus.json").read_text())["auto"]
     assert saved["steps"] == 8 and set(next(iter(saved["layers"].values()))) == {"lora_A", "lora_B"}
+    assert "grown" in saved["why"] and again.loraplus_auto.why == whole.loraplus_auto.why != saved["why"]
 
 
 def test_resuming_with_the_other_kind_of_rates_is_refused(tmp_path):

@@ -54,6 +54,7 @@ def test_a_resumed_run_ends_at_the_rates_and_weights_of_an_uninterrupted_one(tmp
     resumed = trained(tmp_path / "resumed", tmp_path / "whole" / "epoch=1.ckpt")
     assert resumed.auto.steps == whole.auto.steps == 24
     assert (resumed.auto.lr_a, resumed.auto.lr_b) == (whole.auto.lr_a, whole.auto.lr_b)
+    assert resumed.auto._growth._mean == whole.auto._growth._mean != 0  # of all steps but the first
     for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, found), name
 

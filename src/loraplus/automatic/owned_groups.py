@@ -87,6 +87,10 @@ class OwnedGroups:
         scheduled = self._scheduled(owned)
         return scheduled / max(scheduled, owned.peak), owned.factor
 
+    def height(self) -> float:
+        """The highest that a schedule makes of a rate of 1 at this step."""
+        return max((self.factors(owned)[0] for owned in self._now().values()), default=0.0)
+
     def by_parameter(self) -> dict[int, float]:
         """{id of a parameter: product of its group's factors}."""
         products = {}

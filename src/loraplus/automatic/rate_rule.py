@@ -32,6 +32,9 @@ class Rule:
     most_ratio: float = 4.0  # nor above
     measured_at_first: int = 10  # steps measured one after the other, before
     measured_every: int = 20  # … every so many
+    agreement: float = 0.1  # c̄ beyond which steps are too short, and below the negative of which they are too long
+    growth: float = 2.5  # how fast k follows
+    most_growth: float = 6.0  # k is not above, nor below 1
 
     def output_change(self, loss_terms: float, layers: int) -> float:
         """ρ: how far a step may move the output of one of `layers` layers, as a part of it."""
@@ -69,3 +72,14 @@ class Rule:
         if lr_b > self.most_ratio * lr_a:
             return lr_a, self.most_ratio * lr_a, f"B held at {self.most_ratio:g}×"
         return lr_a, lr_b, "as measured"
+
+    def grown(self, factor: float, agreement: float, height: float) -> float:
+        """k after a step: ln k moves by 2.5·h times what c̄ is beyond ±0.1.
+
+        Args:
+            factor: k before it.
+            agreement: c̄, from −1 to 1: how far the gradients after steps would have these go on.
+            height: h, what the schedule makes of a rate of 1, from 0 to 1.
+        """
+        beyond = agreement - min(max(agreement, -self.agreement), self.agreement)
+        return min(max(factor * math.exp(self.growth * height * beyond), 1.0), self.most_growth)
