@@ -200,3 +200,9 @@ def test_vectors_that_are_too_long_for_one_product_are_taken_in_parts(monkeypatc
     monkeypatch.setattr("loraplus.automatic.growth._AT_ONCE", 7)
     parts = descended(1e-3, noise=1.0, steps=3)
     assert parts._mean == pytest.approx(whole._mean, rel=1e-5) and whole._mean
+
+
+def test_steps_that_are_not_of_adams_size_do_not_grow():
+    model, optimizer, scheduler, rates = build(torch.optim.SGD, momentum=0.9)
+    train(model, optimizer, scheduler, 30)
+    assert rates._units is not None and rates._growth.factor == 1.0 and not rates._growth._kept

@@ -68,13 +68,12 @@ class AutoRates(StepWatcher):
 
     η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), 2 ≤ λ = η_B / η_A ≤ 4
 
-    Both are up to six times larger where the next batch says that steps stop short (the rule is for noisy gradients).
-    Each is multiplied by what the scheduler makes of each group's own base rate; the rates that the optimizer was built
+    Both are up to six times larger where the next batch says that steps of Adam's size stop short (the rule is made for
+    noisy gradients). Each is multiplied by what the scheduler makes of each group's own base rate; the rates that the optimizer was built
     with do not matter, but those of one role keep their relation (`lr_overrides`). At the first steps, every twentieth
     one and where the rates have just grown the optimizer is asked for its step on a copy of A and B, and takes it once,
     at the rates that this gave. Steps that are not of Adam's size (SGD, Lion, Adagrad, …) are scaled to go as far as
-    Adam's, each of them.
-    Between steps the groups hold the scheduler's numbers. No random number is drawn. Under DistributedDataParallel and
+    Adam's, each of them. Between steps the groups hold the scheduler's numbers. No random number is drawn. Under DistributedDataParallel and
     FSDP2 every process arrives at the same rates. Groups that hold neither A nor B of this model keep their rates;
     several models may share an optimizer, each with an AutoRates of its own.
 
@@ -120,9 +119,9 @@ class AutoRates(StepWatcher):
         self._why = "not measured yet"
         self._groups, self._process_group = groups, process_group
         self._pair = (0.0, 0.0)  # for steps of Adam's size that have not grown
-        self._growth = self._ungrown()
         self._size = size or 1.0
         self._units: dict[Role, float] | None = None if size is None else {Role.A: 1.0, Role.B: 1.0}
+        self._growth = self._ungrown()
         self._compiled = self._missed = self._skipped = self._told = False
         self._state_hook = self._optimizer.register_state_dict_pre_hook(lambda _: self._groups.give_back())
         _register(self._optimizer, [*installed(self._optimizer), self])
@@ -197,7 +196,8 @@ class AutoRates(StepWatcher):
         return None
 
     def _ungrown(self) -> Growth:
-        return Growth(functools.partial(factors, self._layers), self.rule)
+        # SGD with a momentum has been seen to leap away from 2.5 times its rates, so only steps of Adam's size grow.
+        return Growth(functools.partial(factors, self._layers) if self._units is None else tuple, self.rule)
 
     def _rate(self, role: Role) -> float:
         return self.lr_a if role is Role.A else self.lr_b
