@@ -168,7 +168,9 @@ def peers(known: Mapping[str, Mapping[str, float]]) -> None:
     print(
         f"{'method':22s} {'/grid mean':>10s} {'worst':>7s} {'fails':>5s}   auto over it, geometric mean [95%], ahead in"
     )
-    methods = sorted({row["method"] for name in known for row in read(name)} - {"grid", UNTRAINED} - set(VARIANTS))
+    methods = sorted(
+        {row["method"] for name in known for row in read(name)} - {"grid", UNTRAINED, GROWN, NOT_GROWN, *VARIANTS}
+    )
     for method in methods:
         over, beside, fails = [], [], 0
         for name, value in known.items():

@@ -69,13 +69,13 @@ class AutoRates(StepWatcher):
     η_B = ρ·RMS(y) / d_B, η_A = min(ρ·RMS(y) / d_A, κ·RMS(z) / d_z), 2 ≤ λ = η_B / η_A ≤ 4
 
     Both are up to six times larger where the next batch says that steps of Adam's size stop short (the rule is made for
-    noisy gradients). Each is multiplied by what the scheduler makes of each group's own base rate; the rates that the optimizer was built
-    with do not matter, but those of one role keep their relation (`lr_overrides`). At the first steps, every twentieth
-    one and where the rates have just grown the optimizer is asked for its step on a copy of A and B, and takes it once,
-    at the rates that this gave. Steps that are not of Adam's size (SGD, Lion, Adagrad, …) are scaled to go as far as
-    Adam's, each of them. Between steps the groups hold the scheduler's numbers. No random number is drawn. Under DistributedDataParallel and
-    FSDP2 every process arrives at the same rates. Groups that hold neither A nor B of this model keep their rates;
-    several models may share an optimizer, each with an AutoRates of its own.
+    noisy gradients). Each is multiplied by what the scheduler makes of each group's own base rate; the rates that the
+    optimizer was built with do not matter, but those of one role keep their relation (`lr_overrides`). At the first
+    steps, every twentieth one and where the rates have just grown the optimizer is asked for its step on a copy of A
+    and B, and takes it once, at the rates that this gave. Steps that are not of Adam's size (SGD, Lion, Adagrad, …) are
+    scaled to go as far as Adam's, each of them. Between steps the groups hold the scheduler's numbers. No random number
+    is drawn. Under DistributedDataParallel and FSDP2 every process arrives at the same rates. Groups that hold neither
+    A nor B of this model keep their rates; several models may share an optimizer, each with an AutoRates of its own.
 
     Args:
         model: a PEFT model, wrapped or not, with a trainable `lora_A` or `lora_B`.
