@@ -32,7 +32,7 @@ class Rule:
     most_ratio: float = 4.0  # nor above
     measured_at_first: int = 10  # steps measured one after the other, before
     measured_every: int = 20  # … every so many
-    agreement: float = 0.1  # c̄ beyond which steps are too short, and below the negative of which they are too long
+    agreement_band: float = 0.1  # c̄ above which steps are too short, and below the negative of which too long
     growth: float = 2.5  # how fast k follows
     most_growth: float = 6.0  # k is not above, nor below 1
 
@@ -81,5 +81,5 @@ class Rule:
             agreement: c̄, from −1 to 1: how far the gradients after steps would have these go on.
             height: h, what the schedule makes of a rate of 1, from 0 to 1.
         """
-        beyond = agreement - min(max(agreement, -self.agreement), self.agreement)
+        beyond = agreement - min(max(agreement, -self.agreement_band), self.agreement_band)
         return min(max(factor * math.exp(self.growth * height * beyond), 1.0), self.most_growth)
