@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, print_json
 from loraplus.files.commands import SCORES_FILE
+from loraplus.rates import AUTO
 from loraplus.tasks.config import OF_LABELS, TrainConfig
 
 _SHOWN = (
@@ -29,10 +31,19 @@ _SHOWN = (
 )
 
 
+def _check_ratio(config: TrainConfig, typed: Collection[str]) -> None:
+    """Refuses a ratio that was typed beside automatic rates, be it the one that every saved file has."""
+    if config.lr == AUTO and "lr_ratio" in typed:
+        from loraplus.tasks.checks import ratio_beside_automatic
+
+        raise ratio_beside_automatic(config.lr_ratio)
+
+
 @config_command(
     app,
     "train",
     TrainConfig,
+    check=_check_ratio,
     examples=examples(
         "loraplus train --model MODEL --data reviews.csv --output runs/reviews",
         "loraplus train --task sft --model MODEL --data chats.jsonl --output runs/chat --lr 2e-4 --lr-ratio 16",
