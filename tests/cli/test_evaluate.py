@@ -285,6 +285,9 @@ def test_a_language_model_has_the_loss_a_token_that_training_measured_and_so_has
     assert (
         f"loss {found['loss']:.4f} a token" in outcome.out and f"base model {found['base']['loss']:.4f}" in outcome.out
     )
+    if longer := found["longer_than_context"]:
+        assert f"up to 24 tokens; {longer} longer ones split into parts, nothing lost" in outcome.out
+    assert bool(longer) == (metrics["data"]["long_examples"] == "split")
     words = shlex.split(last_line(outcome))
     assert words[:2] == ["loraplus", "generate"] and loraplus_command(*words[1:], "--max-new-tokens", 2).code == 0
 

@@ -142,14 +142,9 @@ def _about_labels(data: dict[str, Any], several: bool) -> str:
 
 
 def _about_tokens(data: dict[str, Any], packing: bool) -> str:
-    done = {
-        "cut": f"cut, {data['tokens_cut']} tokens lost",
-        "drop": "dropped",
-        "split": "split into parts, nothing lost",
-    }
-    long = f"{data['longer_than_context']} longer ones"
-    if data["longer_than_context"]:
-        long += f" {done[data['long_examples']]}"
+    from loraplus.tasks.seen import longer_ones
+
+    long = longer_ones(data)
     left_out = f", {data['examples_dropped']} left without a token to learn" if data["examples_dropped"] else ""
     return (
         f"{data['duplicates_removed']} duplicates removed; {data['train_target_tokens']} of {data['train_tokens']} "

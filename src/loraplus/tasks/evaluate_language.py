@@ -16,8 +16,8 @@ from loraplus.files.paths import user_path
 from loraplus.files.scratch import scratch_folder
 from loraplus.tasks.conversations import NamedColumns, read_examples
 from loraplus.tasks.encoding import Encoder, loss_on
-from loraplus.tasks.language import encoded_splits, longest_within
-from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
+from loraplus.tasks.language import LanguageModelling, encoded_splits, longest_within
+from loraplus.tasks.language_trainer import LanguageTrainer
 from loraplus.tasks.pretrained import check_tokens, padding_multiple
 from loraplus.tasks.table import Table
 from loraplus.tasks.target_rows import TargetRows, fit, how_to_fit
@@ -69,7 +69,8 @@ def kept_aside(
     told = {
         "format": examples.kind, "columns": examples.columns, "loss_on": on, "examples": len(table),
         "target_tokens": fitted.targets, "max_length": max_length, "longer_than_context": fitted.longer,
-        "tokens_cut": fitted.cut, "examples_dropped": fitted.dropped, "largest_token": fitted.largest,
+        "long_examples": how, "tokens_cut": fitted.cut, "examples_dropped": fitted.dropped,
+        "largest_token": fitted.largest,
     }  # fmt: skip
     return KeptAside(fitted.rows.by_length(), max_length, told, tuple(notes))
 
@@ -106,11 +107,9 @@ def losses(
             data_collator=DataCollatorForLanguageModeling(pad or 0, pad_to_multiple_of=multiple),
             processing_class=tokenizer,
             packing=None,
-            args=LanguageTrainingArguments(
+            args=LanguageModelling().arguments(
                 output_dir=scratch,
                 per_device_eval_batch_size=batch_size,
-                dataset_kwargs={"skip_prepare_dataset": True},
-                max_length=None,
                 use_cpu=not torch.accelerator.is_available(),
                 report_to="none",
                 disable_tqdm=True,
