@@ -310,6 +310,17 @@ def test_what_is_not_of_a_kind_of_adapter_is_refused_and_another_kind_of_data_is
     assert "e.jsonl, line 1" in refused("evaluate", "--adapter", adapter, "--data", tmp_path / "e.jsonl")
 
 
+@pytest.mark.parametrize("fact", [{"max_length": "long"}, {"max_length": 1}, {"long_examples": []}, {"loss_on": "it"}])
+def test_damaged_facts_of_the_training_data_are_refused_by_name(fact, language_run, tmp_path, refused):
+    adapter, aside, _ = language_run
+    damaged = shutil.copytree(adapter, tmp_path / "damaged", ignore=shutil.ignore_patterns("checkpoint-*"))
+    facts = json.loads((damaged / "data_facts.json").read_text())
+    (damaged / "data_facts.json").write_text(json.dumps({**facts, **fact}))
+    ((name, value),) = fact.items()
+    line = refused("evaluate", "--adapter", damaged, "--data", aside)
+    assert f"data_facts.json of {damaged} is damaged: {name} is {value!r}" in line
+
+
 def test_a_merged_model_is_told_from_an_adapter_with_what_to_type(
     trained, language_run, held_out, tmp_path, loraplus_command, refused
 ):
