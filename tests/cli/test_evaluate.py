@@ -285,6 +285,9 @@ def test_a_language_model_has_the_loss_a_token_that_training_measured_and_so_has
     assert (
         f"loss {found['loss']:.4f} a token" in outcome.out and f"base model {found['base']['loss']:.4f}" in outcome.out
     )
+    if longer := found["longer_than_context"]:
+        assert f"up to 24 tokens; {longer} longer ones split into parts, nothing lost" in outcome.out
+    assert bool(longer) == (metrics["data"]["long_examples"] == "split")
     words = shlex.split(last_line(outcome))
     assert words[:2] == ["loraplus", "generate"] and loraplus_command(*words[1:], "--max-new-tokens", 2).code == 0
 
@@ -305,6 +308,17 @@ def test_what_is_not_of_a_kind_of_adapter_is_refused_and_another_kind_of_data_is
     assert found["format"] == "text" and found["loss_on"] == "all" and "another kind" in found["notes"][0]
     (tmp_path / "e.jsonl").write_text(json.dumps({"messages": []}) + "\n")
     assert "e.jsonl, line 1" in refused("evaluate", "--adapter", adapter, "--data", tmp_path / "e.jsonl")
+
+
+@pytest.mark.parametrize("fact", [{"max_length": "long"}, {"max_length": 1}, {"long_examples": []}, {"loss_on": "it"}])
+def test_damaged_facts_of_the_training_data_are_refused_by_name(fact, language_run, tmp_path, refused):
+    adapter, aside, _ = language_run
+    damaged = shutil.copytree(adapter, tmp_path / "damaged", ignore=shutil.ignore_patterns("checkpoint-*"))
+    facts = json.loads((damaged / "data_facts.json").read_text())
+    (damaged / "data_facts.json").write_text(json.dumps({**facts, **fact}))
+    ((name, value),) = fact.items()
+    line = refused("evaluate", "--adapter", damaged, "--data", aside)
+    assert f"data_facts.json of {damaged} is damaged: {name} is {value!r}" in line
 
 
 def test_a_merged_model_is_told_from_an_adapter_with_what_to_type(

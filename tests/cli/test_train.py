@@ -330,6 +330,20 @@ def test_predict_refuses_the_adapter_of_a_language_model(refused, adapter, tmp_p
     assert "is an adapter of a language model" in line and "loraplus generate" in line
 
 
+def test_the_usual_ratio_typed_beside_automatic_rates_is_refused_and_in_a_saved_file_is_not(
+    tmp_path, model_folder, reviews_csv, refused, loraplus_command
+):
+    saved = tmp_path / "config.yaml"
+    saved.write_text("lr: auto\nlr_ratio: 16.0\n")
+    given = ["train", "--model", model_folder, "--data", reviews_csv, "--output", tmp_path / "out"]
+    said = "--lr-ratio 16 is not used with --lr auto"
+    assert said in refused(*given, "--lr", "auto", "--lr-ratio", 16)
+    assert said in refused(*given, "--config", saved, "--lr-ratio", 16)
+    outcome = loraplus_command(*given, "--config", saved, "--check")
+    assert outcome.code == 0, outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_automatic_rates_train_and_are_written_down(tmp_path, model_folder, reviews_csv, loraplus_command):
     output = tmp_path / "out"
     arguments = flags(

@@ -103,6 +103,8 @@ def test_scores_of_numbers_are_in_the_scale_of_the_data():
 def test_the_most_frequent_class_is_that_of_training_where_it_is_known():
     assert most_frequent(["a", "b"], {"train_class_counts": {"a": 1, "b": 5}}) == 1
     assert most_frequent(["a", "b"], {}) is None
+    for damaged in ([5], {"a": "many", "b": 1}, {}, 7):
+        assert most_frequent(["a", "b"], {"train_class_counts": damaged}) is None
     truth = np.asarray([0, 0, 0, 1])
     config = SimpleNamespace(problem_type=None, id2label={0: "a", 1: "b"})
     asked = scores(config, np.eye(2)[truth], truth, lambda number: {"text": ""}, frequent=1)

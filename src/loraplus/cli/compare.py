@@ -29,7 +29,7 @@ _NAMES = {
     app,
     "compare",
     CompareConfig,
-    check=lambda config: chosen(config.arms),
+    check=lambda config, typed: chosen(config.arms),
     names=_NAMES,
     examples=examples(
         "loraplus compare --model MODEL --data reviews.csv --output runs/compared",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from string import Template
 from types import MappingProxyType
@@ -107,7 +107,7 @@ def config_command(
     app: typer.Typer,
     name: str,
     config_class: type,
-    check: Callable[[Any], object] = lambda config: None,
+    check: Callable[[Any, Collection[str]], object] = lambda config, typed: None,
     required: Sequence[str] = ("model", "data", "output"),
     own: Sequence[str] = ("overwrite", "resume", "check", "json", "plain"),
     names: Mapping[str, str] = MappingProxyType({}),
@@ -119,7 +119,8 @@ def config_command(
         app: that has the command.
         name: of the command.
         config_class: its flags.
-        check: of the command's own settings; what all runs have is checked here, before `run` imports anything heavy.
+        check: of the command's own settings, and which of them were typed as flags; what all runs have is checked here,
+            before `run` imports anything heavy.
         required: fields that must be given.
         own: the command's own flags, which `run` takes beside the configuration. --check is not passed on.
         names: replacements for $… in the help of flags, for lists that later modules make.
@@ -130,7 +131,7 @@ def config_command(
         hints = get_type_hints(config_class)
         specs = sorted(fields(config_class), key=lambda spec: ORDER.index(group_of(spec.name, required)))
 
-        def command(**values: Any) -> None:
+        def command(context: typer.Context, **values: Any) -> None:
             values.pop("config")
             extra = {key: values.pop(key) for key in own}
             only_checked = extra.pop("check", False)
@@ -138,7 +139,8 @@ def config_command(
                 if not values[needed] and not (only_checked and needed == "output"):
                     raise InputError(f"--{needed} is needed (a flag, or a key of the --config file)")
             config = config_class(**values)
-            check(config)
+            sources = {name: context.get_parameter_source(name) for name in values}
+            check(config, {name for name, source in sources.items() if source and source.name == "COMMANDLINE"})
             if "output" in required:
                 from loraplus.tasks.checks import check_run
 
@@ -154,7 +156,10 @@ def config_command(
                     return run_check(name, config, json=extra["json"], plain=extra["plain"])
                 return run(config, **extra)
 
-        parameters = [_parameter(spec, hints[spec.name], names, required) for spec in specs]
+        parameters = [
+            inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+            *(_parameter(spec, hints[spec.name], names, required) for spec in specs),
+        ]
         parameters += [
             inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             for flag, (annotation, default) in _OWN_FLAGS.items()

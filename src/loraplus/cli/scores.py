@@ -44,17 +44,19 @@ def show_losses(console: Console, measured: Mapping[str, Any]) -> None:
         console: to show it on.
         measured: the scores of `loraplus evaluate`.
     """
-    left_out = f", {counted(measured['examples_dropped'], 'example')} left out" if measured["examples_dropped"] else ""
-    long = measured["longer_than_context"]
-    cut = f"; {counted(long, 'longer one')}, {measured['tokens_cut']:,} tokens cut{left_out}" if long else left_out
-    console.say(
-        f"{measured['columns']}: {measured['format']}, loss on {measured['loss_on']}: {measured['target_tokens']:,} "
-        f"tokens of {measured['examples']:,} examples, each up to {measured['max_length']} tokens{cut}"
-    )
+    from loraplus.tasks.seen import longer_ones
+
+    without = f"; {counted(measured['examples_dropped'], 'example')} left out" if measured["examples_dropped"] else ""
+    long = f"; {longer_ones(measured)}" if measured["longer_than_context"] else ""
     base = measured["base"]
+    console.say(f"{measured['columns']}: {measured['format']}")
     console.say(
-        f"loss {measured['loss']:.4f} a token · perplexity {measured['perplexity']:.4g}; base model {base['loss']:.4f} "
-        f"and {base['perplexity']:.4g}"
+        f"loss on {measured['loss_on']}: {measured['target_tokens']:,} tokens of "
+        f"{counted(measured['examples'], 'example')}, each up to {measured['max_length']} tokens{long}{without}"
+    )
+    console.say(
+        f"loss {measured['loss']:.4f} a token · perplexity {measured['perplexity']:.4f}; base model {base['loss']:.4f} "
+        f"and {base['perplexity']:.4f}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from loraplus.cli.options import config_command
 from loraplus.cli.seen import show
 from loraplus.cli.terminal import Console, narrated, print_json
 from loraplus.files.commands import SCORES_FILE
+from loraplus.rates import AUTO
 from loraplus.tasks.config import OF_LABELS, TrainConfig
 
 _SHOWN = (
@@ -29,10 +31,19 @@ _SHOWN = (
 )
 
 
+def _check_ratio(config: TrainConfig, typed: Collection[str]) -> None:
+    """Refuses a ratio that was typed beside automatic rates, be it the one that every saved file has."""
+    if config.lr == AUTO and "lr_ratio" in typed:
+        from loraplus.tasks.checks import ratio_beside_automatic
+
+        raise ratio_beside_automatic(config.lr_ratio)
+
+
 @config_command(
     app,
     "train",
     TrainConfig,
+    check=_check_ratio,
     examples=examples(
         "loraplus train --model MODEL --data reviews.csv --output runs/reviews",
         "loraplus train --task sft --model MODEL --data chats.jsonl --output runs/chat --lr 2e-4 --lr-ratio 16",
@@ -131,14 +142,9 @@ def _about_labels(data: dict[str, Any], several: bool) -> str:
 
 
 def _about_tokens(data: dict[str, Any], packing: bool) -> str:
-    done = {
-        "cut": f"cut, {data['tokens_cut']} tokens lost",
-        "drop": "dropped",
-        "split": "split into parts, nothing lost",
-    }
-    long = f"{data['longer_than_context']} longer ones"
-    if data["longer_than_context"]:
-        long += f" {done[data['long_examples']]}"
+    from loraplus.tasks.seen import longer_ones
+
+    long = longer_ones(data)
     left_out = f", {data['examples_dropped']} left without a token to learn" if data["examples_dropped"] else ""
     return (
         f"{data['duplicates_removed']} duplicates removed; {data['train_target_tokens']} of {data['train_tokens']} "

@@ -5,11 +5,10 @@ The argument for a faster B is about the sum over the width that A takes, so it 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from loraplus.diagnosis.diagnosis import NEAR, Pair, ParameterStep, named, number, some
+from loraplus.diagnosis.diagnosis import Pair, ParameterStep, named, near, number, some
 from loraplus.parts import Role
 
 _HARDLY = 0.01  # of A's rate: an embedding's factors do not learn at less
@@ -37,18 +36,14 @@ def beside_factors(
 
 def _rate_of_b(pairs: Sequence[Pair]) -> float | None:
     """B's rate, where it is one and not A's."""
-    ratios = [pair for pair in pairs if pair.lr_ratio is not None and not _near(pair.lr_ratio, 1)]
+    ratios = [pair for pair in pairs if pair.lr_ratio is not None and not near(pair.lr_ratio, 1)]
     rates = {pair.lr_b for pair in ratios if pair.lr_b}
     return rates.pop() if len(rates) == 1 else None
 
 
-def _near(rate: float | None, other: float) -> bool:
-    return rate is not None and math.isclose(rate, other, rel_tol=NEAR)
-
-
 def _at_rate_of_b(entries: Sequence[ParameterStep], fast: float) -> Iterator[str]:
     for role, what in _OTHERS.items():
-        mine = [entry for entry in entries if entry.role == role and _near(entry.step_lr, fast)]
+        mine = [entry for entry in entries if entry.role == role and near(entry.step_lr, fast)]
         if mine:
             yield (
                 f"{some(len(mine), 'tensor')} of another kind ({what}) learn at B's rate, {number(fast)}: "

@@ -180,7 +180,7 @@ def ratios_of(pairs: Iterable[Pair]) -> list[float]:
     ratios: list[float] = []
     for pair in pairs:
         if pair.lr_ratio is not None:
-            alike = (known for known in ratios if math.isclose(known, pair.lr_ratio, rel_tol=NEAR))
+            alike = (known for known in ratios if near(known, pair.lr_ratio))
             ratios.append(next(alike, rounded(pair.lr_ratio)))
     return ratios
 
@@ -209,6 +209,11 @@ def in_words(pairs: Sequence[Pair]) -> str:
     if rest:
         told.append(f"λ is not known in {some(rest, 'pair')}")
     return ", ".join(told) or "no pair of factors trains"
+
+
+def near(rate: float | None, other: float) -> bool:
+    """Whether two rates, or ratios of them, are one within what a step shows."""
+    return rate is not None and math.isclose(rate, other, rel_tol=NEAR)
 
 
 def some(count: int, what: str) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loraplus.diagnosis.diagnosis import NEAR, Pair, number, ratios_of, rounded, short, some
+from loraplus.diagnosis.diagnosis import NEAR, Pair, near, number, ratios_of, rounded, short, some
 from loraplus.diagnosis.findings import Findings, ratios_by_step
 from loraplus.diagnosis.measuring import rates_by_id
 from loraplus.diagnosis.observer import Observed
@@ -76,11 +75,6 @@ def judge_ratio(pairs: Sequence[Pair], expected: Expected, why: Callable[[Pair],
             f"B learns at A's rate ({number(plain[0].lr_a)}) in all {some(len(known), 'pair')}: this is plain LoRA, "
             f"though {expected.where}; {why(plain[0])}"
         )
-
-
-def near(ratio: float | None, other: float) -> bool:
-    """Whether two rates, or ratios of them, are one within what a step shows."""
-    return ratio is not None and math.isclose(ratio, other, rel_tol=NEAR)
 
 
 def _of_pair(pair: Pair) -> str:

@@ -13,6 +13,7 @@ from loraplus.files.manifest import MANIFEST_FILE, is_as_listed
 CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
 SCORES_FILE = "scores.json"
+DATA_FILE = "data_facts.json"
 PLOTS_FOLDER = "plots"
 LOGS_FOLDER = "logs"
 NOT_COMPARED = ("workers", "output", "report_to")
@@ -79,7 +80,7 @@ _TOKENIZER = (  # which of them there are depends on the model
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "config.json", "loraplus.json", MANIFEST_FILE)
 TRAIN = Command(
     _RUN | {"lr_ratio"},
-    ("data_facts.json", "metrics.json", "curves.csv", *_ADAPTER, *_TOKENIZER, SCORES_FILE),
+    (DATA_FILE, "metrics.json", "curves.csv", *_ADAPTER, *_TOKENIZER, SCORES_FILE),
     of_language=("samples.json", "report.html"),
     with_scores=("report.html",),
     has_checkpoints=True,

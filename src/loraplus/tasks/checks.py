@@ -132,10 +132,7 @@ def rates_of(config: TaskConfig, lr: float | str, lr_ratio: float = 1.0) -> Rate
     """
     asked = rates_from(config, lr)
     if asked.auto and lr_ratio != DEFAULT_LR_RATIO:  # which stands in the configuration of every automatic run
-        raise InvalidRateError(
-            f"--lr-ratio {lr_ratio:g} is not used with --lr auto, which sets the ratio; leave it out, or give --lr a "
-            "number"
-        )
+        raise ratio_beside_automatic(lr_ratio)
     ratio = Rates().lr_ratio if asked.auto else lr_ratio
     return replace(asked, lr_ratio=ratio, lr_head=config.head_rate).resolved(DEFAULT_LR)
 
@@ -263,6 +260,13 @@ def _check_budget(config: TuneConfig) -> None:
     runs = DEFAULT_TUNING_RUNS if config.tuning_runs is None else config.tuning_runs
     if not (math.isfinite(runs) and runs >= 1):
         raise InputError(f"--tuning-runs must be at least 1, got {runs:g}: the search ends with a run of full length")
+
+
+def ratio_beside_automatic(lr_ratio: float) -> InvalidRateError:
+    """The error of a ratio that was given beside automatic rates."""
+    return InvalidRateError(
+        f"--lr-ratio {lr_ratio:g} is not used with --lr auto, which sets the ratio; leave it out, or give --lr a number"
+    )
 
 
 def _check_rates(config: TaskConfig) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from loraplus.errors import InputError
+from loraplus.files.commands import DATA_FILE
 from loraplus.files.paths import is_file, resolved, user_path
 from loraplus.files.single import read_json
 from loraplus.tasks.columns import LABEL_NAMES, choose_columns, labels_in, strings
@@ -17,7 +18,6 @@ from loraplus.tasks.scores import most_frequent, scores
 from loraplus.tasks.table import Table
 from loraplus.tasks.targets import SET_NAMES, TARGET_NAMES, labelled_sets, numbered_texts
 
-DATA_FILE = "data_facts.json"
 _USUAL = {"regression": TARGET_NAMES, "multi_label_classification": SET_NAMES}
 
 

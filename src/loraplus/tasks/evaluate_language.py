@@ -11,16 +11,20 @@ from transformers import TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loraplus.errors import InputError
+from loraplus.files.commands import DATA_FILE
 from loraplus.files.output import saved_config
 from loraplus.files.paths import user_path
 from loraplus.files.scratch import scratch_folder
+from loraplus.tasks.config import LONG_EXAMPLES, LOSS_ON
 from loraplus.tasks.conversations import NamedColumns, read_examples
 from loraplus.tasks.encoding import Encoder, loss_on
-from loraplus.tasks.language import encoded_splits, longest_within
-from loraplus.tasks.language_trainer import LanguageTrainer, LanguageTrainingArguments
+from loraplus.tasks.language import LanguageModelling, encoded_splits, longest_within
+from loraplus.tasks.language_trainer import LanguageTrainer
 from loraplus.tasks.pretrained import check_tokens, padding_multiple
 from loraplus.tasks.table import Table
 from loraplus.tasks.target_rows import TargetRows, fit, how_to_fit
+
+_SHORTEST, _LONGEST = 2, 2**31 - 1  # tokens
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,12 @@ def kept_aside(
     Raises:
         InputError: data that cannot be used; the message names the file, column or line.
     """
+    _check_facts(facts, adapter)
     saved = saved_config(user_path(adapter)) or {}
     task = "lm" if saved.get("task") == "lm" else "sft"
     if not any(astuple(named)):
         names = (saved.get(f"{what}_column") for what in ("text", "messages", "prompt", "completion"))
-        named = NamedColumns(*(name if name in table.columns else None for name in names))
+        named = NamedColumns(*(name if isinstance(name, str) and name in table.columns else None for name in names))
     examples = read_examples(table, task, named=named, as_chat=bool(tokenizer.chat_template))
     is_alike = facts.get("format", examples.kind) == examples.kind
     notes = [] if is_alike else [f"the adapter was trained on data of another kind, {facts['format']}"]
@@ -69,9 +74,21 @@ def kept_aside(
     told = {
         "format": examples.kind, "columns": examples.columns, "loss_on": on, "examples": len(table),
         "target_tokens": fitted.targets, "max_length": max_length, "longer_than_context": fitted.longer,
-        "tokens_cut": fitted.cut, "examples_dropped": fitted.dropped, "largest_token": fitted.largest,
+        "long_examples": how, "tokens_cut": fitted.cut, "examples_dropped": fitted.dropped,
+        "largest_token": fitted.largest,
     }  # fmt: skip
     return KeptAside(fitted.rows.by_length(), max_length, told, tuple(notes))
+
+
+def _check_facts(facts: Mapping[str, Any], adapter: str) -> None:
+    """Refuses what a damaged file says of the training data."""
+    length = facts.get("max_length", _SHORTEST)
+    known = {"loss_on": LOSS_ON, "long_examples": LONG_EXAMPLES}
+    wrong = [name for name, values in known.items() if name in facts and facts[name] not in values]
+    if type(length) is not int or not _SHORTEST <= length <= _LONGEST:
+        wrong.append("max_length")
+    if wrong:
+        raise InputError(f"{DATA_FILE} of {adapter} is damaged: {wrong[0]} is {facts[wrong[0]]!r}")
 
 
 def losses(
@@ -106,11 +123,9 @@ def losses(
             data_collator=DataCollatorForLanguageModeling(pad or 0, pad_to_multiple_of=multiple),
             processing_class=tokenizer,
             packing=None,
-            args=LanguageTrainingArguments(
+            args=LanguageModelling().arguments(
                 output_dir=scratch,
                 per_device_eval_batch_size=batch_size,
-                dataset_kwargs={"skip_prepare_dataset": True},
-                max_length=None,
                 use_cpu=not torch.accelerator.is_available(),
                 report_to="none",
                 disable_tqdm=True,

@@ -34,7 +34,16 @@ from loraplus.tasks.model import load_language_model
 from loraplus.tasks.packing import PackingCollator, keeps_apart
 from loraplus.tasks.pretrained import check_tokens, checked_length, load_tokenizer, padding_multiple
 from loraplus.tasks.samples import answers
-from loraplus.tasks.seen import Seen, doubts_of_encoding, length_row, repeats, repeats_row, source_row, split_row
+from loraplus.tasks.seen import (
+    Seen,
+    doubts_of_encoding,
+    length_row,
+    longer_ones,
+    repeats,
+    repeats_row,
+    source_row,
+    split_row,
+)
 from loraplus.tasks.splits import split
 from loraplus.tasks.streamed import Made, in_parts
 from loraplus.tasks.table import Table, read_table
@@ -150,8 +159,7 @@ def _facts_of_tokens(splits: Sequence[Fitted], how: str) -> dict[str, Any]:
 def _seen(
     config: TaskConfig, table: Table, data: LanguageExamples, facts: dict[str, Any], longest: int, unused: int
 ) -> Seen:
-    done = {"cut": f"cut, {facts['tokens_cut']:,} tokens lost", "drop": "dropped", "split": "split, nothing lost"}
-    long, target = facts["longer_than_context"], facts["train_target_tokens"]
+    target = facts["train_target_tokens"]
     rows = {
         "data": source_row(table),
         "columns": f"{data.columns}: {data.kind}{' as a chat' if data.are_chats and data.kind == COMPLETION else ''}",
@@ -165,7 +173,7 @@ def _seen(
             config.max_eval_samples is not None,
         ),
         "length": length_row(facts["max_length"], config.max_length is not None, longest, _COVERS),
-        "cut": f"{long:,} longer ones, {done[facts['long_examples']]}" if long else "nothing",
+        "cut": longer_ones(facts) if facts["longer_than_context"] else "nothing",
     }
     doubts = doubts_of_encoding(table)
     if data.kind == CONVERSATION and facts["loss_on"] == ON_ALL:

@@ -74,6 +74,8 @@ def figures(scored: Mapping[str, Any]) -> dict[str, float]:
 def most_frequent(names: Sequence[str], facts: Mapping[str, Any]) -> int | None:
     """The index of the class that is most frequent in training, if the facts of the data tell."""
     counts = facts.get("train_class_counts")
+    if not isinstance(counts, Mapping) or not all(isinstance(count, int) for count in counts.values()):
+        return None
     return max(range(len(names)), key=lambda index: counts.get(names[index], 0)) if counts else None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from loraplus.tasks.config import CUT, DROP, SPLIT
 from loraplus.tasks.splits import canonical
 from loraplus.tasks.streamed import Labels, digest
 from loraplus.tasks.tabular import GUESSED, Table
@@ -141,12 +142,30 @@ def split_row(train: int, validation: int, test: int, unused: int = 0, asked: bo
         >>> split_row(360, 32, 0, unused=8, asked=True)
         '360 to train on, 32 of 40 to validate (as --max-eval-samples says)'
     """
-    parts = f"{train:,} to train on, {validation:,} to validate{f', {test:,} to test' if test else ''}"
-    if not unused:
-        return parts
     aside = validation + unused
-    why = "as --max-eval-samples says" if asked else f"{_SHORT_RUN}; --max-eval-samples {aside} takes all"
-    return f"{parts.replace(' to validate', f' of {aside:,} to validate')} ({why})"
+    reason = "as --max-eval-samples says" if asked else f"{_SHORT_RUN}; --max-eval-samples {aside} takes all"
+    validated, why = (f"{validation:,} of {aside:,}", f" ({reason})") if unused else (f"{validation:,}", "")
+    return f"{train:,} to train on, {validated} to validate{f', {test:,} to test' if test else ''}{why}"
+
+
+def longer_ones(facts: Mapping[str, Any]) -> str:
+    """How many examples of a language model are longer than the length, and what becomes of them.
+
+    Args:
+        facts: of the data, with longer_than_context, long_examples and tokens_cut.
+
+    Example:
+        >>> longer_ones({"longer_than_context": 2, "long_examples": "cut", "tokens_cut": 1200})
+        '2 longer ones cut, 1,200 tokens lost'
+        >>> longer_ones({"longer_than_context": 0})
+        '0 longer ones'
+    """
+    longer = facts["longer_than_context"]
+    count = f"{longer:,} longer one{'' if longer == 1 else 's'}"
+    if not longer:
+        return count
+    done = {CUT: f"cut, {facts['tokens_cut']:,} tokens lost", DROP: "dropped", SPLIT: "split into parts, nothing lost"}
+    return f"{count} {done[facts['long_examples']]}"
 
 
 def length_row(max_length: int, asked: bool, longest: int, covers: str) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from loraplus.errors import DivergedError, InterruptedRun, LostProcessError
 from loraplus.files.checkpoints import check_places, checkpoints, newest_whole
-from loraplus.files.commands import CARD_FILE, SCORES_FILE
+from loraplus.files.commands import CARD_FILE, DATA_FILE, SCORES_FILE
 from loraplus.files.manifest import is_as_listed, seal
 from loraplus.files.output import check_output, hold_output, note_data, prepare_output
 from loraplus.files.single import write_atomically, write_csv, write_json
@@ -35,7 +35,6 @@ from loraplus.tasks.task import Task, TaskData, task_of
 from loraplus.tasks.training import build_trainer, total_steps
 
 _LOG = logging.getLogger(__name__)
-DATA_FILE = "data_facts.json"
 CURVES_FILE = "curves.csv"
 SAMPLES_FILE = "samples.json"
 _COLUMNS = ("step", "epoch", "train_loss", "grad_norm")
