@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from report.test_live import tuning
 from report.test_page import EVIL
 from report.test_page import page as comparison
 from report.test_scored import page_of
@@ -14,9 +15,11 @@ from report.test_training import METRICS
 from study.test_summary import study
 
 from loraplus.files.single import write_csv, write_json, write_yaml
+from loraplus.report.live import study_page
 from loraplus.report.serve import server
 from loraplus.report.training import write_report
 from loraplus.reproduce.command import Options, redraw
+from loraplus.study.runner import Event
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "reproduce"
 
@@ -237,3 +240,22 @@ def test_a_page_that_is_watched_works_as_the_file_does(pages, visit):
             seen.page.get_by_role("button", name="CSV").first.click()
         assert not seen.errors and not seen.requests
         serving.shutdown()
+
+
+def test_a_live_page_reloads_until_someone_works_on_it(tmp_path, visit):
+    runs = [tuning(1e-4, 20, 0.7), tuning(1e-3, 20, 0.6)]
+    settings = {"task": "classification", "data": "d", "model": "m", "output": "o"}
+    path = tmp_path / "report.html"
+    path.write_text(study_page("tune", settings)(Event("finished", 0.5, 4, records={r.trial.key: r for r in runs})))
+    page = visit(path, 1280).page
+    page.clock.install()
+    page.reload()
+    marked = "() => document.body.dataset.marked"
+    page.evaluate("document.body.dataset.marked = 'yes'")
+    with page.expect_event("load"):
+        page.clock.run_for(6_000)
+    assert page.evaluate(marked) is None and page.locator("#paused").is_hidden()
+    page.evaluate("document.body.dataset.marked = 'yes'")
+    page.locator("svg").first.click()
+    page.clock.run_for(20_000)
+    assert page.evaluate(marked) == "yes" and page.locator("#paused").is_visible()

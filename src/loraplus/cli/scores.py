@@ -23,7 +23,7 @@ def show_scores(console: Console, scored: Mapping[str, Any]) -> None:
     shown = " · ".join(f"{name} {value:.4f}" for name, value in figures(scored).items())
     console.say(f"{shown} on {scored['examples']:,} labelled texts")
     if "majority_share" in scored:
-        console.say(f"always the most frequent class: accuracy {scored['majority_share']:.4f}")
+        console.say(f"always the class that is most frequent in training: accuracy {scored['majority_share']:.4f}")
     if "absolute_error" in scored:
         sizes = scored["absolute_error"]
         console.say(

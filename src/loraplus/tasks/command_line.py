@@ -34,8 +34,12 @@ def command_line(*words: str, **flags: object) -> str:
         if value is True or value is False:
             line.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            line += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+            line += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else _written(value)]
     return visible(shlex.join(line), kept="")
+
+
+def _written(value: object) -> str:
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def command_of_settings(command: str, settings: Mapping[str, Any]) -> str:
