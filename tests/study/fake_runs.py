@@ -44,11 +44,11 @@ def quick(folder: str, trial: Trial, on_step) -> Record:
 
 def overlapping(folder: str, trial: Trial, on_step) -> Record:
     """Notes when it starts and ends; the first one ends when another process has started one, too."""
-    note(folder, "spans", f"{trial.arm} {os.getpid()} start")
+    note(folder, "spans", f"{trial.arm} {os.getpid()} {trial.phase} start")
     late = time.monotonic() + 60
     while len({line.split()[1] for line in noted(Path(folder), "spans")}) < 2 and time.monotonic() < late:
         time.sleep(0.02)
-    note(folder, "spans", f"{trial.arm} {os.getpid()} end")
+    note(folder, "spans", f"{trial.arm} {os.getpid()} {trial.phase} end")
     return quick(folder, trial, on_step)
 
 
