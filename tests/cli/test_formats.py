@@ -163,7 +163,7 @@ def test_check_says_what_is_seen_and_stops(tmp_path, model_folder, loraplus_comm
     for seen in ("122 rows", "4: ", "s a step", "! --lr 10", "several labels", "'GUT' (1)", "'selten'", "column names"):
         assert seen in outcome.out, seen
     last = shlex.split(outcome.out.strip().splitlines()[-1])
-    given = ["--model", str(model_folder), "--data", str(data), "--output", "runs/d", "--lr", "10.0"]
+    given = ["--model", str(model_folder), "--data", str(data), "--output", "runs/d", "--lr", "10"]
     assert last[:2] == ["loraplus", "train"] and last[2:10] == given and "--check" not in last
     told = loraplus_command("train", "--model", model_folder, "--data", data, "--check", "--json")
     assert set(json.loads(told.out)) == {"rows", "doubts"} and "checked" in told.err

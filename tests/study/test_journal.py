@@ -55,7 +55,9 @@ def opened(journal: Path, name: str = "s") -> tuple[dict[str, Record], list[str]
         warnings.simplefilter("always")
         store = StudyStore.open(journal, name, begun=True)
         store.check_data({"train_examples": 80})
-    assert all(issubclass(warning.category, LoraPlusWarning) for warning in said)
+    # What an earlier test left open is told when it is collected, which may be now.
+    said = [warning for warning in said if not issubclass(warning.category, ResourceWarning)]
+    assert [str(warning) for warning in said if not issubclass(warning.category, LoraPlusWarning)] == []
     return store.records(), [str(warning.message) for warning in said]
 
 

@@ -129,7 +129,7 @@ def train_command(config: TrainConfig) -> str:
 
     Example:
         >>> train_command(TrainConfig(model="m", data="d.csv", output="o", lr=1e-3, lr_ratio=4.0))
-        'loraplus train --model m --data d.csv --output o --lr 0.001 --lr-ratio 4.0'
+        'loraplus train --model m --data d.csv --output o --lr 0.001 --lr-ratio 4'
     """
     return command_of_settings("train", asdict(config))
 
