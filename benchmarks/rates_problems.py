@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from loraplus.reproduce import assets, small_decoders
+from loraplus.reproduce import small_decoders
 from loraplus.reproduce.small_tasks import BOOK, HELD_OUT, Rows, SmallTask, book_rows, domain_rows
 from loraplus.reproduce.small_training import evaluate, loss_of
 
@@ -142,8 +142,6 @@ def encoded(texts: Sequence[str], model: str, length: int) -> list[list[int]]:
         encode: Any = AutoTokenizer.from_pretrained(DATA / "minilm-l6")
         ids: list[list[int]] = encode(list(texts), truncation=True, max_length=length)["input_ids"]
         return ids
-    for asset in ("verses", "rated-snippets"):  # what the decoders and their tokenizer were made from
-        assets.obtain(asset, DATA, say=lambda _: None)
     return small_decoders.token_ids(small_decoders.tokenizer(DATA, width_of(model)), list(texts), length)
 
 

@@ -119,8 +119,9 @@ def test_init_shares_the_runs_of_rules_that_agree_and_finds_the_optimum():
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """The data folder with a few verses and snippets."""
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data folder with a few verses and snippets, which count as the real ones."""
+    monkeypatch.setattr(small_decoders.assets, "obtain", lambda name, folder, say: folder / f"{name}.csv")
     tables = {
         "verses.csv": [{"book": "A", "chapter": i % 16, "text": f"verse {i} of the book"} for i in range(60)],
         "rated-snippets.csv": [
@@ -154,7 +155,6 @@ def test_every_decoder_reads_a_task_in_pieces_of_its_own(data, monkeypatch):
     tokenizer = small_decoders.tokenizer(data, 32)
     own = train_tokenizer(["snippet of them"] * 9, 300, 48)
     own.save_pretrained(small_decoders.folder_of(data, small_decoders.WIDEST))
-    monkeypatch.setattr(small_tasks.assets, "obtain", lambda name, folder, say: folder / f"{name}.csv")
     for width, pieces in ((32, tokenizer), (small_decoders.WIDEST, own)):
         task = small_tasks.load(data, "lm-movies", width)
         text = pieces.decode(task.train.ids[0], skip_special_tokens=True).strip()

@@ -88,4 +88,4 @@ class Plugin(BasePlugin):
                 setattr(trainer.args, name, None)
         rates = [settings.rates] if any(getattr(written, name, None) is not None for name in _RATES) else []
         attach(trainer, *rates, log_updates=settings.log_updates, log_layers=settings.log_layers)
-        trainer._told_by = "axolotl.loraplus"
+        trainer.loraplus_logger = "axolotl.loraplus"

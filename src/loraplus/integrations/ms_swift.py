@@ -46,7 +46,7 @@ class LoraPlusOptimizerCallback(OptimizerCallback):
         vars(self.trainer).pop("train", None)
         ratio = _ratio(self.args, self.trainer.model)
         attach(self.trainer, **({} if ratio is None else {"lr_ratio": ratio}))
-        self.trainer._told_by = "swift.loraplus"
+        self.trainer.loraplus_logger = "swift.loraplus"
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Has the trainer make both by the methods that LoRA+ stands in."""

@@ -66,7 +66,8 @@ class LoraPlusMixin(WholeCheckpoints):
     """Gives any Trainer class LoRA+ parameter groups, their logs, whole checkpoints, and a guard on resuming."""
 
     loraplus_auto: AutoRates | None = None
-    _told_by: str = LOGGER
+    loraplus_logger: str = LOGGER
+    """Told which rates were verified; frameworks show what their own loggers say, and nothing else below a warning."""
     _given: RateSettings | None = None
     _made: Made | None = None
     _making: bool = False
@@ -141,7 +142,7 @@ class LoraPlusMixin(WholeCheckpoints):
             self._check_resumed()
             if not settings.auto:  # whose rates come with the first step
                 with told_once(silent=True):  # `split` has warned
-                    prove(model, new.optimizer, rates, told_by=self._told_by)
+                    prove(model, new.optimizer, rates, told_by=self.loraplus_logger)
         self._watch(model)
         return self.optimizer
 

@@ -246,6 +246,12 @@ def obtain(
     return target
 
 
+def table(asset: str, folder: Path) -> list[dict[str, str]]:
+    """The rows of an asset that is a table, obtained into `folder` first where it is not there."""
+    with obtain(asset, folder, say=lambda _: None).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def _write_folder(files: dict[str, bytes], target: Path) -> None:
     """Writes every file by its last name under a temporary one, then renames; other files in the folder stay."""
     target.mkdir(exist_ok=True)

@@ -9,7 +9,6 @@ member of the family: it is the decoder of examples/decoder, trained longer, on 
 
 from __future__ import annotations
 
-import csv
 import math
 import sys
 from contextlib import AbstractContextManager
@@ -38,10 +37,8 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
 
 def texts(data: Path, everything: bool = False) -> list[str]:
     """What the decoders are pre-trained on; with `everything`, what the tokenizer is."""
-    with (data / "verses.csv").open(newline="", encoding="utf-8") as file:
-        verses = [row["text"] for row in csv.DictReader(file)]
-    with (data / "rated-snippets.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    verses = [row["text"] for row in assets.table("verses", data)]
+    rows = assets.table("rated-snippets", data)
     return verses + [row["text"] for row in rows if everything or row["domain"] in ("products", "tweets")]
 
 

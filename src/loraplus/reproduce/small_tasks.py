@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections import Counter
 from collections.abc import Iterable
@@ -58,12 +57,6 @@ class SmallTask:
     test: Rows
 
 
-def _table(data: Path, asset: str) -> list[dict[str, str]]:
-    path = assets.obtain(asset, data, say=lambda _: None)
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def _shuffled(rows: list[Text]) -> list[Text]:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
     return [rows[i] for i in order]
@@ -76,7 +69,7 @@ def _held_out_first(classes: int, rows: list[Text]) -> Texts:
 
 def book_rows(data: Path) -> list[tuple[dict[str, str], int]]:
     """The verses of the larger books, each with the number of its book."""
-    rows = _table(data, "verses")
+    rows = assets.table("verses", data)
     sizes = Counter(row["book"] for row in rows)
     books = {book: i for i, book in enumerate(sorted(book for book in sizes if sizes[book] >= _BOOK_VERSES))}
     return [(row, books[row["book"]]) for row in rows if row["book"] in books]
@@ -84,7 +77,7 @@ def book_rows(data: Path) -> list[tuple[dict[str, str], int]]:
 
 def domain_rows(data: Path, domain: str) -> list[dict[str, str]]:
     """The rated snippets of one domain."""
-    return [row for row in _table(data, "rated-snippets") if row["domain"] == domain]
+    return [row for row in assets.table("rated-snippets", data) if row["domain"] == domain]
 
 
 @functools.lru_cache(maxsize=4)

@@ -38,7 +38,10 @@ def load_adapter(adapter: str, base_model: str | None = None, *, trust_remote_co
         raise InputError(f"{adapter} is an adapter of a language model, which labels nothing; try `loraplus generate`")
     folder = user_path(adapter)
     if not is_file(folder / "config.json"):
-        raise InputError(f"{adapter} is not a classifier that `loraplus train` wrote: it has no config.json")
+        raise InputError(
+            f"{adapter} is not a classifier that `loraplus train` wrote: it has no config.json; "
+            "for a language model's adapter there is `loraplus generate`"
+        )
     name = base_of(adapter, base_model)
     config = from_pretrained(AutoConfig, str(folder), trust_remote_code=trust_remote_code)
     _check_labels(adapter, config)
