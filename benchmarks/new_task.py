@@ -159,12 +159,13 @@ def search(task: Task, trials: int, one: dict[str, Any], keep: Any) -> None:
     parts, one["encoding_seconds"] = encoded(task)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
     range_of_rates = optuna.distributions.FloatDistribution(LOWEST, HIGHEST, log=True)
-    for one in known:
+    distributions = {"lr": range_of_rates}
+    for row in known:
         study.add_trial(
-            optuna.trial.create_trial(params={"lr": one["lr"]}, distributions={"lr": range_of_rates}, value=one["loss"])
+            optuna.trial.create_trial(params={"lr": row["lr"]}, distributions=distributions, value=row["loss"])
         )
     while len(known) < trials:
-        asked = study.ask({"lr": range_of_rates})
+        asked = study.ask(distributions)
         known.append(trial(task, parts, asked.params["lr"]))
         study.tell(asked, known[-1]["loss"])
         keep()
