@@ -101,9 +101,11 @@ class _Weighted(Dataset):
 
 
 class OrderByPass(Sampler[int]):
-    """Batches of like length, in an order that a seed fixes: that of transformers' LengthGroupedSampler.
+    """Batches of like length, in an order that a seed fixes and in which lengths follow each other at random.
 
-    It is laid out a part at a time, so that a pass over millions of rows holds one number a row.
+    transformers' LengthGroupedSampler sorts each part of a pass by length and leaves its batches sorted, so that a
+    short run ends on the shortest texts alone; here their order is drawn. It is laid out a part at a time, so that a
+    pass over millions of rows holds one number a row.
 
     Args:
         lengths: of the rows, in tokens, (rows,).
@@ -122,11 +124,13 @@ class OrderByPass(Sampler[int]):
         rows = torch.randperm(len(self), generator=generator).numpy()
         size = self._batch_size * max(1, min(len(self) // (self._batch_size * 4), _BATCHES_SORTED))
         parts = range(0, len(rows), size)
-        for start in parts:  # in place: the longest first, equal ones in their order
+        for start in parts:  # in place
             part = rows[start : start + size]
             part[:] = part[np.argsort(-self._lengths[part], kind="stable")]
+            whole = part[: len(part) // self._batch_size * self._batch_size].reshape(-1, self._batch_size)
+            whole[:] = whole[torch.randperm(len(whole), generator=generator).numpy()]
         # The longest comes first: if memory does not suffice, that shows at the first step.
-        longest = size * int(np.argmax(self._lengths[rows[::size]]))
+        longest = int(np.flatnonzero(rows == np.argmax(self._lengths))[0])
         rows[[0, longest]] = rows[[longest, 0]]
         for start in parts:
             yield from rows[start : start + size].tolist()
