@@ -133,7 +133,8 @@ def test_the_published_lengths_and_schedules():
     recipe = GlueRoberta(scale="paper").recipe({"task": "mnli"})
     assert (recipe.config.epochs, recipe.config.rank, recipe.config.alpha) == (3, 8, 8)
     assert GlueRoberta(scale="paper").recipe({"task": "qnli"}).config.epochs == 10
-    assert (recipe.beta2, recipe.half, recipe.config.max_length) == (0.99, True, 128)
+    assert (recipe.beta2, recipe.half, recipe.dropout, recipe.config.max_length) == (0.99, True, True, 128)
+    assert not GlueRoberta().recipe({"domain": "movies"}).dropout
     llama = LlamaMnli(scale="paper").recipe
     assert (llama.config.batch_size, llama.config.gradient_accumulation_steps, llama.beta2) == (32, 4, 0.999)
     assert llama.config.lr_scheduler_type == "constant" and llama.config.target_modules == "all-linear"

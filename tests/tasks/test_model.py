@@ -12,7 +12,7 @@ from conftest import tiny_bert, tiny_config
 from loraplus.errors import InputError
 from loraplus.roles import Role, trainable_parameters
 from loraplus.tasks.config import TrainConfig
-from loraplus.tasks.model import load_classifier
+from loraplus.tasks.model import load_classifier, without_dropout
 from loraplus.tasks.predict import load_adapter
 from loraplus.tasks.pretrained import load_tokenizer
 
@@ -96,6 +96,17 @@ def test_an_adapter_with_default_settings_comes_back_to_the_same_logits(tmp_path
         torch.manual_seed(seed)
         again, its_tokenizer = load_adapter(str(tmp_path))
         torch.testing.assert_close(logits(again, its_tokenizer), logits(model, tokenizer))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_without_dropout_trains_on_what_it_is_evaluated_on(folder_of, name):
+    config = TrainConfig(model=str(folder_of(MODELS[name][0]())), rank=2, lora_dropout=0.5)
+    tokenizer = load_tokenizer(config)
+    model = load_classifier(config, ["bad", "good"], tokenizer, seed=0)
+    without_dropout(model)
+    batch = tokenizer(texts(), add_special_tokens=False, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model.train()(**batch).logits, logits(model, tokenizer))
 
 
 @pytest.mark.parametrize("target", ["classifier", "pre_classifier"])

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from loraplus.tasks.config import CLASSIFICATION, DEFAULT_LR, TaskConfig
 
 _POOL = 50  # batches; as many as transformers sorts together at most
@@ -79,6 +77,8 @@ class Prepared:
 
     def model(self, *, dropout: bool, lora_dropout: float) -> Any:
         """A fresh model with its adapter: the same weights every time."""
+        from loraplus.tasks.model import without_dropout
+
         config = replace(self.config, lora_dropout=lora_dropout)
         model = self.task.load_model(config, self.data, self.tokenizer, self.config.seed)
         if not dropout:
@@ -121,13 +121,3 @@ def prepare(config: TaskConfig, batches: int) -> Prepared:
     whole = [order[i : i + size] for i in range(0, len(order) - size + 1, size)] or [order]
     whole.sort(key=lambda batch: -sum(lengths[row] for row in batch))  # a pool may hold several parts, each sorted
     return Prepared(config, task, tokenizer, data, whole, lengths, max(1, batches))
-
-
-def without_dropout(model: torch.nn.Module) -> None:
-    """Turns off every dropout in a model: layers, and the rates that attention reads."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)

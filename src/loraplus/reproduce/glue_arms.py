@@ -72,7 +72,7 @@ class GlueArms(TunedArms):
         return [{"domain": name} for name in self.domains]
 
     def recipe(self, case: Case) -> Recipe:
-        """As published; at --scale cpu with another model, fewer steps and the head at a rate of its own."""
+        """As published; at --scale cpu a small model without dropout, fewer steps, the head at a rate of its own."""
         published = TaskConfig(
             rank=8, alpha=8, batch_size=32, max_length=LENGTH, max_steps=self.max_steps,
             warmup_ratio=_WARMUP, lr_scheduler_type="linear", weight_decay=0.0,
@@ -84,7 +84,7 @@ class GlueArms(TunedArms):
         published.model, published.target_modules = str(self.small_model()), self.small_targets
         published.max_steps, published.batch_size = self.max_steps or self.small_steps, self.small_batch
         published.eval_batch_size = 100
-        return Recipe(published, _BETA2)
+        return Recipe(published, _BETA2, dropout=False)
 
     def settings(self) -> dict[str, Any]:
         one = self.recipe(self.cases()[0])

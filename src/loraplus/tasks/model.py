@@ -100,6 +100,16 @@ def load_language_model(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, 
     return adapted
 
 
+def without_dropout(model: nn.Module) -> None:
+    """Turns off every dropout in a model: layers, and the rates that attention reads."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def keep_differentiable(model: Any) -> None:
     """Keeps bitsandbytes from converting 4-bit weights for a CPU's inference kernels.
 
