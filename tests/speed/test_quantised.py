@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from loraplus import slow_down, speed_up
-from tests.speed.models import bare
+from speed.models import bare
 
 BITS = {"4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "8": {"load_in_8bit": True}}
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
