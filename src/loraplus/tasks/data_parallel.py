@@ -101,11 +101,13 @@ class _Weighted(Dataset):
 
 
 class OrderByPass(Sampler[int]):
-    """Batches of like length, in an order that a seed fixes and in which lengths follow each other at random.
+    """Batches of like length. A seed fixes their order, which is drawn.
 
     transformers' LengthGroupedSampler sorts each part of a pass by length and leaves its batches sorted, so that a
-    short run ends on the shortest texts alone; here their order is drawn. It is laid out a part at a time, so that a
-    pass over millions of rows holds one number a row.
+    short run can end on the shortest texts alone. Here the batches of a part are shuffled, and the smaller batch that
+    a pass may end with holds rows of any length. The batch with the longest row comes first: if memory does not
+    suffice, that shows at the first step. A pass is laid out a part at a time, so that one over millions of rows holds
+    one number a row.
 
     Args:
         lengths: of the rows, in tokens, (rows,).
@@ -122,18 +124,36 @@ class OrderByPass(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed())
         rows = torch.randperm(len(self), generator=generator).numpy()
-        size = self._batch_size * max(1, min(len(self) // (self._batch_size * 4), _BATCHES_SORTED))
-        parts = range(0, len(rows), size)
-        for start in parts:  # in place
-            part = rows[start : start + size]
-            part[:] = part[np.argsort(-self._lengths[part], kind="stable")]
-            whole = part[: len(part) // self._batch_size * self._batch_size].reshape(-1, self._batch_size)
-            whole[:] = whole[torch.randperm(len(whole), generator=generator).numpy()]
-        # The longest comes first: if memory does not suffice, that shows at the first step.
-        longest = int(np.flatnonzero(rows == np.argmax(self._lengths))[0])
-        rows[[0, longest]] = rows[[longest, 0]]
-        for start in parts:
+        size = self._batch_size * max(1, min(len(rows) // (self._batch_size * 4), _BATCHES_SORTED))
+        end = len(rows) // self._batch_size * self._batch_size
+        whole, rest = rows[:end], rows[end:]  # views, as all below: everything is done in place
+        for start in range(0, end, size):
+            part = whole[start : start + size]
+            self._sort(part)
+            batches = part.reshape(-1, self._batch_size)
+            batches[:] = batches[torch.randperm(len(batches), generator=generator).numpy()]
+        self._sort(rest)
+        self._put_longest_first(rows)
+        for start in range(0, len(rows), size):
             yield from rows[start : start + size].tolist()
+
+    def _sort(self, rows: np.ndarray) -> None:
+        rows[:] = rows[np.argsort(-self._lengths[rows], kind="stable")]
+
+    def _put_longest_first(self, rows: np.ndarray) -> None:
+        """Exchanges the first rows and the batch that begins with the longest; every batch is sorted.
+
+        Of several that begin with rows of that length it is the one whose last row is the longest.
+        """
+        if not len(rows):
+            return
+        heads = self._lengths[rows[:: self._batch_size]]
+        starts = np.flatnonzero(heads == heads.max()) * self._batch_size
+        ends = np.minimum(starts + self._batch_size, len(rows))
+        start = starts[np.argmax(self._lengths[rows[ends - 1]])]
+        batch = rows[start : start + self._batch_size].copy()
+        rows[start : start + len(batch)] = rows[: len(batch)]
+        rows[: len(batch)] = batch
 
 
 class DataParallelTrainer(LoraPlusTrainer):
