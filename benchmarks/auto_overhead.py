@@ -3,7 +3,8 @@
     python benchmarks/auto_overhead.py [SETTING …] [--steps 100] [--pairs 5]
 
 Both kinds of run are interleaved, each in a process of its own; the figures are medians over the pairs. What a measured
-step takes beside a plain one is of one and the same run, so that it holds where whole runs are too noisy to compare.
+step takes beside one that is not (it may be watched for growth) is of one and the same run, so that it holds where
+whole runs are too noisy to compare.
 Two memories are told: what the process has from the system, and what of it is in use. The C library keeps memory that
 was freed between blocks still in use, so the first is larger; the second is of further, short runs in which it gives
 everything back (MALLOC_MMAP_THRESHOLD_). deep224 has 256 tokens in a batch, of which a measurement keeps half;
@@ -37,7 +38,7 @@ DEEP = {
 
 
 def one_run(name: str, kind: str, steps: int) -> dict[str, float]:
-    """{"seconds": of processor time in the steps, "mib": peak of the process; automatic: "measured" over "plain"}."""
+    """Processor "seconds" in the steps and peak "mib"; of automatic rates "measured_over_plain", a ratio of medians."""
     import torch
     from rates_peers import automatic
     from rates_training import fixed, run
@@ -86,6 +87,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--one", choices=("fixed", "auto"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps < MEMORY_STEPS:
+        parser.error(f"--steps: ten steps are measured at first, so give {MEMORY_STEPS} or more")
     if options.one:
         return print(json.dumps(one_run(options.settings[0], options.one, options.steps)))
     for name in options.settings:

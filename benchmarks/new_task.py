@@ -6,11 +6,11 @@
 The search is Optuna's TPE over the rate (1e-5 to 1e-2, on a log scale), each trial a run of PEFT + Trainer at its
 defaults on texts that are encoded once; its best validation loss is the loss of tuned LoRA. Beside it `loraplus
 train` is run once, with automatic rates, on the same texts, model, adapter, batch and steps, and evaluated at every
-tenth of its steps; the seconds are those at which an evaluation first ends at or below that loss. One run is luck, the
-best of twenty even more so: the rate of the best and the automatic run are trained again on two other seeds, which cost
-neither side anything here. Counted is
-processor time on one thread: data, model, training, evaluation. Both are judged by the mean cross-entropy of the same
-400 texts. Trials are kept in --output as they end, so that an interrupted search goes on.
+tenth of its steps; the seconds are those at which an evaluation first ends at or below that loss. The best of twenty
+runs is lucky on its seed, so the best rate and the automatic run are trained on two other seeds as well; the seconds of
+those runs are not counted. Counted is processor time on one thread: data, model, training, evaluation. Both sides are
+judged by the mean cross-entropy of the same 400 texts, `train` at its best evaluation, whose weights it keeps, a trial
+at its end. Trials are kept in --output as they end, so that an interrupted search goes on.
 """
 
 from __future__ import annotations
@@ -162,8 +162,10 @@ def search(task: Task, trials: int, one: dict[str, Any], keep: Any) -> None:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     known = one["search"]
-    parts, one["encoding_seconds"] = encoded(task)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    parts, seconds = encoded(task)
+    one.setdefault("encoding_seconds", seconds)
+    # A sampler draws the same numbers again from the same seed.
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=len(known)))
     range_of_rates = optuna.distributions.FloatDistribution(LOWEST, HIGHEST, log=True)
     distributions: dict[str, optuna.distributions.BaseDistribution] = {"lr": range_of_rates}
     for row in known:
@@ -175,9 +177,12 @@ def search(task: Task, trials: int, one: dict[str, Any], keep: Any) -> None:
         known.append(trial(task, parts, asked.params["lr"]))
         study.tell(asked, known[-1]["loss"])
         keep()
-    again = one.setdefault("again", [])
+    lr = best_of(known)["lr"]
+    again = one["again"] = [
+        row for row in one.get("again", []) if row["lr"] == lr
+    ]  # of another best before more trials
     for seed in OTHER_SEEDS[len(again) :]:
-        again.append(trial(task, parts, best_of(known)["lr"], seed))
+        again.append(trial(task, parts, lr, seed))
         keep()
 
 
@@ -193,7 +198,8 @@ def table(runs: dict[str, Any]) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name, one in runs.items():
         trials, again, auto, auto_again = (one.get(key) for key in ("search", "again", "auto", "auto_again"))
-        if not again or len(auto_again or []) < len(OTHER_SEEDS):
+        if min(len(again or []), len(auto_again or [])) < len(OTHER_SEEDS):
+            print(f"| {name} | {len(trials)} trials; runs are missing | | | | | | |")
             continue
         ends = list(itertools.accumulate((row["seconds"] for row in trials), initial=one["encoding_seconds"]))[1:]
         tuned, ours = ([row["loss"] for row in rows] for rows in ([best_of(trials), *again], [auto, *auto_again]))

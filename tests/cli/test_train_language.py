@@ -68,8 +68,8 @@ def test_the_report_shows_answers_of_the_base_and_of_the_adapter(trained, decode
     ids = tokenizer(samples[0]["prompt"], return_tensors="pt")
     answer = base.generate(**ids, max_new_tokens=64, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == samples[0]["base"]
-    page = (output / "report.html").read_text()
-    assert "Answers before and after" in page and escape(visible(samples[0]["adapted"].strip())) in page
+    page, adapted = (output / "report.html").read_text(), samples[0]["adapted"].strip()
+    assert "Answers before and after" in page and (escape(visible(adapted)) or "nothing</span>") in page
 
 
 def test_the_adapter_loads_with_peft_alone(trained):

@@ -103,6 +103,10 @@ def test_a_model_without_dropout_trains_on_what_it_is_evaluated_on(folder_of, na
     config = TrainConfig(model=str(folder_of(MODELS[name][0]())), rank=2, lora_dropout=0.5)
     tokenizer = load_tokenizer(config)
     model = load_classifier(config, ["bad", "good"], tokenizer, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # B is zero
+                parameter.add_(torch.randn_like(parameter), alpha=0.5)
     without_dropout(model)
     batch = tokenizer(texts(), add_special_tokens=False, return_tensors="pt", padding=True)
     with torch.no_grad():

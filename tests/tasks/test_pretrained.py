@@ -118,6 +118,7 @@ def test_an_adapter_is_not_put_on_another_base_model(adapter, folder_of, model_f
         ("adapter_model.safetensors", b"xxxx", "cannot put"),
         ("adapter_model.safetensors", None, "has no adapter_model.safetensors"),
         ("config.json", b"{", "cannot load"),
+        ("config.json", None, "no config.json; for a language model's adapter there is `loraplus generate`"),
     ],
 )
 def test_a_damaged_adapter_is_one_line(adapter, file, content, expected):

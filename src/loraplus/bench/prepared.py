@@ -119,5 +119,5 @@ def prepare(config: TaskConfig, batches: int) -> Prepared:
     size = config.batch_size
     order = list(OrderByPass(lengths, size, lambda: config.seed))[: _POOL * size]
     whole = [order[i : i + size] for i in range(0, len(order) - size + 1, size)] or [order]
-    whole.sort(key=lambda batch: -sum(lengths[row] for row in batch))  # a pool may hold several parts, each sorted
+    whole.sort(key=lambda batch: -sum(lengths[row] for row in batch))
     return Prepared(config, task, tokenizer, data, whole, lengths, max(1, batches))

@@ -67,7 +67,7 @@ class LoraPlusMixin(WholeCheckpoints):
 
     loraplus_auto: AutoRates | None = None
     loraplus_logger: str = LOGGER
-    """Told which rates were verified; frameworks show what their own loggers say, and nothing else below a warning."""
+    """Name of the logger that is told the verified rates: below a warning, frameworks show their own loggers only."""
     _given: RateSettings | None = None
     _made: Made | None = None
     _making: bool = False

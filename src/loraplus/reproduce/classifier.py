@@ -51,7 +51,7 @@ class Recipe:
         beta2: of Adam.
         head_at_lr: the head learns at η_A, as in the authors' code, instead of at `config.lr_head`.
         half: float16 where there is a GPU.
-        dropout: the model's own dropout, whose random numbers take more than half of a step's time on a CPU.
+        dropout: the model's own. On a CPU its random numbers can take more than half of a step's time.
     """
 
     config: TaskConfig

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from transformers.pytorch_utils import Conv1D
 
@@ -101,9 +102,9 @@ def load_language_model(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, 
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Turns off every dropout in a model: layers, and the rates that attention reads."""
+    """Turns off dropout: torch's layers of it, and rates that a module of transformers keeps as a number of its own."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, float):
