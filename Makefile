@@ -16,7 +16,7 @@ OLDEST := transformers==5.20.0 peft==0.21.0 trl==1.16.0 accelerate==1.15.0
 .PHONY: help install demo picture decoder docs test test-all test-newest test-oldest faults mutants lint types fmt clean
 
 help:
-	@echo "make demo     compare LoRA with LoRA+ on movie reviews (about a quarter of an hour on 2 cores)"
+	@echo "make demo     compare LoRA with LoRA+ on movie reviews (15 to 20 minutes on 2 cores)"
 	@echo "make decoder  pre-train the small decoder of examples/decoder anew, into data/decoder (under half an hour on 2 cores)"
 	@echo "make docs     build the documentation as a site, into docs/_build/html"
 	@echo "make test     lint, types and tests"
