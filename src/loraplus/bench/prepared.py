@@ -1,11 +1,13 @@
 """Model and data of a comparison: the examples that every arm trains on, and fresh models.
 
-Length grouping makes batches of a pool; sorted by length, every k-th of them is run. Arms that do not group draw random
-batches from the same examples. So all arms train on the same examples, and their lengths are those of the pool.
+Length grouping makes batches of a pool. Sorted by length they are cut into parts, and one of each part is run. Arms
+that do not group draw random batches from the same examples. So all arms train on the same examples, and their lengths
+are those of the pool.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,10 +43,15 @@ class Prepared:
 
     @property
     def order(self) -> list[int]:
-        """Rows of a turn, batch by batch."""
-        count = len(self.pool)
-        chosen = sorted({int((i + 0.5) * count / self.batches) for i in range(self.batches)})
-        return [row for batch in chosen for row in self.pool[batch]]
+        """Rows of a turn, batch by batch: of each part of the pool, sorted by tokens, the batch nearest to its mean."""
+        ends = [i * len(self.pool) // self.batches for i in range(self.batches + 1)]
+        parts = [self.pool[start:end] for start, end in itertools.pairwise(ends) if start < end]
+        return [row for part in parts for row in self._nearest_to_mean(part)]
+
+    def _nearest_to_mean(self, part: list[list[int]]) -> list[int]:
+        tokens = [sum(self.tokens_of[row] for row in batch) for batch in part]
+        mean = sum(tokens) / len(tokens)
+        return part[min(range(len(part)), key=lambda place: abs(tokens[place] - mean))]
 
     @property
     def lengths(self) -> list[int]:
