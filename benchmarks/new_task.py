@@ -178,9 +178,8 @@ def search(task: Task, trials: int, one: dict[str, Any], keep: Any) -> None:
         study.tell(asked, known[-1]["loss"])
         keep()
     lr = best_of(known)["lr"]
-    again = one["again"] = [
-        row for row in one.get("again", []) if row["lr"] == lr
-    ]  # of another best before more trials
+    # After further trials the best rate may be another one.
+    again = one["again"] = [row for row in one.get("again", []) if row["lr"] == lr]
     for seed in OTHER_SEEDS[len(again) :]:
         again.append(trial(task, parts, lr, seed))
         keep()
