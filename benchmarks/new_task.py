@@ -192,22 +192,26 @@ def best_of(trials: list[dict[str, float]]) -> dict[str, float]:
 
 def table(runs: dict[str, Any]) -> None:
     """Prints both sides of each task: losses, the seconds to them, and what part of the search's those are."""
+    from scipy import stats
+
     print("| task | search: trials, seconds | best, other seeds | automatic: seconds | seed 0, other seeds | mean of "
-          "three | seconds to the best | the search is as low after |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|")
+          "three | difference [95%, Welch's t] | seconds to the best | the search is as low after |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, one in runs.items():
         trials, again, auto, auto_again = (one.get(key) for key in ("search", "again", "auto", "auto_again"))
         if min(len(again or []), len(auto_again or [])) < len(OTHER_SEEDS):
-            print(f"| {name} | {len(trials)} trials; runs are missing | | | | | | |")
+            print(f"| {name} | {len(trials)} trials; runs are missing | | | | | | | |")
             continue
         ends = list(itertools.accumulate((row["seconds"] for row in trials), initial=one["encoding_seconds"]))[1:]
         tuned, ours = ([row["loss"] for row in rows] for rows in ([best_of(trials), *again], [auto, *auto_again]))
+        low, high = stats.ttest_ind(ours, tuned, equal_var=False).confidence_interval()
+        apart = f"{fmean(ours) - fmean(tuned):+.4f} [{low:+.4f}, {high:+.4f}]"
         seconds = next((point["seconds"] for point in auto["curve"] if point["loss"] <= tuned[0]), None)
         when = "not reached" if seconds is None else f"{seconds:.0f}, 1/{ends[-1] / seconds:.1f}"
         as_low = next((end for end, row in zip(ends, trials, strict=True) if row["loss"] <= auto["loss"]), None)
         after = "never" if as_low is None else f"{as_low:.0f}, {as_low / auto['seconds']:.1f} times as long"
         print(f"| {name} | {len(trials)}, {ends[-1]:.0f} | {listed(tuned)} | {auto['seconds']:.0f} | {listed(ours)} | "
-              f"{fmean(tuned):.4f}, {fmean(ours):.4f} | {when} | {after} |")  # fmt: skip
+              f"{fmean(tuned):.4f}, {fmean(ours):.4f} | {apart} | {when} | {after} |")  # fmt: skip
 
 
 def listed(losses: Sequence[float]) -> str:
